@@ -1,0 +1,186 @@
+"""Validated trellis weights: one linear (:class:`TrellisWeight`) and the experts of a layer (:class:`ExpertBank`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from . import codec
+
+
+def _scale_vector(name: str, value, size: int) -> mx.array:
+    """suh or svh as float16 [size]; packed int16 sign words of older checkpoints are expanded."""
+    value = value if isinstance(value, mx.array) else mx.array(value)
+    if value.dtype in (mx.int16, mx.uint16):
+        if value.shape != (size // 16,):
+            raise ValueError(f"{name}: packed signs must have shape [{size // 16}], got {list(value.shape)}")
+        return mx.array(codec.unpack_signs(np.array(value)))
+    if value.dtype != mx.float16 or value.shape != (size,):
+        raise ValueError(
+            f"{name} must be float16 of shape [{size}] (or packed int16 signs [{size // 16}]), "
+            f"got {value.dtype} {list(value.shape)}"
+        )
+    return value
+
+
+def _logical_size(name: str, value: int | None, padded: int) -> int:
+    if value is None:
+        return padded
+    if not padded - codec.HADAMARD_SIZE < value <= padded:
+        raise ValueError(
+            f"{name} must lie in ({padded - codec.HADAMARD_SIZE}, {padded}], because EXL3 pads to the next "
+            f"multiple of {codec.HADAMARD_SIZE}; got {value}"
+        )
+    return int(value)
+
+
+class TrellisWeight:
+    """The tensors of one EXL3 linear, validated.
+
+    Args:
+        trellis: int16, shape ``[k / 16, n / 16, 16 * K]``; k and n are multiples of 128. NumPy or MLX.
+        suh: Input scales, float16 ``[k]``, or packed int16 signs ``[k / 16]``.
+        svh: Output scales, float16 ``[n]``, or packed int16 signs ``[n / 16]``.
+        codebook: ``"3inst"``, ``"mcg"`` or ``"mul1"``. Default: ``"3inst"``.
+        bias: Optional, floating point, shape ``[n]`` or ``[out_features]``. Default: ``None``.
+        in_features: Logical input size where the file is padded. Default: k.
+        out_features: Logical output size where the file is padded. Default: n.
+
+    Raises:
+        ValueError: If a shape, a dtype or the codebook is not one that the format allows.
+    """
+
+    def __init__(self, trellis, suh, svh, codebook="3inst", bias=None, in_features=None, out_features=None):
+        codec._check_codebook(codebook)
+        self.trellis = trellis if isinstance(trellis, mx.array) else mx.array(np.asarray(trellis))
+        if self.trellis.dtype not in (mx.int16, mx.uint16):
+            raise ValueError(f"trellis must be int16, got {self.trellis.dtype}")
+        self.bits = codec.trellis_bits(self.trellis.shape)
+        k, n = (16 * tiles for tiles in self.trellis.shape[:2])
+        if k % codec.HADAMARD_SIZE or n % codec.HADAMARD_SIZE or not k or not n:
+            raise ValueError(
+                f"trellis {list(self.trellis.shape)} stands for a [{k}, {n}] matrix; both sizes must be "
+                f"positive multiples of {codec.HADAMARD_SIZE}"
+            )
+        self.codebook = codebook
+        self.suh = _scale_vector("suh", suh, k)
+        self.svh = _scale_vector("svh", svh, n)
+        self.in_features = _logical_size("in_features", in_features, k)
+        self.out_features = _logical_size("out_features", out_features, n)
+        self.bias = None if bias is None else self._padded_bias(bias, n)
+
+    def _padded_bias(self, bias, n: int) -> mx.array:
+        bias = bias if isinstance(bias, mx.array) else mx.array(bias)
+        if not mx.issubdtype(bias.dtype, mx.floating) or bias.shape not in ((n,), (self.out_features,)):
+            raise ValueError(
+                f"bias must be floating point of shape [{n}] or [{self.out_features}], "
+                f"got {bias.dtype} {list(bias.shape)}"
+            )
+        return mx.pad(bias, (0, n - bias.size)) if bias.size < n else bias
+
+    @property
+    def padded_shape(self) -> tuple[int, int]:
+        """``(k, n)`` as stored: multiples of 128."""
+        return self.suh.size, self.svh.size
+
+    def __repr__(self) -> str:
+        return (
+            f"TrellisWeight(in_features={self.in_features}, out_features={self.out_features}, "
+            f"bits={self.bits}, codebook={self.codebook!r}, bias={self.bias is not None})"
+        )
+
+
+class ExpertStack:
+    """One projection (gate, up or down) of all experts of a layer, stacked once for the kernels.
+
+    Attributes:
+        codes: uint32, flat: the experts' trellis words one after the other, each in EXL3's own tile order.
+        offsets: int64 ``[experts]``: where each expert begins in ``codes``, in words.
+        formats: uint32 ``[experts]``: ``bits | codebook id << 8``, see :data:`codec.CODEBOOKS`.
+        suh: float16 ``[experts, k]``.
+        svh: float16 ``[experts, n]``.
+        bias: float32 ``[experts, n]`` or ``None``.
+        bits: Bits per weight of each expert.
+        codebooks: Codebook of each expert.
+        in_features, out_features: Logical sizes.
+    """
+
+    def __init__(self, name: str, weights: Sequence[TrellisWeight]):
+        first = _same_sizes(name, weights)
+        self.in_features, self.out_features = first.in_features, first.out_features
+        self.bits = tuple(w.bits for w in weights)
+        self.codebooks = tuple(w.codebook for w in weights)
+        words = [w.trellis.size // 2 for w in weights]
+        self.codes = mx.concatenate([w.trellis.reshape(-1).view(mx.uint32) for w in weights])
+        self.offsets = mx.array(np.concatenate([[0], np.cumsum(words)[:-1]]).astype(np.int64))
+        self.formats = mx.array(
+            np.array([w.bits | codec.CODEBOOKS.index(w.codebook) << 8 for w in weights], np.uint32)
+        )
+        self.suh = mx.stack([w.suh for w in weights])
+        self.svh = mx.stack([w.svh for w in weights])
+        self.bias = None
+        if any(w.bias is not None for w in weights):
+            zeros = mx.zeros((first.padded_shape[1],), mx.float32)
+            self.bias = mx.stack([zeros if w.bias is None else w.bias.astype(mx.float32) for w in weights])
+
+    @property
+    def padded_shape(self) -> tuple[int, int]:
+        """``(k, n)`` as stored."""
+        return self.suh.shape[1], self.svh.shape[1]
+
+
+def _same_sizes(name: str, weights: Sequence[TrellisWeight]) -> TrellisWeight:
+    if not weights:
+        raise ValueError(f"{name} needs at least one expert")
+    for i, w in enumerate(weights):
+        if not isinstance(w, TrellisWeight):
+            raise ValueError(f"{name}[{i}] must be a TrellisWeight, got {type(w).__name__}")
+        sizes, wanted = ((v.in_features, v.out_features, *v.padded_shape) for v in (w, weights[0]))
+        if sizes != wanted:
+            raise ValueError(f"{name}[{i}] is {w}, but all experts must have the sizes of {name}[0]: {weights[0]}")
+    return weights[0]
+
+
+class ExpertBank:
+    """The gate, up and down weights of all experts of a layer. Bits and codebook may differ per expert and projection.
+
+    Args:
+        gate: One :class:`TrellisWeight` per expert, hidden to intermediate.
+        up: The same.
+        down: The same, intermediate to hidden.
+
+    Raises:
+        ValueError: If the numbers of experts or the sizes do not fit together.
+    """
+
+    def __init__(self, gate: Sequence[TrellisWeight], up: Sequence[TrellisWeight], down: Sequence[TrellisWeight]):
+        if not len(gate) == len(up) == len(down):
+            raise ValueError(f"gate, up and down must have one weight per expert, got {len(gate)}, {len(up)}, {len(down)}")
+        self.gate, self.up, self.down = (
+            ExpertStack(name, weights) for name, weights in (("gate", gate), ("up", up), ("down", down))
+        )
+        if (self.gate.in_features, *self.gate.padded_shape) != (self.up.in_features, *self.up.padded_shape):
+            raise ValueError(f"gate is {gate[0]} but up is {up[0]}: both map hidden to intermediate")
+        if self.down.padded_shape != self.gate.padded_shape[::-1] or self.down.out_features != self.gate.in_features:
+            raise ValueError(f"down is {down[0]}, which does not map back what gate maps: {gate[0]}")
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.gate.bits)
+
+    @property
+    def hidden(self) -> int:
+        """Logical hidden size."""
+        return self.gate.in_features
+
+    @property
+    def intermediate(self) -> int:
+        """Padded intermediate size: the padded width flows from gate and up into down."""
+        return self.gate.padded_shape[1]
+
+    @property
+    def triples(self) -> tuple[tuple[int, int, int], ...]:
+        """(gate, up, down) bits of each expert."""
+        return tuple(zip(self.gate.bits, self.up.bits, self.down.bits))
