@@ -1,0 +1,83 @@
+// The CPU kernels: plain pointers in, plain pointers out. No MLX types, so that they build and run
+// alone (the aarch64 tests do). Every function uses up to `threads` workers and returns when done;
+// the result does not depend on the number of workers.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace mlx_marlin::cpu {
+
+enum class DType { float32, float16, bfloat16 };
+
+// One projection of all experts (python: weights.ExpertStack). k and n are the padded sizes.
+struct Stack {
+  const uint32_t* codes;
+  const int64_t* offsets;    // [experts], in words
+  const uint32_t* formats;   // [experts], bits | codebook << 8
+  const uint16_t* suh;       // [experts, k], half
+  const uint16_t* svh;       // [experts, n], half
+  const float* bias;         // [experts, n] or null
+  int experts;
+  int k;
+  int n;
+};
+
+// The CPU's reading of a KernelConfig.
+struct Config {
+  int panel_rows;    // rows that share one decoded tile: tile_size_m
+  int task_columns;  // columns per task: tile_size_n
+  int threads;       // simdgroups; clamped to the worker pool
+};
+
+// y[r] = x[r] W(id[r]) + bias for r in [0, rows). With `transposed`, y[r] = x[r] W(id[r])^T (no
+// bias): x rows then have out_features elements and y rows in_features.
+struct ProductArgs {
+  DType dtype;             // of x and y
+  const void* x;           // [x_rows, in]; in <= k, zero-extended to k
+  void* y;                 // [rows, out]; out <= n, the rest is not written
+  int64_t rows;
+  const uint32_t* ids;     // [rows] expert of each row, or null: all rows use expert 0
+  int64_t x_divisor;       // row r reads x row r / x_divisor (top_k, or 1)
+  int in_features;
+  int out_features;
+  bool transposed;
+  Stack stack;
+};
+void product(const ProductArgs& args, const Config& config);
+
+// out[r, s] = down(act(gate(x[r]), up(x[r]))) of expert ids[r, s]; with scores,
+// out[r] = sum over s in slot order of scores[r, s] * (that), summed in float32.
+struct SwigluArgs {
+  DType dtype;             // of x and out
+  const void* x;           // [rows, hidden]
+  const uint32_t* ids;     // [rows, top_k]
+  const float* scores;     // [rows, top_k] or null
+  void* out;               // [rows, top_k, hidden], or [rows, hidden] with scores
+  int64_t rows;
+  int top_k;
+  int hidden;              // logical; gate.k is the padded size
+  int activation;          // MARLIN_ACTIVATION_*
+  float alpha;             // swiglu_oai only
+  float limit;
+  Stack gate, up, down;
+};
+void swiglu(const SwigluArgs& args, const Config& config);
+
+// The inner matrix of one expert, exact: out is half [k, n], row major.
+void decode(const Stack& stack, int expert, uint16_t* out, int threads);
+
+// Largest id of ids[0..count) that is >= experts, as its position, or -1: ids are checked before use.
+int64_t find_bad_id(const uint32_t* ids, int64_t count, int experts);
+
+// Instruction sets: "baseline", "avx2", "avx512", ... on x86-64; "neon" on arm64.
+std::vector<std::string> instruction_sets();   // those that this machine can run, best last
+std::string instruction_set();                 // the one in use
+void set_instruction_set(const std::string&);  // "auto" or one of instruction_sets(); throws
+
+// Worker pool. Workers sleep when idle.
+void set_threads(int n);  // n >= 1
+int threads();
+
+} // namespace mlx_marlin::cpu
