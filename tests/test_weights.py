@@ -76,7 +76,7 @@ def test_a_size_that_would_need_less_padding_is_refused():
 def test_a_stack_holds_the_words_of_every_expert_as_they_are():
     experts = cases.Case(4, "3inst", "float32", 1, "padded", "silu", mix="both", bias=True).experts()
     for name, weights in experts.items():
-        stack = ExpertStack(name, weights)
+        stack = ExpertStack.of(name, weights)
         codes, offsets, formats = (np.array(a) for a in (stack.codes, stack.offsets, stack.formats))
         assert (codes.dtype, offsets.dtype, formats.dtype) == (np.uint32, np.int64, np.uint32)
         for e, w in enumerate(weights):
@@ -91,9 +91,9 @@ def test_a_stack_holds_the_words_of_every_expert_as_they_are():
 
 def test_an_expert_without_bias_gets_zeros_where_others_have_one():
     rng = np.random.default_rng(0)
-    stack = ExpertStack("up", [cases.random_weight(rng, 128, 128, 2, bias=b) for b in (False, True)])
+    stack = ExpertStack.of("up", [cases.random_weight(rng, 128, 128, 2, bias=b) for b in (False, True)])
     assert not np.array(stack.bias[0]).any() and np.array(stack.bias[1]).any()
-    assert ExpertStack("up", [cases.random_weight(rng, 128, 128, 2)]).bias is None
+    assert ExpertStack.of("up", [cases.random_weight(rng, 128, 128, 2)]).bias is None
 
 
 def test_a_bank():

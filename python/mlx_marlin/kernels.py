@@ -158,3 +158,76 @@ def default_variant(rows: int) -> str:
     if rows <= 16:
         return "prefill4"
     return "base" if rows <= 32 else "large_batch"
+
+
+def config_for(problem: Problem, kernel_name: str) -> KernelConfig:
+    """The default tiles for a kernel that is asked for by name.
+
+    Raises:
+        ValueError: If no kernel has this name, or it cannot run this problem.
+    """
+    name = parse_name(kernel_name)
+    config = _default_tiles(problem, name.variant, kernel_name, use_fp32_acc=True)
+    reason = feasible(problem, config)
+    if reason is not None:
+        raise ValueError(f"{kernel_name} cannot run this problem: {reason}. Problem: {problem}")
+    return config
+
+
+def default(problem: Problem) -> KernelConfig:
+    """The config that runs where nothing is known: legal for every problem."""
+    variant = default_variant(problem.rows)
+    return _default_tiles(problem, variant, make_name(variant), use_fp32_acc=True)
+
+
+def _default_tiles(problem: Problem, variant: str, name: str, use_fp32_acc: bool) -> KernelConfig:
+    return KernelConfig(name, CPU_PANEL_ROWS[variant][-1], 128, cpu_threads(), use_fp32_acc, variant)
+
+
+def feasible(problem: Problem, config: KernelConfig) -> str | None:
+    """Whether a config may run a problem.
+
+    Returns:
+        ``None``, or the reason why not.
+    """
+    try:
+        name = parse_name(config.kernel_name)
+    except ValueError as error:
+        return str(error)
+    if config.kernel_variant not in VARIANTS:
+        return f"kernel_variant must be one of {', '.join(VARIANTS)}, got {config.kernel_variant!r}"
+    if name.variant != config.kernel_variant:
+        return f"{config.kernel_name} is a {name.variant} kernel, but kernel_variant is {config.kernel_variant!r}"
+    if name.triple is not None and problem.kind == "swiglu" and problem.bits != (name.triple,):
+        return f"{config.kernel_name} needs all experts at {name.triple}, but the layer has {list(problem.bits)}"
+    return _cpu_infeasible(config)
+
+
+def _cpu_infeasible(config: KernelConfig) -> str | None:
+    rows = CPU_PANEL_ROWS[config.kernel_variant]
+    if config.tile_size_m not in rows:
+        return f"a {config.kernel_variant} panel on the CPU has {_either(rows)} rows, got tile_size_m={config.tile_size_m}"
+    if config.tile_size_n not in CPU_TASK_COLUMNS:
+        return f"a task on the CPU has {_either(CPU_TASK_COLUMNS)} columns, got tile_size_n={config.tile_size_n}"
+    if not 1 <= config.simdgroups <= cpu_threads():
+        return f"simdgroups is the number of worker threads here, 1 to {cpu_threads()}, got {config.simdgroups}"
+    return None
+
+
+def _either(values) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def candidates(problem: Problem) -> list[KernelConfig]:
+    """Every config worth timing for a problem, the default first. All are feasible."""
+    threads = sorted({1, max(1, cpu_threads() // 2), cpu_threads()}, reverse=True)
+    found = [
+        KernelConfig(make_name(variant), rows, columns, workers, True, variant)
+        for variant in VARIANTS
+        for rows in CPU_PANEL_ROWS[variant]
+        for columns in CPU_TASK_COLUMNS
+        for workers in threads
+    ]
+    first = default(problem)
+    return [first] + [config for config in found if config != first]

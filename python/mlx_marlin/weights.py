@@ -105,30 +105,76 @@ class ExpertStack:
         bits: Bits per weight of each expert.
         codebooks: Codebook of each expert.
         in_features, out_features: Logical sizes.
+
+    Args:
+        codes, formats, suh, svh, bias: As above.
+        in_features, out_features: Logical sizes. Default: the padded ones.
+
+    Raises:
+        ValueError: If the arrays do not fit together.
     """
 
-    def __init__(self, name: str, weights: Sequence[TrellisWeight]):
+    def __init__(self, codes, formats, suh, svh, bias=None, in_features=None, out_features=None):
+        self.codes, self.formats, self.suh, self.svh, self.bias = codes, formats, suh, svh, bias
+        experts, k, n = _stack_sizes(codes, formats, suh, svh, bias)
+        self.in_features = _logical_size("in_features", in_features, k)
+        self.out_features = _logical_size("out_features", out_features, n)
+        words = np.array(formats)
+        bits, ids = words & 0xFF, words >> 8
+        if not (np.isin(bits, range(1, codec.MAX_BITS + 1)) & (ids < len(codec.CODEBOOKS))).all():
+            raise ValueError(f"formats must be bits (1..{codec.MAX_BITS}) | codebook id << 8, got {words.tolist()}")
+        sizes = bits.astype(np.int64) * (k * n // 32)
+        if codes.size != sizes.sum():
+            raise ValueError(
+                f"codes has {codes.size} words, but {experts} experts of [{k}, {n}] at {bits.tolist()} bits "
+                f"have {sizes.sum()}"
+            )
+        self.bits = tuple(bits.tolist())
+        self.codebooks = tuple(codec.CODEBOOKS[i] for i in ids)
+        self.offsets = mx.array(np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64))
+
+    @classmethod
+    def of(cls, name: str, weights: Sequence[TrellisWeight]) -> "ExpertStack":
+        """Stack one weight per expert; ``name`` is used in errors."""
         first = _same_sizes(name, weights)
-        self.in_features, self.out_features = first.in_features, first.out_features
-        self.bits = tuple(w.bits for w in weights)
-        self.codebooks = tuple(w.codebook for w in weights)
-        words = [w.trellis.size // 2 for w in weights]
-        self.codes = mx.concatenate([w.trellis.reshape(-1).view(mx.uint32) for w in weights])
-        self.offsets = mx.array(np.concatenate([[0], np.cumsum(words)[:-1]]).astype(np.int64))
-        self.formats = mx.array(
-            np.array([w.bits | codec.CODEBOOKS.index(w.codebook) << 8 for w in weights], np.uint32)
-        )
-        self.suh = mx.stack([w.suh for w in weights])
-        self.svh = mx.stack([w.svh for w in weights])
-        self.bias = None
+        formats = [w.bits | codec.CODEBOOKS.index(w.codebook) << 8 for w in weights]
+        bias = None
         if any(w.bias is not None for w in weights):
             zeros = mx.zeros((first.padded_shape[1],), mx.float32)
-            self.bias = mx.stack([zeros if w.bias is None else w.bias.astype(mx.float32) for w in weights])
+            bias = mx.stack([zeros if w.bias is None else w.bias.astype(mx.float32) for w in weights])
+        return cls(
+            mx.concatenate([w.trellis.reshape(-1).view(mx.uint32) for w in weights]),
+            mx.array(np.array(formats, np.uint32)),
+            mx.stack([w.suh for w in weights]),
+            mx.stack([w.svh for w in weights]),
+            bias,
+            first.in_features,
+            first.out_features,
+        )
 
     @property
     def padded_shape(self) -> tuple[int, int]:
         """``(k, n)`` as stored."""
         return self.suh.shape[1], self.svh.shape[1]
+
+
+def _stack_sizes(codes, formats, suh, svh, bias) -> tuple[int, int, int]:
+    """(experts, k, n) of a stack's arrays, after checking that they agree."""
+    if formats.dtype != mx.uint32 or formats.ndim != 1 or not formats.size:
+        raise ValueError(f"formats must be uint32 [experts], got {formats.dtype} {list(formats.shape)}")
+    if codes.dtype != mx.uint32 or codes.ndim != 1:
+        raise ValueError(f"codes must be flat uint32, got {codes.dtype} {list(codes.shape)}")
+    experts = formats.size
+    for name, scale in (("suh", suh), ("svh", svh)):
+        aligned = scale.ndim == 2 and scale.shape[0] == experts and scale.shape[1] % codec.HADAMARD_SIZE == 0
+        if scale.dtype != mx.float16 or not aligned or not scale.size:
+            raise ValueError(
+                f"{name} must be float16 [{experts}, a positive multiple of {codec.HADAMARD_SIZE}], "
+                f"got {scale.dtype} {list(scale.shape)}"
+            )
+    if bias is not None and (bias.dtype != mx.float32 or bias.shape != svh.shape):
+        raise ValueError(f"bias must be float32 {list(svh.shape)}, got {bias.dtype} {list(bias.shape)}")
+    return experts, suh.shape[1], svh.shape[1]
 
 
 def _same_sizes(name: str, weights: Sequence[TrellisWeight]) -> TrellisWeight:
@@ -159,12 +205,9 @@ class ExpertBank:
         if not len(gate) == len(up) == len(down):
             raise ValueError(f"gate, up and down must have one weight per expert, got {len(gate)}, {len(up)}, {len(down)}")
         self.gate, self.up, self.down = (
-            ExpertStack(name, weights) for name, weights in (("gate", gate), ("up", up), ("down", down))
+            ExpertStack.of(name, weights) for name, weights in (("gate", gate), ("up", up), ("down", down))
         )
-        if (self.gate.in_features, *self.gate.padded_shape) != (self.up.in_features, *self.up.padded_shape):
-            raise ValueError(f"gate is {gate[0]} but up is {up[0]}: both map hidden to intermediate")
-        if self.down.padded_shape != self.gate.padded_shape[::-1] or self.down.out_features != self.gate.in_features:
-            raise ValueError(f"down is {down[0]}, which does not map back what gate maps: {gate[0]}")
+        check_projections(self.gate, self.up, self.down)
 
     @property
     def num_experts(self) -> int:
@@ -184,3 +227,21 @@ class ExpertBank:
     def triples(self) -> tuple[tuple[int, int, int], ...]:
         """(gate, up, down) bits of each expert."""
         return tuple(zip(self.gate.bits, self.up.bits, self.down.bits))
+
+
+def check_projections(gate: ExpertStack, up: ExpertStack, down: ExpertStack) -> None:
+    """Raise ValueError unless gate and up map hidden to one intermediate size, and down maps it back."""
+
+    def sizes(stack: ExpertStack) -> str:
+        return (
+            f"{len(stack.bits)} experts of [{stack.in_features}, {stack.out_features}] "
+            f"(stored as {list(stack.padded_shape)})"
+        )
+
+    same_inputs = (gate.in_features, gate.padded_shape) == (up.in_features, up.padded_shape)
+    maps_back = (down.out_features, down.padded_shape) == (gate.in_features, gate.padded_shape[::-1])
+    if not same_inputs or not maps_back or not len(gate.bits) == len(up.bits) == len(down.bits):
+        raise ValueError(
+            "gate and up must map hidden to one intermediate size and down must map it back, for the same "
+            f"experts; got gate {sizes(gate)}, up {sizes(up)}, down {sizes(down)}"
+        )

@@ -1,0 +1,11 @@
+// One function per source file that adds to the extension module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace mlx_marlin {
+
+void bind_ops(nanobind::module_& m);
+void bind_runtime(nanobind::module_& m);
+
+} // namespace mlx_marlin

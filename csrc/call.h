@@ -1,0 +1,80 @@
+// What one call asks for: the attributes of the primitives. Plain data, comparable, no MLX and no GPU headers.
+#pragma once
+
+#include <cstdint>
+
+namespace mlx_marlin {
+
+// kernels.VARIANTS, by position.
+enum class Variant { decode, prefill4, base, large_batch };
+
+// kernels.KernelConfig as integers.
+struct KernelConfig {
+  Variant variant;
+  int tile_size_m;
+  int tile_size_n;
+  int simdgroups;
+  bool use_fp32_acc;
+
+  bool operator==(const KernelConfig&) const = default;
+};
+
+// Sizes and contents of one projection's stacked weights (weights.ExpertStack).
+struct StackInfo {
+  int experts;
+  int k;               // padded input size
+  int n;               // padded output size
+  bool bias;
+  uint32_t widths;     // bit K is set where an expert has K bits per weight
+  uint32_t codebooks;  // bit c is set where an expert has codebook c
+
+  bool operator==(const StackInfo&) const = default;
+
+  // Arrays that a stack adds to a primitive's inputs: codes, offsets, formats, suh, svh and the bias.
+  int num_arrays() const {
+    return bias ? 6 : 5;
+  }
+};
+
+// y[r] = x[r / x_divisor] W(ids[r]) + bias; transposed: with W^T and without bias.
+struct LinearCall {
+  int in_features;   // logical sizes of W
+  int out_features;
+  int x_divisor;
+  bool gathered;     // ids are given; otherwise expert 0
+  bool transposed;
+  StackInfo stack;
+  KernelConfig config;
+
+  bool operator==(const LinearCall&) const = default;
+
+  int x_size() const {
+    return transposed ? out_features : in_features;
+  }
+  int y_size() const {
+    return transposed ? in_features : out_features;
+  }
+};
+
+struct SwigluCall {
+  int hidden;
+  int activation;  // MARLIN_ACTIVATION_*
+  float alpha;
+  float limit;
+  bool combine;    // scores are given
+  StackInfo gate;
+  StackInfo up;
+  StackInfo down;
+  KernelConfig config;
+
+  bool operator==(const SwigluCall&) const = default;
+};
+
+struct DecodeCall {
+  int expert;
+  StackInfo stack;
+
+  bool operator==(const DecodeCall&) const = default;
+};
+
+} // namespace mlx_marlin

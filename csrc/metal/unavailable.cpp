@@ -1,0 +1,42 @@
+// Stands in for encode.cpp where MLX was built without Metal.
+#include "metal/encode.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace mlx_marlin::metal {
+
+namespace {
+
+[[noreturn]] void refuse(const char* op) {
+  throw std::runtime_error(
+      std::string("[") + op + "] this build of mlx_marlin has no Metal; run it on a CPU stream.");
+}
+
+} // namespace
+
+void encode_linear(
+    const LinearCall&,
+    mx::Stream,
+    const std::vector<mx::array>&,
+    mx::array&) {
+  refuse("trellis_linear");
+}
+
+void encode_swiglu(
+    const SwigluCall&,
+    mx::Stream,
+    const std::vector<mx::array>&,
+    mx::array&) {
+  refuse("trellis_swiglu");
+}
+
+void encode_decode(
+    const DecodeCall&,
+    mx::Stream,
+    const std::vector<mx::array>&,
+    mx::array&) {
+  refuse("trellis_decode");
+}
+
+} // namespace mlx_marlin::metal

@@ -1,0 +1,236 @@
+#include "format.h"
+#include "metal/encode.h"
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+#include "mlx/transforms.h"
+#include "trellis.h"
+#include "trellis_cpu.h"
+
+namespace mlx_marlin {
+
+namespace {
+
+mx::Shape swiglu_shape(const mx::array& indices, const SwigluCall& call) {
+  mx::Shape shape = indices.shape();
+  if (call.combine) {
+    shape.back() = call.hidden;
+  } else {
+    shape.push_back(call.hidden);
+  }
+  return shape;
+}
+
+// gate, up -> activation, in MLX ops: what the vjp differentiates. The same formulas as cpu/activation.
+mx::array activate(const mx::array& gate, const mx::array& up, const SwigluCall& call, mx::Stream s) {
+  const auto f32 = [](float value) { return mx::array(value, mx::float32); };
+  switch (call.activation) {
+    case MARLIN_ACTIVATION_SILU:
+      return mx::multiply(mx::multiply(gate, mx::sigmoid(gate, s), s), up, s);
+    case MARLIN_ACTIVATION_GELU_TANH: {
+      // 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))), Hendrycks and Gimpel, 2016.
+      const mx::array cube = mx::multiply(mx::multiply(gate, gate, s), gate, s);
+      const mx::array inner =
+          mx::multiply(f32(0.7978845608f), mx::add(gate, mx::multiply(f32(0.044715f), cube, s), s), s);
+      const mx::array gelu =
+          mx::multiply(mx::multiply(f32(0.5f), gate, s), mx::add(f32(1.0f), mx::tanh(inner, s), s), s);
+      return mx::multiply(gelu, up, s);
+    }
+    default: {
+      // gpt-oss: gate clamped above, up on both sides, (up + 1) gate sigmoid(alpha gate).
+      const mx::array g = mx::minimum(gate, f32(call.limit), s);
+      const mx::array u = mx::clip(up, f32(-call.limit), f32(call.limit), s);
+      const mx::array swish = mx::multiply(g, mx::sigmoid(mx::multiply(f32(call.alpha), g, s), s), s);
+      return mx::multiply(swish, mx::add(u, f32(1.0f), s), s);
+    }
+  }
+}
+
+// The three gathered products that a fused call stands for, used by its vjp: float32 between them.
+struct Slots {
+  const SwigluCall& call;
+  const std::vector<mx::array>& primals;
+  mx::array ids;  // [rows * top_k]
+  mx::Stream stream;
+
+  mx::array product(
+      const mx::array& x,
+      const StackInfo& info,
+      size_t first,
+      int in_features,
+      int out_features,
+      int x_divisor,
+      bool transposed) const {
+    LinearCall linear{in_features, out_features, x_divisor, true, transposed, info, call.config};
+    linear.stack.bias = info.bias && !transposed;
+    const auto begin = primals.begin() + static_cast<std::ptrdiff_t>(first);
+    const std::vector<mx::array> stack(begin, begin + linear.stack.num_arrays());
+    return trellis_linear(x, ids, stack, linear, stream);
+  }
+
+  size_t gate_first() const {
+    return 2;
+  }
+  size_t up_first() const {
+    return gate_first() + static_cast<size_t>(call.gate.num_arrays());
+  }
+  size_t down_first() const {
+    return up_first() + static_cast<size_t>(call.up.num_arrays());
+  }
+};
+
+template <class T>
+void check_values(const std::string& op, const mx::array& indices, int experts) {
+  const T* values = indices.data<T>();
+  for (size_t i = 0; i < indices.size(); ++i) {
+    const bool negative = std::is_signed_v<T> && values[i] < T(0);
+    if (negative || static_cast<uint64_t>(values[i]) >= static_cast<uint64_t>(experts)) {
+      throw std::invalid_argument(
+          "[" + op + "] expert index " + std::to_string(values[i]) + " at position " + std::to_string(i) +
+          " is out of range: the layer has " + std::to_string(experts) + " experts.");
+    }
+  }
+}
+
+} // namespace
+
+void check_indices(const std::string& op, const mx::array& indices, int experts) {
+  if (indices.status() != mx::array::Status::available || !indices.flags().row_contiguous) {
+    return;
+  }
+  switch (indices.dtype()) {
+    case mx::int8:
+      return check_values<int8_t>(op, indices, experts);
+    case mx::uint8:
+      return check_values<uint8_t>(op, indices, experts);
+    case mx::int16:
+      return check_values<int16_t>(op, indices, experts);
+    case mx::uint16:
+      return check_values<uint16_t>(op, indices, experts);
+    case mx::int32:
+      return check_values<int32_t>(op, indices, experts);
+    case mx::uint32:
+      return check_values<uint32_t>(op, indices, experts);
+    case mx::int64:
+      return check_values<int64_t>(op, indices, experts);
+    case mx::uint64:
+      return check_values<uint64_t>(op, indices, experts);
+    default:
+      throw std::invalid_argument("[" + op + "] indices must be integers.");
+  }
+}
+
+mx::array trellis_swiglu(
+    const mx::array& x,
+    const mx::array& indices,
+    const std::optional<mx::array>& scores,
+    const std::vector<mx::array>& bank,
+    const SwigluCall& call,
+    mx::StreamOrDevice s) {
+  const mx::Stream stream = mx::to_stream(s);
+  std::vector<mx::array> inputs = {mx::contiguous(x, false, stream), mx::contiguous(indices, false, stream)};
+  inputs.insert(inputs.end(), bank.begin(), bank.end());
+  if (scores) {
+    inputs.push_back(mx::contiguous(*scores, false, stream));
+  }
+  return mx::array(
+      swiglu_shape(indices, call), x.dtype(), std::make_shared<TrellisSwiglu>(stream, call), std::move(inputs));
+}
+
+void TrellisSwiglu::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  require_contiguous("trellis_swiglu", inputs);
+  const mx::array& x = inputs[0];
+  const mx::array& indices = inputs[1];
+  const size_t up_first = 2 + static_cast<size_t>(call_.gate.num_arrays());
+  const size_t down_first = up_first + static_cast<size_t>(call_.up.num_arrays());
+  cpu::SwigluArgs args{
+      cpu_dtype(x.dtype()),
+      x.data<void>(),
+      indices.data<uint32_t>(),
+      call_.combine ? inputs.back().data<float>() : nullptr,
+      out.data<void>(),
+      static_cast<int64_t>(x.size() / call_.hidden),
+      indices.shape(-1),
+      call_.hidden,
+      call_.activation,
+      call_.alpha,
+      call_.limit,
+      cpu_stack(call_.gate, inputs, 2),
+      cpu_stack(call_.up, inputs, up_first),
+      cpu_stack(call_.down, inputs, down_first)};
+  mx::cpu::get_command_encoder(stream()).dispatch([args, config = cpu_config(call_.config)] {
+    require_ids("trellis_swiglu", args.ids, args.rows * args.top_k, args.gate.experts);
+    cpu::swiglu(args, config);
+  });
+}
+
+void TrellisSwiglu::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
+  metal::encode_swiglu(call_, stream(), inputs, out);
+}
+
+std::vector<mx::Shape> TrellisSwiglu::output_shapes(const std::vector<mx::array>& inputs) {
+  return {swiglu_shape(inputs[1], call_)};
+}
+
+// Recomputes gate and up by gathered products, then walks back through down, the activation, gate and up.
+// Every product decodes tile by tile; nothing of the size of a weight matrix is made.
+std::vector<mx::array> TrellisSwiglu::vjp(
+    const std::vector<mx::array>& primals,
+    const std::vector<mx::array>& cotangents,
+    const std::vector<int>& argnums,
+    const std::vector<mx::array>&) {
+  const int scores_argnum = call_.combine ? static_cast<int>(primals.size()) - 1 : -1;
+  for (const int argnum : argnums) {
+    if (argnum != 0 && argnum != scores_argnum) {
+      throw std::invalid_argument(
+          "[trellis_swiglu] the gradient is defined with respect to x and scores only; freeze the trellis weights.");
+    }
+  }
+  const mx::Stream s = stream();
+  const mx::array& x = primals[0];
+  const int top_k = primals[1].shape(-1);
+  const int hidden = call_.hidden;
+  const int inter = call_.gate.n;
+  const Slots slots{call_, primals, mx::reshape(primals[1], {-1}, s), s};
+
+  const mx::array x32 = mx::reshape(mx::astype(x, mx::float32, s), {-1, hidden}, s);
+  const std::vector<mx::array> gate_up = {
+      slots.product(x32, call_.gate, slots.gate_first(), hidden, inter, top_k, false),
+      slots.product(x32, call_.up, slots.up_first(), hidden, inter, top_k, false)};
+  const auto act = [this, s](const std::vector<mx::array>& in) {
+    return std::vector<mx::array>{activate(in[0], in[1], call_, s)};
+  };
+
+  // Cotangent of every slot's output, [rows * top_k, hidden].
+  mx::array ct = mx::astype(cotangents[0], mx::float32, s);
+  mx::array slot_ct = mx::reshape(ct, {-1, hidden}, s);
+  if (call_.combine) {
+    const mx::array scores = mx::reshape(primals.back(), {-1, top_k, 1}, s);
+    slot_ct = mx::reshape(
+        mx::multiply(mx::reshape(ct, {-1, 1, hidden}, s), scores, s), {-1, hidden}, s);
+  }
+
+  std::vector<mx::array> grads;
+  for (const int argnum : argnums) {
+    if (argnum == scores_argnum) {
+      const mx::array h = act(gate_up)[0];
+      const mx::array y = slots.product(h, call_.down, slots.down_first(), inter, hidden, 1, false);
+      const mx::array terms = mx::multiply(
+          mx::reshape(y, {-1, top_k, hidden}, s), mx::reshape(ct, {-1, 1, hidden}, s), s);
+      grads.push_back(mx::reshape(mx::sum(terms, 2, false, s), primals.back().shape(), s));
+      continue;
+    }
+    const mx::array h_ct = slots.product(slot_ct, call_.down, slots.down_first(), inter, hidden, 1, true);
+    const auto act_ct = mx::vjp(act, gate_up, {h_ct}).second;
+    const mx::array slot_grad = mx::add(
+        slots.product(act_ct[0], call_.gate, slots.gate_first(), hidden, inter, 1, true),
+        slots.product(act_ct[1], call_.up, slots.up_first(), hidden, inter, 1, true),
+        s);
+    const mx::array grad = mx::sum(mx::reshape(slot_grad, {-1, top_k, hidden}, s), 1, false, s);
+    grads.push_back(mx::reshape(mx::astype(grad, x.dtype(), s), x.shape(), s));
+  }
+  return grads;
+}
+
+} // namespace mlx_marlin

@@ -1,0 +1,34 @@
+"""The versions that must match, checked at import.
+
+The extension subclasses MLX's C++ classes and shares ``mx.array`` through nanobind: both sides must come from one
+exact mlx version and one generation of nanobind.
+"""
+
+from importlib import metadata
+
+import mlx.core as mx
+
+VERSION = metadata.version("mlx_marlin")
+BUILT_FOR_MLX = "0.32.4"
+
+if mx.__version__ != BUILT_FOR_MLX:
+    raise ImportError(
+        f"mlx_marlin {VERSION} is built for mlx {BUILT_FOR_MLX}, but mlx {mx.__version__} is installed, whose C++ "
+        f"interface may differ. Run: pip install mlx=={BUILT_FOR_MLX}"
+    )
+
+try:
+    from . import _ext
+except ImportError as error:
+    raise ImportError(
+        f"the C++ extension of mlx_marlin {VERSION} could not be loaded: {error}. It needs mlx {BUILT_FOR_MLX} "
+        "(and on Linux mlx-cpu of the same version); reinstall it with: pip install --force-reinstall mlx_marlin"
+    ) from error
+
+try:
+    _ext.abi_probe(mx.array(0))
+except TypeError as error:
+    raise ImportError(
+        "mlx_marlin and mlx do not share the type mx.array: they were built with different generations of nanobind. "
+        "mlx 0.32.4 needs nanobind 3.x (pinned in pyproject.toml); rebuild with: pip install --no-cache-dir ."
+    ) from error

@@ -1,0 +1,197 @@
+"""Drop-ins for ``nn.Linear`` and mlx-lm's ``SwitchGLU`` over trellis weights.
+
+Trellis words, formats and scales are parameters, so that they survive save and load; they are frozen, and stay so
+when the model is unfrozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import kernels, ops
+from .kernels import KernelConfig, Problem
+from .weights import ExpertBank, ExpertStack, TrellisWeight, check_projections
+
+
+class _Frozen(nn.Module):
+    """A module whose own parameters are never trainable.
+
+    ``unfreeze`` of a module above clears ``_no_grad`` of every module below it, without asking them; here it clears
+    a copy.
+    """
+
+    @property
+    def _no_grad(self) -> set[str]:
+        return set(self)
+
+    @_no_grad.setter
+    def _no_grad(self, keys: set[str]) -> None:
+        pass
+
+
+class TrellisExperts(_Frozen):
+    """One projection of all experts: the child of a :class:`TrellisSwitchGLU`.
+
+    Parameters: ``trellis`` (uint32, flat), ``formats`` (uint32 ``[experts]``, bits | codebook id << 8), ``suh``,
+    ``svh`` and optionally ``bias``.
+    """
+
+    def __init__(self, stack: ExpertStack):
+        super().__init__()
+        self._sizes = (stack.in_features, stack.out_features)
+        self.trellis = stack.codes
+        self.formats = stack.formats
+        self.suh = stack.suh
+        self.svh = stack.svh
+        if stack.bias is not None:
+            self.bias = stack.bias
+        self._stack = ops.prepare(stack)
+
+    @property
+    def stack(self) -> ops.Stack:
+        """The parameters as the kernels take them; checked again when a parameter was replaced."""
+        source = self._stack.source
+        current = (self.trellis, self.formats, self.suh, self.svh, self.get("bias"))
+        if any(a is not b for a, b in zip(current, (source.codes, source.formats, source.suh, source.svh, source.bias))):
+            self._stack = ops.prepare(ExpertStack(*current, *self._sizes))
+        return self._stack
+
+    @property
+    def input_dims(self) -> int:
+        return self._sizes[0]
+
+    @property
+    def output_dims(self) -> int:
+        return self._sizes[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.formats.size
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """``[..., in]`` and ``[..., k]`` -> ``[..., k, out]``."""
+        return ops.gather_linear(x, indices, self.stack)
+
+    def _extra_repr(self) -> str:
+        bits = self.stack.source.bits
+        low, high = min(bits), max(bits)
+        return f"{self.num_experts} experts, {self._sizes[0]} -> {self._sizes[1]}, bits={low if low == high else f'{low}..{high}'}"
+
+
+class TrellisSwitchGLU(nn.Module):
+    """The experts of a mixture-of-experts layer, fused. A drop-in for mlx-lm's ``SwitchGLU``.
+
+    Args:
+        gate: One :class:`TrellisWeight` per expert.
+        up: The same.
+        down: The same.
+        activation: ``"silu"``, ``"gelu_tanh"`` or ``"swiglu_oai"``. Default: ``"silu"``.
+        alpha: For ``"swiglu_oai"``. Default: ``1.702``.
+        limit: For ``"swiglu_oai"``. Default: ``7.0``.
+        bank: Instead of gate, up and down: an :class:`ExpertBank`.
+    """
+
+    def __init__(
+        self,
+        gate: Sequence[TrellisWeight] | None = None,
+        up: Sequence[TrellisWeight] | None = None,
+        down: Sequence[TrellisWeight] | None = None,
+        activation: str = "silu",
+        alpha: float = 1.702,
+        limit: float = 7.0,
+        *,
+        bank: ExpertBank | None = None,
+    ):
+        super().__init__()
+        lists = (gate, up, down)
+        if (bank is None) == all(weights is None for weights in lists) or (bank is None and None in lists):
+            raise ValueError("pass either gate, up and down (a list of TrellisWeight each) or bank")
+        if activation not in kernels.ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(kernels.ACTIVATIONS)}, got {activation!r}")
+        bank = bank if bank is not None else ExpertBank(*lists)
+        self.gate_proj = TrellisExperts(bank.gate)
+        self.up_proj = TrellisExperts(bank.up)
+        self.down_proj = TrellisExperts(bank.down)
+        self._activation = (activation, float(alpha), float(limit))
+
+    def _stacks(self) -> tuple[ops.Stack, ops.Stack, ops.Stack]:
+        return self.gate_proj.stack, self.up_proj.stack, self.down_proj.stack
+
+    def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int = 1) -> Problem:
+        """What a call with this many rows asks for."""
+        gate, up, down = (stack.source for stack in self._stacks())
+        return ops.swiglu_problem(gate, up, down, rows, top_k, self._activation[0], dtype, device, combine)
+
+    def __call__(self, x: mx.array, indices: mx.array, scores: mx.array | None = None) -> mx.array:
+        """The experts' outputs.
+
+        Args:
+            x: Shape ``[..., hidden]``.
+            indices: Integers, shape ``[..., k]``.
+            scores: Optional, shape ``[..., k]``: combine inside, in slot order. Default: ``None``.
+
+        Returns:
+            Shape ``[..., k, hidden]``, or ``[..., hidden]`` with scores; dtype of x.
+        """
+        gate, up, down = self._stacks()
+        name, alpha, limit = self._activation
+        indices = mx.stop_gradient(indices) if isinstance(indices, mx.array) else indices
+        return ops.swiglu(x, indices, gate, up, down, scores=scores, activation=name, alpha=alpha, limit=limit)
+
+
+class TrellisLinear(_Frozen):
+    """A linear layer over a trellis weight. A drop-in for ``nn.Linear``.
+
+    Parameters: ``trellis`` (uint32 ``[k / 16, n / 16, 8 * K]``), ``suh``, ``svh`` and optionally ``bias``.
+
+    Args:
+        w: The weight.
+    """
+
+    def __init__(self, w: TrellisWeight):
+        super().__init__()
+        stack = ExpertStack.of("w", [w])
+        self._sizes = (w.in_features, w.out_features)
+        self._formats = stack.formats
+        k, n = w.padded_shape
+        self.trellis = stack.codes.reshape(k // 16, n // 16, 8 * w.bits)
+        self.suh = w.suh
+        self.svh = w.svh
+        if w.bias is not None:
+            self.bias = stack.bias.reshape(-1)
+        self._stacked = ()
+        self.stack
+
+    @property
+    def stack(self) -> ops.Stack:
+        """The parameters as the kernels take them; collected again when a parameter was replaced."""
+        current = (self.trellis, self.suh, self.svh, self.get("bias"))
+        if len(self._stacked) != len(current) or any(a is not b for a, b in zip(current, self._stacked)):
+            bias = None if current[3] is None else current[3].astype(mx.float32).reshape(1, -1)
+            source = ExpertStack(
+                self.trellis.reshape(-1), self._formats, self.suh[None], self.svh[None], bias, *self._sizes
+            )
+            self._stack, self._stacked = ops.prepare(source), current
+        return self._stack
+
+    def problem(self, rows: int, dtype, device: str, *, combine: bool = False) -> Problem:
+        """What a call with this many rows asks for."""
+        return ops.linear_problem(self.stack.source, rows, dtype, device)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[..., in_features]`` -> ``[..., out_features]``, dtype of x."""
+        return ops.linear(x, self.stack)
+
+    def to_lora(self, r: int = 8, scale: float = 20.0, dropout: float = 0.0) -> nn.Module:
+        """Wrap in mlx-lm's LoRA layer: the trellis stays frozen under it."""
+        from mlx_lm.tuner.lora import LoRALinear
+
+        lora = LoRALinear(*self._sizes, r=r, dropout=dropout, scale=scale)
+        lora.linear = self
+        return lora
+
+    def _extra_repr(self) -> str:
+        return f"{self._sizes[0]} -> {self._sizes[1]}, bits={self.trellis.shape[2] // 8}"
