@@ -1,0 +1,163 @@
+"""The profiles that the layers of this process select from, and the look-up of a problem in them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from . import kernels, profile_io
+from .device import device_family, device_name
+from .kernels import KernelConfig, Problem
+from .profile_data import AutotuneConfig, ProfileError, by_distance, fitted, search_table
+from .profile_io import default_path, load, save
+
+__all__ = [
+    "AutotuneConfig", "ProfileError", "Tuned", "default_path", "find", "generation", "load", "lookup", "refresh",
+    "save", "use_profile",
+]
+
+_log = logging.getLogger("mlx_marlin")
+
+
+class Tuned(NamedTuple):
+    """A config from a profile, and where it comes from."""
+
+    config: KernelConfig
+    origin: str
+
+
+class _Active:
+    """The profiles that layers of this process look into, per device; loaded when first asked for."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.chosen: dict[str, tuple[str, AutotuneConfig]] = {}
+        self.found: dict[str, list[tuple[str, AutotuneConfig]]] = {}
+        self.generation = 0
+
+    def sources(self, device: str) -> list[tuple[str, AutotuneConfig]]:
+        with self.lock:
+            if device not in self.found:
+                self.found[device] = self._load(device)
+            return self.found[device]
+
+    def _load(self, device: str) -> list[tuple[str, AutotuneConfig]]:
+        sources = []
+        if device in self.chosen:
+            sources.append(self.chosen[device])
+        else:
+            path = default_path(device)
+            try:
+                if path.exists():
+                    profile = load(path)
+                    profile_io.check_native(profile, device, path)
+                    sources.append((f"tuned profile {path}", profile))
+            except (ProfileError, OSError) as error:
+                # A bad file must not stop a model from running: the defaults handle every problem.
+                _log.warning("ignoring the tuned profile: %s", error)
+        predicted = _predicted(device_name(device)) if device == "gpu" else None
+        return sources + ([predicted] if predicted else [])
+
+    def reset(self) -> None:
+        with self.lock:
+            self.found.clear()
+            self.generation += 1
+
+
+_active = _Active()
+
+
+@lru_cache(maxsize=None)
+def _predicted(name: str) -> tuple[str, AutotuneConfig] | None:
+    """The in-package profile of a device, else of its family."""
+    for stem in (name.lower().replace(" ", "_"), device_family(name).lower()):
+        path = Path(__file__).parent / "profiles" / f"{stem}.json"
+        if path.exists():
+            return f"predicted profile {path.name}", load(path)
+    return None
+
+
+def generation() -> int:
+    """A number that changes whenever :func:`lookup` may answer differently."""
+    return _active.generation
+
+
+def refresh() -> None:
+    """Forget the loaded profiles; the next look-up reads the files again."""
+    _active.reset()
+
+
+def use_profile(path, allow_foreign: bool = False) -> None:
+    """Let the layers of this process select from a profile instead of the one found automatically.
+
+    Args:
+        path: A profile, or ``None`` to go back to the one found automatically.
+        allow_foreign: Whether a profile of another machine, of other kernels, or without a fingerprint may be used.
+            Default: ``False``.
+
+    Raises:
+        ProfileError: If the file is malformed, or foreign and not allowed.
+    """
+    with _active.lock:
+        if path is None:
+            _active.chosen.clear()
+        else:
+            path = Path(path)
+            profile = load(path)
+            devices = [profile.fingerprint.device] if profile.fingerprint else list(kernels.DEVICES)
+            for device in devices:
+                if not allow_foreign:
+                    profile_io.check_native(profile, device, path)
+                _active.chosen[device] = (f"profile {path}", profile)
+        _active.reset()
+
+
+def find(problem: Problem) -> Tuned | None:
+    """The tuned config of a problem, with its origin; ``None`` if no profile knows one.
+
+    In each profile (the tuned one, then the predicted one): the problem itself; the same problem with the nearest
+    number of rows that has the same default variant; ``lookup_table``. Only configs that are feasible are returned.
+    """
+    for origin, profile in _active.sources(problem.device):
+        found = _find_in(profile, problem)
+        if found is not None:
+            return Tuned(found[0], f"{found[1]} in the {origin}")
+    return None
+
+
+def lookup(problem: Problem) -> KernelConfig | None:
+    """The tuned config of a problem, or ``None``. See :func:`find`."""
+    found = find(problem)
+    return found.config if found else None
+
+
+def _find_in(profile: AutotuneConfig, problem: Problem) -> tuple[KernelConfig, str] | None:
+    entry = profile.problems.get(problem)
+    if entry is not None and kernels.feasible(problem, entry.config) is None:
+        return entry.config, f"entry for {problem.rows} rows"
+    near = {
+        p.rows: e.config
+        for p, e in profile.problems.items()
+        if _same_class(p, problem) and kernels.feasible(problem, e.config) is None
+    }
+    if near:
+        rows = by_distance(near, problem.rows)[0]
+        return near[rows], f"entry for {rows} rows, the nearest to {problem.rows},"
+    variant = kernels.default_variant(problem.rows)
+    table = {b: row for b, row in profile.lookup_table.items() if kernels.default_variant(b) == variant}
+    # A config from elsewhere keeps its tiles verbatim in the file; here it must fit this problem.
+    fits = {
+        b: {h: {w: fit for w, c in cell.items() if (fit := fitted(problem, c))} for h, cell in row.items()}
+        for b, row in table.items()
+    }
+    config = search_table(fits, problem.rows, problem.hidden, problem.widths, lambda c: True)
+    return (config, "lookup_table") if config else None
+
+
+def _same_class(a: Problem, b: Problem) -> bool:
+    same_variant = kernels.default_variant(a.rows) == kernels.default_variant(b.rows)
+    return same_variant and replace(a, rows=b.rows) == b

@@ -1,0 +1,290 @@
+"""What a tuned profile holds, how two of them merge, and how a table answers for sizes that it does not have."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from . import kernels
+from .device import Fingerprint, canonical_name, device_family, device_name, fingerprint
+from .kernels import KernelConfig, Problem
+
+Table = dict[int, dict[int, dict[tuple[int, ...], KernelConfig]]]
+
+# Tiles and simdgroups by bit width, from mixed_bpw_autotuning: fewer bits unpack into more weights per byte.
+TILE_SIZES = {2: 128, 3: 96, 4: 64, 8: 64}
+SIMDGROUPS = {2: 16, 3: 12, 4: 8, 8: 4}
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be read, or must not be used or overwritten here."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Samples of one config.
+
+    Attributes:
+        n: Number of samples; 0 where the time is predicted.
+        median_ms: Median, in milliseconds.
+        spread: Interquartile range over the median.
+    """
+
+    n: int
+    median_ms: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One candidate's timing, with its memory and its largest error against the codec.
+
+    Attributes:
+        config: The candidate.
+        timing: Its samples.
+        error: Largest error against the codec over the output's root mean square; -1 where not checked.
+        memory_mb: Peak memory of a call beyond its inputs and weights, in MB (1e6 bytes).
+    """
+
+    config: KernelConfig
+    timing: Timing
+    error: float = -1.0
+    memory_mb: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A candidate that was not considered, and why."""
+
+    config: KernelConfig
+    reason: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What tuning found for one problem.
+
+    Attributes:
+        config: The config that runs.
+        samples: Its fresh samples, taken after it was picked.
+        default: The default config at the time.
+        baseline: The default's samples, interleaved with ``samples``.
+        ratio: Time of ``config`` over time of ``default``, with its 95 % interval: ``(ratio, low, high)``.
+        decision: ``"faster"`` (a challenger won), ``"default"`` (no challenger is faster by the margin) or
+            ``"undecided"`` (one looked faster, but the noise did not allow a decision); the latter two keep the default.
+        verdict: ``"correct"`` if ``config`` was compared with the codec, ``"unchecked"`` in predicted profiles.
+        timestamp: Seconds since the epoch.
+        timings: Every candidate that was measured.
+        rejected: Every candidate that was not, with its reason.
+    """
+
+    config: KernelConfig
+    samples: Timing
+    default: KernelConfig
+    baseline: Timing
+    ratio: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    decision: str = "default"
+    verdict: str = "unchecked"
+    timestamp: float = 0.0
+    timings: tuple[Measured, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+
+
+@dataclass
+class AutotuneConfig:
+    """A profile: the tuned table of one machine.
+
+    Attributes:
+        device_name: Such as "M4 Max".
+        device_family: "M1" to "M5", "CPU" or "Unknown".
+        tile_size_mapping: Tile size by bit width, for the defaults.
+        simdgroup_mapping: Simdgroups by bit width, for the defaults.
+        lookup_table: ``{tokens: {hidden: {sorted distinct bit widths: KernelConfig}}}``.
+        adaptation_enabled: Whether ``adapt_selection`` may answer.
+        adaptation_history_len: Samples kept per key.
+        benchmark_count: Candidates measured so far.
+        fingerprint: The machine; ``None`` in files of the documents' schema.
+        source: ``"measured"`` or ``"predicted"``.
+        problems: The table that layers select from. ``lookup_table`` is its projection.
+    """
+
+    device_name: str
+    device_family: str
+    tile_size_mapping: dict[int, int] = field(default_factory=lambda: dict(TILE_SIZES))
+    simdgroup_mapping: dict[int, int] = field(default_factory=lambda: dict(SIMDGROUPS))
+    lookup_table: Table = field(default_factory=dict)
+    adaptation_enabled: bool = True
+    adaptation_history_len: int = 100
+    benchmark_count: int = 0
+    fingerprint: Fingerprint | None = None
+    source: str = "measured"
+    problems: dict[Problem, Entry] = field(default_factory=dict)
+
+    @classmethod
+    def of_machine(cls, device: str) -> "AutotuneConfig":
+        """An empty profile of this machine."""
+        name = device_name(device)
+        return cls(name, device_family(name), fingerprint=fingerprint(device))
+
+    def add(self, problem: Problem, entry: Entry) -> None:
+        """Enter a result and project it onto ``lookup_table``."""
+        self.problems[problem] = entry
+        project(self, {table_key(problem)})
+
+
+def default_entry(profile: AutotuneConfig, batch_size: int, widths: Iterable[int]) -> KernelConfig:
+    """The default of the widest bit width present: tiles and simdgroups by the profile's mappings, variant by rows."""
+    variant = kernels.default_variant(batch_size)
+    widest = max(widths)
+    tile = _nearest_value(profile.tile_size_mapping, widest, TILE_SIZES)
+    simdgroups = _nearest_value(profile.simdgroup_mapping, widest, SIMDGROUPS)
+    # large_batch is the kernel with tile_n = 128.
+    tile_n = 128 if variant == "large_batch" else tile
+    return KernelConfig(kernels.make_name(variant), tile, tile_n, simdgroups, True, variant)
+
+
+def _nearest_value(mapping: dict[int, int], key: int, fallback: dict[int, int]) -> int:
+    mapping = mapping or fallback
+    return mapping[by_distance(mapping, key)[0]]
+
+
+def by_distance(keys: Iterable[int], target: int) -> list[int]:
+    """Keys by absolute distance to a target, the smaller first where two are equally far."""
+    return sorted(keys, key=lambda key: (abs(key - target), key))
+
+
+def search_table(
+    table: Table, batch_size: int, hidden: int, widths: tuple[int, ...], accept: Callable[[KernelConfig], bool]
+) -> KernelConfig | None:
+    """Exact match, then the nearest batch size, then the nearest hidden size; neighbours only where accepted."""
+    exact = table.get(batch_size, {}).get(hidden, {}).get(widths)
+    if exact is not None:
+        return exact
+    hiddens = {h for row in table.values() for h in row}
+    for near_hidden in by_distance(hiddens, hidden):
+        for batch in by_distance(table, batch_size):
+            config = table[batch].get(near_hidden, {}).get(widths)
+            if config is not None and accept(config):
+                return config
+    return None
+
+
+def fitted(problem: Problem, config: KernelConfig) -> KernelConfig | None:
+    """A config from elsewhere with its tiles clamped to the nearest that its variant has here.
+
+    Returns:
+        A feasible config of the same kernel, or ``None`` if the kernel cannot run this problem.
+    """
+    if kernels.feasible(problem, config) is None:
+        return config
+    same = [c for c in kernels.candidates(problem) if c.kernel_variant == config.kernel_variant]
+    if not same:
+        return None
+    near = min(same, key=lambda c: _tile_distance(c, config))
+    near = replace(
+        config, tile_size_m=near.tile_size_m, tile_size_n=near.tile_size_n, simdgroups=near.simdgroups
+    )
+    return near if kernels.feasible(problem, near) is None else None
+
+
+def _tile_distance(a: KernelConfig, b: KernelConfig) -> tuple[int, int, int]:
+    return (
+        abs(a.tile_size_m - b.tile_size_m), abs(a.tile_size_n - b.tile_size_n), abs(a.simdgroups - b.simdgroups)
+    )
+
+
+def table_key(problem: Problem) -> tuple[int, int, tuple[int, ...]]:
+    return problem.rows, problem.hidden, problem.widths
+
+
+def project(profile: AutotuneConfig, keys: set | None = None) -> None:
+    """Bring ``lookup_table`` up to date with ``problems``.
+
+    Several problems may share a key; of the configs that tuning chose for one of them, the one with the lowest
+    geometric mean of its times over all of them is entered.
+
+    Args:
+        keys: ``(tokens, hidden, widths)`` to bring up to date. Default: all that ``problems`` has.
+    """
+    groups = defaultdict(list)
+    for problem, entry in profile.problems.items():
+        if keys is None or table_key(problem) in keys:
+            groups[table_key(problem)].append(entry)
+    for (rows, hidden, widths), entries in groups.items():
+        best = min(_chosen(entries), key=lambda config: _mean_log_time(config, entries))
+        profile.lookup_table.setdefault(rows, {}).setdefault(hidden, {})[widths] = best
+
+
+def _chosen(entries: list[Entry]) -> list[KernelConfig]:
+    return list(dict.fromkeys(config for e in entries for config in (e.config, e.default)))
+
+
+def _mean_log_time(config: KernelConfig, entries: list[Entry]) -> tuple[int, float, int]:
+    """Sort key: configs timed for every problem first, then by mean log time, then those that more entries chose."""
+    logs = []
+    for entry in entries:
+        times = {entry.default: entry.baseline, **{m.config: m.timing for m in entry.timings}, entry.config: entry.samples}
+        if config in times:
+            logs.append(math.log(max(times[config].median_ms, 1e-9)))
+    mean = sum(logs) / len(logs)
+    # With one problem the decision stands: the default was kept on evidence even where its median is the larger.
+    if len(entries) == 1:
+        mean = 0.0 if config == entries[0].config else 1.0
+    return len(entries) - len(logs), mean, -sum(e.config == config for e in entries)
+
+
+def merge(older: AutotuneConfig, newer: AutotuneConfig) -> AutotuneConfig:
+    """Union of two profiles of one machine: per problem the later entry, elsewhere what ``newer`` says.
+
+    Raises:
+        ProfileError: If they are profiles of different machines or kernels.
+    """
+    if not same_origin(older, newer):
+        raise ProfileError(
+            f"cannot merge a profile of {describe(newer)} into one of {describe(older)}: "
+            "timings hold for one machine and one build of the kernels only"
+        )
+    problems = dict(older.problems)
+    for problem, entry in newer.problems.items():
+        if problem not in problems or _order(entry) >= _order(problems[problem]):
+            problems[problem] = entry
+    table: Table = {}
+    for source in (older.lookup_table, newer.lookup_table):
+        for batch, row in source.items():
+            for hidden, cell in row.items():
+                table.setdefault(batch, {}).setdefault(hidden, {}).update(cell)
+    timed = sum(len(e.timings) for e in problems.values())
+    merged = AutotuneConfig(
+        newer.device_name, newer.device_family, dict(newer.tile_size_mapping), dict(newer.simdgroup_mapping), table,
+        newer.adaptation_enabled, newer.adaptation_history_len,
+        max(older.benchmark_count, newer.benchmark_count, timed), newer.fingerprint, newer.source, problems,
+    )
+    project(merged)
+    return merged
+
+
+def _order(entry: Entry) -> tuple:
+    """A total order, so that merging does not depend on who is merged first."""
+    return entry.timestamp, entry.samples.n, repr(entry)
+
+
+def same_origin(a: AutotuneConfig, b: AutotuneConfig) -> bool:
+    """Whether two profiles hold timings of the same machine and kernels."""
+    if a.fingerprint is None or b.fingerprint is None:
+        same_name = canonical_name(a.device_name) == canonical_name(b.device_name)
+        return a.fingerprint is b.fingerprint and same_name and a.source == b.source
+    return (
+        a.fingerprint.same_machine(b.fingerprint)
+        and a.fingerprint.kernel_hash == b.fingerprint.kernel_hash
+        and a.source == b.source
+    )
+
+
+def describe(profile: AutotuneConfig) -> str:
+    """The machine of a profile, for messages."""
+    f = profile.fingerprint
+    if f is None:
+        return f"{profile.device_name} (no fingerprint)"
+    return f"{profile.device_name}, {f.cores} cores, kernels {f.kernel_hash}, {profile.source}"
