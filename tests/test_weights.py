@@ -120,9 +120,9 @@ def test_bad_banks():
         ExpertBank(good["gate"], [good["up"][0], TRELLIS], good["down"])
     with pytest.raises(ValueError, match=r"gate\[1\] is .*in_features=128.* must have the sizes of gate\[0\]"):
         ExpertBank([good["gate"][0], make(128, 128)["gate"][0]], good["up"], good["down"])
-    with pytest.raises(ValueError, match="both map hidden to intermediate"):
+    with pytest.raises(ValueError, match="gate and up must map hidden to one intermediate size"):
         ExpertBank(good["gate"], make(256, 256)["up"], good["down"])
-    with pytest.raises(ValueError, match="does not map back what gate maps"):
+    with pytest.raises(ValueError, match="down must map it back"):
         ExpertBank(good["gate"], good["up"], make(256, 256)["down"])
-    with pytest.raises(ValueError, match="does not map back what gate maps"):
+    with pytest.raises(ValueError, match="down must map it back"):
         ExpertBank(good["gate"], good["up"], make(200, 128)["down"])
