@@ -1,0 +1,105 @@
+"""The compiler behind the simulator: PyPI's ziglang brings clang, ld.lld and a libc for the runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from .errors import CompileError
+
+HERE = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_marlin" / "metal_sim"
+CLANG = [sys.executable, "-m", "ziglang", "clang"]
+# `zig cc -x c++` without exceptions: `zig c++` would first build libc++ for two minutes.
+CXX = [sys.executable, "-m", "ziglang", "cc", "-x", "c++", "-fno-exceptions", "-fno-rtti"]
+LINKER = [sys.executable, "-m", "ziglang", "ld.lld"]
+# No AVX2 or AVX-512: the memory callbacks exist for at most 16 bytes.
+ISA = ["-mavx", "-mf16c", "-mfma"]
+# Without these, x86 clang keeps chains of half and bfloat operations in float.
+PRECISION = ["-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none"]
+MAX_REPORTED_LINES = 120
+
+
+def unavailable() -> str | None:
+    """Why the simulator cannot run here, or None."""
+    if importlib.util.find_spec("ziglang") is None:
+        return "the Metal simulator needs PyPI's ziglang (pip install ziglang)"
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"the Metal simulator runs on x86-64 Linux, not on {sys.platform} {platform.machine()}"
+    flags = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags")), "")
+    missing = {"avx", "f16c", "fma"} - set(flags.split())
+    return f"the Metal simulator needs the CPU features {sorted(missing)}" if missing else None
+
+
+def digest(*parts: str | bytes) -> str:
+    """A short content hash; parts are delimited, so that moving text between them changes it."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.encode() if isinstance(part, str) else part)
+        sha.update(b"\0")
+    return sha.hexdigest()[:24]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside and rename: other processes share the cache."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+def _errors_only(stderr: str) -> str:
+    """Errors and the lines that belong to them, without the warnings."""
+    kept, following = [], 0
+    for line in stderr.splitlines():
+        if "error:" in line:
+            following = 6
+        elif ": warning:" in line:
+            following = 0
+        elif ": note:" in line:
+            following = 3
+        else:
+            following -= 1
+        if following > 0 and len(kept) < MAX_REPORTED_LINES:
+            kept.append(line[:500])
+    return "\n".join(kept) or stderr[-4000:]
+
+
+def run_tool(command: list[str], what: str) -> subprocess.CompletedProcess:
+    """Run a tool; a failure raises CompileError with the errors it printed."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CompileError(f"{what} failed:\n{_errors_only(done.stderr)}")
+    return done
+
+
+@functools.cache
+def sources_digest() -> str:
+    """Hash of the shim and the runtime: a change rebuilds everything."""
+    files = sorted([*(HERE / "shim").iterdir(), *(HERE / "runtime").iterdir()])
+    return digest(*(f.read_text() for f in files))
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    """Build (once) and load the runtime that executes threadgroups."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-fno-sanitize=all", "-fomit-frame-pointer"]
+    library = CACHE / f"runtime_{digest(sources_digest(), *ISA, *flags)}.so"
+    if not library.exists():
+        beside = library.with_name(f"{library.name}.{os.getpid()}")
+        source = str(HERE / "runtime" / "runtime.cpp")
+        run_tool([*CXX, *flags, *ISA, *PRECISION, "-o", str(beside), source], "building the runtime")
+        beside.replace(library)
+    ctypes.CDLL("libm.so.6", ctypes.RTLD_GLOBAL)  # kernels call libm by name
+    loaded = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    loaded.msl_shared.restype = ctypes.c_void_p
+    loaded.msl_shared.argtypes = [ctypes.c_uint64]
+    loaded.msl_unshare.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
+    return loaded
