@@ -1,0 +1,220 @@
+"""The clock, and what its samples say. Knows callables, not kernels.
+
+Times are compared by their logarithms: timing noise is multiplicative and skewed, and a difference of mean logarithms
+is a ratio of times.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+# A chain lasts at least this long: 2 ms is 10^4 ticks of a 200 ns timer and above one scheduler interrupt.
+MIN_CHAIN_SECONDS = 2e-3
+# Above this many launch floors the floor is less than 1 %, half of the default margin: one call is timed by itself.
+FLOORS_TO_IGNORE = 100
+MAX_CHAIN = 64
+# Warm-up ends early after this time: page faults and clock ramps of one call are over by then.
+WARMUP_SECONDS = 0.05
+
+
+# Statistics
+
+
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularised incomplete beta function, by its continued fraction (DLMF 8.17.22, Lentz's method)."""
+    if x <= 0.0 or x >= 1.0:
+        return float(x >= 1.0)
+    if x > (a + 1) / (a + b + 2):  # the fraction converges fast on the other side only
+        return 1.0 - _incomplete_beta(b, a, 1.0 - x)
+    front = math.exp(a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)) / a
+    tiny = 1e-300
+    c, d = 1.0, 1.0 / ((1.0 - (a + b) * x / (a + 1)) or tiny)
+    fraction = d
+    for m in range(1, 10_000):
+        for numerator in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d = 1.0 / ((1.0 + numerator * d) or tiny)
+            c = (1.0 + numerator / c) or tiny
+            fraction *= c * d
+        if abs(c * d - 1.0) < 1e-12:
+            break
+    return front * fraction
+
+
+def t_tail(t: float, freedom: float) -> float:
+    """Probability that Student's t exceeds ``t``."""
+    half = 0.5 * _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
+    return half if t > 0 else 1.0 - half
+
+
+def t_quantile(tail: float, freedom: float) -> float:
+    """The ``t`` that Student's t exceeds with probability ``tail`` below one half, by bisection."""
+    low, high = 0.0, 1.0
+    while t_tail(high, freedom) > tail:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, freedom) > tail else (low, middle)
+    return (low + high) / 2
+
+
+class _Difference(NamedTuple):
+    mean: float
+    error: float
+    freedom: float
+
+
+def _difference(a: Sequence[float], b: Sequence[float]) -> _Difference:
+    """Difference of two means with Welch's standard error and degrees of freedom.
+
+    A sample without any spread shows the clock's resolution, not its noise: it is given the other's variance.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"a comparison needs at least 2 samples on each side, got {len(a)} and {len(b)}")
+    mean_a, mean_b = math.fsum(a) / len(a), math.fsum(b) / len(b)
+    variance_a, variance_b = statistics.variance(a, mean_a), statistics.variance(b, mean_b)
+    if not variance_a or not variance_b:
+        variance_a = variance_b = variance_a or variance_b
+    error_a, error_b = variance_a / len(a), variance_b / len(b)
+    squared = error_a + error_b
+    if not squared:
+        return _Difference(mean_a - mean_b, 0.0, 1.0)
+    freedom = squared**2 / (error_a**2 / (len(a) - 1) + error_b**2 / (len(b) - 1))
+    return _Difference(mean_a - mean_b, math.sqrt(squared), freedom)
+
+
+def welch_p_value(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p-value of Welch's test that two samples of at least 2 values have the same mean."""
+    mean, error, freedom = _difference(a, b)
+    if not error:
+        return 1.0 if not mean else 0.0
+    return 2 * t_tail(abs(mean) / error, freedom)
+
+
+class Comparison(NamedTuple):
+    """Two sets of times.
+
+    Attributes:
+        ratio: Geometric mean of the first over that of the second.
+        low, high: Its 95 % confidence interval.
+        p_faster: One-sided p-value of "the first is not faster than the second by more than the margin".
+    """
+
+    ratio: float
+    low: float
+    high: float
+    p_faster: float
+
+
+def compare(times: Sequence[float], baseline: Sequence[float], margin: float = 0.0) -> Comparison:
+    """Compare two sets of times, in any unit, by Welch's test on their logarithms.
+
+    Args:
+        times: At least 2 positive times.
+        baseline: The same, to compare with.
+        margin: Part of the baseline's time by which ``times`` must be faster. Default: ``0.0``.
+    """
+    mean, error, freedom = _difference([math.log(t) for t in times], [math.log(t) for t in baseline])
+    limit = math.log1p(-margin)
+    if not error:
+        return Comparison(math.exp(mean), math.exp(mean), math.exp(mean), 0.0 if mean < limit else 1.0)
+    half = t_quantile(0.025, freedom) * error
+    p_faster = t_tail((limit - mean) / error, freedom)
+    return Comparison(math.exp(mean), math.exp(mean - half), math.exp(mean + half), p_faster)
+
+
+def holm(p_values: Mapping[Hashable, float], alpha: float, tests: int | None = None) -> set:
+    """The hypotheses that Holm's step-down procedure rejects.
+
+    Args:
+        p_values: By hypothesis.
+        alpha: Probability of any false rejection.
+        tests: Number of hypotheses, where more were looked at than have a p-value. Default: ``len(p_values)``.
+    """
+    tests = len(p_values) if tests is None else tests
+    rejected = set()
+    for i, (key, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        if p > alpha / (tests - i):
+            break
+        rejected.add(key)
+    return rejected
+
+
+def spread(times: Sequence[float]) -> float:
+    """Interquartile range over the median; 0 for a single sample."""
+    if len(times) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+# The clock
+
+
+def launch_floor(samples: int = 21) -> float:
+    """Median seconds that MLX takes to evaluate next to nothing on the default device."""
+    x = mx.zeros((1,))
+    mx.eval(x)
+    return statistics.median(_timed(lambda: x + 1) for _ in range(samples))
+
+
+def _timed(make: Callable[[], mx.array]) -> float:
+    start = time.perf_counter()
+    mx.eval(make())
+    return time.perf_counter() - start
+
+
+class Chain:
+    """A clock for one way to compute something: each call gives the seconds of one evaluation.
+
+    Calls are chained, so that each waits for the one before. Short ones are timed at two lengths, and the slope cancels
+    what it costs to launch an evaluation at all.
+
+    Args:
+        step: ``step(x, i) -> y``, the i-th evaluation; i counts up, so that the step can rotate over weight sets.
+        x: Its input, which must not depend on ``i``.
+        floor: See :func:`launch_floor`.
+    """
+
+    def __init__(self, step: Callable[[mx.array, int], mx.array], x: mx.array, floor: float):
+        self._step, self._x, self._floor = step, x, floor
+        self._count = 0
+        self._length = 1
+
+    def warm_up(self, calls: int) -> None:
+        """Evaluate at least twice, up to ``calls`` times or 50 ms, and set the chain's length from the fastest."""
+        best, start = math.inf, time.perf_counter()
+        for i in range(max(2, calls)):
+            best = min(best, self._run(1))
+            if i and time.perf_counter() - start > WARMUP_SECONDS:
+                break
+        if best > FLOORS_TO_IGNORE * self._floor:
+            self._length = 1
+        else:
+            self._length = min(MAX_CHAIN, 1 + max(4, math.ceil(MIN_CHAIN_SECONDS / best)))
+
+    def __call__(self) -> float:
+        if self._length == 1:
+            return self._run(1)
+        while True:
+            short, long = self._run(1), self._run(self._length)
+            if long > short:
+                return (long - short) / (self._length - 1)
+
+    def _run(self, length: int) -> float:
+        start = time.perf_counter()
+        x = self._x
+        for _ in range(length):
+            y = self._step(x, self._count)
+            self._count += 1
+            x = mx.depends([self._x], [y])[0]
+        mx.eval(y)
+        return time.perf_counter() - start

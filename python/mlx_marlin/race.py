@@ -1,0 +1,218 @@
+"""A race between clocks: which candidate replaces the incumbent. Knows callables, not kernels.
+
+A challenger wins only on evidence: Welch's test with a margin, Holm's correction over all challengers, and the same
+test once more on fresh samples, because the winner was picked on lucky ones.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+
+from .measure import Comparison, compare, holm
+
+# Slower than the best median by these factors after 1, 2 and from 3 rounds on: hopeless. They shrink as noise averages out.
+HOPELESS = (2.0, 1.5, 1.25)
+# From this many rounds on a candidate that is significantly slower than the best leaves too.
+ROUNDS_TO_TEST = 5
+MAX_FINALISTS = 4
+
+
+@dataclass(frozen=True)
+class Rules:
+    """When a challenger wins.
+
+    Attributes:
+        rounds: Samples per candidate, before and again after picking.
+        warmup: Calls before the first sample.
+        margin: Part of the incumbent's time by which a challenger must be faster.
+        alpha: Probability, over all challengers of a race, that one that is not faster passes the first test.
+        seed: Of the order within rounds.
+    """
+
+    rounds: int = 20
+    warmup: int = 5
+    margin: float = 0.02
+    alpha: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.rounds < 2 or self.warmup < 0:
+            raise ValueError(f"rounds must be at least 2 and warmup at least 0, got {self.rounds} and {self.warmup}")
+        if not 0 <= self.margin < 1 or not 0 < self.alpha < 1:
+            raise ValueError(f"margin must lie in [0, 1) and alpha in (0, 1), got {self.margin} and {self.alpha}")
+
+
+@dataclass
+class Race:
+    """The outcome of a race.
+
+    Attributes:
+        winner: The incumbent, or the challenger that beat it.
+        decision: ``"faster"``, ``"default"`` (no challenger is faster by the margin) or ``"undecided"`` (the noise does
+            not tell); the latter two keep the incumbent.
+        comparison: Winner against incumbent, on the fresh samples.
+        samples: Seconds per candidate, before picking.
+        fresh: Seconds of the incumbent and the finalists, after picking; empty if there was nothing to confirm.
+        failures: Reason per candidate that raised.
+    """
+
+    winner: Hashable
+    decision: str = "default"
+    comparison: Comparison = Comparison(1.0, 1.0, 1.0, 1.0)
+    samples: dict = field(default_factory=dict)
+    fresh: dict = field(default_factory=dict)
+    failures: dict = field(default_factory=dict)
+
+
+def race(
+    candidates: Mapping[Hashable, Callable[[], float]],
+    incumbent: Hashable,
+    rules: Rules = Rules(),
+    *,
+    cost: Callable[[Hashable], float] = lambda key: 1.0,
+    deadline: float = math.inf,
+    on_round: Callable[[int, int], None] | None = None,
+) -> Race:
+    """Whether a challenger beats the incumbent.
+
+    All candidates are sampled once per round, in an order that changes. Those that cannot win leave early. A challenger
+    that passes Welch's test with Holm's correction is sampled afresh, again interleaved, and must pass again. Of several
+    that pass and that the samples cannot tell apart, the first in the order of ``candidates`` wins.
+
+    Args:
+        candidates: Clocks: each call gives one time in seconds. A ``warm_up(calls)`` method is called once if there is
+            one. Whatever a clock raises is recorded as its failure; only the incumbent's is raised.
+        incumbent: The key that stays unless it is beaten.
+        rules: Rounds, margin and significance.
+        cost: Factor on the times of a candidate, for objectives other than latency.
+        deadline: ``time.perf_counter()`` after which no further round begins.
+        on_round: Called with the candidates left and the rounds left.
+
+    Raises:
+        ValueError: If the incumbent is not a candidate.
+    """
+    if incumbent not in candidates:
+        raise ValueError(f"the incumbent {incumbent!r} is not among the candidates")
+    table = _Table(candidates, incumbent, rules, cost, deadline, on_round)
+    result = Race(incumbent, failures=table.failures)
+    table.warm_up()
+    result.samples = table.run(list(table.clocks), rules.rounds, eliminate=True)
+    passed = table.significant(result.samples, tests=len(candidates) - 1)
+    if passed:
+        result.fresh = table.run([incumbent, *table.finalists(passed, result.samples)], rules.rounds, eliminate=False)
+        confirmed = table.significant(result.fresh, tests=len(result.fresh) - 1)
+        if confirmed:
+            result.winner, result.decision = table.first_of_best(confirmed, result.fresh), "faster"
+    seen = result.fresh or result.samples
+    if result.winner != incumbent:
+        result.comparison = table.compared(result.winner, incumbent, seen)
+    elif table.possibly_faster(result.samples):
+        result.decision = "undecided"
+    return result
+
+
+class _Table:
+    """The clocks of a race and the tests on their samples."""
+
+    def __init__(self, candidates, incumbent, rules, cost, deadline, on_round):
+        self.clocks = dict(candidates)
+        self.incumbent, self.rules, self.cost = incumbent, rules, cost
+        self.deadline, self.on_round = deadline, on_round
+        self.failures: dict = {}
+        self.order = {key: i for i, key in enumerate(candidates)}
+        self.random = random.Random(rules.seed)
+
+    def warm_up(self) -> None:
+        for key in list(self.clocks):
+            warm = getattr(self.clocks[key], "warm_up", None)
+            if warm is not None:
+                self._guarded(key, lambda: warm(self.rules.warmup))
+
+    def run(self, keys: list, rounds: int, eliminate: bool) -> dict:
+        """Sample in rounds; returns the times of every candidate that has any."""
+        times = {key: [] for key in keys if key in self.clocks}
+        active = list(times)
+        for done in range(rounds):
+            if time.perf_counter() > self.deadline or (eliminate and len(active) < 2):
+                break
+            self.random.shuffle(active)
+            for key in list(active):
+                sample = self._guarded(key, self.clocks[key])
+                if sample is None:
+                    active.remove(key)
+                    del times[key]
+                else:
+                    times[key].append(sample * self.cost(key))
+            if eliminate:
+                active = self._survivors(active, times, done + 1)
+            if self.on_round is not None:
+                self.on_round(len(active), rounds - done - 1)
+        return {key: samples for key, samples in times.items() if samples}
+
+    def _guarded(self, key, call):
+        """The value of a call, or ``None`` if a challenger raised, which then leaves the race."""
+        if key == self.incumbent:
+            return call()
+        try:
+            value = call()
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"the clock gave {value!r} seconds")
+            return value
+        # A challenger is code under trial: whatever it raises disqualifies it, with the reason on record.
+        except Exception as error:
+            self.failures[key] = f"{type(error).__name__}: {error}"
+            self.clocks.pop(key, None)
+            return None
+
+    def _survivors(self, active: list, times: dict, rounds: int) -> list:
+        limit = HOPELESS[min(rounds, len(HOPELESS)) - 1]
+        medians = {key: statistics.median(times[key]) for key in active}
+        best = min(medians, key=medians.get)
+
+        def stays(key) -> bool:
+            if key in (self.incumbent, best):
+                return True
+            if medians[key] > limit * medians[best]:
+                return False
+            # 1 % : over 20 looks the truly best leaves rarely, and then a near equal is left.
+            return rounds < ROUNDS_TO_TEST or compare(times[best], times[key]).p_faster > 0.01
+
+        return [key for key in active if stays(key)]
+
+    def compared(self, key, other, times: dict) -> Comparison:
+        return compare(times[key], times[other], self.rules.margin)
+
+    def _challengers(self, times: dict) -> list:
+        if len(times.get(self.incumbent, ())) < 2:
+            return []
+        return [key for key, samples in times.items() if key != self.incumbent and len(samples) > 1]
+
+    def significant(self, times: dict, tests: int) -> set:
+        p_values = {key: self.compared(key, self.incumbent, times).p_faster for key in self._challengers(times)}
+        return holm(p_values, self.rules.alpha, tests)
+
+    def possibly_faster(self, times: dict) -> bool:
+        """Whether some challenger looks faster by the margin, or nothing can be said."""
+        if len(times.get(self.incumbent, ())) < 2:
+            return True
+        limit = 1 - self.rules.margin
+        return any(self.compared(key, self.incumbent, times).ratio < limit for key in self._challengers(times))
+
+    def _tied(self, keys, times: dict) -> list:
+        """The candidates that are not significantly slower than the best of them, in the caller's order."""
+        best = min(keys, key=lambda key: statistics.fmean(map(math.log, times[key])))
+        tied = [key for key in keys if key == best or compare(times[key], times[best]).low <= 1.0]
+        return sorted(tied, key=self.order.get)
+
+    def finalists(self, passed: set, times: dict) -> list:
+        best = min(passed, key=lambda key: statistics.fmean(map(math.log, times[key])))
+        first = [key for key in self._tied(passed, times) if key != best]
+        return [best, *first[: MAX_FINALISTS - 1]]
+
+    def first_of_best(self, confirmed: set, times: dict):
+        return self._tied(confirmed, times)[0]
