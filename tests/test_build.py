@@ -78,6 +78,12 @@ ORDER = [
     "codec",
     "weights",
     "kernels",
+    "device",
+    "profile_data",
+    "profile_io",
+    "profile",
+    "measure",
+    "race",
     "ops",
     "layers",
 ]

@@ -114,6 +114,22 @@ class Comparison(NamedTuple):
     p_faster: float
 
 
+def p_faster(times: Sequence[float], baseline: Sequence[float], margin: float = 0.0) -> float:
+    """The one-sided p-value of :func:`compare`, without the interval."""
+    return _p_faster(_difference(_logs(times), _logs(baseline)), margin)
+
+
+def _logs(times: Sequence[float]) -> list[float]:
+    return [math.log(t) for t in times]
+
+
+def _p_faster(difference: _Difference, margin: float) -> float:
+    limit = math.log1p(-margin)
+    if not difference.error:
+        return 0.0 if difference.mean < limit else 1.0
+    return t_tail((limit - difference.mean) / difference.error, difference.freedom)
+
+
 def compare(times: Sequence[float], baseline: Sequence[float], margin: float = 0.0) -> Comparison:
     """Compare two sets of times, in any unit, by Welch's test on their logarithms.
 
@@ -122,13 +138,10 @@ def compare(times: Sequence[float], baseline: Sequence[float], margin: float = 0
         baseline: The same, to compare with.
         margin: Part of the baseline's time by which ``times`` must be faster. Default: ``0.0``.
     """
-    mean, error, freedom = _difference([math.log(t) for t in times], [math.log(t) for t in baseline])
-    limit = math.log1p(-margin)
-    if not error:
-        return Comparison(math.exp(mean), math.exp(mean), math.exp(mean), 0.0 if mean < limit else 1.0)
-    half = t_quantile(0.025, freedom) * error
-    p_faster = t_tail((limit - mean) / error, freedom)
-    return Comparison(math.exp(mean), math.exp(mean - half), math.exp(mean + half), p_faster)
+    difference = _difference(_logs(times), _logs(baseline))
+    mean, error, freedom = difference
+    half = t_quantile(0.025, freedom) * error if error else 0.0
+    return Comparison(math.exp(mean), math.exp(mean - half), math.exp(mean + half), _p_faster(difference, margin))
 
 
 def holm(p_values: Mapping[Hashable, float], alpha: float, tests: int | None = None) -> set:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
-from .measure import Comparison, compare, holm
+from .measure import Comparison, compare, holm, p_faster
 
 # Slower than the best median by these factors after 1, 2 and from 3 rounds on: hopeless. They shrink as noise averages out.
 HOPELESS = (2.0, 1.5, 1.25)
@@ -108,9 +108,8 @@ def race(
         confirmed = table.significant(result.fresh, tests=len(result.fresh) - 1)
         if confirmed:
             result.winner, result.decision = table.first_of_best(confirmed, result.fresh), "faster"
-    seen = result.fresh or result.samples
     if result.winner != incumbent:
-        result.comparison = table.compared(result.winner, incumbent, seen)
+        result.comparison = compare(result.fresh[result.winner], result.fresh[incumbent], rules.margin)
     elif table.possibly_faster(result.samples):
         result.decision = "undecided"
     return result
@@ -180,12 +179,9 @@ class _Table:
             if medians[key] > limit * medians[best]:
                 return False
             # 1 % : over 20 looks the truly best leaves rarely, and then a near equal is left.
-            return rounds < ROUNDS_TO_TEST or compare(times[best], times[key]).p_faster > 0.01
+            return rounds < ROUNDS_TO_TEST or p_faster(times[best], times[key]) > 0.01
 
         return [key for key in active if stays(key)]
-
-    def compared(self, key, other, times: dict) -> Comparison:
-        return compare(times[key], times[other], self.rules.margin)
 
     def _challengers(self, times: dict) -> list:
         if len(times.get(self.incumbent, ())) < 2:
@@ -193,24 +189,29 @@ class _Table:
         return [key for key, samples in times.items() if key != self.incumbent and len(samples) > 1]
 
     def significant(self, times: dict, tests: int) -> set:
-        p_values = {key: self.compared(key, self.incumbent, times).p_faster for key in self._challengers(times)}
+        base, margin = times.get(self.incumbent), self.rules.margin
+        p_values = {key: p_faster(times[key], base, margin) for key in self._challengers(times)}
         return holm(p_values, self.rules.alpha, tests)
 
     def possibly_faster(self, times: dict) -> bool:
         """Whether some challenger looks faster by the margin, or nothing can be said."""
         if len(times.get(self.incumbent, ())) < 2:
             return True
-        limit = 1 - self.rules.margin
-        return any(self.compared(key, self.incumbent, times).ratio < limit for key in self._challengers(times))
+        limit = (1 - self.rules.margin) * statistics.geometric_mean(times[self.incumbent])
+        return any(statistics.geometric_mean(times[key]) < limit for key in self._challengers(times))
 
     def _tied(self, keys, times: dict) -> list:
         """The candidates that are not significantly slower than the best of them, in the caller's order."""
-        best = min(keys, key=lambda key: statistics.fmean(map(math.log, times[key])))
-        tied = [key for key in keys if key == best or compare(times[key], times[best]).low <= 1.0]
+        best = self._fastest(keys, times)
+        # 0.025 on one side: the 95 % interval of the ratio contains 1.
+        tied = [key for key in keys if key == best or p_faster(times[best], times[key]) > 0.025]
         return sorted(tied, key=self.order.get)
 
+    def _fastest(self, keys, times: dict):
+        return min(keys, key=lambda key: statistics.geometric_mean(times[key]))
+
     def finalists(self, passed: set, times: dict) -> list:
-        best = min(passed, key=lambda key: statistics.fmean(map(math.log, times[key])))
+        best = self._fastest(passed, times)
         first = [key for key in self._tied(passed, times) if key != best]
         return [best, *first[: MAX_FINALISTS - 1]]
 
