@@ -292,6 +292,13 @@ def row_error(actual, expected: np.ndarray) -> float:
     return float(np.where(np.isfinite(ratio), ratio, np.inf).max())
 
 
+def check(case: Case, actual: mx.array, inputs: tuple) -> None:
+    """Assert that a backend's result for ``case.inputs()`` has the right dtype, shape and values."""
+    assert actual.dtype == inputs[0].dtype, f"{case}: the result is {actual.dtype}, x is {inputs[0].dtype}"
+    error = row_error(actual, case.reference(*inputs))
+    assert error <= case.tolerance, f"{case}: a row is {error:.2e} off, allowed are {case.tolerance:.0e}"
+
+
 def legal(values: dict) -> bool:
     """Whether a (partial) choice of values is a case: a linear has no experts to mix or to choose."""
     if values.get("activation") != "none":
