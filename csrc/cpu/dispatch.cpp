@@ -1,0 +1,91 @@
+// Which instruction set runs. Built for the baseline, so that it may run anywhere.
+#include <atomic>
+#include <stdexcept>
+
+#include "kernels.h"
+#include "tier.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+namespace mlx_marlin::cpu {
+
+#define MARLIN_DECLARE_TIER(name) \
+  namespace name {                \
+  const Tier& tier_table();       \
+  }
+
+MARLIN_DECLARE_TIER(baseline)
+
+namespace {
+
+struct Entry {
+  const char* name;
+  bool (*supported)();
+  const Tier& (*table)();
+};
+
+// Best last.
+const Entry kEntries[] = {
+    {"baseline", [] { return true; }, baseline::tier_table},
+};
+
+const Entry& best() {
+  const Entry* found = nullptr;
+  for (const Entry& entry : kEntries) {
+    if (entry.supported()) {
+      found = &entry;
+    }
+  }
+  return *found;
+}
+
+std::atomic<const Tier*>& current() {
+  static std::atomic<const Tier*> tier{&best().table()};
+  return tier;
+}
+
+} // namespace
+
+const Tier& tier() {
+  return *current().load(std::memory_order_acquire);
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Entry& entry : kEntries) {
+    if (entry.supported()) {
+      names.push_back(entry.name);
+    }
+  }
+  return names;
+}
+
+std::string instruction_set() {
+  return tier().name;
+}
+
+void set_instruction_set(const std::string& name) {
+  if (name == "auto") {
+    current() = &best().table();
+    return;
+  }
+  std::string known = "auto";
+  for (const Entry& entry : kEntries) {
+    if (!entry.supported()) {
+      continue;
+    }
+    if (name == entry.name) {
+      current() = &entry.table();
+      return;
+    }
+    known += std::string(", ") + entry.name;
+  }
+  throw std::invalid_argument(
+      "this machine runs the instruction sets " + known + "; got \"" + name + "\"");
+}
+
+} // namespace mlx_marlin::cpu

@@ -1,0 +1,233 @@
+// Products with the inner matrix. Included by tier.cpp only.
+//
+// A tile is decoded into vectors that lie along its columns (simd_*.h: kChains accumulators hold all 16
+// columns, kSteps vectors of x cover all 16 rows), so that neither weights nor activations are
+// transposed; the lanes of an accumulator are summed once, after the last tile.
+#pragma once
+
+namespace mlx_marlin::cpu::MARLIN_TIER {
+
+constexpr int kGroups = 8;  // of two columns, 8 apart
+constexpr int kGroupChains = kChains / kGroups;
+constexpr int kGroupVectors = kSteps * kGroupChains;
+constexpr int kTileVectors = kGroups * kGroupVectors;
+
+// Tile rows per sweep: 16 tiles of x (1 KB per row) and of decoded weights (16 KB) stay in the L1 cache.
+constexpr int kSweep = 16;
+
+// From this many rows on, a sweep is decoded into memory and multiplied from there.
+constexpr int kPanelRows = 9;
+
+constexpr int64_t tile_bytes(int bits) {
+  return 32 * bits;
+}
+
+// Groups whose accumulators stay in registers while ROWS rows share a decoded group.
+template <int ROWS>
+constexpr int kSweepGroups = ROWS == 1 ? 8 : ROWS == 2 ? 4 : ROWS <= 4 ? 2 : 1;
+
+// sums[row * kChains + chain] += x * tiles for chains of groups [first, first + kSweepGroups).
+template <int CODEBOOK, int ROWS, bool FIRST>
+static void sweep(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride, int tiles,
+                  const float* x, int64_t ldx, int first, V* sums) {
+  constexpr int groups = kSweepGroups<ROWS>;
+  constexpr int chains = groups * kGroupChains;
+  V acc[ROWS * chains];
+  sums += first * kGroupChains;
+  unroll<ROWS>([&](auto r) {
+    unroll<chains>([&](auto c) { acc[r * chains + c] = sums[r * kChains + c]; });
+  });
+  for (int t = 0; t < tiles; ++t, tile += stride, x += MARLIN_TILE) {
+    unroll<groups>([&](auto g) {
+      V w[kGroupVectors];
+      decoder.template columns<FIRST && g == 0>(tile, first + g, w);
+      unroll<kSteps>([&](auto s) {
+        unroll<ROWS>([&](auto r) {
+          V value = load_step(x + r * ldx, s);
+          unroll<kGroupChains>([&](auto c) {
+            V& sum = acc[r * chains + g * kGroupChains + c];
+            sum = fma(w[s * kGroupChains + c], value, sum);
+          });
+        });
+      });
+    });
+  }
+  unroll<ROWS>([&](auto r) {
+    unroll<chains>([&](auto c) { sums[r * kChains + c] = acc[r * chains + c]; });
+  });
+}
+
+template <int CODEBOOK, int ROWS>
+static void sweep_tile(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride,
+                       int tiles, const float* x, int64_t ldx, V* sums) {
+  sweep<CODEBOOK, ROWS, true>(decoder, tile, stride, tiles, x, ldx, 0, sums);
+  if constexpr (kSweepGroups<ROWS> < kGroups) {
+    for (int g = kSweepGroups<ROWS>; g < kGroups; g += kSweepGroups<ROWS>) {
+      sweep<CODEBOOK, ROWS, false>(decoder, tile, stride, tiles, x, ldx, g, sums);
+    }
+  }
+}
+
+template <int CODEBOOK>
+static void sweep_rows(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride,
+                       int tiles, const float* x, int64_t ldx, int rows, V* sums) {
+  switch (rows) {
+    case 1: return sweep_tile<CODEBOOK, 1>(decoder, tile, stride, tiles, x, ldx, sums);
+    case 2: return sweep_tile<CODEBOOK, 2>(decoder, tile, stride, tiles, x, ldx, sums);
+    case 3: return sweep_tile<CODEBOOK, 3>(decoder, tile, stride, tiles, x, ldx, sums);
+    case 4: return sweep_tile<CODEBOOK, 4>(decoder, tile, stride, tiles, x, ldx, sums);
+    case 5: return sweep_tile<CODEBOOK, 5>(decoder, tile, stride, tiles, x, ldx, sums);
+    case 6: return sweep_tile<CODEBOOK, 6>(decoder, tile, stride, tiles, x, ldx, sums);
+    case 7: return sweep_tile<CODEBOOK, 7>(decoder, tile, stride, tiles, x, ldx, sums);
+    case 8: return sweep_tile<CODEBOOK, 8>(decoder, tile, stride, tiles, x, ldx, sums);
+  }
+}
+
+// panel[tile][step][chain]
+template <int CODEBOOK>
+static void decode_panel(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride,
+                         int tiles, V* panel) {
+  for (int t = 0; t < tiles; ++t, tile += stride, panel += kTileVectors) {
+    auto put = [&](int g, const V* w) {
+      unroll<kGroupVectors>([&](auto i) {
+        panel[i / kGroupChains * kChains + g * kGroupChains + i % kGroupChains] = w[i];
+      });
+    };
+    V w[kGroupVectors];
+    decoder.template columns<true>(tile, 0, w);
+    put(0, w);
+    for (int g = 1; g < kGroups; ++g) {
+      decoder.template columns<false>(tile, g, w);
+      put(g, w);
+    }
+  }
+}
+
+template <int ROWS>
+static void multiply_panel(const V* panel, int tiles, const float* x, int64_t ldx, V* sums) {
+  V acc[ROWS * kPanelChains];
+  unroll<ROWS>([&](auto r) {
+    unroll<kPanelChains>([&](auto c) { acc[r * kPanelChains + c] = sums[r * kChains + c]; });
+  });
+  for (int t = 0; t < tiles; ++t, panel += kTileVectors, x += MARLIN_TILE) {
+    unroll<kSteps>([&](auto s) {
+      V w[kPanelChains];
+      unroll<kPanelChains>([&](auto c) { w[c] = panel[s * kChains + c]; });
+      unroll<ROWS>([&](auto r) {
+        V value = load_step(x + r * ldx, s);
+        unroll<kPanelChains>([&](auto c) {
+          acc[r * kPanelChains + c] = fma(w[c], value, acc[r * kPanelChains + c]);
+        });
+      });
+    });
+  }
+  unroll<ROWS>([&](auto r) {
+    unroll<kPanelChains>([&](auto c) { sums[r * kChains + c] = acc[r * kPanelChains + c]; });
+  });
+}
+
+static void multiply_panel_rows(const V* panel, int tiles, const float* x, int64_t ldx, int rows,
+                                V* sums) {
+  for (int c = 0; c < kChains; c += kPanelChains, panel += kPanelChains, sums += kPanelChains) {
+    int r = 0;
+    for (; r + kPanelBlock <= rows; r += kPanelBlock) {
+      multiply_panel<kPanelBlock>(panel, tiles, x + r * ldx, ldx, sums + r * kChains);
+    }
+    const float* tail = x + r * ldx;
+    switch (rows - r) {
+      case 1: multiply_panel<1>(panel, tiles, tail, ldx, sums + r * kChains); break;
+      case 2: multiply_panel<2>(panel, tiles, tail, ldx, sums + r * kChains); break;
+      case 3: multiply_panel<3>(panel, tiles, tail, ldx, sums + r * kChains); break;
+      case 4: multiply_panel<4>(panel, tiles, tail, ldx, sums + r * kChains); break;
+      case 5: multiply_panel<5>(panel, tiles, tail, ldx, sums + r * kChains); break;
+    }
+  }
+}
+
+static void write_sums(const V* sums, int rows, float* y, int64_t ldy) {
+  for (int r = 0; r < rows; ++r, y += ldy, sums += kChains) {
+    std::memset(y, 0, MARLIN_TILE * sizeof(float));
+    add_chains(sums, y);
+  }
+}
+
+// Few rows: the weights go from the decoder's registers straight into the sums.
+template <int CODEBOOK>
+static void multiply_few(const Codes& codes, const float* x, int rows, int column, int columns,
+                         float* y, int64_t ldy, V* sums) {
+  Decoder<CODEBOOK> decoder(codes.bits);
+  const int64_t bytes = tile_bytes(codes.bits);
+  const int64_t stride = codes.n / MARLIN_TILE * bytes;
+  const int tile_rows = codes.k / MARLIN_TILE, tile_columns = columns / MARLIN_TILE;
+  const uint8_t* block = codes.tiles + column / MARLIN_TILE * bytes;
+  std::memset(sums, 0, sizeof(V) * rows * kChains * tile_columns);
+  for (int t = 0; t < tile_rows; t += kSweep, block += kSweep * stride) {
+    int tiles = tile_rows - t < kSweep ? tile_rows - t : kSweep;
+    for (int c = 0; c < tile_columns; ++c) {
+      sweep_rows(decoder, block + c * bytes, stride, tiles, x + t * MARLIN_TILE, codes.k, rows,
+                 sums + c * rows * kChains);
+    }
+  }
+  for (int c = 0; c < tile_columns; ++c) {
+    write_sums(sums + c * rows * kChains, rows, y + c * MARLIN_TILE, ldy);
+  }
+}
+
+// Many rows: a sweep of one tile column is decoded once, into the L1 cache, for all rows.
+template <int CODEBOOK>
+static void multiply_many(const Codes& codes, const float* x, int rows, int column, int columns,
+                          float* y, int64_t ldy, V* sums) {
+  Decoder<CODEBOOK> decoder(codes.bits);
+  const int64_t bytes = tile_bytes(codes.bits);
+  const int64_t stride = codes.n / MARLIN_TILE * bytes;
+  const int tile_rows = codes.k / MARLIN_TILE;
+  V panel[kSweep * kTileVectors];
+  for (int c = 0; c < columns; c += MARLIN_TILE) {
+    const uint8_t* tile = codes.tiles + (column + c) / MARLIN_TILE * bytes;
+    std::memset(sums, 0, sizeof(V) * rows * kChains);
+    for (int t = 0; t < tile_rows; t += kSweep, tile += kSweep * stride) {
+      int tiles = tile_rows - t < kSweep ? tile_rows - t : kSweep;
+      decode_panel(decoder, tile, stride, tiles, panel);
+      multiply_panel_rows(panel, tiles, x + t * MARLIN_TILE, codes.k, rows, sums);
+    }
+    write_sums(sums, rows, y + c, ldy);
+  }
+}
+
+template <int CODEBOOK>
+static void multiply_codebook(const Codes& codes, const float* x, int rows, int column, int columns,
+                              int panel_rows, float* y, int64_t ldy, V* sums) {
+  if (panel_rows >= kPanelRows && rows >= kPanelRows) {
+    return multiply_many<CODEBOOK>(codes, x, rows, column, columns, y, ldy, sums);
+  }
+  int most = panel_rows < kPanelRows ? panel_rows : kPanelRows - 1;
+  for (int r = 0; r < rows; r += most) {
+    multiply_few<CODEBOOK>(codes, x + static_cast<int64_t>(r) * codes.k,
+                           rows - r < most ? rows - r : most, column, columns, y + r * ldy, ldy, sums);
+  }
+}
+
+static int64_t multiply_scratch(int rows, int columns) {
+  int few = rows < kPanelRows ? rows : kPanelRows - 1;
+  int64_t vectors = static_cast<int64_t>(few) * kChains * (columns / MARLIN_TILE);
+  int64_t many = static_cast<int64_t>(rows) * kChains;
+  return (vectors > many ? vectors : many) * kLanes;
+}
+
+static void multiply(const Codes& codes, const float* x, int rows, int column, int columns,
+                     int panel_rows, float* y, int64_t ldy, float* scratch) {
+  V* sums = reinterpret_cast<V*>(scratch);
+  switch (codes.codebook) {
+    case MARLIN_CODEBOOK_3INST:
+      return multiply_codebook<MARLIN_CODEBOOK_3INST>(codes, x, rows, column, columns, panel_rows, y,
+                                                      ldy, sums);
+    case MARLIN_CODEBOOK_MCG:
+      return multiply_codebook<MARLIN_CODEBOOK_MCG>(codes, x, rows, column, columns, panel_rows, y,
+                                                    ldy, sums);
+    case MARLIN_CODEBOOK_MUL1:
+      return multiply_codebook<MARLIN_CODEBOOK_MUL1>(codes, x, rows, column, columns, panel_rows, y,
+                                                     ldy, sums);
+  }
+}
+
+} // namespace mlx_marlin::cpu::MARLIN_TIER

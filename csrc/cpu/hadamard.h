@@ -1,0 +1,103 @@
+// The Hadamard transforms around a product. Included by tier.cpp only.
+#pragma once
+
+namespace mlx_marlin::cpu::MARLIN_TIER {
+
+constexpr int kBlockVectors = MARLIN_HADAMARD_SIZE / kLanes;
+
+template <int S>
+MARLIN_INLINE void butterflies_in_vector(V* v) {
+  if constexpr (S < kLanes) {
+    unroll<kBlockVectors>([&](auto i) { v[i] = butterfly<S>(v[i]); });
+    butterflies_in_vector<2 * S>(v);
+  }
+}
+
+template <int S>
+MARLIN_INLINE void butterflies_of_vectors(V* v) {
+  if constexpr (S < kBlockVectors) {
+    unroll<kBlockVectors / 2>([&](auto i) {
+      constexpr int low = i / S * 2 * S + i % S;
+      V a = v[low], b = v[low + S];
+      v[low] = a + b;
+      v[low + S] = a - b;
+    });
+    butterflies_of_vectors<2 * S>(v);
+  }
+}
+
+// Natural order, widths 1, 2, ... 64, divided by sqrt(128).
+MARLIN_INLINE void hadamard(V* v) {
+  butterflies_in_vector<1>(v);
+  butterflies_of_vectors<1>(v);
+  V scale = set1(0.088388347648f);
+  unroll<kBlockVectors>([&](auto i) { v[i] = v[i] * scale; });
+}
+
+static void store_tile_order(const V* v, float* out) {
+  alignas(64) float natural[MARLIN_HADAMARD_SIZE];
+  for (int i = 0; i < kBlockVectors; ++i) {
+    store(natural + i * kLanes, v[i]);
+  }
+  for (int t = 0; t < MARLIN_HADAMARD_SIZE; t += MARLIN_TILE) {
+    for (int i = 0; i < MARLIN_TILE; ++i) {
+      out[t + i] = natural[t + kTileRows[i]];
+    }
+  }
+}
+
+template <DType T>
+static void rotate_block(const void* x, int64_t begin, const uint16_t* scale, bool tile_order,
+                         float* out) {
+  V v[kBlockVectors];
+  for (int i = 0; i < kBlockVectors; ++i) {
+    v[i] = load_as<T>(x, begin + i * kLanes) * load_half(scale + begin + i * kLanes);
+  }
+  hadamard(v);
+  if (tile_order) {
+    return store_tile_order(v, out + begin);
+  }
+  for (int i = 0; i < kBlockVectors; ++i) {
+    store(out + begin + i * kLanes, v[i]);
+  }
+}
+
+template <DType T>
+static void rotate_row(const void* x, int count, const uint16_t* scale, int size, bool tile_order,
+                       float* out) {
+  int64_t whole = count / MARLIN_HADAMARD_SIZE * MARLIN_HADAMARD_SIZE;
+  for (int64_t begin = 0; begin < whole; begin += MARLIN_HADAMARD_SIZE) {
+    rotate_block<T>(x, begin, scale, tile_order, out);
+  }
+  if (whole < size) {  // the format pads to the next multiple of 128: one block is partly filled
+    alignas(64) char padded[MARLIN_HADAMARD_SIZE * 4] = {};
+    std::memcpy(padded, static_cast<const char*>(x) + whole * bytes(T), (count - whole) * bytes(T));
+    rotate_block<T>(padded, 0, scale + whole, tile_order, out + whole);
+  }
+}
+
+static void rotate(DType dtype, const void* x, int count, const uint16_t* scale, int size,
+                   bool tile_order, float* out) {
+  switch (dtype) {
+    case DType::float32:
+      return rotate_row<DType::float32>(x, count, scale, size, tile_order, out);
+    case DType::float16:
+      return rotate_row<DType::float16>(x, count, scale, size, tile_order, out);
+    case DType::bfloat16:
+      return rotate_row<DType::bfloat16>(x, count, scale, size, tile_order, out);
+  }
+}
+
+static void finish(float* y, const uint16_t* scale, const float* bias) {
+  V v[kBlockVectors];
+  for (int i = 0; i < kBlockVectors; ++i) {
+    v[i] = load(y + i * kLanes);
+  }
+  hadamard(v);
+  for (int i = 0; i < kBlockVectors; ++i) {
+    V scaled = v[i] * load_half(scale + i * kLanes);
+    store(y + i * kLanes, bias ? scaled + load(bias + i * kLanes) : scaled);
+  }
+}
+
+} // namespace mlx_marlin::cpu::MARLIN_TIER

@@ -1,0 +1,130 @@
+#include <algorithm>
+
+#include "kernels.h"
+#include "pool.h"
+#include "segments.h"
+#include "tier.h"
+
+namespace mlx_marlin::cpu {
+
+namespace {
+
+Scratch& call_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+const uint16_t* expert_row(const uint16_t* data, int expert, int size) {
+  return data + static_cast<int64_t>(expert) * size;
+}
+
+// One product: the sizes seen from x to y, whichever way the matrix is used.
+struct Product {
+  const ProductArgs& args;
+  const Config& config;
+  const Tier& tier;
+  int in, out;  // padded
+  const uint16_t* in_scale;
+  const uint16_t* out_scale;
+
+  Product(const ProductArgs& args, const Config& config)
+      : args(args),
+        config(config),
+        tier(cpu::tier()),
+        in(args.transposed ? args.stack.n : args.stack.k),
+        out(args.transposed ? args.stack.k : args.stack.n),
+        in_scale(args.transposed ? args.stack.svh : args.stack.suh),
+        out_scale(args.transposed ? args.stack.suh : args.stack.svh) {}
+
+  void rotate(int64_t slot, int expert, float* rotated) const {
+    int64_t row = slot / args.x_divisor;
+    const char* x = static_cast<const char*>(args.x) + row * args.in_features * dtype_bytes(args.dtype);
+    tier.rotate(args.dtype, x, args.in_features, expert_row(in_scale, expert, in), in,
+                !args.transposed, rotated);
+  }
+
+  // Columns [column, column + columns) of a segment's rows.
+  void columns(const Segment& segment, const int64_t* order, const float* rotated, int column,
+               int columns) const {
+    const Stack& stack = args.stack;
+    Codes codes = expert_codes(stack, segment.expert);
+    float* y = task_scratch().floats(static_cast<int64_t>(segment.rows) * columns +
+                                     tier.multiply_scratch(segment.rows, columns));
+    if (args.transposed) {
+      tier.multiply_transposed(codes, rotated, segment.rows, column, columns, y, columns);
+    } else {
+      tier.multiply(codes, rotated, segment.rows, column, columns, config.panel_rows, y, columns,
+                    y + static_cast<int64_t>(segment.rows) * columns);
+    }
+    const float* bias = args.transposed || !stack.bias
+        ? nullptr
+        : stack.bias + static_cast<int64_t>(segment.expert) * out + column;
+    const uint16_t* scale = expert_row(out_scale, segment.expert, out) + column;
+    int written = std::min(columns, args.out_features - column);
+    for (int r = 0; r < segment.rows; ++r, y += columns) {
+      for (int c = 0; c < columns; c += MARLIN_HADAMARD_SIZE) {
+        tier.finish(y + c, scale + c, bias ? bias + c : nullptr);
+      }
+      int64_t at = order[segment.begin + r] * args.out_features + column;
+      tier.store(args.dtype, y, written, static_cast<char*>(args.y) + at * dtype_bytes(args.dtype));
+    }
+  }
+};
+
+} // namespace
+
+void product(const ProductArgs& args, const Config& config) {
+  if (args.rows == 0) {
+    return;
+  }
+  Product product(args, config);
+  Segments segments(args.ids, args.rows, args.stack.experts, segment_rows(config));
+  int64_t max_rows = std::max<int64_t>(1, kBatchBytes / (4 * product.in));
+  auto batches = make_batches(segments.list, max_rows);
+  int64_t most = 0;
+  for (const Batch& batch : batches) {
+    most = std::max(most, batch.rows);
+  }
+  float* rotated = call_scratch().floats(most * product.in);
+
+  const int block = block_columns(config, product.out);
+  const int blocks = (product.out + block - 1) / block;
+  std::vector<Phase> phases;
+  for (const Batch& batch : batches) {
+    phases.push_back({batch.rows, [&, batch](int64_t task) {
+                        int64_t slot = segments.order[batch.begin + task];
+                        int expert = args.ids ? static_cast<int>(args.ids[slot]) : 0;
+                        product.rotate(slot, expert, rotated + task * product.in);
+                      }});
+    phases.push_back({(batch.last - batch.first) * blocks, [&, batch](int64_t task) {
+                        const Segment& segment = segments.list[batch.first + task / blocks];
+                        int column = static_cast<int>(task % blocks) * block;
+                        const float* x = rotated + (segment.begin - batch.begin) * product.in;
+                        product.columns(segment, segments.order.data(), x, column,
+                                        std::min(block, product.out - column));
+                      }});
+  }
+  run_phases(phases, config.threads);
+  call_scratch().trim();
+}
+
+void decode(const Stack& stack, int expert, uint16_t* out, int threads) {
+  const Tier& tier = cpu::tier();
+  Codes codes = expert_codes(stack, expert);
+  int64_t row = static_cast<int64_t>(MARLIN_TILE) * codes.n;
+  run_phases({{codes.k / MARLIN_TILE,
+               [&](int64_t task) { tier.decode(codes, static_cast<int>(task), out + task * row); }}},
+             threads);
+}
+
+int64_t find_bad_id(const uint32_t* ids, int64_t count, int experts) {
+  int64_t bad = -1;
+  for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] >= static_cast<uint32_t>(experts) && (bad < 0 || ids[i] > ids[bad])) {
+      bad = i;
+    }
+  }
+  return bad;
+}
+
+} // namespace mlx_marlin::cpu

@@ -1,0 +1,178 @@
+#include <algorithm>
+
+#include "kernels.h"
+#include "pool.h"
+#include "segments.h"
+#include "tier.h"
+
+namespace mlx_marlin::cpu {
+
+namespace {
+
+// Columns of out that one task of the last phase sums.
+constexpr int kCombineColumns = 512;
+
+Scratch& call_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+const uint16_t* expert_row(const uint16_t* data, int expert, int size) {
+  return data + static_cast<int64_t>(expert) * size;
+}
+
+const float* expert_bias(const Stack& stack, int expert, int column) {
+  return stack.bias ? stack.bias + static_cast<int64_t>(expert) * stack.n + column : nullptr;
+}
+
+struct Swiglu {
+  const SwigluArgs& args;
+  const Config& config;
+  const Tier& tier;
+  int hidden, inner;        // padded
+  float* gate_x = nullptr;  // [batch rows, hidden]: rotated for gate
+  float* up_x = nullptr;    // the same for up
+  float* down_x = nullptr;  // [batch rows, inner]: rotated for down
+  float* slots = nullptr;   // [rows * top_k, args.hidden]: what is combined, with scores
+  int64_t first_slot = 0;   // of the rows that `slots` holds
+
+  void rotate(int64_t slot, int64_t at) const {
+    int expert = static_cast<int>(args.ids[slot]);
+    const char* x = static_cast<const char*>(args.x) +
+        slot / args.top_k * args.hidden * dtype_bytes(args.dtype);
+    tier.rotate(args.dtype, x, args.hidden, expert_row(args.gate.suh, expert, hidden), hidden, true,
+                gate_x + at * hidden);
+    tier.rotate(args.dtype, x, args.hidden, expert_row(args.up.suh, expert, hidden), hidden, true,
+                up_x + at * hidden);
+  }
+
+  // `columns` columns of one projection of a segment, in the original basis.
+  void project(const Stack& stack, const Segment& segment, const float* x, int column, int columns,
+               float* y, float* scratch) const {
+    tier.multiply(expert_codes(stack, segment.expert), x, segment.rows, column, columns,
+                  config.panel_rows, y, columns, scratch);
+    const uint16_t* scale = expert_row(stack.svh, segment.expert, stack.n) + column;
+    const float* bias = expert_bias(stack, segment.expert, column);
+    for (int64_t r = 0; r < segment.rows; ++r) {
+      for (int c = 0; c < columns; c += MARLIN_HADAMARD_SIZE) {
+        tier.finish(y + r * columns + c, scale + c, bias ? bias + c : nullptr);
+      }
+    }
+  }
+
+  // Gate, up, activation and down's input transform for columns [column, column + columns).
+  void gate_up(const Segment& segment, int64_t at, int column, int columns) const {
+    int64_t size = static_cast<int64_t>(segment.rows) * columns;
+    float* gate = task_scratch().floats(2 * size + tier.multiply_scratch(segment.rows, columns));
+    float* up = gate + size;
+    project(args.gate, segment, gate_x + at * hidden, column, columns, gate, up + size);
+    project(args.up, segment, up_x + at * hidden, column, columns, up, up + size);
+    const uint16_t* scale = expert_row(args.down.suh, segment.expert, inner) + column;
+    for (int64_t r = 0; r < segment.rows; ++r) {
+      float* act = gate + r * columns;
+      tier.activate(act, up + r * columns, columns, args.activation, args.alpha, args.limit);
+      tier.rotate(DType::float32, act, columns, scale, columns, true,
+                  down_x + (at + r) * inner + column);
+    }
+  }
+
+  void down(const Segment& segment, const int64_t* order, int64_t at, int column, int columns) const {
+    int64_t size = static_cast<int64_t>(segment.rows) * columns;
+    float* y = task_scratch().floats(size + tier.multiply_scratch(segment.rows, columns));
+    project(args.down, segment, down_x + at * inner, column, columns, y, y + size);
+    int written = std::min(columns, args.hidden - column);
+    for (int r = 0; r < segment.rows; ++r, y += columns) {
+      int64_t slot = order[segment.begin + r];
+      if (args.scores) {
+        std::copy_n(y, written, slots + (slot - first_slot) * args.hidden + column);
+      } else {
+        char* out = static_cast<char*>(args.out);
+        tier.store(args.dtype, y, written,
+                   out + (slot * args.hidden + column) * dtype_bytes(args.dtype));
+      }
+    }
+  }
+
+  void combine(int64_t row, int column, int columns) const {
+    alignas(64) float sum[kCombineColumns] = {};
+    for (int s = 0; s < args.top_k; ++s) {
+      int64_t slot = row * args.top_k + s;
+      tier.add_scaled(sum, slots + (slot - first_slot) * args.hidden + column, args.scores[slot],
+                      columns);
+    }
+    tier.store(args.dtype, sum, columns,
+               static_cast<char*>(args.out) + (row * args.hidden + column) * dtype_bytes(args.dtype));
+  }
+};
+
+// Rows [begin, begin + rows) of x.
+void swiglu_rows(Swiglu& job, int64_t begin, int64_t rows) {
+  const SwigluArgs& args = job.args;
+  job.first_slot = begin * args.top_k;
+  Segments segments(args.ids + job.first_slot, rows * args.top_k, args.gate.experts,
+                    segment_rows(job.config));
+  for (int64_t& slot : segments.order) {
+    slot += job.first_slot;
+  }
+  auto batches = make_batches(segments.list,
+                              std::max<int64_t>(1, kBatchBytes / (8 * job.hidden + 4 * job.inner)));
+  int64_t most = 0;
+  for (const Batch& batch : batches) {
+    most = std::max(most, batch.rows);
+  }
+  int64_t combined = args.scores ? rows * args.top_k * args.hidden : 0;
+  job.gate_x = call_scratch().floats(most * (2 * job.hidden + job.inner) + combined);
+  job.up_x = job.gate_x + most * job.hidden;
+  job.down_x = job.up_x + most * job.hidden;
+  job.slots = job.down_x + most * job.inner;
+
+  const int inner_block = block_columns(job.config, job.inner);
+  const int inner_blocks = (job.inner + inner_block - 1) / inner_block;
+  const int out_block = block_columns(job.config, job.hidden);
+  const int out_blocks = (job.hidden + out_block - 1) / out_block;
+  std::vector<Phase> phases;
+  for (const Batch& batch : batches) {
+    int64_t count = batch.last - batch.first;
+    phases.push_back({batch.rows, [&, batch](int64_t task) {
+                        job.rotate(segments.order[batch.begin + task], task);
+                      }});
+    phases.push_back({count * inner_blocks, [&, batch, inner_block, inner_blocks](int64_t task) {
+                        const Segment& segment = segments.list[batch.first + task / inner_blocks];
+                        int column = static_cast<int>(task % inner_blocks) * inner_block;
+                        job.gate_up(segment, segment.begin - batch.begin, column,
+                                    std::min(inner_block, job.inner - column));
+                      }});
+    phases.push_back({count * out_blocks, [&, batch, out_block, out_blocks](int64_t task) {
+                        const Segment& segment = segments.list[batch.first + task / out_blocks];
+                        int column = static_cast<int>(task % out_blocks) * out_block;
+                        job.down(segment, segments.order.data(), segment.begin - batch.begin, column,
+                                 std::min(out_block, job.hidden - column));
+                      }});
+  }
+  if (args.scores) {
+    int64_t parts = (args.hidden + kCombineColumns - 1) / kCombineColumns;
+    phases.push_back({rows * parts, [&, begin, parts](int64_t task) {
+                        int column = static_cast<int>(task % parts) * kCombineColumns;
+                        job.combine(begin + task / parts, column,
+                                    std::min(kCombineColumns, args.hidden - column));
+                      }});
+  }
+  run_phases(phases, job.config.threads);
+}
+
+} // namespace
+
+void swiglu(const SwigluArgs& args, const Config& config) {
+  Swiglu job{args, config, tier(), args.gate.k, args.gate.n};
+  // With scores the outputs of all slots wait for their sum: as many rows at once as 64 MB hold.
+  int64_t most = args.rows;
+  if (args.scores) {
+    most = std::max<int64_t>(1, (int64_t{64} << 20) / (4 * int64_t{args.top_k} * args.hidden));
+  }
+  for (int64_t begin = 0; begin < args.rows; begin += most) {
+    swiglu_rows(job, begin, std::min(most, args.rows - begin));
+  }
+  call_scratch().trim();
+}
+
+} // namespace mlx_marlin::cpu

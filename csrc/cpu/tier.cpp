@@ -1,0 +1,37 @@
+// The kernels of one instruction set. Compiled once per set with MARLIN_TIER naming it; the compiler
+// flags select the vector header.
+#include "tier.h"
+
+#include <cstring>
+
+#define MARLIN_STRING_OF(x) #x
+#define MARLIN_STRING(x) MARLIN_STRING_OF(x)
+
+#if defined(__AVX512BW__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__)
+#include "simd_avx2.h"
+#elif defined(__ARM_NEON)
+#include "simd_neon.h"
+#else
+#include "simd_portable.h"
+#endif
+
+#include "convert.h"
+#include "gemm.h"
+#include "transposed.h"
+#include "hadamard.h"
+#include "activation.h"
+
+namespace mlx_marlin::cpu::MARLIN_TIER {
+
+static const Tier table = {
+    MARLIN_STRING(MARLIN_TIER), rotate, multiply, multiply_scratch,
+    multiply_transposed, finish, activate, add_scaled, store, decode_tile_row};
+
+extern const Tier& tier_table();
+const Tier& tier_table() {
+  return table;
+}
+
+} // namespace mlx_marlin::cpu::MARLIN_TIER
