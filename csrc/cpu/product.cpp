@@ -23,7 +23,8 @@ struct Product {
   const ProductArgs& args;
   const Config& config;
   const Tier& tier;
-  int in, out;  // padded
+  int in, out;                    // padded
+  int in_features, out_features;  // logical
   const uint16_t* in_scale;
   const uint16_t* out_scale;
 
@@ -33,13 +34,15 @@ struct Product {
         tier(cpu::tier()),
         in(args.transposed ? args.stack.n : args.stack.k),
         out(args.transposed ? args.stack.k : args.stack.n),
+        in_features(args.transposed ? args.out_features : args.in_features),
+        out_features(args.transposed ? args.in_features : args.out_features),
         in_scale(args.transposed ? args.stack.svh : args.stack.suh),
         out_scale(args.transposed ? args.stack.suh : args.stack.svh) {}
 
   void rotate(int64_t slot, int expert, float* rotated) const {
     int64_t row = slot / args.x_divisor;
-    const char* x = static_cast<const char*>(args.x) + row * args.in_features * dtype_bytes(args.dtype);
-    tier.rotate(args.dtype, x, args.in_features, expert_row(in_scale, expert, in), in,
+    const char* x = static_cast<const char*>(args.x) + row * in_features * dtype_bytes(args.dtype);
+    tier.rotate(args.dtype, x, in_features, expert_row(in_scale, expert, in), in,
                 !args.transposed, rotated);
   }
 
@@ -60,12 +63,12 @@ struct Product {
         ? nullptr
         : stack.bias + static_cast<int64_t>(segment.expert) * out + column;
     const uint16_t* scale = expert_row(out_scale, segment.expert, out) + column;
-    int written = std::min(columns, args.out_features - column);
+    int written = std::min(columns, out_features - column);
     for (int r = 0; r < segment.rows; ++r, y += columns) {
       for (int c = 0; c < columns; c += MARLIN_HADAMARD_SIZE) {
         tier.finish(y + c, scale + c, bias ? bias + c : nullptr);
       }
-      int64_t at = order[segment.begin + r] * args.out_features + column;
+      int64_t at = order[segment.begin + r] * out_features + column;
       tier.store(args.dtype, y, written, static_cast<char*>(args.y) + at * dtype_bytes(args.dtype));
     }
   }
