@@ -1,0 +1,93 @@
+"""Which config a layer's call runs, and why: what feedback has shown, else the tuned profile, else the default.
+
+One choice per problem for the whole process. A choice is made from shapes and dtypes only and never waits for an array.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from . import kernels, profile
+from .kernels import KernelConfig, Problem
+
+# A server meets ever new row counts; one choice is a few hundred bytes.
+_MAX_CHOICES = 65536
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The config that runs a problem, and the reason."""
+
+    problem: Problem
+    config: KernelConfig
+    reason: str
+
+    def __str__(self) -> str:
+        c = self.config
+        return (
+            f"{c.kernel_name} (variant {c.kernel_variant}, tile {c.tile_size_m} x {c.tile_size_n}, "
+            f"simdgroups {c.simdgroups}, fp32 accumulation {'on' if c.use_fp32_acc else 'off'}): {self.reason}"
+        )
+
+
+class _Choices:
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.table: dict[Problem, Choice] = {}
+        self.feedback: dict[Problem, Choice] = {}
+        self.changes = 0
+        self.profile_generation = profile.generation()
+
+    def get(self, problem: Problem) -> Choice:
+        choice = self.table.get(problem) if self.profile_generation == profile.generation() else None
+        return choice or self.make(problem)
+
+    def make(self, problem: Problem) -> Choice:
+        with self.lock:
+            current = profile.generation()
+            if current != self.profile_generation or len(self.table) >= _MAX_CHOICES:
+                self.table.clear()
+            choice = self.feedback.get(problem) or from_profile(problem)
+            self.table[problem] = choice
+            self.profile_generation = current
+            return choice
+
+
+_choices = _Choices()
+
+
+def from_profile(problem: Problem) -> Choice:
+    """The choice without feedback: the tuned or predicted profile's, else the default."""
+    found = profile.find(problem)
+    if found is not None:
+        return Choice(problem, found.config, found.origin)
+    return Choice(problem, kernels.default(problem), f"the default for {problem.rows} rows: no profile knows this problem")
+
+
+def choose(problem: Problem) -> Choice:
+    """The config for a problem, and why; a dictionary look-up after the first time."""
+    return _choices.get(problem)
+
+
+def generation() -> int:
+    """A number that changes whenever :func:`choose` may answer differently."""
+    return _choices.changes + profile.generation()
+
+
+def set_feedback(problem: Problem, config: KernelConfig | None, reason: str = "") -> None:
+    """Let a measured config run a problem from now on; ``None`` goes back to the profile or the default.
+
+    Raises:
+        ValueError: If the config cannot run the problem.
+    """
+    obstacle = None if config is None else kernels.feasible(problem, config)
+    if obstacle is not None:
+        raise ValueError(f"{config} cannot run {problem}: {obstacle}")
+    with _choices.lock:
+        if config is None:
+            _choices.feedback.pop(problem, None)
+        else:
+            _choices.feedback[problem] = Choice(problem, config, reason)
+        _choices.table.pop(problem, None)
+        _choices.changes += 1

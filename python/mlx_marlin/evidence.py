@@ -1,0 +1,201 @@
+"""What timings say about kernels: recent latencies, and a sequential test that allows few false switches. Pure.
+
+A :class:`Ledger` keeps the latencies of the kernels that compete for one kind of call. It replaces the kernel in charge
+only on significance. The 0.05 of a ledger's level are spent once over its whole life: a test is a pair of kernels and
+five looks, the i-th test opened gets 1 / (i (i + 1)) of the level, and each look a fifth of that. However often tests
+are opened again, after a switch or after five looks without one, the shares sum to at most the level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+# A test looks when the smaller of both counts reaches these; five equal shares of its level.
+LOOKS = (5, 10, 20, 40, 80)
+MIN_SAMPLES = LOOKS[0]
+# Weight of the newest sample in the trend: half of the weight lies on the last 7 samples, about one look.
+EMA_WEIGHT = 0.1
+# Timings of a kernel scatter by 1 % at least; less in a few samples is luck.
+_MIN_VARIANCE = 0.01**2
+
+
+class History:
+    """The recent latencies of one kernel.
+
+    Logarithms are kept: timing noise is multiplicative and skewed, and their means compare ratios of times.
+
+    Args:
+        length: Samples kept.
+    """
+
+    __slots__ = ("count", "logs", "ema_ms", "_total")
+
+    def __init__(self, length: int):
+        self.count = 0
+        self.logs: deque[float] = deque(maxlen=length)
+        self.ema_ms = 0.0
+        self._total = 0.0
+
+    def add(self, latency_ms: float) -> None:
+        log = math.log(latency_ms)
+        logs = self.logs
+        if len(logs) == logs.maxlen:
+            self._total -= logs[0]
+        logs.append(log)
+        self._total += log
+        self.ema_ms += (EMA_WEIGHT if self.count else 1.0) * (latency_ms - self.ema_ms)
+        self.count += 1
+
+    @property
+    def mean_log(self) -> float:
+        return self._total / len(self.logs)
+
+    def last(self, n: int) -> list[float]:
+        """The newest n logarithms, or all that are kept if fewer."""
+        return list(islice(self.logs, max(0, len(self.logs) - n), None))
+
+    def summary(self) -> dict:
+        """``samples``, geometric ``mean_ms`` of the samples kept, and ``ema_ms``."""
+        return {"samples": len(self.logs), "mean_ms": math.exp(self.mean_log), "ema_ms": self.ema_ms}
+
+
+class _PairTest:
+    """One kernel in charge against one challenger: where its samples begin, and how many looks were taken."""
+
+    __slots__ = ("bases", "looks", "level")
+
+    def __init__(self, bases: tuple[int, int]):
+        self.bases = bases
+        self.looks = 0
+        self.level = 0.0
+
+
+class Ledger:
+    """The evidence on kernels that compete for one kind of call.
+
+    Args:
+        history_len: Latencies kept per kernel.
+        level: Probability that this ledger ever replaces a kernel by one that is not faster.
+    """
+
+    __slots__ = ("histories", "switches", "_history_len", "_level", "_leaders", "_tests", "_opened")
+
+    def __init__(self, history_len: int, level: float):
+        self.histories: dict[str, History] = {}
+        self.switches = 0
+        self._history_len = history_len
+        self._level = level
+        self._leaders: dict[str, str] = {}
+        self._tests: dict[tuple[str, str], _PairTest] = {}
+        self._opened = 0
+
+    def record(self, name: str, latency_ms: float) -> None:
+        history = self.histories.get(name)
+        if history is None:
+            history = self.histories[name] = History(self._history_len)
+        history.add(latency_ms)
+
+    def leader(self, incumbent: str, candidates: Iterable[str]) -> str:
+        """The kernel in charge where the rules say ``incumbent``: itself, or a candidate that has proved faster."""
+        current = self._leaders.get(incumbent, incumbent)
+        if current not in candidates:
+            current = incumbent
+        if len(self.histories) < 2 or current not in self.histories:
+            return current
+        faster = [name for name in candidates if name != current and self._beats(name, current)]
+        if not faster:
+            return current
+        winner = min(faster, key=lambda name: self.histories[name].mean_log)
+        self._leaders[incumbent] = winner
+        self._restart({current, winner})
+        return winner
+
+    def fastest(self, candidates: Iterable[str]) -> str | None:
+        """The candidate with the lowest mean among those with at least 5 samples."""
+        best, best_mean = None, math.inf
+        for name in candidates:
+            history = self.histories.get(name)
+            if history is not None and len(history.logs) >= MIN_SAMPLES and history.mean_log < best_mean:
+                best, best_mean = name, history.mean_log
+        return best
+
+    def _restart(self, names: set[str]) -> None:
+        self.switches += 1
+        for name in names:
+            del self.histories[name]
+        self._tests = {pair: test for pair, test in self._tests.items() if names.isdisjoint(pair)}
+
+    def _beats(self, challenger: str, current: str) -> bool:
+        """Take a look if one is due; whether it shows that the challenger is faster."""
+        ours, theirs = self.histories.get(challenger), self.histories[current]
+        if ours is None:
+            return False
+        test = self._tests.get((current, challenger))
+        if test is None:
+            test = self._tests[current, challenger] = _PairTest((0, 0))
+        counts = ours.count - test.bases[0], theirs.count - test.bases[1]
+        if min(counts) < LOOKS[test.looks]:
+            return False
+        if not test.looks:
+            self._opened += 1
+            test.level = self._level / (self._opened * (self._opened + 1))
+        while test.looks < len(LOOKS) and min(counts) >= LOOKS[test.looks]:
+            test.looks += 1
+        if test.looks == len(LOOKS):
+            self._tests[current, challenger] = _PairTest((ours.count, theirs.count))
+        mine, its = ours.last(counts[0]), theirs.last(counts[1])
+        return _mean(mine) < _mean(its) and welch_p_value(mine, its, _MIN_VARIANCE) < test.level / len(LOOKS)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _variance(values: Sequence[float], mean: float) -> float:
+    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+
+
+def welch_p_value(a: Sequence[float], b: Sequence[float], min_variance: float = 0.0) -> float:
+    """Two-sided p-value of Welch's test that two samples of at least 2 have the same mean.
+
+    Args:
+        a: A sample.
+        b: The other.
+        min_variance: Least variance that a sample is taken to have. Default: ``0.0``; two samples without any spread
+            then differ for certain (0.0) or are equal (1.0).
+    """
+    mean_a, mean_b = _mean(a), _mean(b)
+    error_a = max(_variance(a, mean_a), min_variance) / len(a)
+    error_b = max(_variance(b, mean_b), min_variance) / len(b)
+    if not error_a + error_b:
+        return 1.0 if mean_a == mean_b else 0.0
+    t_squared = (mean_a - mean_b) ** 2 / (error_a + error_b)
+    freedom = (error_a + error_b) ** 2 / (error_a**2 / (len(a) - 1) + error_b**2 / (len(b) - 1))
+    return _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t_squared))
+
+
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularised incomplete beta function, by its continued fraction (DLMF 8.17.22, Lentz's method)."""
+    if x <= 0.0 or x >= 1.0:
+        return float(x >= 1.0)
+    if x > (a + 1) / (a + b + 2):  # the fraction converges fast on the other side only
+        return 1.0 - _incomplete_beta(b, a, 1.0 - x)
+    front = math.exp(a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)) / a
+    tiny = 1e-300
+    c, d = 1.0, 1.0 - (a + b) * x / (a + 1)
+    d = 1.0 / (d or tiny)
+    fraction = d
+    for m in range(1, 10_000):
+        for numerator in (
+            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
+            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
+        ):
+            d = 1.0 / ((1.0 + numerator * d) or tiny)
+            c = (1.0 + numerator / c) or tiny
+            fraction *= c * d
+        if abs(c * d - 1.0) < 1e-12:
+            break
+    return front * fraction

@@ -1,0 +1,386 @@
+"""Which kernel runs a call: rules for the shapes, evidence from timings over the rules, and the reason for each choice.
+
+Seven rules, the first that applies decides: availability (7), memory pressure (1), evidence from timings or the tuned
+table (6), a lopsided activation pattern (5), a specialised decode kernel (4), the number of rows (2). The mix of bit
+widths (3) names the family.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from . import kernels
+from .evidence import MIN_SAMPLES, Ledger
+from .kernels import Problem
+
+BUCKETS = ("1", "2-16", "17-32", "33-128", "129+")
+_BUCKET_ENDS = (1, 16, 32, 128)
+# Probability that the evidence on one problem, over all its buckets, ever replaces a kernel by one that is no faster.
+SWITCH_LEVEL = 0.05
+# Share of the rows from which one expert's work outweighs the rest.
+LOPSIDED_SHARE = 0.85
+# Problems remembered. A problem contains its rows, so a server meets ever new ones; each holds a few kB.
+_MAX_LEDGERS = 1024
+
+
+def batch_bucket(batch_size: int) -> str:
+    """The class of batch sizes whose timings are kept together: one of :data:`BUCKETS`."""
+    for label, end in zip(BUCKETS, _BUCKET_ENDS):
+        if batch_size <= end:
+            return label
+    return BUCKETS[-1]
+
+
+def bit_family(active_expert_bits: Sequence[int]) -> str:
+    """``"fast_2bit"`` if over half of the experts have 2 bits, ``"mixed_bpw"`` if 2, 3 and 4 occur, else ``"standard"``."""
+    if 2 * sum(bits == 2 for bits in active_expert_bits) > len(active_expert_bits):
+        return "fast_2bit"
+    return "mixed_bpw" if {2, 3, 4} <= set(active_expert_bits) else "standard"
+
+
+class MixedKernelSelector:
+    """Picks a kernel by rules and learns from the latencies it is told. Thread-safe.
+
+    Args:
+        history_len: Latencies kept per kernel, batch bucket and problem; at least 5. Default: ``100``.
+        memory_pressure_threshold: Above this, the base kernel, which needs the least scratch. Default: ``0.9``.
+        exploration_rate: Share of selections that try another kernel, in [0, 1]. Default: ``0.05``.
+        seed: Makes the exploration repeatable. Default: ``None``.
+    """
+
+    def __init__(
+        self,
+        history_len: int = 100,
+        memory_pressure_threshold: float = 0.9,
+        exploration_rate: float = 0.05,
+        seed: int | None = None,
+    ):
+        if not isinstance(history_len, int) or history_len < MIN_SAMPLES:
+            raise ValueError(f"history_len must be an integer >= {MIN_SAMPLES}, got {history_len!r}")
+        self._history_len = history_len
+        self._threshold = _fraction("memory_pressure_threshold", memory_pressure_threshold)
+        self._exploration_rate = _fraction("exploration_rate", exploration_rate)
+        self._random = random.Random(seed)
+        self._lock = threading.RLock()
+        self.reset_history()
+
+    @property
+    def exploration_rate(self) -> float:
+        """Share of selections that try another kernel."""
+        return self._exploration_rate
+
+    def set_exploration_rate(self, rate: float) -> None:
+        """Set the share of selections that try another kernel.
+
+        Raises:
+            ValueError: If it lies outside [0, 1].
+        """
+        self._exploration_rate = _fraction("exploration rate", rate)
+
+    def reset_history(self) -> None:
+        """Forget all latencies, switches and counts."""
+        with self._lock:
+            self._ledgers: dict[tuple[Problem | None, str], Ledger] = {}
+            self._selections = self._explorations = self._judged = self._accurate = 0
+
+    def select_kernel(
+        self,
+        batch_size: int,
+        active_expert_bits: Sequence[int],
+        gpu_memory_pressure: float = 0.0,
+        gate_bits: int | None = None,
+        up_bits: int | None = None,
+        down_bits: int | None = None,
+        use_fp32_acc: bool = False,
+        available_kernels: Iterable[str] | None = None,
+        pattern: dict | None = None,
+        problem: Problem | None = None,
+    ) -> tuple[str, dict]:
+        """Pick the kernel for a call.
+
+        Args:
+            batch_size: Rows, at least 1.
+            active_expert_bits: One per distinct active expert: the bits of its up projection.
+            gpu_memory_pressure: Share of the memory in use, in [0, 1]. Default: ``0.0``.
+            gate_bits: With up_bits and down_bits: states that all active experts have these widths. Default: ``None``.
+            up_bits: See gate_bits.
+            down_bits: See gate_bits.
+            use_fp32_acc: Take the kernel's ``_fp32acc`` twin. Default: ``False``.
+            available_kernels: Only these may be returned. Default: ``None``, all.
+            pattern: What :func:`analyze_expert_activation_pattern` returns. Default: ``None``.
+            problem: Whose timings and tuned entry count; evidence is never shared between problems. Default: ``None``,
+                a class of its own.
+
+        Returns:
+            The kernel's name, and a dict with ``kernel_name``, ``family``, ``reason``, ``explored``, ``batch_bucket``
+            and ``candidates``: for each kernel considered its evidence (``samples``, geometric ``mean_ms`` and the
+            moving average ``ema_ms``; empty where it has none).
+
+        Raises:
+            ValueError: If an argument is out of range or no kernel is available.
+        """
+        _check_rows(batch_size)
+        family = bit_family(_check_bits(active_expert_bits))
+        pressure = _fraction("gpu_memory_pressure", gpu_memory_pressure)
+        triple = _triple(gate_bits, up_bits, down_bits)
+        available = _available(available_kernels)
+        bucket = batch_bucket(batch_size)
+        with self._lock:
+            ledger = self._ledgers.get((problem, bucket))
+            candidates = _candidates(batch_size, triple, use_fp32_acc, ledger)
+            if available is not None:
+                candidates = [name for name in candidates if name in available]
+            pressed = pressure > self._threshold
+            if pressed:
+                name = kernels.make_name("base", fp32acc=use_fp32_acc)
+                reason = f"memory_pressure: {pressure:.2f} exceeds {self._threshold:.2f}, the base kernel needs the least scratch"
+            else:
+                name, reason = _by_rules(batch_size, triple, use_fp32_acc, pattern, problem)
+            if available is not None and name not in available:
+                substitute = _nearest(name, triple, available)
+                reason = f"fallback_availability: Selected kernel {name} not available, using {substitute} instead"
+                name = substitute
+            explored = False
+            if not pressed:
+                name, reason, explored = self._by_evidence(name, reason, candidates, ledger)
+            self._selections += 1
+            histories = {} if ledger is None else ledger.histories
+            considered = dict.fromkeys([name, *candidates])
+            evidence = {c: histories[c].summary() if c in histories else {"samples": 0} for c in considered}
+        return name, {
+            "kernel_name": name,
+            "family": family,
+            "reason": reason,
+            "explored": explored,
+            "batch_bucket": bucket,
+            "candidates": evidence,
+        }
+
+    def record_latency(self, kernel_name: str, batch_size: int, latency_ms: float, problem: Problem | None = None) -> None:
+        """Tell how long a kernel took.
+
+        Args:
+            kernel_name: The kernel that ran.
+            batch_size: Rows, at least 1.
+            latency_ms: Milliseconds, synchronised; more than 0.
+            problem: What it ran. Default: ``None``, a class of its own.
+
+        Raises:
+            ValueError: If an argument is out of range or no kernel has this name.
+        """
+        _parse(kernel_name)
+        _check_rows(batch_size)
+        if not 0.0 < latency_ms < math.inf:
+            raise ValueError(f"latency_ms must be a finite number of milliseconds above 0, got {latency_ms!r}")
+        key = problem, batch_bucket(batch_size)
+        with self._lock:
+            ledger = self._ledgers.get(key)
+            if ledger is None:
+                if len(self._ledgers) >= _MAX_LEDGERS:
+                    del self._ledgers[next(iter(self._ledgers))]
+                ledger = self._ledgers[key] = Ledger(self._history_len, SWITCH_LEVEL / len(BUCKETS))
+            ledger.record(kernel_name, latency_ms)
+
+    def get_statistics(self) -> dict:
+        """What was selected and learned so far.
+
+        Returns:
+            ``selection_accuracy`` (share of the exploiting choices that were the fastest among the kernels with at
+            least 5 samples; 0.0 without any), ``total_selections``, ``explorations``, ``exploration_rate``,
+            ``switches`` (how often evidence replaced a kernel) and ``tracked_kernels`` (kernels with timings).
+        """
+        with self._lock:
+            ledgers = self._ledgers.values()
+            return {
+                "selection_accuracy": self._accurate / self._judged if self._judged else 0.0,
+                "total_selections": self._selections,
+                "explorations": self._explorations,
+                "exploration_rate": self._exploration_rate,
+                "switches": sum(ledger.switches for ledger in ledgers),
+                "tracked_kernels": len({name for ledger in ledgers for name in ledger.histories}),
+            }
+
+    def _by_evidence(self, name: str, reason: str, candidates: list[str], ledger: Ledger | None) -> tuple[str, str, bool]:
+        """The kernel that the timings, or the wish to get timings, put in the place of the rules' choice."""
+        chosen = name
+        if ledger is not None:
+            chosen = ledger.leader(name, candidates)
+        others = [c for c in candidates if c != chosen]
+        if others and self._exploration_rate and self._random.random() < self._exploration_rate:
+            self._explorations += 1
+            explored = others[int(self._random.random() * len(others))]
+            return explored, f"exploration: trying {explored} instead of {chosen}", True
+        if ledger is not None:
+            fastest = ledger.fastest(candidates)
+            if fastest is not None:
+                self._judged += 1
+                self._accurate += fastest == chosen
+        if chosen != name:
+            reason = f"evidence: {chosen} is significantly faster than {name}"
+        return chosen, reason, False
+
+
+def _by_rules(
+    batch_size: int, triple: tuple | None, use_fp32_acc: bool, pattern: dict | None, problem: Problem | None
+) -> tuple[str, str]:
+    """Rules 5, 4 and 2: the kernel that the shapes alone suggest, and why."""
+    rows = _top_expert_rows(batch_size, pattern, problem)
+    if rows is not None:
+        name = kernels.make_name(kernels.default_variant(rows), fp32acc=use_fp32_acc)
+        return name, f"activation_pattern: one expert has {rows} of {batch_size} rows"
+    if batch_size == 1 and triple is not None:
+        name = kernels.make_name("decode", triple, fp32acc=use_fp32_acc)
+        return name, "specialized_decode: all active experts have gate {}, up {}, down {} bits".format(*triple)
+    name = kernels.make_name(kernels.default_variant(batch_size), fp32acc=use_fp32_acc)
+    return name, f"batch_size: {batch_size} rows are in {batch_bucket(batch_size)}"
+
+
+def _top_expert_rows(batch_size: int, pattern: dict | None, problem: Problem | None) -> int | None:
+    """Rows of the top expert, where it has most of them although each row has several experts."""
+    if pattern is None or batch_size < 2:
+        return None
+    share = _fraction('pattern["top_expert_share"]', pattern.get("top_expert_share", 0.0))
+    if problem is not None:
+        top_k = problem.top_k
+    else:  # without the other metrics the caller vouches for top-k >= 2
+        slots = pattern.get("tokens_per_expert_avg", math.inf) * pattern.get("num_activated_experts", 1)
+        top_k = slots / batch_size
+    if share < LOPSIDED_SHARE or top_k < 2:
+        return None
+    return round(share * batch_size)
+
+
+def _candidates(batch_size: int, triple: tuple | None, fp32acc: bool, ledger: Ledger | None) -> list[str]:
+    """The kernels that compete for a call: every variant, the triple's own at one row, and what was timed besides."""
+    names = list(_variant_names(fp32acc))
+    if batch_size == 1 and triple is not None:
+        names.append(kernels.make_name("decode", triple, fp32acc=fp32acc))
+    if ledger is not None:
+        for name in ledger.histories:
+            parts = _parse(name)
+            if name not in names and parts.fp32acc == fp32acc and parts.triple in (None, triple):
+                names.append(name)
+    return names
+
+
+def _nearest(name: str, triple: tuple | None, available: Iterable[str]) -> str:
+    """The available kernel that is most like the wanted one: never another triple's where anything else is left."""
+    wanted = _parse(name)
+
+    def unlikeness(candidate: str) -> tuple:
+        parts = _parse(candidate)
+        return (
+            parts.triple not in (None, triple),
+            parts.variant != wanted.variant,
+            parts.variant != "base",  # runs any number of rows with the least scratch
+            parts.fp32acc != wanted.fp32acc,
+            parts.mixed != wanted.mixed,
+            parts.triple != wanted.triple,
+            candidate,
+        )
+
+    return min(available, key=unlikeness)
+
+
+@lru_cache(maxsize=None)
+def _variant_names(fp32acc: bool) -> tuple[str, ...]:
+    return tuple(kernels.make_name(variant, fp32acc=fp32acc) for variant in kernels.VARIANTS)
+
+
+_parse = lru_cache(maxsize=4096)(kernels.parse_name)
+
+
+def _fraction(what: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{what} must be a number in [0, 1], got {value!r}")
+    return float(value)
+
+
+def _check_rows(batch_size) -> None:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
+
+
+def _check_width(what: str, bits) -> None:
+    if not isinstance(bits, int) or not 1 <= bits <= kernels.MAX_KERNEL_BITS:
+        raise ValueError(f"{what} must be integers from 1 to {kernels.MAX_KERNEL_BITS}, got {bits!r}")
+
+
+def _check_bits(active_expert_bits) -> list[int]:
+    bits = list(active_expert_bits)
+    for width in bits:
+        _check_width("active_expert_bits", width)
+    return bits
+
+
+def _triple(*widths: int | None) -> tuple[int, int, int] | None:
+    if None in widths:
+        return None
+    for width in widths:
+        _check_width("gate_bits, up_bits and down_bits", width)
+    return widths
+
+
+def _available(names: Iterable[str] | None) -> frozenset[str] | set[str] | None:
+    if names is None:
+        return None
+    if isinstance(names, str):
+        raise ValueError(f"available_kernels must be a set of kernel names, got the single string {names!r}")
+    names = names if isinstance(names, (set, frozenset)) else set(names)
+    if not names:
+        raise ValueError("available_kernels is empty: no kernel may run; pass None to allow all of them")
+    return names
+
+
+_shared = MixedKernelSelector()
+
+
+def get_mixed_kernel(
+    batch_size: int,
+    active_expert_bits: Sequence[int],
+    gpu_memory_pressure: float = 0.0,
+    gate_bits: int | None = None,
+    up_bits: int | None = None,
+    down_bits: int | None = None,
+    use_fp32_acc: bool = False,
+    available_kernels: Iterable[str] | None = None,
+    pattern: dict | None = None,
+    problem: Problem | None = None,
+) -> tuple[str, dict]:
+    """:meth:`MixedKernelSelector.select_kernel` of the instance that the process shares."""
+    return _shared.select_kernel(
+        batch_size,
+        active_expert_bits,
+        gpu_memory_pressure,
+        gate_bits,
+        up_bits,
+        down_bits,
+        use_fp32_acc,
+        available_kernels,
+        pattern,
+        problem,
+    )
+
+
+def record_kernel_latency(kernel_name: str, batch_size: int, latency_ms: float, problem: Problem | None = None) -> None:
+    """:meth:`MixedKernelSelector.record_latency` of the instance that the process shares."""
+    _shared.record_latency(kernel_name, batch_size, latency_ms, problem)
+
+
+def get_statistics() -> dict:
+    """:meth:`MixedKernelSelector.get_statistics` of the instance that the process shares."""
+    return _shared.get_statistics()
+
+
+def reset_history() -> None:
+    """:meth:`MixedKernelSelector.reset_history` of the instance that the process shares."""
+    _shared.reset_history()
+
+
+def set_exploration_rate(rate: float) -> None:
+    """:meth:`MixedKernelSelector.set_exploration_rate` of the instance that the process shares."""
+    _shared.set_exploration_rate(rate)
