@@ -17,11 +17,12 @@ _MAX_CHOICES = 65536
 
 @dataclass(frozen=True)
 class Choice:
-    """The config that runs a problem, and the reason."""
+    """The config that runs a problem, and the reason; tuned: whether it rests on a profile or on feedback."""
 
     problem: Problem
     config: KernelConfig
     reason: str
+    tuned: bool = True
 
     def __str__(self) -> str:
         c = self.config
@@ -62,7 +63,8 @@ def from_profile(problem: Problem) -> Choice:
     found = profile.find(problem)
     if found is not None:
         return Choice(problem, found.config, found.origin)
-    return Choice(problem, kernels.default(problem), f"the default for {problem.rows} rows: no profile knows this problem")
+    reason = f"the default for {problem.rows} rows, because no profile knows this problem"
+    return Choice(problem, kernels.default(problem), reason, tuned=False)
 
 
 def choose(problem: Problem) -> Choice:

@@ -198,7 +198,8 @@ def feasible(problem: Problem, config: KernelConfig) -> str | None:
         return f"kernel_variant must be one of {', '.join(VARIANTS)}, got {config.kernel_variant!r}"
     if name.variant != config.kernel_variant:
         return f"{config.kernel_name} is a {name.variant} kernel, but kernel_variant is {config.kernel_variant!r}"
-    if name.triple is not None and problem.kind == "swiglu" and problem.bits != (name.triple,):
+    # On the CPU a triple names the same code as plain decode, which reads each expert's own widths.
+    if name.triple is not None and problem.device == "gpu" and problem.kind == "swiglu" and problem.bits != (name.triple,):
         return f"{config.kernel_name} needs all experts at {name.triple}, but the layer has {list(problem.bits)}"
     return _cpu_infeasible(config)
 

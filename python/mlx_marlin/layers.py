@@ -6,12 +6,14 @@ when the model is unfrozen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import is_
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import kernels, ops
+from . import choices, kernels, ops
+from .choices import Choice
 from .kernels import KernelConfig, Problem
 from .weights import ExpertBank, ExpertStack, TrellisWeight, check_projections
 
@@ -54,7 +56,8 @@ class TrellisExperts(_Frozen):
     def stack(self) -> ops.Stack:
         """The parameters as the kernels take them; checked again when a parameter was replaced."""
         source = self._stack.source
-        current = (self.trellis, self.formats, self.suh, self.svh, self.get("bias"))
+        get = self.get  # attribute access to a parameter costs a microsecond each
+        current = (get("trellis"), get("formats"), get("suh"), get("svh"), get("bias"))
         if any(a is not b for a, b in zip(current, (source.codes, source.formats, source.suh, source.svh, source.bias))):
             self._stack = ops.prepare(ExpertStack(*current, *self._sizes))
         return self._stack
@@ -79,6 +82,44 @@ class TrellisExperts(_Frozen):
         bits = self.stack.source.bits
         low, high = min(bits), max(bits)
         return f"{self.num_experts} experts, {self._sizes[0]} -> {self._sizes[1]}, bits={low if low == high else f'{low}..{high}'}"
+
+
+class _Selection:
+    """What runs each kind of call of one layer, keyed by what the calls differ in.
+
+    Args:
+        op: For error messages.
+        problem: The layer's ``problem`` method.
+    """
+
+    __slots__ = ("_op", "_problem", "_generation", "_stacks", "_table", "top_k", "combine", "dtype")
+
+    def __init__(self, op: str, problem: Callable[..., Problem]):
+        self._op = op
+        self._problem = problem
+        self._generation = -1
+        self._stacks: tuple[ops.Stack, ...] = ()
+        self._table: dict[tuple, object] = {}
+        # Of the latest new kind of call: what explain() assumes where it is not told.
+        self.top_k, self.combine, self.dtype = 1, False, mx.float32
+
+    def current(self, *stacks: ops.Stack) -> "_Selection":
+        """Itself; forgets everything first if the weights, the profile or the feedback changed."""
+        generation = choices.generation()
+        if generation != self._generation or not all(map(is_, stacks, self._stacks)):
+            self._table = {}
+            self._generation, self._stacks = generation, stacks
+        return self
+
+    def __call__(self, rows: int, top_k: int, dtype: mx.Dtype, combine: bool):
+        """The resolved config: a dictionary look-up after the first call of a kind."""
+        key = rows, top_k, dtype, combine, mx.default_device().type
+        native = self._table.get(key)
+        if native is None:
+            self.top_k, self.combine, self.dtype = top_k, combine, dtype
+            problem = self._problem(rows, dtype, ops.device_of(None), combine=combine, top_k=top_k)
+            native = self._table[key] = ops.resolve(self._op, problem, choices.choose(problem).config)
+        return native
 
 
 class TrellisSwitchGLU(nn.Module):
@@ -116,13 +157,16 @@ class TrellisSwitchGLU(nn.Module):
         self.up_proj = TrellisExperts(bank.up)
         self.down_proj = TrellisExperts(bank.down)
         self._activation = (activation, float(alpha), float(limit))
+        self._selection = _Selection("trellis_swiglu", self.problem)
+        self._adaptation = None
 
     def _stacks(self) -> tuple[ops.Stack, ops.Stack, ops.Stack]:
-        return self.gate_proj.stack, self.up_proj.stack, self.down_proj.stack
+        return self.get("gate_proj").stack, self.get("up_proj").stack, self.get("down_proj").stack
 
-    def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int = 1) -> Problem:
-        """What a call with this many rows asks for."""
+    def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int | None = None) -> Problem:
+        """What a call with this many rows asks for. top_k: that of the latest new kind of call by default, or 1."""
         gate, up, down = (stack.source for stack in self._stacks())
+        top_k = self._selection.top_k if top_k is None else top_k
         return ops.swiglu_problem(gate, up, down, rows, top_k, self._activation[0], dtype, device, combine)
 
     def __call__(self, x: mx.array, indices: mx.array, scores: mx.array | None = None) -> mx.array:
@@ -136,10 +180,39 @@ class TrellisSwitchGLU(nn.Module):
         Returns:
             Shape ``[..., k, hidden]``, or ``[..., hidden]`` with scores; dtype of x.
         """
+        indices = mx.stop_gradient(indices) if isinstance(indices, mx.array) else indices
+        if self._adaptation is not None:
+            return self._adaptation(x, indices, scores)
+        return self._run(x, indices, scores)
+
+    def _run(self, x: mx.array, indices, scores=None, config: KernelConfig | None = None) -> mx.array:
+        """The call itself: with the config that is selected for it, or with a given one."""
         gate, up, down = self._stacks()
         name, alpha, limit = self._activation
-        indices = mx.stop_gradient(indices) if isinstance(indices, mx.array) else indices
-        return ops.swiglu(x, indices, gate, up, down, scores=scores, activation=name, alpha=alpha, limit=limit)
+        select = self._selection.current(gate, up, down) if config is None else None
+        return ops.swiglu(
+            x, indices, gate, up, down,
+            scores=scores, activation=name, alpha=alpha, limit=limit, config=config, select=select,
+        )
+
+    def explain(
+        self, rows: int, dtype: mx.Dtype | None = None, *, top_k: int | None = None, combine: bool | None = None
+    ) -> Choice:
+        """Which config a call runs, and why.
+
+        Args:
+            rows: Tokens, before top-k.
+            dtype: Dtype of x. Default: ``None``, as in the latest new kind of call, or float32.
+            top_k: Experts per token. Default: ``None``, as in the latest new kind of call, or 1.
+            combine: Whether scores are given. Default: ``None``, as in the latest new kind of call, or ``False``.
+
+        Returns:
+            A :class:`Choice`: ``problem``, ``config`` and ``reason``; printable.
+        """
+        latest = self._selection
+        dtype = latest.dtype if dtype is None else dtype
+        combine = latest.combine if combine is None else combine
+        return choices.choose(self.problem(rows, dtype, ops.device_of(None), combine=combine, top_k=top_k))
 
 
 class TrellisLinear(_Frozen):
@@ -163,12 +236,15 @@ class TrellisLinear(_Frozen):
         if w.bias is not None:
             self.bias = stack.bias.reshape(-1)
         self._stacked = ()
+        self._selection = _Selection("trellis_linear", self.problem)
+        self._adaptation = None
         self.stack
 
     @property
     def stack(self) -> ops.Stack:
         """The parameters as the kernels take them; collected again when a parameter was replaced."""
-        current = (self.trellis, self.suh, self.svh, self.get("bias"))
+        get = self.get  # attribute access to a parameter costs a microsecond each
+        current = (get("trellis"), get("suh"), get("svh"), get("bias"))
         if len(self._stacked) != len(current) or any(a is not b for a, b in zip(current, self._stacked)):
             bias = None if current[3] is None else current[3].astype(mx.float32).reshape(1, -1)
             source = ExpertStack(
@@ -177,13 +253,32 @@ class TrellisLinear(_Frozen):
             self._stack, self._stacked = ops.prepare(source), current
         return self._stack
 
-    def problem(self, rows: int, dtype, device: str, *, combine: bool = False) -> Problem:
-        """What a call with this many rows asks for."""
+    def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int = 1) -> Problem:
+        """What a call with this many rows asks for; combine and top_k mean nothing to a linear."""
         return ops.linear_problem(self.stack.source, rows, dtype, device)
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[..., in_features]`` -> ``[..., out_features]``, dtype of x."""
-        return ops.linear(x, self.stack)
+        return self._run(x) if self._adaptation is None else self._adaptation(x)
+
+    def _run(self, x: mx.array, config: KernelConfig | None = None) -> mx.array:
+        """The call itself: with the config that is selected for it, or with a given one."""
+        stack = self.stack
+        select = self._selection.current(stack) if config is None else None
+        return ops.linear(x, stack, config=config, select=select)
+
+    def explain(self, rows: int, dtype: mx.Dtype | None = None) -> Choice:
+        """Which config a call with this many rows runs, and why.
+
+        Args:
+            rows: Tokens.
+            dtype: Dtype of x. Default: ``None``, as in the latest new kind of call, or float32.
+
+        Returns:
+            A :class:`Choice`: ``problem``, ``config`` and ``reason``; printable.
+        """
+        dtype = self._selection.dtype if dtype is None else dtype
+        return choices.choose(self.problem(rows, dtype, ops.device_of(None)))
 
     def to_lora(self, r: int = 8, scale: float = 20.0, dropout: float = 0.0) -> nn.Module:
         """Wrap in mlx-lm's LoRA layer: the trellis stays frozen under it."""

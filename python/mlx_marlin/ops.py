@@ -68,7 +68,12 @@ def _native(config: KernelConfig) -> _ext.KernelConfig:
 
 
 @lru_cache(maxsize=4096)
-def _resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> _ext.KernelConfig:
+def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> _ext.KernelConfig:
+    """A config as the primitives take it; ``None`` stands for the default.
+
+    Raises:
+        ValueError: If it cannot run the problem.
+    """
     if config is None:
         config = kernels.default(problem)
     elif isinstance(config, str):
@@ -173,14 +178,19 @@ def swiglu_problem(
     )
 
 
-def linear(x: mx.array, stack: Stack, *, config=None, stream=None, op: str = "trellis_linear") -> mx.array:
-    """:func:`trellis_linear` for a prepared stack of one weight."""
+def linear(x: mx.array, stack: Stack, *, config=None, stream=None, select=None, op: str = "trellis_linear") -> mx.array:
+    """:func:`trellis_linear` for a prepared stack of one weight.
+
+    ``select`` takes the place of ``config``: from (rows, top-k, dtype, combine) it gives a resolved config.
+    """
     source = stack.source
     _check_x(op, x, source.in_features)
-    problem = linear_problem(source, x.size // source.in_features, x.dtype, device_of(stream))
-    return _ext.trellis_linear(
-        x, stack.arrays, stack.info, source.in_features, source.out_features, _resolve(op, problem, config), stream
-    )
+    rows = x.size // source.in_features
+    if select is not None:
+        native = select(rows, 1, x.dtype, False)
+    else:
+        native = resolve(op, linear_problem(source, rows, x.dtype, device_of(stream)), config)
+    return _ext.trellis_linear(x, stack.arrays, stack.info, source.in_features, source.out_features, native, stream)
 
 
 def trellis_linear(x: mx.array, w: TrellisWeight, *, config=None, stream=None) -> mx.array:
@@ -215,7 +225,7 @@ def gather_linear(x: mx.array, indices, stack: Stack, *, config=None, stream=Non
         source.in_features,
         source.out_features,
         indices.shape[-1],
-        _resolve(op, problem, config),
+        resolve(op, problem, config),
         stream,
     )
     return y.reshape(*indices.shape, source.out_features)
@@ -234,8 +244,9 @@ def swiglu(
     limit: float = 7.0,
     config=None,
     stream=None,
+    select=None,
 ) -> mx.array:
-    """:func:`trellis_swiglu` for prepared stacks."""
+    """:func:`trellis_swiglu` for prepared stacks; ``select`` as in :func:`linear`."""
     op, source = "trellis_swiglu", gate.source
     if activation not in kernels.ACTIVATIONS:
         raise ValueError(f"[{op}] activation must be one of {', '.join(kernels.ACTIVATIONS)}, got {activation!r}")
@@ -244,17 +255,13 @@ def swiglu(
     indices = _check_indices(op, indices, x, len(source.bits))
     if scores is not None:
         scores = _check_scores(op, scores, indices)
-    problem = swiglu_problem(
-        source,
-        up.source,
-        down.source,
-        x.size // hidden,
-        indices.shape[-1],
-        activation,
-        x.dtype,
-        device_of(stream),
-        scores is not None,
-    )
+    rows, top_k, combine = x.size // hidden, indices.shape[-1], scores is not None
+    if select is not None:
+        native = select(rows, top_k, x.dtype, combine)
+    else:
+        device = device_of(stream)
+        problem = swiglu_problem(source, up.source, down.source, rows, top_k, activation, x.dtype, device, combine)
+        native = resolve(op, problem, config)
     return _ext.trellis_swiglu(
         x,
         indices,
@@ -267,7 +274,7 @@ def swiglu(
         kernels.ACTIVATIONS.index(activation),
         alpha,
         limit,
-        _resolve(op, problem, config),
+        native,
         stream,
     )
 

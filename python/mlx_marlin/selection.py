@@ -12,8 +12,9 @@ import random
 import threading
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from numbers import Integral, Real
 
-from . import kernels
+from . import choices, kernels
 from .evidence import MIN_SAMPLES, Ledger
 from .kernels import Problem
 
@@ -85,6 +86,7 @@ class MixedKernelSelector:
         """Forget all latencies, switches and counts."""
         with self._lock:
             self._ledgers: dict[tuple[Problem | None, str], Ledger] = {}
+            self._tracked: set[str] = set()
             self._selections = self._explorations = self._judged = self._accurate = 0
 
     def select_kernel(
@@ -139,18 +141,21 @@ class MixedKernelSelector:
                 name = kernels.make_name("base", fp32acc=use_fp32_acc)
                 reason = f"memory_pressure: {pressure:.2f} exceeds {self._threshold:.2f}, the base kernel needs the least scratch"
             else:
-                name, reason = _by_rules(batch_size, triple, use_fp32_acc, pattern, problem)
+                name, reason = _by_table(problem, use_fp32_acc) or _by_rules(
+                    batch_size, triple, use_fp32_acc, pattern, problem
+                )
             if available is not None and name not in available:
                 substitute = _nearest(name, triple, available)
                 reason = f"fallback_availability: Selected kernel {name} not available, using {substitute} instead"
                 name = substitute
+            # Before the decision: a switch restarts the histories that led to it.
+            histories = {} if ledger is None else ledger.histories
+            considered = dict.fromkeys([name, *candidates])
+            evidence = {c: histories[c].summary() if c in histories else {"samples": 0} for c in considered}
             explored = False
             if not pressed:
                 name, reason, explored = self._by_evidence(name, reason, candidates, ledger)
             self._selections += 1
-            histories = {} if ledger is None else ledger.histories
-            considered = dict.fromkeys([name, *candidates])
-            evidence = {c: histories[c].summary() if c in histories else {"samples": 0} for c in considered}
         return name, {
             "kernel_name": name,
             "family": family,
@@ -174,7 +179,7 @@ class MixedKernelSelector:
         """
         _parse(kernel_name)
         _check_rows(batch_size)
-        if not 0.0 < latency_ms < math.inf:
+        if not isinstance(latency_ms, Real) or not 0.0 < latency_ms < math.inf:
             raise ValueError(f"latency_ms must be a finite number of milliseconds above 0, got {latency_ms!r}")
         key = problem, batch_bucket(batch_size)
         with self._lock:
@@ -184,6 +189,7 @@ class MixedKernelSelector:
                     del self._ledgers[next(iter(self._ledgers))]
                 ledger = self._ledgers[key] = Ledger(self._history_len, SWITCH_LEVEL / len(BUCKETS))
             ledger.record(kernel_name, latency_ms)
+            self._tracked.add(kernel_name)
 
     def get_statistics(self) -> dict:
         """What was selected and learned so far.
@@ -191,37 +197,44 @@ class MixedKernelSelector:
         Returns:
             ``selection_accuracy`` (share of the exploiting choices that were the fastest among the kernels with at
             least 5 samples; 0.0 without any), ``total_selections``, ``explorations``, ``exploration_rate``,
-            ``switches`` (how often evidence replaced a kernel) and ``tracked_kernels`` (kernels with timings).
+            ``switches`` (how often evidence replaced a kernel) and ``tracked_kernels`` (how many had timings recorded).
         """
         with self._lock:
-            ledgers = self._ledgers.values()
             return {
                 "selection_accuracy": self._accurate / self._judged if self._judged else 0.0,
                 "total_selections": self._selections,
                 "explorations": self._explorations,
                 "exploration_rate": self._exploration_rate,
-                "switches": sum(ledger.switches for ledger in ledgers),
-                "tracked_kernels": len({name for ledger in ledgers for name in ledger.histories}),
+                "switches": sum(ledger.switches for ledger in self._ledgers.values()),
+                "tracked_kernels": len(self._tracked),
             }
 
     def _by_evidence(self, name: str, reason: str, candidates: list[str], ledger: Ledger | None) -> tuple[str, str, bool]:
         """The kernel that the timings, or the wish to get timings, put in the place of the rules' choice."""
-        chosen = name
+        chosen, fastest = name, None
         if ledger is not None:
+            fastest = ledger.fastest(candidates)
             chosen = ledger.leader(name, candidates)
         others = [c for c in candidates if c != chosen]
         if others and self._exploration_rate and self._random.random() < self._exploration_rate:
             self._explorations += 1
             explored = others[int(self._random.random() * len(others))]
             return explored, f"exploration: trying {explored} instead of {chosen}", True
-        if ledger is not None:
-            fastest = ledger.fastest(candidates)
-            if fastest is not None:
-                self._judged += 1
-                self._accurate += fastest == chosen
+        if fastest is not None:
+            self._judged += 1
+            self._accurate += fastest == chosen
         if chosen != name:
             reason = f"evidence: {chosen} is significantly faster than {name}"
         return chosen, reason, False
+
+
+def _by_table(problem: Problem | None, fp32acc: bool) -> tuple[str, str] | None:
+    """Rule 6 for the tuned table: the kernel of the problem's entry, where a profile has one."""
+    choice = None if problem is None else choices.choose(problem)
+    if choice is None or not choice.tuned:
+        return None
+    parts = _parse(choice.config.kernel_name)
+    return kernels.make_name(parts.variant, parts.triple, mixed=parts.mixed, fp32acc=fp32acc), f"tuned_table: {choice.reason}"
 
 
 def _by_rules(
@@ -236,7 +249,7 @@ def _by_rules(
         name = kernels.make_name("decode", triple, fp32acc=use_fp32_acc)
         return name, "specialized_decode: all active experts have gate {}, up {}, down {} bits".format(*triple)
     name = kernels.make_name(kernels.default_variant(batch_size), fp32acc=use_fp32_acc)
-    return name, f"batch_size: {batch_size} rows are in {batch_bucket(batch_size)}"
+    return name, f"batch_size: {batch_size} row{'s' * (batch_size > 1)}"
 
 
 def _top_expert_rows(batch_size: int, pattern: dict | None, problem: Problem | None) -> int | None:
@@ -295,18 +308,18 @@ _parse = lru_cache(maxsize=4096)(kernels.parse_name)
 
 
 def _fraction(what: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value <= 1.0:
         raise ValueError(f"{what} must be a number in [0, 1], got {value!r}")
     return float(value)
 
 
 def _check_rows(batch_size) -> None:
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, Integral) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
 
 
 def _check_width(what: str, bits) -> None:
-    if not isinstance(bits, int) or not 1 <= bits <= kernels.MAX_KERNEL_BITS:
+    if not isinstance(bits, Integral) or not 1 <= bits <= kernels.MAX_KERNEL_BITS:
         raise ValueError(f"{what} must be integers from 1 to {kernels.MAX_KERNEL_BITS}, got {bits!r}")
 
 
