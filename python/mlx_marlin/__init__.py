@@ -4,6 +4,14 @@ from . import _abi  # first: explains a mismatch before anything else fails  # n
 from .kernels import KernelConfig, Problem
 from .layers import TrellisLinear, TrellisSwitchGLU
 from .ops import set_num_threads, trellis_decode, trellis_linear, trellis_swiglu
+from .selection import (
+    MixedKernelSelector,
+    get_mixed_kernel,
+    get_statistics,
+    record_kernel_latency,
+    reset_history,
+    set_exploration_rate,
+)
 from .weights import ExpertBank, TrellisWeight
 
 __version__ = _abi.VERSION
@@ -11,10 +19,16 @@ __version__ = _abi.VERSION
 __all__ = [
     "ExpertBank",
     "KernelConfig",
+    "MixedKernelSelector",
     "Problem",
     "TrellisLinear",
     "TrellisSwitchGLU",
     "TrellisWeight",
+    "get_mixed_kernel",
+    "get_statistics",
+    "record_kernel_latency",
+    "reset_history",
+    "set_exploration_rate",
     "set_num_threads",
     "trellis_decode",
     "trellis_linear",
