@@ -84,6 +84,9 @@ ORDER = [
     "profile",
     "measure",
     "race",
+    "evidence",
+    "choices",
+    "selection",
     "ops",
     "layers",
 ]

@@ -1,7 +1,7 @@
-"""What timings say about kernels: recent latencies, and a sequential test that allows few false switches. Pure.
+"""What timings say about kernels: recent latencies, and a sequential test that allows few false switches.
 
 A :class:`Ledger` keeps the latencies of the kernels that compete for one kind of call. It replaces the kernel in charge
-only on significance. The 0.05 of a ledger's level are spent once over its whole life: a test is a pair of kernels and
+only on significance. Its level is spent once over its whole life: a test is a pair of kernels and
 five looks, the i-th test opened gets 1 / (i (i + 1)) of the level, and each look a fifth of that. However often tests
 are opened again, after a switch or after five looks without one, the shares sum to at most the level.
 """
@@ -12,6 +12,8 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
+
+from .measure import welch_p_value
 
 # A test looks when the smaller of both counts reaches these; five equal shares of its level.
 LOOKS = (5, 10, 20, 40, 80)
@@ -152,50 +154,3 @@ class Ledger:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _variance(values: Sequence[float], mean: float) -> float:
-    return sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-
-
-def welch_p_value(a: Sequence[float], b: Sequence[float], min_variance: float = 0.0) -> float:
-    """Two-sided p-value of Welch's test that two samples of at least 2 have the same mean.
-
-    Args:
-        a: A sample.
-        b: The other.
-        min_variance: Least variance that a sample is taken to have. Default: ``0.0``; two samples without any spread
-            then differ for certain (0.0) or are equal (1.0).
-    """
-    mean_a, mean_b = _mean(a), _mean(b)
-    error_a = max(_variance(a, mean_a), min_variance) / len(a)
-    error_b = max(_variance(b, mean_b), min_variance) / len(b)
-    if not error_a + error_b:
-        return 1.0 if mean_a == mean_b else 0.0
-    t_squared = (mean_a - mean_b) ** 2 / (error_a + error_b)
-    freedom = (error_a + error_b) ** 2 / (error_a**2 / (len(a) - 1) + error_b**2 / (len(b) - 1))
-    return _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t_squared))
-
-
-def _incomplete_beta(a: float, b: float, x: float) -> float:
-    """The regularised incomplete beta function, by its continued fraction (DLMF 8.17.22, Lentz's method)."""
-    if x <= 0.0 or x >= 1.0:
-        return float(x >= 1.0)
-    if x > (a + 1) / (a + b + 2):  # the fraction converges fast on the other side only
-        return 1.0 - _incomplete_beta(b, a, 1.0 - x)
-    front = math.exp(a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)) / a
-    tiny = 1e-300
-    c, d = 1.0, 1.0 - (a + b) * x / (a + 1)
-    d = 1.0 / (d or tiny)
-    fraction = d
-    for m in range(1, 10_000):
-        for numerator in (
-            m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m)),
-            -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1)),
-        ):
-            d = 1.0 / ((1.0 + numerator * d) or tiny)
-            c = (1.0 + numerator / c) or tiny
-            fraction *= c * d
-        if abs(c * d - 1.0) < 1e-12:
-            break
-    return front * fraction

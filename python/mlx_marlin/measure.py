@@ -72,7 +72,7 @@ class _Difference(NamedTuple):
     freedom: float
 
 
-def _difference(a: Sequence[float], b: Sequence[float]) -> _Difference:
+def _difference(a: Sequence[float], b: Sequence[float], min_variance: float = 0.0) -> _Difference:
     """Difference of two means with Welch's standard error and degrees of freedom.
 
     A sample without any spread shows the clock's resolution, not its noise: it is given the other's variance.
@@ -80,7 +80,8 @@ def _difference(a: Sequence[float], b: Sequence[float]) -> _Difference:
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a comparison needs at least 2 samples on each side, got {len(a)} and {len(b)}")
     mean_a, mean_b = math.fsum(a) / len(a), math.fsum(b) / len(b)
-    variance_a, variance_b = statistics.variance(a, mean_a), statistics.variance(b, mean_b)
+    variance_a = max(min_variance, statistics.variance(a, mean_a))
+    variance_b = max(min_variance, statistics.variance(b, mean_b))
     if not variance_a or not variance_b:
         variance_a = variance_b = variance_a or variance_b
     error_a, error_b = variance_a / len(a), variance_b / len(b)
@@ -91,9 +92,15 @@ def _difference(a: Sequence[float], b: Sequence[float]) -> _Difference:
     return _Difference(mean_a - mean_b, math.sqrt(squared), freedom)
 
 
-def welch_p_value(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p-value of Welch's test that two samples of at least 2 values have the same mean."""
-    mean, error, freedom = _difference(a, b)
+def welch_p_value(a: Sequence[float], b: Sequence[float], min_variance: float = 0.0) -> float:
+    """Two-sided p-value of Welch's test that two samples have the same mean.
+
+    Args:
+        a: A sample of at least 2 values.
+        b: The other.
+        min_variance: What a sample's variance is taken for, where it is less. Default: ``0.0``.
+    """
+    mean, error, freedom = _difference(a, b, min_variance)
     if not error:
         return 1.0 if not mean else 0.0
     return 2 * t_tail(abs(mean) / error, freedom)
