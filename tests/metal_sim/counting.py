@@ -1,0 +1,144 @@
+"""Count what a kernel does: operations per basic block from the optimised IR, times how often each block runs.
+
+Costs are those of an Apple GPU core: the *complex* pipe does integer multiplies, shifts and bit-field moves and
+integer/float conversions at a quarter of the rate of everything else, so it is counted apart. What that GPU does
+for nothing counts nothing: half-register selection (a shift by 16), a left shift by 1 to 4 that feeds an add,
+width changes, half operands of float operations.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from . import ir
+from .compiler import DIALECT, translate
+from .launch import Library, Result
+from .toolchain import CACHE, CLANG, HERE, LINKER, digest, run_tool, sources_digest, write_atomically
+
+CLASSES = (
+    "multiply",
+    "shift",
+    "variable_shift",
+    "convert",
+    "integer",
+    "float",
+    "special",
+    "load",
+    "store",
+    "branch",
+)
+COMPLEX = ("multiply", "shift", "convert")
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations summed over threads.
+
+    Attributes:
+        counts: By class (:data:`CLASSES`).
+        weights: Trellis weights decoded: multiplies by a codebook's constant.
+    """
+
+    counts: Counter
+    weights: int
+
+    @property
+    def complex(self) -> int:
+        """Operations of the complex pipe; a shift by a register amount takes it twice as long."""
+        return sum(self.counts[c] for c in COMPLEX) + 2 * self.counts["variable_shift"]
+
+    @property
+    def simple(self) -> int:
+        """Integer and float operations of the other pipes."""
+        return self.counts["integer"] + self.counts["float"] + self.counts["branch"]
+
+    def per_weight(self) -> dict[str, float]:
+        """Complex, integer, float, load and store operations per decoded weight."""
+        if not self.weights:
+            raise ValueError("no trellis weight is decoded here")
+        names = ("integer", "float", "load", "store")
+        return {"complex": self.complex / self.weights} | {n: self.counts[n] / self.weights for n in names}
+
+
+class CountedResult(Result):
+    """A :class:`Result` with operation counts.
+
+    Attributes:
+        operations: Of the whole dispatch.
+        inner_loop: Of the innermost loop that decodes most weights; the whole dispatch if none decodes any.
+    """
+
+    operations: Operations
+    inner_loop: Operations
+
+
+class CountedLibrary(Library):
+    """Kernels without the checks, whose basic blocks count themselves.
+
+    Attributes:
+        registers: Estimate of live 32-bit registers by host name: the most values live at once in the IR.
+    """
+
+    def __init__(self, path, unit, module):
+        super().__init__(path, unit.kernels, unit.symbols, [], blocks=len(module.blocks))
+        self._module = module
+        functions = {f.name: f for f in module.functions}
+        self.registers = {host: ir.live_registers(functions[s]) for host, s in unit.symbols.items()}
+
+    def run(self, *arguments, **options) -> CountedResult:
+        """As :meth:`Library.run`, with ``races`` off; the result has operation counts."""
+        result = super().run(*arguments, races=False, **options)
+        result.__class__ = CountedResult
+        result.operations = self._sum(range(len(result.blocks)), result.blocks)
+        result.inner_loop = self._sum(self._hottest_loop(result.blocks), result.blocks)
+        return result
+
+    def _sum(self, blocks, times):
+        counts, weights = Counter(), 0
+        for b in blocks:
+            if times[b]:
+                for name, n in self._module.blocks[b].operations.items():
+                    counts[name] += n * times[b]
+                weights += self._module.blocks[b].weights * times[b]
+        return Operations(counts, weights)
+
+    def _hottest_loop(self, times):
+        decoded = [b.weights * t for b, t in zip(self._module.blocks, times)]
+        if not any(decoded):
+            return range(len(times))
+        hottest = decoded.index(max(decoded))
+        loops = [loop for f in self._module.functions for loop in ir.natural_loops(f) if hottest in loop]
+        if not loops:  # fully unrolled
+            return next(f.block_ids for f in self._module.functions if hottest in f.block_ids)
+        return min(loops, key=len)
+
+
+def compile_counted(source: str, *, fp_contract: str = "off", **options) -> CountedLibrary:
+    """Compile for counting; arguments as in :func:`metal_sim.compile`. ``#pragma unroll`` is kept.
+
+    Raises:
+        CompileError: With the messages of clang.
+    """
+    unit = translate(source, **{"unroll": True, **options})
+    flags = [*DIALECT, "-O2", f"-ffp-contract={fp_contract}", "-fPIC", "-fvisibility=hidden", "-w"]
+    counter = "\n".join((HERE / f).read_text() for f in ("counting.py", "ir.py"))
+    key = digest(unit.text, sources_digest(), counter, *flags)
+    text, library = CACHE / f"counted_{key}.ll", CACHE / f"counted_{key}.so"
+    if not text.exists():
+        unit_file = CACHE / f"counted_{key}.clcpp"
+        write_atomically(unit_file, unit.text)
+        command = [*CLANG, *flags, f"-I{HERE / 'shim'}", "-S", "-emit-llvm", "-o", "-", str(unit_file)]
+        write_atomically(text, run_tool(command, f"compiling {unit.name}").stdout)
+    module = ir.Module(text.read_text())
+    if not library.exists():
+        instrumented = CACHE / f"counted_{key}_blocks.ll"
+        write_atomically(instrumented, module.instrumented())
+        beside = CACHE / f"counted_{key}.o"
+        target = ["-target", "x86_64-linux-gnu", "-mavx", "-mf16c", "-mfma", "-w"]
+        run_tool(
+            [*CLANG, "-x", "ir", *target, "-O1", "-fPIC", "-c", "-o", str(beside), str(instrumented)],
+            f"compiling {unit.name} for counting",
+        )
+        run_tool([*LINKER, "-shared", "-o", str(library), str(beside)], "linking")
+    return CountedLibrary(library, unit, module)
