@@ -1,0 +1,254 @@
+"""Where the quantized linears of a checkpoint belong in an mlx-lm model.
+
+Each model has its own ``sanitize`` that renames, drops, stacks and changes checkpoint tensors. It is shown a placeholder
+``<name>.weight`` for every quantized linear and the unquantized tensors as they are, both lazy. A placeholder has one
+column, and row r of linear number j holds ``j << 32 | r``, so that what comes out of ``sanitize`` tells which rows of
+which linear ended where. Nothing of the weights is read meanwhile.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
+
+from ..codec import HADAMARD_SIZE
+from ..loader import QuantizedLinear, TrellisModelLoader
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# What model code raises on a config or a set of tensors that it was not written for.
+MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+_EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>\d{1,9})\.(?P<projection>\w+)")
+# Mixtral's names for the projections.
+_PROJECTION_ALIASES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_ROUTER_BIAS = "e_score_correction_bias"
+
+
+@dataclass(frozen=True)
+class LinearSource:
+    """The rows (outputs) of a quantized linear that make a weight of the model.
+
+    Attributes:
+        linear: The linear.
+        blocks: Blocks of 128 outputs to take, or ``None`` for all.
+    """
+
+    linear: QuantizedLinear
+    blocks: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """Where everything goes.
+
+    Attributes:
+        linears: Source of each quantized ``nn.Linear``, by its path in the model.
+        experts: Sources of each quantized ``SwitchGLU``: path -> projection -> one source per expert.
+        dense: All other parameters of the model, lazy, by path.
+    """
+
+    linears: dict[str, LinearSource]
+    experts: dict[str, dict[str, list[LinearSource]]]
+    dense: dict[str, mx.array]
+
+
+class _Placeholders:
+    """Makes the placeholders and reads them back."""
+
+    def __init__(self, loader: TrellisModelLoader):
+        self.directory = loader.directory
+        self.linears = list(loader.quantized.values())
+
+    def make(self) -> dict[str, mx.array]:
+        weights = {}
+        for number, linear in enumerate(self.linears):
+            rows = mx.arange(linear.padded_shape[1], dtype=mx.uint64)
+            weights[f"{linear.name}.weight"] = (rows + mx.array(number << 32, mx.uint64))[:, None]
+        return weights
+
+    def read(self, path: str, codes: np.ndarray, logical: int) -> LinearSource:
+        """The source of a weight with these codes that has ``logical`` rows in the model."""
+        numbers, rows = codes >> 32, (codes & 0xFFFFFFFF).astype(np.int64)
+        names = [self.linears[n].name for n in np.unique(numbers)]
+        if len(names) > 1:
+            raise ValueError(
+                f"{self.directory}: mlx-lm joins {names[0]} and {names[1]} into {path}; linears that are quantized "
+                "separately cannot be joined"
+            )
+        linear = self.linears[int(numbers[0])]
+        where = f"{self.directory}: {linear.name}, which mlx-lm puts at {path},"
+        start, count = int(rows[0]), len(rows)
+        if not np.array_equal(rows, np.arange(start, start + count)):
+            raise ValueError(f"{where} has its outputs reordered there; a trellis cannot be reordered")
+        padded = linear.padded_shape[1]
+        if start == 0 and count == padded and padded - HADAMARD_SIZE < logical <= padded:
+            return LinearSource(linear, None)
+        if start % HADAMARD_SIZE or count != logical or (count % HADAMARD_SIZE and start + count != padded):
+            raise ValueError(
+                f"{where} gives outputs {start} to {start + count} of {padded} where the model wants {logical}; "
+                f"EXL3 pads the model's size to the next multiple of {HADAMARD_SIZE} and can be cut at such multiples only"
+            )
+        first = start // HADAMARD_SIZE
+        return LinearSource(linear, tuple(range(first, first + -(-count // HADAMARD_SIZE))))
+
+
+def check_experts(loader: TrellisModelLoader) -> None:
+    """Raise ValueError where experts of a layer are missing, differ in size, or are quantized while others are not."""
+    groups: dict[tuple[str, str], set[int]] = {}
+    sizes: dict[tuple[str, str], QuantizedLinear] = {}
+    for name, linear in loader.quantized.items():
+        match = _EXPERT.fullmatch(name)
+        if match:
+            group = (match["block"], match["projection"])
+            groups.setdefault(group, set()).add(int(match["expert"]))
+            first = sizes.setdefault(group, linear)
+            if linear.padded_shape != first.padded_shape:
+                raise ValueError(
+                    f"{loader.directory}: {name} is a {list(linear.padded_shape)} matrix, but {first.name} is "
+                    f"{list(first.padded_shape)}; the experts of a layer have one size"
+                )
+    blocks: dict[str, set[int]] = {}
+    for (block, _), experts in groups.items():
+        blocks.setdefault(block, set()).update(experts)
+    for (block, projection), experts in groups.items():
+        missing = set(range(max(blocks[block]) + 1)) - experts
+        if not missing:
+            continue
+        name = f"{block}.experts.{min(missing)}.{projection}"
+        if f"{name}.weight" in loader.unquantized:
+            raise ValueError(f"{loader.directory}: {name} is not quantized, but other experts of the layer are")
+        raise ValueError(f"{loader.directory}: {name}.trellis is missing, but other experts of the layer are there")
+
+
+def sanitize(model: nn.Module, loader: TrellisModelLoader, placeholders: _Placeholders) -> dict[str, mx.array]:
+    """The checkpoint as the model's own ``sanitize`` leaves it, experts stacked and names adjusted."""
+    weights = {**loader.load_unquantized(), **placeholders.make()}
+    if hasattr(model, "sanitize"):
+        try:
+            weights = model.sanitize(weights)
+        except KeyError as error:
+            missing = str(error.args[0]) if error.args else "a tensor"
+            raise ValueError(f"{loader.directory}: mlx-lm looks for {missing}, which the checkpoint does not have") from error
+        except MODEL_ERRORS as error:
+            raise ValueError(
+                f"{loader.directory}: {type(model).__module__} cannot take these tensors: {type(error).__name__}: {error}"
+            ) from error
+    return _move_router_biases(model, _stack_experts(model, weights))
+
+
+def _stack_experts(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Stack experts that ``sanitize`` left one by one, because it knows them only fused (gpt_oss, qwen3_5_moe)."""
+    banks = {path: module for path, module in model.named_modules() if isinstance(module, SwitchGLU)}
+    result, stacks = {}, {}
+    for key, value in weights.items():
+        match = _EXPERT.fullmatch(key.removesuffix(".weight"))
+        inside = [p for p in banks if match and p.startswith(f"{match['block']}.")]
+        if key.endswith(".weight") and len(inside) == 1:
+            projection = _PROJECTION_ALIASES.get(match["projection"], match["projection"])
+            stacks.setdefault(f"{inside[0]}.{projection}.weight", {})[int(match["expert"])] = value
+        else:
+            result[key] = value
+    for key, experts in stacks.items():
+        result[key] = mx.stack([experts[e] for e in sorted(experts)])
+    return result
+
+
+def _move_router_biases(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """ExLlamaV3 keeps the router's selection bias inside ``gate``; some models (minimax) have it beside ``gate``."""
+    parameters = dict(tree_flatten(model.parameters()))
+    moved = {}
+    for key, value in weights.items():
+        beside = key.replace(f".gate.{_ROUTER_BIAS}", f".{_ROUTER_BIAS}")
+        moved[beside if key not in parameters and beside in parameters else key] = value
+    return moved
+
+
+def map_weights(model: nn.Module, loader: TrellisModelLoader) -> Mapping:
+    """Find out where every tensor of a checkpoint goes, and that every parameter of the model gets one.
+
+    Args:
+        model: The mlx-lm model, its parameters not yet evaluated.
+        loader: The checkpoint.
+
+    Raises:
+        ValueError: If a quantized linear ends where no trellis can stand, if a parameter of the model has no tensor, or
+            if shapes do not fit. The message names the tensor.
+    """
+    check_experts(loader)
+    placeholders = _Placeholders(loader)
+    weights = sanitize(model, loader, placeholders)
+    modules = dict(model.named_modules())
+    mapping = Mapping({}, {}, {})
+    for key, value in weights.items():
+        if not isinstance(value, mx.array):
+            raise ValueError(f"{loader.directory}: mlx-lm makes a {type(value).__name__} of {key}")
+        if value.dtype == mx.uint64:
+            _place(mapping, placeholders, modules, key, np.array(value))
+        else:
+            mapping.dense[key] = value
+    _check_complete(model, loader, mapping)
+    return mapping
+
+
+def _place(mapping: Mapping, placeholders: _Placeholders, modules: dict, key: str, codes: np.ndarray) -> None:
+    path, _, leaf = key.rpartition(".")
+    module = modules.get(path)
+    name = placeholders.linears[int(codes.flat[0] >> 32)].name
+    where = f"{placeholders.directory}: {name} is quantized, but mlx-lm puts it at {key}"
+    if leaf != "weight" or module is None:
+        raise ValueError(f"{where}, which the model does not have")
+    if isinstance(module, SwitchLinear) and codes.ndim == 3 and codes.shape[2] == 1:
+        parent, _, projection = path.rpartition(".")
+        if not isinstance(modules[parent], SwitchGLU) or projection not in PROJECTIONS:
+            raise ValueError(f"{where}; experts can be quantized in a SwitchGLU only, not in a {type(modules[parent]).__name__}")
+        if len(codes) != module.weight.shape[0]:
+            raise ValueError(f"{where}, where the model has {module.weight.shape[0]} experts; the checkpoint has {len(codes)}")
+        sources = [placeholders.read(f"{key}[{e}]", c[:, 0], module.weight.shape[1]) for e, c in enumerate(codes)]
+        mapping.experts.setdefault(parent, {})[projection] = sources
+    elif isinstance(module, nn.Linear) and codes.ndim == 2 and codes.shape[1] == 1:
+        mapping.linears[path] = placeholders.read(key, codes[:, 0], module.weight.shape[0])
+        sources = [mapping.linears[path]]
+    else:
+        raise ValueError(f"{where}, a {type(module).__name__} that needs a dense weight")
+    _check_inputs_and_bias(placeholders, sources, module, key)
+
+
+def _check_inputs_and_bias(placeholders: _Placeholders, sources: list[LinearSource], module: nn.Module, key: str) -> None:
+    logical = module.weight.shape[-1]
+    for source in sources:
+        padded = source.linear.padded_shape[0]
+        if not padded - HADAMARD_SIZE < logical <= padded:
+            raise ValueError(
+                f"{placeholders.directory}: {source.linear.name} has {padded} inputs, but {key} wants {logical}"
+            )
+        if ("bias" in source.linear.parts) != ("bias" in module):
+            has, wants = ("has a", "none") if "bias" in source.linear.parts else ("has no", "one")
+            raise ValueError(f"{placeholders.directory}: {source.linear.name} {has} bias, but the model wants {wants} at {key}")
+
+
+def _check_complete(model: nn.Module, loader: TrellisModelLoader, mapping: Mapping) -> None:
+    for path, projections in mapping.experts.items():
+        for projection in PROJECTIONS:
+            if projection not in projections:
+                raise ValueError(f"{loader.directory}: {path} is quantized, but its {projection} is not in the checkpoint")
+    replaced = {*mapping.linears, *(f"{path}.{projection}" for path in mapping.experts for projection in PROJECTIONS)}
+    parameters = {
+        key: value for key, value in tree_flatten(model.parameters()) if key.rpartition(".")[0] not in replaced
+    }
+    for key, value in parameters.items():
+        if key not in mapping.dense:
+            raise ValueError(f"{loader.directory}: the checkpoint has no tensor for {key}, a parameter of {type(model).__module__}")
+        if mapping.dense[key].shape != value.shape:
+            raise ValueError(
+                f"{loader.directory}: {key} has shape {list(mapping.dense[key].shape)}, but the model wants {list(value.shape)}"
+            )
+    for key in mapping.dense:
+        if key not in parameters:
+            raise ValueError(f"{loader.directory}: the checkpoint has {key}, which is no parameter of {type(model).__module__}")
+
