@@ -8,6 +8,7 @@ directory is opened, from the headers alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,8 +133,8 @@ class QuantizedLinear:
 
     def load(
         self,
-        rows: np.ndarray | None = None,
-        columns: np.ndarray | None = None,
+        rows: Sequence[int] | None = None,
+        columns: Sequence[int] | None = None,
         in_features: int | None = None,
         out_features: int | None = None,
     ) -> TrellisWeight:
@@ -149,20 +150,25 @@ class QuantizedLinear:
         tiles = codec.HADAMARD_SIZE // codec.TILE
         if rows is not None or columns is not None:
             blocks = trellis.reshape(trellis.shape[0] // tiles, tiles, trellis.shape[1] // tiles, tiles, -1)
-            blocks = blocks if rows is None else blocks[rows]
-            blocks = blocks if columns is None else blocks[:, :, columns]
+            blocks = blocks if rows is None else blocks[list(rows)]
+            blocks = blocks if columns is None else blocks[:, :, list(columns)]
             trellis = blocks.reshape(blocks.shape[0] * tiles, blocks.shape[2] * tiles, -1)
         k, n = self.padded_shape
-        bias = self.parts.get("bias")
         return TrellisWeight(
             mx.array(np.ascontiguousarray(trellis)),
             _take_blocks(self._scales("suh", "su"), k, rows),
             _take_blocks(self._scales("svh", "sv"), n, columns),
             self.codebook,
-            bias=None if bias is None else _take_blocks(_read_floats(bias), n, columns),
+            bias=self.load_bias(columns),
             in_features=in_features,
             out_features=out_features,
         )
+
+    def load_bias(self, columns: Sequence[int] | None = None) -> mx.array | None:
+        """The bias, padded as stored, or blocks of 128 of it."""
+        if "bias" not in self.parts:
+            return None
+        return _take_blocks(_read_floats(self.parts["bias"]), self.padded_shape[1], columns)
 
     def _scales(self, full: str, packed: str) -> mx.array:
         if full in self.parts:
@@ -175,11 +181,11 @@ def _read_floats(info: TensorInfo) -> mx.array:
     return values.view(mx.bfloat16) if info.dtype == "BF16" else values
 
 
-def _take_blocks(values: mx.array, size: int, blocks: np.ndarray | None) -> mx.array:
+def _take_blocks(values: mx.array, size: int, blocks: Sequence[int] | None) -> mx.array:
     if blocks is None:
         return values
     grouped = values.reshape(size // codec.HADAMARD_SIZE, codec.HADAMARD_SIZE)
-    return grouped[mx.array(blocks)].reshape(-1)
+    return grouped[mx.array(list(blocks))].reshape(-1)
 
 
 class TrellisModelLoader:

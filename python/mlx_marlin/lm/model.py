@@ -134,7 +134,7 @@ def load_source(
     return source.linear.load(rows, columns, in_features=in_features, out_features=out_features)
 
 
-def _linear(module: nn.Module, source: LinearSource) -> TrellisLinear:
+def _linear(path: str, module: nn.Module, source: LinearSource) -> TrellisLinear:
     out_features, in_features = module.weight.shape
     return TrellisLinear(load_source(source, in_features, out_features))
 
@@ -198,7 +198,7 @@ def fill(
         dtype: See :func:`cast_dense`.
         lazy: Leave the unquantized parameters unevaluated.
         progress: Called with (layers done, layers) after each layer.
-        make_linear: Called with the module to replace and its source.
+        make_linear: Called with the path, the module to replace and its source.
         make_experts: Called with the path, the module to replace and its sources.
     """
     present = {k: v for k, v in mapping.dense.items() if module_at(model, k) is not None}
@@ -213,7 +213,7 @@ def fill(
             if module is None:
                 continue
             if path in mapping.linears:
-                replace_module(model, path, make_linear(module, mapping.linears[path]))
+                replace_module(model, path, make_linear(path, module, mapping.linears[path]))
             else:
                 replace_module(model, path, make_experts(path, module, mapping.experts[path]))
         if not lazy:
