@@ -3,6 +3,7 @@
 from . import _abi  # first: explains a mismatch before anything else fails  # noqa: F401
 from .kernels import KernelConfig, Problem
 from .layers import TrellisLinear, TrellisSwitchGLU
+from .loader import TrellisModelLoader
 from .ops import set_num_threads, trellis_decode, trellis_linear, trellis_swiglu
 from .selection import (
     MixedKernelSelector,
@@ -22,10 +23,12 @@ __all__ = [
     "MixedKernelSelector",
     "Problem",
     "TrellisLinear",
+    "TrellisModelLoader",
     "TrellisSwitchGLU",
     "TrellisWeight",
     "get_mixed_kernel",
     "get_statistics",
+    "load",
     "record_kernel_latency",
     "reset_history",
     "set_exploration_rate",
@@ -34,3 +37,12 @@ __all__ = [
     "trellis_linear",
     "trellis_swiglu",
 ]
+
+
+def __getattr__(name: str):
+    """``load`` on first use: it needs mlx-lm, which the rest does not."""
+    if name == "load":
+        from .lm import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.core as mx
-from mlx_lm import utils as mlx_lm_utils
+
+try:
+    from mlx_lm import utils as mlx_lm_utils
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("loading models needs mlx-lm: pip install 'mlx_marlin[lm]'", name=error.name) from error
 
 from .model import Progress, is_exl3, load_exl3_model
 
@@ -22,6 +26,7 @@ def load(
     lazy: bool = False,
     return_config: bool = False,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ):
     """Load an EXL3 checkpoint as ``mlx_lm.load`` loads others; the other keywords are those of ``mlx_lm.load``.
@@ -30,6 +35,7 @@ def load(
         path_or_hf_repo: Directory, or repository on the Hugging Face Hub.
         dtype: Of the unquantized parameters, and so of the activations. Default: ``None``: float32 on the CPU, the
             source's dtype on a GPU.
+        trust_remote_code: Taken for the sake of ``mlx_lm.load``; code inside an EXL3 checkpoint is never run.
         progress: Called with (layers done, layers) after each layer. Default: ``None``.
 
     Returns:
