@@ -5,7 +5,9 @@
 #include "kernels.h"
 #include "tier.h"
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -19,6 +21,11 @@ namespace mlx_marlin::cpu {
   }
 
 MARLIN_DECLARE_TIER(baseline)
+#if defined(__x86_64__)
+MARLIN_DECLARE_TIER(avx512)
+MARLIN_DECLARE_TIER(avx512vbmi)
+MARLIN_DECLARE_TIER(avx512fp16)
+#endif
 
 namespace {
 
@@ -28,9 +35,31 @@ struct Entry {
   const Tier& (*table)();
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_avx512vbmi() {
+  return has_avx512() && __builtin_cpu_supports("avx512vbmi");
+}
+
+// __builtin_cpu_supports learned this name later than the compilers learned the instructions.
+bool has_avx512fp16() {
+  unsigned a, b, c, d;
+  return has_avx512vbmi() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);
+}
+#endif
+
 // Best last.
 const Entry kEntries[] = {
     {"baseline", [] { return true; }, baseline::tier_table},
+#if defined(__x86_64__)
+    {"avx512", has_avx512, avx512::tier_table},
+    {"avx512vbmi", has_avx512vbmi, avx512vbmi::tier_table},
+    {"avx512fp16", has_avx512fp16, avx512fp16::tier_table},
+#endif
 };
 
 const Entry& best() {

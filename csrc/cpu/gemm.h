@@ -22,6 +22,14 @@ constexpr int64_t tile_bytes(int bits) {
   return 32 * bits;
 }
 
+// The tiles of the next sweep, while this one is decoded: they lie a matrix row apart, which no
+// hardware prefetcher follows across pages.
+MARLIN_INLINE void prefetch_tile(const uint8_t* tile, int64_t stride, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) {
+    __builtin_prefetch(tile + kSweep * stride + b);
+  }
+}
+
 // Groups whose accumulators stay in registers while ROWS rows share a decoded group.
 template <int ROWS>
 constexpr int kSweepGroups = ROWS == 1 ? 8 : ROWS == 2 ? 4 : ROWS <= 4 ? 2 : 1;
@@ -38,6 +46,9 @@ static void sweep(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t
     unroll<chains>([&](auto c) { acc[r * chains + c] = sums[r * kChains + c]; });
   });
   for (int t = 0; t < tiles; ++t, tile += stride, x += MARLIN_TILE) {
+    if constexpr (FIRST) {
+      prefetch_tile(tile, stride, decoder.bytes());
+    }
     unroll<groups>([&](auto g) {
       V w[kGroupVectors];
       decoder.template columns<FIRST && g == 0>(tile, first + g, w);
@@ -88,6 +99,7 @@ template <int CODEBOOK>
 static void decode_panel(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride,
                          int tiles, V* panel) {
   for (int t = 0; t < tiles; ++t, tile += stride, panel += kTileVectors) {
+    prefetch_tile(tile, stride, decoder.bytes());
     auto put = [&](int g, const V* w) {
       unroll<kGroupVectors>([&](auto i) {
         panel[i / kGroupChains * kChains + g * kGroupChains + i % kGroupChains] = w[i];
@@ -146,8 +158,7 @@ static void multiply_panel_rows(const V* panel, int tiles, const float* x, int64
 
 static void write_sums(const V* sums, int rows, float* y, int64_t ldy) {
   for (int r = 0; r < rows; ++r, y += ldy, sums += kChains) {
-    std::memset(y, 0, MARLIN_TILE * sizeof(float));
-    add_chains(sums, y);
+    sum_chains(sums, y);
   }
 }
 

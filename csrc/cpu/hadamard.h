@@ -34,18 +34,6 @@ MARLIN_INLINE void hadamard(V* v) {
   unroll<kBlockVectors>([&](auto i) { v[i] = v[i] * scale; });
 }
 
-static void store_tile_order(const V* v, float* out) {
-  alignas(64) float natural[MARLIN_HADAMARD_SIZE];
-  for (int i = 0; i < kBlockVectors; ++i) {
-    store(natural + i * kLanes, v[i]);
-  }
-  for (int t = 0; t < MARLIN_HADAMARD_SIZE; t += MARLIN_TILE) {
-    for (int i = 0; i < MARLIN_TILE; ++i) {
-      out[t + i] = natural[t + kTileRows[i]];
-    }
-  }
-}
-
 template <DType T>
 static void rotate_block(const void* x, int64_t begin, const uint16_t* scale, bool tile_order,
                          float* out) {
@@ -55,7 +43,11 @@ static void rotate_block(const void* x, int64_t begin, const uint16_t* scale, bo
   }
   hadamard(v);
   if (tile_order) {
-    return store_tile_order(v, out + begin);
+    constexpr int vectors = MARLIN_TILE / kLanes;
+    for (int i = 0; i < kBlockVectors; i += vectors) {
+      store_tile_order(v + i, out + begin + i * kLanes);
+    }
+    return;
   }
   for (int i = 0; i < kBlockVectors; ++i) {
     store(out + begin + i * kLanes, v[i]);

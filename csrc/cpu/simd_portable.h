@@ -138,11 +138,19 @@ MARLIN_INLINE V load_column(const float* x, int chain) {
   return set1(x[lane_column(0, chain, 0)]);
 }
 
-// y[0..16): the sums of the chains, per column.
-MARLIN_INLINE void add_chains(const V* chains, float* y) {
+// One column of a tile in tile order, from natural order.
+MARLIN_INLINE void store_tile_order(const V* natural, float* out) {
+  for (int i = 0; i < 4; ++i) {  // rows 2i, 2i + 1, 2i + 8, 2i + 9
+    V low = natural[i / 2], high = natural[i / 2 + 2];
+    store(out + 4 * i, i % 2 ? V{low[2], low[3], high[2], high[3]} : V{low[0], low[1], high[0], high[1]});
+  }
+}
+
+// y[0..16) = the sums of the chains, per column.
+MARLIN_INLINE void sum_chains(const V* chains, float* y) {
   for (int c = 0; c < kChains; ++c) {
     V v = chains[c];
-    y[lane_column(0, c, 0)] += (v[0] + v[1]) + (v[2] + v[3]);
+    y[lane_column(0, c, 0)] = (v[0] + v[1]) + (v[2] + v[3]);
   }
 }
 
@@ -181,6 +189,10 @@ MARLIN_INLINE V codebook_value(U state) {
 template <int CODEBOOK>
 struct Decoder {
   explicit Decoder(int bits) : bits(bits) {}
+
+  int bytes() const {  // of a tile
+    return 32 * bits;
+  }
 
   // Columns `group` and `group` + 8 of the tile: out[2 * step + half].
   template <bool FIRST>
