@@ -4,6 +4,7 @@ the original models, for mlx-lm's own loader. Any bit pattern is a valid trellis
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -182,7 +183,9 @@ def write_directory(directory: Path, config: dict, tensors: dict[str, mx.array],
 
 def qwen3_moe(**config) -> Checkpoint:
     moe = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": WIDTH, "norm_topk_prob": True}
-    c = Checkpoint({"model_type": "qwen3_moe", **moe, "decoder_sparse_step": 1, "mlp_only_layers": [0], **config})
+    # mlx-lm 0.31 (for Python 3.10) stacks no experts unless layer 0 has some.
+    dense = [0] if sys.version_info >= (3, 11) else [1]
+    c = Checkpoint({"model_type": "qwen3_moe", **moe, "decoder_sparse_step": 1, "mlp_only_layers": dense, **config})
     c.ends()
     for i in range(c.config["num_hidden_layers"]):
         layer = f"model.layers.{i}"

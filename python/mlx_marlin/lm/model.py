@@ -30,6 +30,7 @@ _ACTIVATIONS = {
     "mlx_lm.models.muse_spark.PreciseSwiGLU": "silu",
     "mlx_lm.models.gemma4_text.GeGLU": "gelu_tanh",
     "mlx_lm.models.activations.SwigluOAI": "swiglu_oai",
+    "mlx_lm.models.gpt_oss.SwiGLU": "swiglu_oai",  # mlx-lm 0.31, the last one for Python 3.10: alpha 1.702, limit 7
 }
 _LAYER = re.compile(r"(?:^|.*?\.)layers\.\d+(?=\.)")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
@@ -97,7 +98,7 @@ def activation_of(path: str, module: nn.Module) -> dict:
     if name not in _ACTIVATIONS:
         raise ValueError(f"{path} uses the activation {name}; experts can be quantized with {', '.join(_ACTIVATIONS)}")
     keywords = {"activation": _ACTIVATIONS[name]}
-    if keywords["activation"] == "swiglu_oai":
+    if hasattr(activation, "_alpha"):
         keywords.update(alpha=activation._alpha, limit=activation._limit)
     return keywords
 
