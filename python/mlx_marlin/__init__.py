@@ -1,6 +1,15 @@
 """EXL3 trellis-quantized mixture-of-experts models on MLX."""
 
 from . import _abi  # first: explains a mismatch before anything else fails  # noqa: F401
+from .adaptation import adapt
+from .dispatch import (
+    MixedBpwMoEDispatcher,
+    MixedBpwMoEDispatcherExample,
+    analyze_expert_activation_pattern,
+    estimate_gpu_memory_pressure,
+    get_available_kernels,
+    get_expert_bits,
+)
 from .kernels import KernelConfig, Problem
 from .layers import TrellisLinear, TrellisSwitchGLU
 from .loader import TrellisModelLoader
@@ -20,12 +29,19 @@ __version__ = _abi.VERSION
 __all__ = [
     "ExpertBank",
     "KernelConfig",
+    "MixedBpwMoEDispatcher",
+    "MixedBpwMoEDispatcherExample",
     "MixedKernelSelector",
     "Problem",
     "TrellisLinear",
     "TrellisModelLoader",
     "TrellisSwitchGLU",
     "TrellisWeight",
+    "adapt",
+    "analyze_expert_activation_pattern",
+    "estimate_gpu_memory_pressure",
+    "get_available_kernels",
+    "get_expert_bits",
     "get_mixed_kernel",
     "get_statistics",
     "load",

@@ -163,6 +163,11 @@ class TrellisSwitchGLU(nn.Module):
     def _stacks(self) -> tuple[ops.Stack, ops.Stack, ops.Stack]:
         return self.get("gate_proj").stack, self.get("up_proj").stack, self.get("down_proj").stack
 
+    @property
+    def expert_bits(self) -> tuple[tuple[int, int, int], ...]:
+        """(gate, up, down) bits of each expert."""
+        return tuple(zip(*(stack.source.bits for stack in self._stacks())))
+
     def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int | None = None) -> Problem:
         """What a call with this many rows asks for. top_k: that of the latest new kind of call by default, or 1."""
         gate, up, down = (stack.source for stack in self._stacks())
@@ -183,10 +188,10 @@ class TrellisSwitchGLU(nn.Module):
         indices = mx.stop_gradient(indices) if isinstance(indices, mx.array) else indices
         if self._adaptation is not None:
             return self._adaptation(x, indices, scores)
-        return self._run(x, indices, scores)
+        return self.run(x, indices, scores)
 
-    def _run(self, x: mx.array, indices, scores=None, config: KernelConfig | None = None) -> mx.array:
-        """The call itself: with the config that is selected for it, or with a given one."""
+    def run(self, x: mx.array, indices, scores=None, config: KernelConfig | None = None) -> mx.array:
+        """The call with a given config, or with the one that is selected for it."""
         gate, up, down = self._stacks()
         name, alpha, limit = self._activation
         select = self._selection.current(gate, up, down) if config is None else None
@@ -259,10 +264,10 @@ class TrellisLinear(_Frozen):
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[..., in_features]`` -> ``[..., out_features]``, dtype of x."""
-        return self._run(x) if self._adaptation is None else self._adaptation(x)
+        return self.run(x) if self._adaptation is None else self._adaptation(x)
 
-    def _run(self, x: mx.array, config: KernelConfig | None = None) -> mx.array:
-        """The call itself: with the config that is selected for it, or with a given one."""
+    def run(self, x: mx.array, config: KernelConfig | None = None) -> mx.array:
+        """The call with a given config, or with the one that is selected for it."""
         stack = self.stack
         select = self._selection.current(stack) if config is None else None
         return ops.linear(x, stack, config=config, select=select)
