@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mlx_marlin import device
+
 SOURCE = Path(__file__).with_name("ceilings.cpp")
-# Where the cache sizes are not known: above the last-level cache of desktop and laptop chips.
-_DEFAULT_CACHE_BYTES = 256 << 20
 # Bounds the memory that the measurement takes.
 _MAX_READ_BYTES = 2 << 30
 
@@ -24,14 +24,6 @@ _MAX_READ_BYTES = 2 << 30
 # 512-bit ports retire them: counted by hand for a 2.5 GHz Skylake-X, 9 G weights/s on two cores for mul1.
 _DECODE_OPERATIONS = {"mul1": 14, "mcg": 20, "3inst": 20}
 _OPERATIONS_PER_CYCLE = {512: 9e9 * 14 / 16 / (2 * 2.5e9), 256: 1.5 * 9e9 * 14 / 16 / (2 * 2.5e9)}
-
-
-def cache_bytes() -> int:
-    """Size of the last-level cache."""
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    found = [path.read_text().strip() for path in sizes]
-    return max((int(text[:-1]) * units[text[-1]] for text in found), default=_DEFAULT_CACHE_BYTES)
 
 
 def _compiler() -> list[str]:
@@ -49,7 +41,7 @@ def measure(threads: int) -> dict:
     """
     compiler = _compiler()
     flags = ["-O3", "-std=c++20", "-march=native", "-ffp-contract=fast", "-pthread"]
-    size = min(4 * cache_bytes(), _MAX_READ_BYTES)
+    size = min(4 * device.last_level_cache(), _MAX_READ_BYTES)
     with tempfile.TemporaryDirectory() as directory:
         program = Path(directory) / "ceilings"
         subprocess.run([*compiler, *flags, str(SOURCE), "-o", str(program)], check=True)

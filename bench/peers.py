@@ -1,7 +1,7 @@
 """The layers that ours is measured beside. Weights are random bits: no peer's time depends on their values.
 
-Every peer has ``name``, ``bits`` (bits per weight, scales included) and ``prepare(x, routings)``, which returns one
-callable per routing. A call computes ``[rows, top_k, hidden]`` and returns when it is done.
+Every peer has ``name``, ``bits`` (bits per weight, scales included), ``cores`` (that it uses) and
+``prepare(x, routings)``, which returns one callable per routing. A call computes ``[rows, top_k, hidden]`` and returns when it is done.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class AffinePeer:
     """
 
     group_size = 64
+    peer = True
+    cores = 1  # MLX's CPU backend runs a stream on one thread
 
     def __init__(self, shape: Shape, bits: int, rng: np.random.Generator):
         self.name = f"mlx-lm affine {bits}-bit"
@@ -108,7 +110,10 @@ def ggml_library() -> ctypes.CDLL:
 class GgmlPeer:
     """llama.cpp's CPU backend: mul_mat_id twice, swiglu_split, mul_mat_id; float32 in and out, as llama.cpp runs it."""
 
+    peer = True
+
     def __init__(self, shape: Shape, type_name: str, rng: np.random.Generator, threads: int):
+        self.cores = threads
         self._g = ggml_library()
         self.name = f"ggml {type_name}"
         self.version = self._g.ggml_version().decode()

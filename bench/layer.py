@@ -1,0 +1,283 @@
+"""One MoE layer of Qwen3-30B-A3B's shape: mlx_marlin beside mlx-lm's affine SwitchGLU and ggml's K-quants.
+
+All contenders run in one process, interleaved in rounds, each call with another random routing and over
+more weights than the last-level cache holds, so that weights come from DRAM. Reported are medians over single calls.
+
+    python bench/layer.py --bits 3 --rows 1 16 64 256 --output bench/results/<machine>/layer.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+import ceilings
+import peers
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, _ext, codec, device, measure, set_num_threads
+from shape import Shape
+
+ROWS = (1, 4, 16, 64, 256)
+BITS = ("2", "3", "4", "mixed")
+# The mix: bits of gate, up and down, expert by expert, 3 on average.
+MIXED = ((2, 3, 4), (3, 4, 2), (4, 2, 3))
+# What each width is measured beside: affine bits, ggml type.
+PEERS = {"2": (2, "Q2_K"), "3": (3, "Q3_K"), "4": (4, "Q4_K"), "mixed": (3, "Q3_K")}
+# Routings per number of rows: at 64 rows a single one touches nearly every expert.
+FEW_ROUTINGS, MANY_ROUTINGS = 6, 32
+# A first call longer than this needs no warm-up: it is a sample.
+SLOW_SECONDS = 1.0
+# Weights in memory, in units of the last-level cache.
+CACHE_FACTOR = 1.25
+# Calls of one contender in a round: long enough for the scheduler's accounting of CPU time (ticks of 4 ms).
+GROUP_SECONDS, MAX_GROUP = 0.08, 32
+# Idle workers of the contender before spin for some milliseconds.
+SETTLE_SECONDS = 0.02
+# A call had its cores if it used this part of their time.
+OWN_CORES = 0.93
+
+
+class MarlinContender:
+    """TrellisSwitchGLU over random trellis words, with the default kernel config."""
+
+    peer = False
+
+    def __init__(self, shape: Shape, bits: str, codebook: str, instruction_set: str, rng, threads: int):
+        self.name = f"mlx_marlin {codebook} {instruction_set}"
+        self.codebook, self.instruction_set, self.cores = codebook, instruction_set, threads
+        triples = MIXED if bits == "mixed" else ((int(bits),) * 3,)
+        sizes = ((shape.hidden, shape.intermediate),) * 2 + ((shape.intermediate, shape.hidden),)
+        experts = [
+            [self._weight(*size, triples[e % len(triples)][p], codebook, rng) for e in range(shape.experts)]
+            for p, size in enumerate(sizes)
+        ]
+        self.bits = sum(w.bits for weights in experts for w in weights) / (3 * shape.experts)
+        self.layer = TrellisSwitchGLU(bank=ExpertBank(*experts))
+        mx.eval(self.layer.parameters())
+
+    @staticmethod
+    def _weight(k: int, n: int, bits: int, codebook: str, rng) -> TrellisWeight:
+        words = np.frombuffer(rng.bytes(k * n * bits // 8), np.int16).reshape(k // 16, n // 16, 16 * bits)
+        signs = [rng.choice(np.array([-1, 1], np.float16), size) for size in (k, n)]
+        return TrellisWeight(words, signs[0], signs[1] * np.float16(k**-0.5), codebook)
+
+    def prepare(self, x: np.ndarray, routings: list[np.ndarray]) -> list:
+        x = mx.array(x)
+        indices = [mx.array(routing) for routing in routings]
+        mx.eval(x, indices)
+        return [partial(self._run, x, i) for i in indices]
+
+    def _run(self, x: mx.array, indices: mx.array) -> None:
+        if _ext.instruction_set() != self.instruction_set:
+            _ext.set_instruction_set(self.instruction_set)
+        mx.eval(self.layer(x, indices))
+
+
+class Contender:
+    """A layer, as often as it takes to exceed the cache, and its timed calls."""
+
+    def __init__(self, make, shape: Shape):
+        first = make()
+        layer_bytes = first.bits / 8 * shape.experts * shape.weights_per_expert
+        copies = math.ceil(CACHE_FACTOR * device.last_level_cache() / layer_bytes)
+        self.layers = [first] + [make() for _ in range(copies - 1)]
+        self.first, self.name, self.bits = first, first.name, first.bits
+        self.calls, self.samples, self._next = [], [], 0
+
+    def prepare(self, x: np.ndarray, routings: list[np.ndarray]) -> None:
+        """Forget the samples and get ready for other rows; routing i goes to copy i modulo copies."""
+        prepared = [layer.prepare(x, routings) for layer in self.layers]
+        self.calls = [prepared[i % len(prepared)][i % len(routings)] for i in range(len(routings) * len(prepared))]
+        self.samples, self._next = [], 0
+        self.call()
+        if self.samples[0][0] < SLOW_SECONDS:
+            self.call()
+            self.estimate = self.samples[-1][0]
+            self.samples = []
+        else:
+            self.estimate = self.samples[0][0]
+
+    def call(self, count: int = 1) -> None:
+        """Time single calls; the CPU time of the group, whose clock is coarse, tells how many cores they had."""
+        seconds, cpu = [], time.process_time()
+        for _ in range(count):
+            work = self.calls[self._next % len(self.calls)]
+            self._next += 1
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+        cores = (time.process_time() - cpu) / sum(seconds)
+        self.samples += [(s, cores) for s in seconds]
+
+    def summary(self) -> dict:
+        """Median, spread and cores of the calls that had their cores, or of all where none had."""
+        own = [s for s in self.samples if s[1] >= OWN_CORES * self.first.cores]
+        seconds = [s for s, _ in own or self.samples]
+        return {
+            "median_s": statistics.median(seconds),
+            "spread": measure.spread(seconds),
+            "calls": len(seconds),
+            "cores": statistics.median(c for _, c in own or self.samples),
+            "disturbed_calls": len(self.samples) - len(own),
+            "samples": [[round(s, 7), round(c, 3)] for s, c in self.samples],
+        }
+
+
+def measure_rows(contenders: list[Contender], shape: Shape, rows: int, rng, rounds: int, seconds: float) -> list[dict]:
+    """Interleaved rounds of all contenders at a number of rows.
+
+    Args:
+        rounds: Rounds, at most.
+        seconds: Time that a contender may take before it drops out of further rounds; every one gets 2 calls.
+    """
+    routings = shape.routings(rng, rows, FEW_ROUTINGS if rows >= 64 else MANY_ROUTINGS)
+    x = shape.inputs(rng, rows)
+    distinct = statistics.mean(np.unique(r).size for r in routings)
+    for contender in contenders:
+        contender.prepare(x, routings)
+    for r in range(rounds):
+        for contender in contenders:
+            if r > 1 and sum(s for s, _ in contender.samples) + contender.estimate > seconds:
+                continue
+            time.sleep(SETTLE_SECONDS)
+            contender.call(max(1, min(MAX_GROUP, round(GROUP_SECONDS / contender.estimate))))
+    results = []
+    for contender in contenders:
+        result = {"rows": rows, "contender": contender.name, "bits_per_weight": contender.bits, **contender.summary()}
+        time_s, flops = result["median_s"], 2 * rows * shape.top_k * shape.weights_per_expert
+        result["distinct_experts"] = distinct
+        result["weights_per_s"] = distinct * shape.weights_per_expert / time_s
+        result["read_gbs"] = result["weights_per_s"] * contender.bits / 8 / 1e9
+        result["gflops"] = flops / time_s / 1e9
+        results.append(result)
+    return results
+
+
+def make_contenders(shape: Shape, bits: str, arguments, rng) -> list[Contender]:
+    """Ours, one per codebook and instruction set, then the peers."""
+    affine_bits, ggml_type = PEERS[bits]
+    makers = [
+        partial(MarlinContender, shape, bits, codebook, instruction_set, rng, arguments.threads)
+        for codebook in arguments.codebooks
+        for instruction_set in arguments.instruction_set
+    ]
+    if "affine" in arguments.peers:
+        makers.append(partial(peers.AffinePeer, shape, affine_bits, rng))
+    if "ggml" in arguments.peers:
+        makers.append(partial(peers.GgmlPeer, shape, ggml_type, rng, arguments.threads))
+    return [Contender(make, shape) for make in makers]
+
+
+def print_table(bits: str, results: list[dict], contenders: list[Contender], limits: dict | None) -> None:
+    """Ratios are to the first of ours; a star marks contenders that never had their cores to themselves."""
+    print(f"\n{bits} bits")
+    print(f"{'rows':>5} {'contender':28} {'ms':>10} {'spread':>7} {'calls':>6} {'cores':>6} {'ratio':>7} "
+          f"{'Gweights/s':>11} {'GB/s':>6} {'GFLOP/s':>8}  of the ceilings")
+    of = {c.name: c.first for c in contenders}
+    base = {r["rows"]: r["median_s"] for r in reversed(results) if not of[r["contender"]].peer}
+    for r in results:
+        first = of[r["contender"]]
+        ratio = f"{r['median_s'] / base[r['rows']]:7.2f}" if r["rows"] in base else " " * 7
+        shares = []
+        if limits:
+            shares = [f"read {r['read_gbs'] / limits['read_gbs']:.0%}", f"FMA {r['gflops'] / limits['fma_gflops']:.0%}"]
+            vector_bits = {"avx512": 512, "avx2": 256}.get(getattr(first, "instruction_set", ""))
+            bound = ceilings.decode_bound(limits, first.codebook, vector_bits) if vector_bits else None
+            if bound:
+                shares.append(f"decode bound {r['weights_per_s'] / bound:.0%}")
+        alone = " " if r["disturbed_calls"] < len(r["samples"]) else "*"
+        print(f"{r['rows']:5} {r['contender']:28} {1e3 * r['median_s']:10.3f} {r['spread']:7.1%} {r['calls']:6}{alone}"
+              f"{r['cores']:6.2f} {ratio} {r['weights_per_s'] / 1e9:11.2f} {r['read_gbs']:6.2f} {r['gflops']:8.1f}  "
+              f"{', '.join(shares)}")
+
+
+def document(shape: Shape, limits: dict | None) -> dict:
+    """The machine, the versions and the shape that results are stored with."""
+    fingerprint = dataclasses.asdict(device.fingerprint("cpu"))
+    packages = ("mlx_marlin", "mlx", "mlx-lm", "numpy", "xllamacpp")
+    return {
+        "machine": {**fingerprint, "last_level_cache": device.last_level_cache(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in packages},
+        "shape": dataclasses.asdict(shape),
+        "ceilings": limits,
+        "results": [],
+    }
+
+
+def save(path: Path, stored: dict, results: list[dict]) -> None:
+    """Write results, keeping those of an earlier run that were not measured again."""
+    def key(r):
+        return r["bits"], r["rows"], r["contender"]
+
+    kept = []
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["machine"]["chip"] != stored["machine"]["chip"]:
+            raise ValueError(f"{path} holds results of {before['machine']['chip']!r}, this is "
+                             f"{stored['machine']['chip']!r}; choose another file")
+        stored = {**stored, "ceilings": stored["ceilings"] or before["ceilings"]}
+        kept = [r for r in before["results"] if key(r) not in {key(n) for n in results}]
+    text = json.dumps({**stored, "results": sorted(kept + results, key=key)}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".partial")
+    beside.write_text(text + "\n")
+    os.replace(beside, path)
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    sets = _ext.instruction_sets()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--codebooks", nargs="+", choices=codec.CODEBOOKS, default=["mul1"])
+    parser.add_argument("--instruction-set", nargs="+", choices=sets, default=sets[-1:], help="default: %(default)s")
+    parser.add_argument("--peers", nargs="*", choices=("affine", "ggml"), default=["affine", "ggml"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for ours and ggml; affine has one")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=3.0, help="per contender and number of rows, beyond 2 calls")
+    parser.add_argument("--quick", action="store_true", help="few rounds, no ceilings")
+    parser.add_argument("--output", type=Path, help="JSON with every sample; results already in it are kept")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.rounds, arguments.seconds = 3, 1.0
+    return arguments
+
+
+def main(argv=None) -> None:
+    arguments = parse_arguments(argv)
+    shape, rng = Shape(), np.random.default_rng(0)
+    mx.set_default_device(mx.cpu)
+    set_num_threads(arguments.threads)
+    limits = None
+    if not arguments.quick:
+        limits = ceilings.measure(arguments.threads)
+        print(f"ceilings: {limits['clock_ghz']:.2f} GHz, {limits['fma_gflops']:.0f} GFLOP/s, "
+              f"{limits['read_gbs']:.1f} GB/s ({limits['how']})")
+    stored = document(shape, limits)
+    for bits in arguments.bits:
+        contenders = make_contenders(shape, bits, arguments, rng)
+        results = []
+        for rows in sorted(arguments.rows):
+            print(f"{bits} bits, {rows} rows ...", file=sys.stderr)
+            results += measure_rows(contenders, shape, rows, rng, arguments.rounds, arguments.seconds)
+        print_table(bits, results, contenders, limits)
+        if arguments.output:
+            when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            save(arguments.output, stored, [{"bits": bits, "threads": arguments.threads, "when": when, **r} for r in results])
+
+
+if __name__ == "__main__":
+    main()
