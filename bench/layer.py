@@ -194,7 +194,8 @@ def print_table(bits: str, results: list[dict], contenders: list[Contender], lim
         shares = []
         if limits:
             shares = [f"read {r['read_gbs'] / limits['read_gbs']:.0%}", f"FMA {r['gflops'] / limits['fma_gflops']:.0%}"]
-            vector_bits = {"avx512": 512, "avx2": 256}.get(getattr(first, "instruction_set", ""))
+            name = getattr(first, "instruction_set", "")
+            vector_bits = 512 if name.startswith("avx512") else 256 if name == "avx2" else None
             bound = ceilings.decode_bound(limits, first.codebook, vector_bits) if vector_bits else None
             if bound:
                 shares.append(f"decode bound {r['weights_per_s'] / bound:.0%}")
