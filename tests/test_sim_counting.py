@@ -30,8 +30,15 @@ WINDOWS = {
     "low and high half": ("sum = fma(float(value(v & 0xffff)), xt, sum); sum += float(value(v >> 16));", 2),
     "bit field": ("sum = fma(float(value(v & 0xffff)), xt, sum); sum += float(value((v >> 5) & 0xffff));", 3),
     "shift that feeds an add": ("sum += float(value(v & 0xffff)) + float(value(((v << 3) + t) >> 16));", 2),
-    "shift of 5 that feeds an add": ("sum += float(value(v & 0xffff)) + float(value(((v << 5) + t) >> 16));", 3),
+    "shift of 5 that feeds an add": (
+        "sum += float(value(v & 0xffff)) + float(value(((v << 5) + t) >> 16));",
+        3,
+    ),
     "register shift": ("sum += float(value(v & 0xffff)) + float(value((v >> (lane & 7)) & 0xffff));", 4),
+    "64-bit register shift": (
+        "ulong p = (ulong(t) << 32) | v; sum += float(value(v & 0xffff)) + float(value(uint(p >> lane) & 0xffff));",
+        5.5,
+    ),
     "conversion": ("sum += float(value(v & 0xffff)) + float(value(v >> 16)) + float(t);", 3),
 }
 
@@ -54,7 +61,7 @@ def test_the_multiply_add_is_one_operation():
     result = library.run("k", [codes, x, metal_sim.Out(32, "f4"), np.int32(3)], grid=1, threads=32)
     counts, weights = result.inner_loop.counts, result.inner_loop.weights
     assert weights and counts["multiply"] == counts["load"] == weights
-    assert counts["float"] == 2 * weights  # the half add and the sum
+    assert counts["half"] == counts["float"] == weights  # adding the halves, and the sum
     assert counts["integer"] >= 2 * weights  # and, xor; then the loop's own
 
 

@@ -1,9 +1,9 @@
-"""Count what a kernel does: operations per basic block from the optimised IR, times how often each block runs.
+"""Count what a kernel does: operations per basic block of the optimised IR, times how often it runs.
 
-Costs are those of an Apple GPU core: the *complex* pipe does integer multiplies, shifts and bit-field moves and
-integer/float conversions at a quarter of the rate of everything else, so it is counted apart. What that GPU does
-for nothing counts nothing: half-register selection (a shift by 16), a left shift by 1 to 4 that feeds an add,
-width changes, half operands of float operations.
+Costs are those of an Apple GPU core: the *complex* pipe does integer multiplies, shifts and bit-field moves
+and integer/float conversions at a quarter of the rate of everything else, so it is counted apart. What that
+GPU does for nothing counts nothing: half-register selection (a shift by 16), a left shift by 1 to 4 that
+feeds an add, width changes, half operands of float operations.
 """
 
 from __future__ import annotations
@@ -17,18 +17,12 @@ from .launch import Library, Result
 from .toolchain import CACHE, CLANG, HERE, LINKER, digest, run_tool, sources_digest, write_atomically
 
 CLASSES = (
-    "multiply",
-    "shift",
-    "variable_shift",
-    "convert",
-    "integer",
-    "float",
-    "special",
-    "load",
-    "store",
-    "branch",
+    *("multiply", "shift", "variable_shift", "wide_variable_shift", "convert"),
+    *("integer", "half", "float", "special", "load", "store", "branch"),
 )
-COMPLEX = ("multiply", "shift", "convert")
+# Multiples of one complex operation (4 cycles on M1 to M4). A 64-bit shift by a register amount is several
+# instructions, together 3 to 4 complex operations.
+COMPLEX = {"multiply": 1, "shift": 1, "convert": 1, "variable_shift": 2, "wide_variable_shift": 3.5}
 
 
 @dataclass(frozen=True)
@@ -44,20 +38,15 @@ class Operations:
     weights: int
 
     @property
-    def complex(self) -> int:
-        """Operations of the complex pipe; a shift by a register amount takes it twice as long."""
-        return sum(self.counts[c] for c in COMPLEX) + 2 * self.counts["variable_shift"]
-
-    @property
-    def simple(self) -> int:
-        """Integer and float operations of the other pipes."""
-        return self.counts["integer"] + self.counts["float"] + self.counts["branch"]
+    def complex(self) -> float:
+        """Time on the complex pipe, in multiples of one multiply."""
+        return sum(self.counts[name] * times for name, times in COMPLEX.items())
 
     def per_weight(self) -> dict[str, float]:
-        """Complex, integer, float, load and store operations per decoded weight."""
+        """Complex, integer, half, float, load and store operations per decoded weight."""
         if not self.weights:
             raise ValueError("no trellis weight is decoded here")
-        names = ("integer", "float", "load", "store")
+        names = ("integer", "half", "float", "load", "store")
         return {"complex": self.complex / self.weights} | {n: self.counts[n] / self.weights for n in names}
 
 

@@ -13,7 +13,7 @@ _INSTRUCTION = re.compile(
     rf"\s+(?:(?P<result>{_NAME}) = )?(?:(?:tail|musttail|notail) )?(?P<op>[a-z]\w*)(?P<rest>.*)"
 )
 _LABEL = re.compile(r'^(?P<label>[\w.$-]+|"[^"]*"):')
-_DEFINE = re.compile(rf"^define .*?(?P<name>@(?:[\w.$-]+|\"[^\"]*\"))\((?P<rest>.*)\{{")
+_DEFINE = re.compile(r"^define .*?(?P<name>@(?:[\w.$-]+|\"[^\"]*\"))\((?P<rest>.*)\{")
 _VECTOR = re.compile(r"<(\d+) x ([\w*]+)>")
 _BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64, "ptr": 64}
 _FLAGS = re.compile(
@@ -206,7 +206,9 @@ def _classify(function):
     for block in function.blocks:
         for i in block.instructions:
             name, times = _cost(i, users.get(i.result, []))
-            if name == "integer" and _joins_a_multiply(i, definitions, users):
+            if name == "integer" and (
+                _joins_a_multiply(i, definitions, users) or _pairs_registers(i, definitions)
+            ):
                 continue
             if name:
                 block.operations[name] += times
@@ -221,6 +223,12 @@ def _joins_a_multiply(i, definitions, users):
     """The add of a multiply-add: one instruction, IMAD."""
     factors = [definitions[o] for o in i.operands if o in definitions and definitions[o].op == "mul"]
     return i.op == "add" and i.bits < 64 and any(len(users[f.result]) == 1 for f in factors)
+
+
+def _pairs_registers(i, definitions):
+    """Two registers named as one of 64 bits."""
+    shifts = [definitions[o] for o in i.operands if o in definitions and definitions[o].op == "shl"]
+    return i.op == "or" and i.bits == 64 and any(_constants(s)[-1:] == [32] for s in shifts)
 
 
 def _used_lanes(i, users):
@@ -242,7 +250,9 @@ def _cost(i, users):
     if i.op in _INTEGER:
         return "integer", lanes * wide
     if i.op in _FLOAT:
-        return "float", 0 if _is_contracted(i, users) else lanes
+        return ("half" if i.bits == 16 else "float"), 0 if _is_contracted(i, users) else lanes
+    if i.op in ("mul", "shl") and i.bits == 64 and _constants(i):
+        return "integer", lanes  # the address of a loop: strength reduction makes it an add
     if i.op == "mul":
         return "multiply", lanes * wide * wide
     if i.op in ("shl", "lshr", "ashr"):
@@ -253,8 +263,9 @@ def _cost(i, users):
         return "special", lanes
     if i.op in ("load", "store"):
         return i.op, 1
-    if i.op == "getelementptr":  # a constant offset is part of the load
-        return ("integer", 1) if len(i.operands) > 1 else (None, 0)
+    if i.op == "getelementptr":  # loads and stores add a scaled index or a constant themselves
+        addresses = all(u.op in ("load", "store") for u in users)
+        return (None, 0) if addresses or len(i.operands) < 2 else ("integer", 1)
     if i.op == "br":
         return ("branch", 1) if "i1 " in i.rest else (None, 0)
     if i.op == "switch":
@@ -274,7 +285,7 @@ def _shift(i, users, wide):
     constants = _constants(i)
     amount = constants[-1] if constants and not i.rest.rstrip().split(", ")[-1].startswith("%") else None
     if amount is None:
-        return "variable_shift", i.lanes * wide
+        return ("wide_variable_shift" if wide > 1 else "variable_shift"), i.lanes
     if amount * 2 == i.bits:  # half of a register, or one register of a pair
         return None, 0
     sums = all(
@@ -295,6 +306,7 @@ def _call(i):
             return "variable_shift", i.lanes
         return (None, 0) if re.search(r"\b16\)", amount) else ("shift", i.lanes)
     kind = _INTRINSIC.get(name[1])
+    kind = "half" if kind == "float" and i.bits == 16 else kind
     return (kind, i.lanes) if kind else (None, 0)
 
 
@@ -342,7 +354,8 @@ def _width(instruction):
 
 
 def live_registers(function: Function) -> int:
-    """The most 32-bit registers live at once, from liveness in the IR. An estimate: no scheduling, no spilling."""
+    """The most 32-bit registers live at once, from liveness in the IR. An estimate: no scheduling, no
+    spilling."""
     width = {i.result: _width(i) for b in function.blocks for i in b.instructions if i.result}
     position = {b.label.strip('"'): n for n, b in enumerate(function.blocks)}
     live_in = [set() for _ in function.blocks]

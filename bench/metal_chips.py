@@ -1,0 +1,86 @@
+"""Apple GPUs as the cost model sees them. Every number is somebody's public measurement or specification;
+none was measured here. ``SOURCES`` says where each kind comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SOURCES = {
+    "cores, bandwidth": "Apple's specifications; measured read bandwidth where published (escha-mlx, "
+    "omlx#2238, PonyExl3)",
+    "ghz": "M1, M2: philipturner/metal-benchmarks. M4, M5: powermetrics, the base chip's for Pro and "
+    "Max. M3: the middle "
+    "of 1.4 to 1.6; M3 Ultra: 28.2 TFLOPS over 80 cores",
+    "complex_cycles": "metal-benchmarks, measured on M1 and M2: 4 cycles per 32-lane integer multiply, "
+    "shift or bit-extract",
+    "issue": "1 instruction per clock and scheduler; M5: 1.7, measured for half arithmetic only and "
+    "applied to "
+    "everything. The weakest constant here",
+    "stage_us": "a dependent tiny kernel inside MLX, M3 Ultra (mlx#4521)",
+    "simd operations": "metal-benchmarks, measured on M1 and M2",
+}
+
+SCHEDULERS = 4  # per core, 32 lanes each
+COMPLEX_CYCLES = 4
+SPECIAL_CYCLES = 8  # reciprocals, roots, exponentials
+WIDE_SHIFT_INSTRUCTIONS = 3
+SATURATING_SIMDGROUPS = 24  # per core, for the full arithmetic rate
+STAGE_US = 2.75
+# A read bandwidth that nobody has published: the mean fraction of the specification that the measured chips
+# reach.
+READ_FRACTION = 0.88
+SIMD_CYCLES = {"shuffle": 30, "sum": 14.5, "max": 14.5, "min": 14.5, "matrix_multiply": 17.5}
+OTHER_SIMD_CYCLES = 2
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU.
+
+    Attributes:
+        name: As Metal reports the device, without "Apple".
+        cores: GPU cores.
+        ghz: Clock.
+        read_gbps: Memory read bandwidth in GB/s.
+        issue: Instructions per clock and scheduler.
+        family: M1 to M5.
+    """
+
+    name: str
+    cores: int
+    ghz: float
+    read_gbps: float
+    issue: float = 1.0
+
+    @property
+    def family(self) -> str:
+        return self.name.split()[0]
+
+
+def _specified(gbps):
+    return READ_FRACTION * gbps
+
+
+CHIPS = {
+    c.name: c
+    for c in (
+        Chip("M1", 8, 1.28, _specified(68)),
+        Chip("M1 Pro", 16, 1.30, _specified(200)),
+        Chip("M1 Max", 32, 1.30, _specified(400)),
+        Chip("M1 Ultra", 64, 1.30, _specified(800)),
+        Chip("M2", 10, 1.40, _specified(100)),
+        Chip("M2 Pro", 19, 1.40, _specified(200)),
+        Chip("M2 Max", 38, 1.40, _specified(400)),
+        Chip("M2 Ultra", 76, 1.40, _specified(800)),
+        Chip("M3", 10, 1.50, _specified(100)),
+        Chip("M3 Pro", 18, 1.50, _specified(150)),
+        Chip("M3 Max", 40, 1.50, _specified(400)),
+        Chip("M3 Ultra", 80, 1.38, 692),
+        Chip("M4", 10, 1.578, 102),
+        Chip("M4 Pro", 20, 1.578, 243.7),
+        Chip("M4 Max", 40, 1.578, 488),
+        Chip("M5", 10, 1.578, 122, issue=1.7),
+        Chip("M5 Pro", 16, 1.578, 278, issue=1.7),
+        Chip("M5 Max", 40, 1.578, 540, issue=1.7),
+    )
+}

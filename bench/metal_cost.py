@@ -1,0 +1,122 @@
+"""Predicted times of the Metal kernels on Apple GPUs. Every number that this prints is predicted, none is
+measured.
+
+python bench/metal_cost.py calibrate     # the model against the peers' published measurements
+python bench/metal_cost.py predict       # our plans, ranked, beside the floors
+python bench/metal_cost.py profiles      # write python/mlx_marlin/profiles/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from metal_chips import CHIPS, SOURCES
+from metal_model import Work, decode_rate, dispatch_time, scheduler_cycles
+
+HERE = Path(__file__).resolve().parent
+CALIBRATION = HERE / "results" / "cost_model_calibration.json"
+TOLERANCE = 0.25
+EVAL_US = {"M4": 174}  # one synchronous eval, which isolated timings carry (escha-mlx)
+
+# Measured decode rates, 1e9 weights per second.
+RATES = [
+    ("escha direct K2", "M4", 240),
+    ("escha direct K2", "M4 Pro", 417),
+    ("escha direct K2", "M4 Max", 880),
+    ("escha direct K2", "M5 Pro", 568),
+    ("escha direct K3", "M4", 231),
+    ("escha direct K3", "M4 Pro", 391),
+    ("escha direct K3", "M4 Max", 794),
+    ("escha direct K3", "M5 Pro", 426),
+    ("pony K4", "M1 Max", 108),
+]
+# escha on M4, 256 experts, 2048 -> 1024, K = 2: (loop, row groups, measured microseconds). The times are
+# the published ratios 1.21, 1.11, 1.26, 1.19, 1.21 times groups * 8192 tiles * 2c / (cores * GHz) + 174 us,
+# c = max(8, 5 + 1.5 R); 183 and 356 are the expected numbers of groups for Poisson rows, 272 is published.
+POINTS = [
+    ("escha direct K2", 64, 854),
+    ("escha direct K2", 256, 2553),
+    ("escha rows 2 K2", 183, 2135),
+    ("escha rows 4 K2", 356, 5045),
+    ("escha rows 12 K2", 272, 8070),
+]
+# PonyExl3 on M5 Max, K = 4: a random-index shuffle there has no published cost, so the model cannot hold it.
+OUTSIDE = ("pony K4", "M5 Max", 485)
+
+
+def _loop(name):
+    return json.loads((HERE / "metal_peers.json").read_text())["loops"][name]
+
+
+def _peer_rate(name, chip):
+    loop = _loop(name)
+    operations = {k: 32 * v for k, v in loop["operations"].items()}
+    issue, complex_pipe = scheduler_cycles(operations, loop.get("simd", {}))
+    if not loop.get("simd"):
+        return decode_rate(operations, 32 * loop["weights"], loop["bits"], chip)
+    # A lane-variable shuffle waits for its index, so shift and shuffle follow each other.
+    clocks = complex_pipe + scheduler_cycles({}, loop["simd"])[0]
+    return 32 * loop["weights"] * 4 * chip.cores * chip.ghz * chip.issue / max(issue, clocks)
+
+
+def _peer_point(name, groups):
+    """Microseconds of one escha dispatch on M4: groups of rows x (1024 / 128) threadgroups of 8
+    simdgroups."""
+    loop, chip, weights = _loop(name), CHIPS["M4"], groups * 2048 * 1024
+    operations = {k: v * weights / loop["weights"] for k, v in loop["operations"].items()}
+    work = Work(operations, weights * loop["bits"] / 8, groups * 8, 8)
+    return dispatch_time(work, chip).total + EVAL_US["M4"]
+
+
+def calibration() -> dict:
+    """The model beside everything that has been measured."""
+    rows = [
+        {
+            "kernel": kernel,
+            "chip": chip,
+            "unit": "Gweights/s",
+            "measured": rate,
+            "model": _peer_rate(kernel, CHIPS[chip]),
+        }
+        for kernel, chip, rate in [*RATES, OUTSIDE]
+    ]
+    rows += [
+        {
+            "kernel": kernel,
+            "chip": "M4",
+            "groups": groups,
+            "unit": "us",
+            "measured": us,
+            "model": _peer_point(kernel, groups),
+        }
+        for kernel, groups, us in POINTS
+    ]
+    for row in rows:
+        row["model"] = round(row["model"], 1)
+        row["measured/model"] = round(row["measured"] / row["model"], 3)
+        row["held to"] = None if (row["kernel"], row["chip"]) == OUTSIDE[:2] else TOLERANCE
+    constants = {name: vars(chip) for name, chip in CHIPS.items()}
+    return {"rows": rows, "chips": constants, "sources": SOURCES, "changes since": []}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("calibrate",))
+    parser.parse_args()
+    result = calibration()
+    for row in result["rows"]:
+        held = "" if row["held to"] else "   not held: no published cost of a random-index shuffle after M2"
+        groups = f"{row['groups']:4d} groups" if "groups" in row else ""
+        print(
+            f"{row['kernel']:17s} {row['chip']:7s} {groups:11s} measured {row['measured']:7.0f}  model "
+            f"{row['model']:7.0f} "
+            f"{row['unit']:10s}  measured/model {row['measured/model']:.2f}{held}"
+        )
+    CALIBRATION.parent.mkdir(exist_ok=True)
+    CALIBRATION.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
