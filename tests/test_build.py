@@ -92,7 +92,7 @@ ORDER = [
     "safetensors",
     "loader",
     "dispatch",
-    "adaptation",
+    "online",
     "cli",
 ]
 

@@ -1,7 +1,6 @@
 """EXL3 trellis-quantized mixture-of-experts models on MLX."""
 
 from . import _abi  # first: explains a mismatch before anything else fails  # noqa: F401
-from .adaptation import adapt
 from .dispatch import (
     MixedBpwMoEDispatcher,
     MixedBpwMoEDispatcherExample,
@@ -13,6 +12,7 @@ from .dispatch import (
 from .kernels import KernelConfig, Problem
 from .layers import TrellisLinear, TrellisSwitchGLU
 from .loader import TrellisModelLoader
+from .online import adapt
 from .ops import set_num_threads, trellis_decode, trellis_linear, trellis_swiglu
 from .selection import (
     MixedKernelSelector,

@@ -7,7 +7,7 @@ import pytest
 from cases import expert_formats, random_experts, random_weight
 
 import mlx_marlin
-from mlx_marlin import TrellisLinear, TrellisSwitchGLU, adaptation, kernels, profile
+from mlx_marlin import TrellisLinear, TrellisSwitchGLU, kernels, online, profile
 
 
 class Model(nn.Module):
@@ -36,7 +36,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now, self.cost, self.rng = 0.0, dict.fromkeys(kernels.VARIANTS, 1.0), np.random.default_rng(0)
         self.noise = 0.03
-        monkeypatch.setattr(adaptation.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(online.time, "perf_counter", lambda: self.now)
         for cls in (TrellisLinear, TrellisSwitchGLU):
             monkeypatch.setattr(cls, "run", self.spend(cls.run))
 
