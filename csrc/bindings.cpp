@@ -166,4 +166,5 @@ NB_MODULE(_ext, m) {
   m.doc() = "The C++ extension of mlx_marlin. Use it through mlx_marlin.ops.";
   mlx_marlin::bind_ops(m);
   mlx_marlin::bind_runtime(m);
+  mlx_marlin::bind_viterbi(m);
 }

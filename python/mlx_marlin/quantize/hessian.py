@@ -1,0 +1,75 @@
+"""Hessians of a linear's squared output error, from its input activations, and their block factors."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import codec
+
+# Added to the diagonal as a share of its mean: keeps the factor well conditioned where calibration activations
+# span fewer dimensions than the layer has. 1 % as in QuIP# and GPTQ.
+DAMPING = 0.01
+
+
+class Hessian:
+    """Weighted mean of ``x x^T`` over activation rows.
+
+    Args:
+        size: Input features.
+    """
+
+    def __init__(self, size: int):
+        self.total = np.zeros((size, size), np.float64)
+        self.weight = 0.0
+
+    def add(self, x: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Accumulate rows.
+
+        Args:
+            x: float32 ``[rows, size]``.
+            weights: Optional, ``[rows]``, not negative: importance of each row's output error.
+        """
+        if weights is None:
+            self.total += x.T @ x
+            self.weight += len(x)
+        else:
+            self.total += (x * weights[:, None].astype(np.float32)).T @ x
+            self.weight += float(np.sum(weights, dtype=np.float64))
+
+    def mean(self) -> np.ndarray:
+        """float64 ``[size, size]``; zeros where nothing was added."""
+        return self.total / self.weight if self.weight else self.total
+
+    def with_prior(self, prior: np.ndarray, strength: float) -> np.ndarray:
+        """The mean, shrunk towards a prior that counts as ``strength`` rows: experts that see few tokens."""
+        return (self.total + strength * prior) / (self.weight + strength)
+
+
+def damped(h: np.ndarray) -> np.ndarray:
+    """``h`` with :data:`DAMPING` on its diagonal; the identity if ``h`` is zero."""
+    mean = float(np.mean(np.diagonal(h)))
+    if mean <= 0:
+        return np.eye(len(h))
+    return h + DAMPING * mean * np.eye(len(h))
+
+
+def rotate(h: np.ndarray, suh: np.ndarray) -> np.ndarray:
+    """The Hessian seen by the inner matrix: ``H diag(suh) h diag(suh) H``."""
+    scaled = h * suh[:, None].astype(np.float64) * suh[None, :].astype(np.float64)
+    return codec.hadamard(codec.hadamard(scaled, axis=0), axis=1)
+
+
+def block_factor(r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Block LDL decomposition ``r = L D L^T`` with blocks of 16.
+
+    Returns:
+        ``L``, float64 ``[k, k]``, unit block lower triangular, and the diagonal of ``D``, float64 ``[k]``.
+    """
+    lower = np.linalg.cholesky(r)
+    diagonal = np.square(lower)
+    d = np.empty(len(r))
+    for i in range(0, len(r), codec.TILE):
+        block = slice(i, i + codec.TILE)
+        d[block] = diagonal[block, block].sum(axis=1)
+        lower[i:, block] = lower[i:, block] @ np.linalg.inv(lower[block, block])
+    return lower, d
