@@ -67,15 +67,19 @@ def regularise(weight: np.ndarray, suh: np.ndarray, svh_signs: np.ndarray) -> Re
     return Regularised(codec.hadamard(codec.hadamard(scaled, axis=0), axis=1), suh, svh)
 
 
+def expected_scale(inner: np.ndarray, bits: int, codebook: str) -> float:
+    """The factor on ``inner`` that is best for Gaussian values of its magnitude."""
+    rms = float(np.sqrt(np.mean(np.square(inner), dtype=np.float64)))
+    return _INPUT_SCALE[codebook][bits - 1] / (rms or 1.0)
+
+
 def global_scale(inner: np.ndarray, bits: int, codebook: str, threads: int | None = None) -> float:
     """The factor on ``inner`` that leaves the least relative error, searched on an even sample of tiles."""
     tiles = codec.matrix_to_tiles(inner).reshape(-1, codec.TILE_SIZE)
     sample = tiles[:: max(1, len(tiles) // _SCALE_TILES)][:_SCALE_TILES]
-    start = _INPUT_SCALE[codebook][bits - 1]
-    rms = float(np.sqrt(np.mean(np.square(inner), dtype=np.float64)))
-    if rms == 0:
+    start = expected_scale(inner, bits, codebook)
+    if not np.any(sample):
         return start
-    start /= rms
     factors = start * np.array([1 - _SCALE_STEP, 1, 1 + _SCALE_STEP])
     errors = []
     for factor in factors:

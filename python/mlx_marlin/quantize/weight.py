@@ -10,7 +10,7 @@ from .. import codec
 from ..weights import TrellisWeight
 from . import hessian as hessians
 from .ldlq import ldlq, quantize_tiles
-from .regularise import Regularised, global_scale, padded, random_signs, regularise
+from .regularise import Regularised, expected_scale, global_scale, padded, random_signs, regularise
 
 # Exponents (a, b) of the input scales |W_row|^a * h^-b that are tried: (1, 0) is best if LDLQ whitens the error
 # fully, (1/2, 1/4) without any feedback. The one with the least predicted loss is taken.
@@ -84,7 +84,36 @@ def prepare(weight: np.ndarray, hessian: np.ndarray | None, seed) -> Prepared:
     return Prepared(weight, (rows, columns), regularise(weight, suh, signs[k:]), h, factor, spread)
 
 
-def quantize_prepared(p: Prepared, bits: int, codebook: str, bias=None, threads=None) -> TrellisWeight:
+@dataclass(frozen=True)
+class Codes:
+    """A quantized weight in NumPy arrays: what :class:`TrellisWeight` is made of."""
+
+    trellis: np.ndarray
+    suh: np.ndarray
+    svh: np.ndarray
+    codebook: str
+    in_features: int
+    out_features: int
+
+
+def measured_loss(p: Prepared, bits: int, codebook: str, columns: int) -> float:
+    """Expected squared output error per input row at one K, from quantizing a sample of the columns.
+
+    Columns of the inner matrix are quantized independently and alike, so an even sample of tile columns stands for
+    all of them.
+    """
+    r = p.regularised
+    tiles = r.inner.shape[1] // codec.TILE
+    chosen = np.unique(np.linspace(0, tiles - 1, min(columns, tiles)).astype(int))
+    inner = r.inner.reshape(len(r.inner), tiles, codec.TILE)[:, chosen].reshape(len(r.inner), -1)
+    scale = np.float32(expected_scale(r.inner, bits, codebook))
+    _, values = ldlq(inner * scale, p.factor, bits, codebook, 1)
+    error = inner.astype(np.float64) - values / scale
+    loss = np.sum((hessians.rotate(p.hessian, r.suh) @ error) * error) / error.shape[1]
+    return float(loss * np.sum(np.square(r.svh, dtype=np.float64)))
+
+
+def quantize_prepared(p: Prepared, bits: int, codebook: str, threads=None) -> Codes:
     """Quantize a prepared weight at one K."""
     r = p.regularised
     scale = np.float32(global_scale(r.inner, bits, codebook, threads))
@@ -95,7 +124,7 @@ def quantize_prepared(p: Prepared, bits: int, codebook: str, bias=None, threads=
         states, values = ldlq(target, p.factor, bits, codebook, threads)
     outer = codec.hadamard(codec.hadamard(values, axis=0), axis=1)
     suh, svh = _refine_scales(p, outer, r.suh, r.svh / scale)
-    return TrellisWeight(codec.pack(states, bits), suh, svh, codebook, bias, *p.shape)
+    return Codes(codec.pack(states, bits), suh, svh, codebook, *p.shape)
 
 
 def _refine_scales(p: Prepared, outer: np.ndarray, suh: np.ndarray, svh: np.ndarray):
@@ -163,4 +192,5 @@ def quantize_weight(weight, K: int, codebook: str = "mul1", hessian=None, seed=0
             raise ValueError(
                 f"hessian must be finite and [{len(weight)}, {len(weight)}], got shape {list(hessian.shape)}"
             )
-    return quantize_prepared(prepare(weight, hessian, seed), K, codebook, bias, threads)
+    c = quantize_prepared(prepare(weight, hessian, seed), K, codebook, threads)
+    return TrellisWeight(c.trellis, c.suh, c.svh, codebook, bias, c.in_features, c.out_features)

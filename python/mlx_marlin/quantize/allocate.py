@@ -1,0 +1,163 @@
+"""Bit allocation: the widths that give the least loss under a budget, with a proven gap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+MODES = ("per-expert", "per-layer", "uniform")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One linear to be quantized.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        group: Linears of one group share K in the modes ``per-layer`` and ``uniform``: all experts of a layer and
+            projection, or a linear alone.
+        weights: Number of logical weights.
+        bits: Stored bits at each candidate K.
+        loss: Effect on the layer's output at each candidate K.
+    """
+
+    name: str
+    group: str
+    weights: int
+    bits: Mapping[int, int]
+    loss: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A solution.
+
+    Attributes:
+        widths: K of each item, by name.
+        bits: Stored bits per weight.
+        loss: Summed loss.
+        bound: No allocation within the budget has a lower loss than this (linear relaxation).
+    """
+
+    widths: dict[str, int]
+    bits: float
+    loss: float
+    bound: float
+
+
+@dataclass
+class _Group:
+    names: list[str]
+    bits: dict[int, int]
+    loss: dict[int, float]
+    width: int = 0
+
+
+def _grouped(items: Sequence[Item], mode: str) -> list[_Group]:
+    groups: dict[str, _Group] = {}
+    for item in items:
+        key = item.name if mode == "per-expert" else item.group
+        group = groups.setdefault(key, _Group([], dict.fromkeys(item.bits, 0), dict.fromkeys(item.bits, 0.0)))
+        group.names.append(item.name)
+        for k in item.bits:
+            group.bits[k] += item.bits[k]
+            group.loss[k] += item.loss[k]
+    return [groups[key] for key in sorted(groups)]
+
+
+def _hull(group: _Group) -> list[int]:
+    """The widths on the lower convex hull of (bits, loss), ascending."""
+    hull: list[int] = []
+    for k in sorted(group.bits):
+        if hull and group.loss[k] >= group.loss[hull[-1]]:
+            continue
+        while len(hull) > 1 and _slope(group, hull[-2], hull[-1]) <= _slope(group, hull[-1], k):
+            hull.pop()
+        hull.append(k)
+    return hull
+
+
+def _slope(group: _Group, low: int, high: int) -> float:
+    """Loss saved per bit spent between two widths."""
+    return (group.loss[low] - group.loss[high]) / (group.bits[high] - group.bits[low])
+
+
+def allocate(items: Sequence[Item], bits: float, mode: str = "per-expert") -> Allocation:
+    """Choose K for every item so that the summed loss is least within ``bits`` stored bits per weight.
+
+    Steps along every group's convex hull are taken in the order of loss saved per bit, which is optimal at each
+    point where it stops; the first step that does not fit gives the bound, and smaller steps fill what is left.
+
+    Args:
+        items: The linears, with candidates.
+        bits: Budget in stored bits per logical weight.
+        mode: One of :data:`MODES`. ``uniform`` allows two neighbouring widths only.
+
+    Raises:
+        ValueError: If the mode is unknown or even the smallest widths exceed the budget.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mixed must be one of {', '.join(MODES)}, got {mode!r}")
+    total = sum(item.weights for item in items)
+    budget = bits * total
+    groups = _grouped(items, mode)
+    if mode == "uniform":
+        groups = _two_widths(groups, budget)
+    for group in groups:
+        group.width = min(group.bits)
+    spent = sum(group.bits[group.width] for group in groups)
+    if spent > budget:
+        raise ValueError(
+            f"{bits} bits per weight cannot be met: the smallest widths already take {spent / total:.4f}, scales included"
+        )
+    bound = _climb(groups, budget, spent)
+    _fill(groups, budget)
+    spent = sum(group.bits[group.width] for group in groups)
+    loss = sum(group.loss[group.width] for group in groups)
+    widths = {name: group.width for group in groups for name in group.names}
+    return Allocation(widths, spent / total, loss, min(bound, loss))
+
+
+def _two_widths(groups: list[_Group], budget: float) -> list[_Group]:
+    common = sorted(set.intersection(*(set(group.bits) for group in groups)))
+    fitting = [k for k in common if sum(group.bits[k] for group in groups) <= budget]
+    low = fitting[-1] if fitting else common[0]
+    for group in groups:
+        group.bits = {k: v for k, v in group.bits.items() if low <= k <= low + 1}
+    return groups
+
+
+def _climb(groups: list[_Group], budget: float, spent: float) -> float:
+    """Take hull steps while they fit; returns the loss of the linear relaxation."""
+    steps = []
+    for index, group in enumerate(groups):
+        hull = _hull(group)
+        group.width = hull[0]
+        steps += [(-_slope(group, a, b), index, a, b) for a, b in zip(hull, hull[1:])]
+    loss = sum(group.loss[group.width] for group in groups)
+    for slope, index, low, high in sorted(steps):
+        group = groups[index]
+        cost = group.bits[high] - group.bits[low]
+        if spent + cost > budget:
+            return loss + slope * (budget - spent)
+        group.width = high
+        spent += cost
+        loss += group.loss[high] - group.loss[low]
+    return loss
+
+
+def _fill(groups: list[_Group], budget: float) -> None:
+    """Spend what is left on the best step that fits, again and again; each saves loss, so this ends."""
+    spent = sum(group.bits[group.width] for group in groups)
+    while True:
+        best = None
+        for group in groups:
+            for k in group.bits:
+                cost, saved = group.bits[k] - group.bits[group.width], group.loss[group.width] - group.loss[k]
+                if 0 < cost <= budget - spent and saved > 0 and (best is None or saved > best[0]):
+                    best = saved, cost, group, k
+        if best is None:
+            return
+        _, cost, group, k = best
+        group.width = k
+        spent += cost
