@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -27,7 +28,8 @@ import numpy as np
 
 import ceilings
 import peers
-from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, _ext, codec, device, measure, set_num_threads
+from mlx_marlin import _ext, codec, device, measure
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, set_num_threads
 from shape import Shape
 
 ROWS = (1, 4, 16, 64, 256)
@@ -208,7 +210,7 @@ def print_table(bits: str, results: list[dict], contenders: list[Contender], lim
 def document(shape: Shape, limits: dict | None) -> dict:
     """The machine, the versions and the shape that results are stored with."""
     fingerprint = dataclasses.asdict(device.fingerprint("cpu"))
-    packages = ("mlx_marlin", "mlx", "mlx-lm", "numpy", "xllamacpp")
+    packages = [name for name in ("mlx_marlin", "mlx", "mlx_lm", "numpy", "xllamacpp") if importlib.util.find_spec(name)]
     return {
         "machine": {**fingerprint, "last_level_cache": device.last_level_cache(), "python": platform.python_version()},
         "versions": {name: version(name) for name in packages},
