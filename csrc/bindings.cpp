@@ -165,6 +165,7 @@ NB_MODULE(_ext, m) {
   nb::module_::import_("mlx.core");
   m.doc() = "The C++ extension of mlx_marlin. Use it through mlx_marlin.ops.";
   mlx_marlin::bind_ops(m);
+  mlx_marlin::bind_plan(m);
   mlx_marlin::bind_runtime(m);
   mlx_marlin::bind_viterbi(m);
 }

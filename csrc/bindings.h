@@ -6,6 +6,7 @@
 namespace mlx_marlin {
 
 void bind_ops(nanobind::module_& m);
+void bind_plan(nanobind::module_& m);
 void bind_runtime(nanobind::module_& m);
 void bind_viterbi(nanobind::module_& m);
 

@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "metal/shaders.h"
+
 namespace mlx_marlin::metal {
 
 namespace {
@@ -14,6 +16,10 @@ namespace {
 }
 
 } // namespace
+
+void set_shaders(std::unordered_map<std::string, std::string>) {
+  refuse("set_shaders");
+}
 
 void encode_linear(
     const LinearCall&,

@@ -13,7 +13,7 @@ from .kernels import KernelConfig, Problem
 from .layers import TrellisLinear, TrellisSwitchGLU
 from .loader import TrellisModelLoader
 from .online import adapt
-from .ops import set_num_threads, trellis_decode, trellis_linear, trellis_swiglu
+from .ops import plan, set_num_threads, trellis_decode, trellis_linear, trellis_swiglu
 from .selection import (
     MixedKernelSelector,
     get_mixed_kernel,
@@ -45,6 +45,7 @@ __all__ = [
     "get_mixed_kernel",
     "get_statistics",
     "load",
+    "plan",
     "record_kernel_latency",
     "reset_history",
     "set_exploration_rate",

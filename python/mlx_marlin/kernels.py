@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
+from . import metal_rules
+
 VARIANTS = ("decode", "prefill4", "base", "large_batch")
 ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -177,10 +179,14 @@ def config_for(problem: Problem, kernel_name: str) -> KernelConfig:
 def default(problem: Problem) -> KernelConfig:
     """The config that runs where nothing is known: legal for every problem."""
     variant = default_variant(problem.rows)
+    if problem.device == "gpu" and problem.experts > metal_rules.MAX_EXPERTS:
+        variant = "decode"
     return _default_tiles(problem, variant, make_name(variant), use_fp32_acc=True)
 
 
 def _default_tiles(problem: Problem, variant: str, name: str, use_fp32_acc: bool) -> KernelConfig:
+    if problem.device == "gpu":
+        return KernelConfig(name, *metal_rules.default_tiles(problem, variant), use_fp32_acc, variant)
     return KernelConfig(name, CPU_PANEL_ROWS[variant][-1], 128, cpu_threads(), use_fp32_acc, variant)
 
 
@@ -201,7 +207,7 @@ def feasible(problem: Problem, config: KernelConfig) -> str | None:
     # On the CPU a triple names the same code as plain decode, which reads each expert's own widths.
     if name.triple is not None and problem.device == "gpu" and problem.kind == "swiglu" and problem.bits != (name.triple,):
         return f"{config.kernel_name} needs all experts at {name.triple}, but the layer has {list(problem.bits)}"
-    return _cpu_infeasible(config)
+    return metal_rules.infeasible(problem, config) if problem.device == "gpu" else _cpu_infeasible(config)
 
 
 def _cpu_infeasible(config: KernelConfig) -> str | None:
@@ -222,13 +228,29 @@ def _either(values) -> str:
 
 def candidates(problem: Problem) -> list[KernelConfig]:
     """Every config worth timing for a problem, the default first. All are feasible."""
-    threads = sorted({1, max(1, cpu_threads() // 2), cpu_threads()}, reverse=True)
+    if problem.device == "gpu":
+        found = _gpu_candidates(problem)
+    else:
+        found = _cpu_candidates()
+    first = default(problem)
+    return [first] + [config for config in found if config != first]
+
+
+def _gpu_candidates(problem: Problem) -> list[KernelConfig]:
     found = [
+        KernelConfig(make_name(variant), *tiles, True, variant)
+        for variant in VARIANTS
+        for tiles in metal_rules.tiles(variant)
+    ]
+    return [config for config in found if feasible(problem, config) is None]
+
+
+def _cpu_candidates() -> list[KernelConfig]:
+    threads = sorted({1, max(1, cpu_threads() // 2), cpu_threads()}, reverse=True)
+    return [
         KernelConfig(make_name(variant), rows, columns, workers, True, variant)
         for variant in VARIANTS
         for rows in CPU_PANEL_ROWS[variant]
         for columns in CPU_TASK_COLUMNS
         for workers in threads
     ]
-    first = default(problem)
-    return [first] + [config for config in found if config != first]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from . import _ext, codec, kernels
+from . import _ext, codec, kernels, shaders
 from .kernels import KernelConfig, Problem
 from .weights import ExpertBank, ExpertStack, TrellisWeight
+
+SHADERS = Path(_ext.__file__).parent / "kernels"
+"""Where the Metal sources are installed."""
+
+if mx.metal.is_available():
+    _ext.set_shaders(shaders.sources(SHADERS))
 
 _DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 
@@ -400,3 +407,42 @@ def viterbi_instruction_sets() -> list[str]:
 def set_viterbi_instruction_set(name: str) -> None:
     """Let :func:`viterbi_search` use one instruction set, or ``"auto"``: the best."""
     _ext.set_viterbi_instruction_set(name)
+
+
+def plan(problem: Problem, config: KernelConfig | str | None = None, *, alpha: float = 1.702, limit: float = 7.0) -> dict:
+    """What the GPU would run: the list of dispatches, computed without a GPU.
+
+    Args:
+        problem: With device ``"gpu"``.
+        config: A :class:`KernelConfig` or a kernel name. Default: ``None``, the default for this problem.
+        alpha, limit: For ``"swiglu_oai"``.
+
+    Returns:
+        ``{"dispatches": [...], "scratch": {name: bytes}}``. A dispatch has ``kernel`` (a function of
+        ``kernels/<stem>.metal`` called ``trellis_<stem>``, with its template arguments), ``constants``, ``grid``
+        (in threadgroups), ``threads``, ``args`` (bytes for slot 0), ``buffers`` (``slot``, ``name``, ``offset``,
+        ``bytes``, ``access``), ``threadgroup_bytes`` and ``after``, the dispatches it waits for. Bytes of ``codes``
+        of mixed widths are an upper bound.
+
+    Raises:
+        ValueError: If the problem is not for a GPU or the config is not feasible.
+    """
+    if problem.device != "gpu":
+        raise ValueError(f"[plan] only a GPU runs plans, but the problem's device is {problem.device!r}")
+    native = resolve("plan", problem, config)
+    dtype = kernels.DTYPES.index(problem.dtype)
+    codebooks = sum(1 << codec.CODEBOOKS.index(name) for name in problem.codebooks)
+    k, n = (-(-size // codec.HADAMARD_SIZE) * codec.HADAMARD_SIZE for size in (problem.hidden, problem.intermediate))
+
+    def stack(index, k, n):
+        widths = sum(1 << bits for bits in {group[index] for group in problem.bits})
+        return _ext.StackInfo(problem.experts, k, n, problem.bias, widths, codebooks)
+
+    if problem.kind == "linear":
+        return _ext.plan_linear(
+            problem.rows, dtype, stack(0, k, n), problem.hidden, problem.intermediate, 1, False, native
+        )
+    return _ext.plan_swiglu(
+        problem.rows, problem.top_k, dtype, stack(0, k, n), stack(1, k, n), stack(2, n, k), problem.hidden,
+        kernels.ACTIVATIONS.index(problem.activation), alpha, limit, problem.combine, native,
+    )

@@ -1,0 +1,61 @@
+// A call made concrete for the GPU: kernels, constants, grids, argument bytes, buffers and scratch. A pure
+// function of the call's shapes; no MLX and no GPU headers, so that it runs and is tested anywhere.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "call.h"
+
+namespace mlx_marlin {
+
+struct Constant {
+  std::string name;  // of MARLIN_FUNCTION_CONSTANTS
+  uint32_t value;
+
+  bool operator==(const Constant&) const = default;
+};
+
+enum class Access { read, write };
+
+struct Binding {
+  int slot;
+  std::string name;  // "x", "indices", "scores", "y", "gate.codes", ..., or a scratch name
+  uint64_t offset;   // bytes
+  uint64_t bytes;    // from the offset on; codes of mixed widths: an upper bound
+  Access access;
+};
+
+// args are bound to slot 0.
+struct Dispatch {
+  std::string kernel;  // a function of <stem>.metal, called trellis_<stem>, with its template arguments
+  std::vector<Constant> constants;
+  std::array<uint32_t, 3> grid;  // threadgroups
+  std::array<uint32_t, 3> threads;
+  std::string args;
+  std::vector<Binding> buffers;
+  uint32_t threadgroup_bytes;
+  std::vector<int> after;  // dispatches that must have finished
+
+  // <stem> of the kernel's file.
+  std::string stem() const;
+};
+
+struct Plan {
+  std::vector<Dispatch> dispatches;
+  std::vector<std::pair<std::string, uint64_t>> scratch;  // name, bytes
+
+  void add(Dispatch dispatch);  // fills in `after`
+  void reserve(const std::string& name, uint64_t bytes);
+};
+
+// dtype: MARLIN_DTYPE_* of x and y. Throw std::invalid_argument for a config that kernels.feasible refuses and for
+// calls that have no kernel.
+Plan plan_linear(const LinearCall& call, int64_t rows, int dtype);
+Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype);
+Plan plan_decode(const DecodeCall& call);
+
+} // namespace mlx_marlin

@@ -1,0 +1,127 @@
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "args.h"
+#include "plan.h"
+#include "plan/stages.h"
+
+namespace mlx_marlin {
+
+namespace {
+
+// Rows are taken in passes whose scratch stays below this; 2048 tokens of a layer with 8 slots of 2 x 2048 floats.
+constexpr uint64_t kScratchBytes = 1ull << 28;
+
+// A pass is a multiple of this many rows, so that no pass but the last leaves a row tile incomplete.
+constexpr uint64_t kPassRows = 64;
+
+uint64_t rows_per_pass(uint64_t bytes_per_row) {
+  return std::max<uint64_t>(kScratchBytes / bytes_per_row / kPassRows, 1) * kPassRows;
+}
+
+template <class AddPass>
+void for_passes(Pass pass, int64_t rows, uint64_t bytes_per_row, const AddPass& add_pass) {
+  const uint64_t step = rows_per_pass(bytes_per_row);
+  for (uint64_t first = 0; first < static_cast<uint64_t>(rows); first += step) {
+    pass.first_row = first;
+    pass.rows = static_cast<uint32_t>(std::min<uint64_t>(step, static_cast<uint64_t>(rows) - first));
+    add_pass(pass);
+  }
+}
+
+void check_route(const Pass& pass) {
+  if ((pass.buckets() * 4ull + 1) * 4 > kMaxThreadgroupBytes) {
+    throw std::invalid_argument(
+        "[plan] " + std::to_string(pass.experts) + " experts are too many to be sorted in threadgroup memory.");
+  }
+}
+
+} // namespace
+
+Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
+  if (call.transposed) {
+    throw std::invalid_argument(
+        "[trellis_linear] there is no Metal kernel for the gradient with respect to x; compute it on a CPU stream.");
+  }
+  const Tiling tiling = make_tiling(call.config, 1, call.stack.k, call.stack.n);
+  const bool routed = call.gathered && (tiling.rows > 1 || tiling.matrix);
+  Pass pass{};
+  pass.dtype = dtype;
+  pass.slots_per_row = static_cast<uint32_t>(call.gathered ? call.x_divisor : 1);
+  pass.experts = static_cast<uint32_t>(call.stack.experts);
+  pass.indexed = call.gathered;
+  pass.routed = routed;
+  pass.matrix = tiling.matrix;
+  pass.tile_rows = static_cast<uint32_t>(tiling.rows);
+  if (routed) {
+    check_route(pass);
+  }
+  const Weights weights{"weight", call.stack};
+  const bool rotated = !rotates_itself(call.config, tiling, 1, call.stack.k);
+  const bool raw = !tiling.whole_blocks();
+  const uint64_t row_bytes = pass.slots_per_row * 4ull * (rotated * call.stack.k + raw * call.stack.n + 1);
+  Plan plan;
+  for_passes(pass, rows, row_bytes, [&](const Pass& p) {
+    if (routed) {
+      add_route(plan, p);
+    }
+    if (rotated) {
+      add_rotate(plan, p, &weights, nullptr, call.in_features);
+    }
+    LinearStage stage{weights, tiling, uint32_t(call.in_features), uint32_t(call.out_features),
+                      rotated ? "rotated" : "", raw, !raw};
+    add_linear(plan, p, stage);
+    if (raw) {
+      add_combine(plan, p, {weights, uint32_t(call.out_features), 1, true, false});
+    }
+  });
+  return plan;
+}
+
+Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
+  const Tiling tiling = make_tiling(call.config, 2, call.gate.k, call.gate.n);
+  const Tiling down_tiling = make_tiling(call.config, 1, call.down.k, call.down.n);
+  const bool routed = tiling.rows > 1 || tiling.matrix;
+  Pass pass{};
+  pass.dtype = dtype;
+  pass.slots_per_row = static_cast<uint32_t>(top_k);
+  pass.experts = static_cast<uint32_t>(call.gate.experts);
+  pass.indexed = true;
+  pass.routed = routed;
+  pass.matrix = tiling.matrix;
+  pass.tile_rows = static_cast<uint32_t>(tiling.rows);
+  if (routed) {
+    check_route(pass);
+  }
+  const Weights gate{"gate", call.gate};
+  const Weights up{"up", call.up};
+  const Weights down{"down", call.down};
+  const bool rotated = !rotates_itself(call.config, tiling, 2, call.gate.k);
+  const bool raw = !tiling.whole_blocks();
+  const bool to_slots = raw || call.combine;
+  const uint32_t hidden = static_cast<uint32_t>(call.hidden);
+  const uint64_t row_bytes = pass.slots_per_row * 4ull *
+      (2ull * rotated * call.gate.k + (raw ? 3ull : 1ull) * call.gate.n + (to_slots ? call.down.n : 0));
+  Plan plan;
+  for_passes(pass, rows, row_bytes, [&](const Pass& p) {
+    if (routed) {
+      add_route(plan, p);
+    }
+    if (rotated) {
+      add_rotate(plan, p, &gate, &up, hidden);
+    }
+    add_gate_up(plan, p, call, tiling, rotated);
+    if (raw) {
+      add_activate(plan, p, call);
+    }
+    add_linear(plan, p, {down, down_tiling, uint32_t(call.down.k), hidden, "activated", raw, !to_slots});
+    if (to_slots) {
+      add_combine(plan, p, {down, hidden, call.combine ? uint32_t(top_k) : 1u, raw, call.combine});
+    }
+  });
+  return plan;
+}
+
+} // namespace mlx_marlin

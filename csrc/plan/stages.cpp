@@ -1,0 +1,405 @@
+#include "plan/stages.h"
+
+#include <algorithm>
+#include <type_traits>
+
+#include "args.h"
+#include "format.h"
+
+namespace mlx_marlin {
+
+namespace {
+
+// Threads that are not in a product: 8 simdgroups, the usual group size on these GPUs.
+constexpr uint32_t kStageSimdgroups = 8;
+
+uint32_t ceil_div(uint64_t a, uint64_t b) {
+  return static_cast<uint32_t>((a + b - 1) / b);
+}
+
+// Collects a dispatch: constants by name, argument bytes, buffers by slot.
+class Builder {
+ public:
+  Builder(std::string kernel, uint32_t simdgroups) {
+    dispatch_.kernel = "trellis_" + std::move(kernel);
+    dispatch_.threads = {simdgroups * MARLIN_SIMD_SIZE, 1, 1};
+    dispatch_.threadgroup_bytes = 0;
+  }
+
+  Builder& grid(uint32_t x, uint32_t y = 1) {
+    dispatch_.grid = {x, y, 1};
+    return *this;
+  }
+
+  Builder& threadgroup_bytes(uint32_t bytes) {
+    dispatch_.threadgroup_bytes = (bytes + 15) / 16 * 16;  // Metal wants multiples of 16
+    return *this;
+  }
+
+  template <class Args>
+  Builder& args(const Args& args) {
+    static_assert(std::is_trivially_copyable_v<Args>);
+    dispatch_.args.assign(reinterpret_cast<const char*>(&args), sizeof(args));
+    return *this;
+  }
+
+  Builder& constant(const char* name, uint32_t value) {
+    dispatch_.constants.push_back({name, value});
+    return *this;
+  }
+
+  Builder& read(int slot, const std::string& name, uint64_t bytes, uint64_t offset = 0) {
+    dispatch_.buffers.push_back({slot, name, offset, bytes, Access::read});
+    return *this;
+  }
+
+  Builder& write(int slot, const std::string& name, uint64_t bytes, uint64_t offset = 0) {
+    dispatch_.buffers.push_back({slot, name, offset, bytes, Access::write});
+    return *this;
+  }
+
+  Builder& codes(int first_slot, const Weights& w) {
+    uint64_t widest = 0;
+    for (uint64_t bits = 1; bits <= MARLIN_MAX_BITS; ++bits) {
+      widest = (w.info.widths >> bits) & 1 ? bits : widest;
+    }
+    const uint64_t experts = static_cast<uint64_t>(w.info.experts);
+    return read(first_slot, w.name + ".codes", experts * w.info.k * w.info.n * widest / 8)
+        .read(first_slot + 1, w.name + ".offsets", experts * 8)
+        .read(first_slot + 2, w.name + ".formats", experts * 4);
+  }
+
+  Builder& suh(int slot, const Weights& w) {
+    return read(slot, w.name + ".suh", static_cast<uint64_t>(w.info.experts) * w.info.k * 2);
+  }
+
+  Builder& svh(int slot, const Weights& w) {
+    return read(slot, w.name + ".svh", static_cast<uint64_t>(w.info.experts) * w.info.n * 2);
+  }
+
+  Builder& bias(int slot, const Weights& w) {
+    return read(slot, w.name + ".bias", static_cast<uint64_t>(w.info.experts) * w.info.n * 4);
+  }
+
+  Builder& x(int slot, const Pass& pass, uint32_t columns) {
+    const uint64_t row = columns * pass.element_size();
+    return read(slot, "x", pass.rows * row, pass.first_row * row);
+  }
+
+  Builder& indices(int slot, const Pass& pass) {
+    return read(slot, "indices", pass.slots() * 4ull, pass.first_slot() * 4);
+  }
+
+  Builder& order(int slot, const Pass& pass) {
+    return read(slot, "order", pass.positions() * 4ull);
+  }
+
+  Dispatch done() {
+    return std::move(dispatch_);
+  }
+
+ private:
+  Dispatch dispatch_;
+};
+
+std::string product_name(const char* stem, const Tiling& t) {
+  return std::string(stem) + "<" + std::to_string(t.row_parameter()) + ", " + std::to_string(t.tiles_per_simdgroup) +
+      ", " + (t.matrix ? "true" : "false") + ">";
+}
+
+MarlinProductArgs product_args(
+    const Pass& pass,
+    const StackInfo& info,
+    const Tiling& t,
+    uint32_t in_columns,
+    uint32_t out_columns) {
+  MarlinProductArgs args{};
+  args.k = static_cast<uint32_t>(info.k);
+  args.n = static_cast<uint32_t>(info.n);
+  args.in_columns = in_columns;
+  args.out_columns = out_columns;
+  args.positions = pass.positions();
+  args.experts = pass.experts;
+  args.slots_per_row = pass.slots_per_row;
+  args.column_tiles = static_cast<uint32_t>(t.column_tiles);
+  args.k_splits = static_cast<uint32_t>(t.k_splits);
+  return args;
+}
+
+uint64_t rotated_bytes(const Pass& pass, int k) {
+  return pass.position_rows() * k * 4;
+}
+
+} // namespace
+
+uint64_t Pass::element_size() const {
+  return dtype == MARLIN_DTYPE_FLOAT32 ? 4 : 2;
+}
+
+uint32_t Pass::row_tiles() const {
+  if (!routed) {
+    return ceil_div(slots(), tile_rows);
+  }
+  // Every expert that has slots may leave one tile incomplete.
+  const uint64_t incomplete = std::min(slots(), buckets());
+  return static_cast<uint32_t>((slots() + incomplete * (tile_rows - 1)) / tile_rows);
+}
+
+void add_route(Plan& plan, const Pass& pass) {
+  constexpr uint32_t simdgroups = kMaxThreads / MARLIN_SIMD_SIZE / 2;  // M1 and M2 may not have 1024 threads to give
+  MarlinRouteArgs args{};
+  args.slots = pass.slots();
+  args.experts = pass.experts;
+  args.tile_rows = pass.tile_rows;
+  args.alignment = pass.alignment();
+  args.tiles = pass.row_tiles();
+  args.scanners = std::max(1u, simdgroups * MARLIN_SIMD_SIZE / pass.buckets());
+  plan.reserve("order", pass.positions() * 4ull);
+  plan.reserve("row_tiles", pass.row_tiles() * sizeof(MarlinRowTile));
+  plan.add(Builder("route", simdgroups)
+               .grid(1)
+               .threadgroup_bytes((pass.buckets() * (args.scanners + 3) + 1) * 4)
+               .args(args)
+               .indices(1, pass)
+               .write(2, "order", pass.positions() * 4ull)
+               .write(3, "row_tiles", pass.row_tiles() * sizeof(MarlinRowTile))
+               .done());
+}
+
+void add_rotate(Plan& plan, const Pass& pass, const Weights* only, const Weights* up, uint32_t columns) {
+  const int k = only->info.k;
+  MarlinRotateArgs args{};
+  args.k = static_cast<uint32_t>(k);
+  args.columns = columns;
+  args.positions = pass.positions();
+  args.experts = pass.experts;
+  args.slots_per_row = pass.slots_per_row;
+  const uint64_t projections = up ? 2 : 1;
+  const uint64_t units = pass.position_rows() / (pass.matrix ? 8 : 1);
+  const uint64_t bytes = projections * rotated_bytes(pass, k);
+  Builder b("rotate", kStageSimdgroups);
+  b.grid(ceil_div(units * projections * (k / MARLIN_HADAMARD_SIZE), kStageSimdgroups))
+      .args(args)
+      .constant("dtype", pass.dtype)
+      .constant("routed", pass.routed)
+      .constant("indexed", pass.indexed)
+      .constant("fragments", pass.matrix)
+      .constant("paired", up != nullptr)
+      .x(1, pass, columns)
+      .suh(4, *only)
+      .write(6, "rotated", bytes);
+  if (pass.indexed) {
+    b.indices(2, pass);
+  }
+  if (pass.routed) {
+    b.order(3, pass);
+  }
+  if (up) {
+    b.suh(5, *up);
+  }
+  plan.reserve("rotated", bytes);
+  plan.add(b.done());
+}
+
+void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Tiling& t, bool rotated) {
+  const Weights gate{"gate", call.gate};
+  const Weights up{"up", call.up};
+  const bool fused = t.whole_blocks();
+  const uint32_t columns = static_cast<uint32_t>(call.hidden);
+  MarlinProductArgs args = product_args(pass, call.gate, t, columns, 0);
+  args.alpha = call.alpha;
+  args.limit = call.limit;
+  const uint32_t copies = rotated ? 0 : 2u * t.rows * call.gate.k * 4;
+  Builder b(product_name("gate_up", t), t.simdgroups);
+  b.grid(ceil_div(call.gate.n, t.columns()), pass.row_tiles())
+      .threadgroup_bytes(t.sums_bytes + copies)
+      .args(args)
+      .constant("gate_widths", call.gate.widths)
+      .constant("gate_codebooks", call.gate.codebooks)
+      .constant("up_widths", call.up.widths)
+      .constant("up_codebooks", call.up.codebooks)
+      .constant("activation", call.activation)
+      .constant("dtype", pass.dtype)
+      .constant("gate_bias", fused && call.gate.bias)
+      .constant("up_bias", fused && call.up.bias)
+      .constant("routed", pass.routed)
+      .constant("indexed", !pass.routed)
+      .constant("fused_prologue", !rotated)
+      .constant("rotated_input", rotated)
+      .constant("fused_epilogue", fused)
+      .constant("raw_output", !fused)
+      .constant("fragments", pass.matrix)
+      .codes(6, gate)
+      .codes(12, up);
+  if (rotated) {
+    b.read(2, "rotated", 2 * rotated_bytes(pass, call.gate.k));
+  } else {
+    b.x(1, pass, columns).suh(9, gate).suh(15, up);
+  }
+  if (pass.routed) {
+    b.order(4, pass).read(5, "row_tiles", pass.row_tiles() * sizeof(MarlinRowTile));
+  } else {
+    b.indices(3, pass);
+  }
+  if (fused) {
+    b.svh(10, gate).svh(16, up).suh(18, {"down", call.down});
+  }
+  if (fused && call.gate.bias) {
+    b.bias(11, gate);
+  }
+  if (fused && call.up.bias) {
+    b.bias(17, up);
+  }
+  const std::string out = fused ? "activated" : "sums";
+  const uint64_t bytes = fused ? rotated_bytes(pass, call.gate.n) : 2ull * pass.positions() * call.gate.n * 4;
+  b.write(19, out, bytes);
+  plan.reserve(out, bytes);
+  plan.add(b.done());
+}
+
+void add_activate(Plan& plan, const Pass& pass, const SwigluCall& call) {
+  const Weights gate{"gate", call.gate};
+  const Weights up{"up", call.up};
+  MarlinActivateArgs args{};
+  args.n = static_cast<uint32_t>(call.gate.n);
+  args.positions = pass.positions();
+  args.experts = pass.experts;
+  args.alpha = call.alpha;
+  args.limit = call.limit;
+  const uint64_t blocks = static_cast<uint64_t>(call.gate.n) / MARLIN_HADAMARD_SIZE;
+  Builder b("activate", kStageSimdgroups);
+  b.grid(ceil_div(pass.positions() * blocks, kStageSimdgroups))
+      .args(args)
+      .constant("activation", call.activation)
+      .constant("gate_bias", call.gate.bias)
+      .constant("up_bias", call.up.bias)
+      .constant("routed", pass.routed)
+      .constant("fragments", pass.matrix)
+      .read(1, "sums", 2ull * pass.positions() * call.gate.n * 4)
+      .indices(2, pass)
+      .svh(4, gate)
+      .svh(5, up)
+      .suh(6, {"down", call.down})
+      .write(9, "activated", rotated_bytes(pass, call.gate.n));
+  if (pass.routed) {
+    b.order(3, pass);
+  }
+  if (call.gate.bias) {
+    b.bias(7, gate);
+  }
+  if (call.up.bias) {
+    b.bias(8, up);
+  }
+  plan.reserve("activated", rotated_bytes(pass, call.gate.n));
+  plan.add(b.done());
+}
+
+void add_linear(Plan& plan, const Pass& pass, const LinearStage& stage) {
+  const Tiling& t = stage.tiling;
+  const StackInfo& info = stage.weights.info;
+  const bool rotates = stage.rotated.empty();
+  const bool bias = info.bias && !stage.raw;
+  const bool indexed = pass.indexed && !pass.routed;
+  const uint32_t copies = rotates ? static_cast<uint32_t>(t.rows * info.k * 4) : 0;
+  Builder b(product_name("linear", t), t.simdgroups);
+  b.grid(ceil_div(info.n, t.columns()), pass.row_tiles())
+      .threadgroup_bytes(t.sums_bytes + copies)
+      .args(product_args(pass, info, t, stage.in_columns, stage.out_columns))
+      .constant("down_widths", info.widths)
+      .constant("down_codebooks", info.codebooks)
+      .constant("dtype", pass.dtype)
+      .constant("down_bias", bias)
+      .constant("routed", pass.routed)
+      .constant("indexed", indexed)
+      .constant("fused_prologue", rotates)
+      .constant("rotated_input", !rotates)
+      .constant("fused_epilogue", !stage.raw)
+      .constant("raw_output", stage.raw)
+      .constant("to_y", stage.to_y)
+      .constant("to_slots", !stage.to_y)
+      .codes(6, stage.weights);
+  if (rotates) {
+    b.x(1, pass, stage.in_columns).suh(9, stage.weights);
+  } else {
+    b.read(2, stage.rotated, rotated_bytes(pass, info.k));
+  }
+  if (indexed) {
+    b.indices(3, pass);
+  }
+  if (pass.routed) {
+    b.order(4, pass).read(5, "row_tiles", pass.row_tiles() * sizeof(MarlinRowTile));
+  }
+  if (!stage.raw) {
+    b.svh(10, stage.weights);
+  }
+  if (bias) {
+    b.bias(11, stage.weights);
+  }
+  if (stage.to_y) {
+    const uint64_t row = stage.out_columns * pass.element_size();
+    b.write(12, "y", pass.slots() * row, pass.first_slot() * row);
+  } else {
+    const uint64_t bytes = static_cast<uint64_t>(pass.slots()) * info.n * 4;
+    b.write(13, "slots", bytes);
+    plan.reserve("slots", bytes);
+  }
+  plan.add(b.done());
+}
+
+void add_combine(Plan& plan, const Pass& pass, const CombineStage& stage) {
+  const StackInfo& info = stage.weights.info;
+  const bool bias = info.bias && stage.raw;
+  MarlinCombineArgs args{};
+  args.n = static_cast<uint32_t>(info.n);
+  args.out_columns = stage.out_columns;
+  args.rows = pass.slots() / stage.slots_per_row;
+  args.slots_per_row = stage.slots_per_row;
+  args.experts = pass.experts;
+  const uint64_t blocks = static_cast<uint64_t>(info.n) / MARLIN_HADAMARD_SIZE;
+  const uint64_t row = stage.out_columns * pass.element_size();
+  const uint64_t first_row = pass.first_slot() / stage.slots_per_row;
+  Builder b("combine", kStageSimdgroups);
+  b.grid(ceil_div(args.rows * blocks, kStageSimdgroups))
+      .args(args)
+      .constant("dtype", pass.dtype)
+      .constant("down_bias", bias)
+      .constant("indexed", pass.indexed)
+      .constant("raw_output", stage.raw)
+      .constant("weighted", stage.weighted)
+      .read(1, "slots", static_cast<uint64_t>(pass.slots()) * info.n * 4)
+      .write(6, "y", args.rows * row, first_row * row);
+  if (pass.indexed) {
+    b.indices(2, pass);
+  }
+  if (stage.weighted) {
+    b.read(3, "scores", pass.slots() * 4ull, pass.first_slot() * 4);
+  }
+  if (stage.raw) {
+    b.svh(4, stage.weights);
+  }
+  if (bias) {
+    b.bias(5, stage.weights);
+  }
+  plan.add(b.done());
+}
+
+Plan plan_decode(const DecodeCall& call) {
+  const StackInfo& info = call.stack;
+  const Weights weights{"weight", info};
+  MarlinDecodeArgs args{};
+  args.n = static_cast<uint32_t>(info.n);
+  args.tiles = static_cast<uint32_t>(static_cast<uint64_t>(info.k) * info.n / MARLIN_TILE_SIZE);
+  args.expert = static_cast<uint32_t>(call.expert);
+  Plan plan;
+  plan.add(Builder("decode", kStageSimdgroups)
+               .grid(ceil_div(args.tiles, kStageSimdgroups))
+               .args(args)
+               .constant("down_widths", info.widths)
+               .constant("down_codebooks", info.codebooks)
+               .codes(1, weights)
+               .write(4, "y", static_cast<uint64_t>(info.k) * info.n * 2)
+               .done());
+  return plan;
+}
+
+} // namespace mlx_marlin

@@ -1,0 +1,79 @@
+// One function per stage: the dispatch that runs it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "plan.h"
+#include "plan/tiling.h"
+
+namespace mlx_marlin {
+
+// A projection's name in the bindings and what is stacked there.
+struct Weights {
+  std::string name;  // "gate", "up", "down"; "weight" for a linear
+  StackInfo info;
+};
+
+// The rows of x and y that one pass over the stages covers, and how their slots find their experts.
+struct Pass {
+  int dtype;
+  uint64_t first_row;  // of x and y
+  uint32_t rows;       // of x
+  uint32_t slots_per_row;
+  uint32_t experts;
+  bool indexed;        // experts come from indices; otherwise expert 0
+  bool routed;         // positions are slots sorted by expert; otherwise they are slots
+  bool matrix;         // rotated activations are fragments of 8 positions
+  uint32_t tile_rows;
+
+  uint32_t slots() const {
+    return rows * slots_per_row;
+  }
+  uint64_t first_slot() const {
+    return first_row * slots_per_row;
+  }
+  uint32_t buckets() const {
+    return experts + 1;  // the last one: out of range
+  }
+  uint32_t alignment() const {
+    return matrix ? 8 : 1;
+  }
+  uint32_t positions() const {
+    return routed ? slots() + buckets() * (alignment() - 1) : slots();
+  }
+  // Rows that a buffer by position has.
+  uint64_t position_rows() const {
+    return matrix ? (uint64_t(positions()) + 7) / 8 * 8 : positions();
+  }
+  uint32_t row_tiles() const;
+  uint64_t element_size() const;
+};
+
+// What a linear product reads and writes.
+struct LinearStage {
+  Weights weights;
+  Tiling tiling;
+  uint32_t in_columns;   // of x
+  uint32_t out_columns;  // of y
+  std::string rotated;   // scratch with rotated activations; empty: rotates x itself
+  bool raw;              // writes sums before H, to "slots"
+  bool to_y;             // writes rows of y; otherwise to "slots"
+};
+
+struct CombineStage {
+  Weights weights;
+  uint32_t out_columns;
+  uint32_t slots_per_row;  // of y
+  bool raw;
+  bool weighted;
+};
+
+void add_route(Plan& plan, const Pass& pass);
+void add_rotate(Plan& plan, const Pass& pass, const Weights* gate_or_only, const Weights* up, uint32_t columns);
+void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Tiling& tiling, bool rotated);
+void add_activate(Plan& plan, const Pass& pass, const SwigluCall& call);
+void add_linear(Plan& plan, const Pass& pass, const LinearStage& stage);
+void add_combine(Plan& plan, const Pass& pass, const CombineStage& stage);
+
+} // namespace mlx_marlin

@@ -1,0 +1,43 @@
+// How a product's columns and its depth are divided among the simdgroups of a threadgroup.
+#pragma once
+
+#include <cstdint>
+
+#include "call.h"
+
+namespace mlx_marlin {
+
+// Metal's limits on every Apple GPU.
+inline constexpr uint32_t kMaxThreadgroupBytes = 32768;
+inline constexpr uint32_t kMaxThreads = 1024;
+
+struct Tiling {
+  int rows;           // per row tile
+  bool matrix;        // rows are units of 8 on simdgroup matrices
+  int column_tiles;   // 16-column tiles per threadgroup and projection
+  int tiles_per_simdgroup;
+  int k_splits;
+  int simdgroups;
+  uint32_t sums_bytes;  // threadgroup memory of the sums
+
+  int columns() const {
+    return 16 * column_tiles;
+  }
+  // Row count as the kernel templates take it.
+  int row_parameter() const {
+    return matrix ? rows / 8 : rows;
+  }
+  // Whole 128-blocks, so that the threadgroup can apply the Hadamard transform itself.
+  bool whole_blocks() const {
+    return columns() % 128 == 0;
+  }
+};
+
+// Throws std::invalid_argument where the config has no tiling for `projections` products of depth k.
+Tiling make_tiling(const KernelConfig& config, int projections, int k, int n);
+
+// Whether the threadgroup rotates its rows of x itself. Only where few rows are wanted; 16 columns would spend a
+// sixth of their time on it; and all projections' copies must fit in threadgroup memory.
+bool rotates_itself(const KernelConfig& config, const Tiling& tiling, int projections, int k);
+
+} // namespace mlx_marlin

@@ -1,0 +1,168 @@
+// Rows times one weight: a dense linear, or down with an expert per slot.
+#include "product.h"
+
+struct LinearFinish {
+  constant MarlinProductArgs* args;
+  Items items;
+  RowRange rows;
+  uint first_column;
+  threadgroup const float* sums;
+  device const uint* order;
+  device const half* svh;
+  device const float* biases;
+  device uchar* y;
+  device float* slots;
+  uint simdgroup;
+  uint simdgroups;
+  ushort lane;
+
+  METAL_FUNC uint slot(uint row) const {
+    const uint position = rows.first + row;
+    if (routed) {
+      return order[position];
+    }
+    return position;
+  }
+
+  // Calls for each 128-block of the threadgroup's columns and each row: one simdgroup each.
+  METAL_FUNC void slice(uint first_row, uint count) const {
+    const uint columns = min(args->column_tiles * MARLIN_TILE, args->n - first_column);
+    if (raw_output) {
+      const uint threads = simdgroups * MARLIN_SIMD_SIZE;
+      for (uint i = simdgroup * MARLIN_SIMD_SIZE + lane; i < columns * count; i += threads) {
+        const uint row = i / columns;
+        const uint column = i % columns;
+        slots[ulong(slot(first_row + row)) * args->n + first_column + column] = items.sum(sums, 0, column, row);
+      }
+      return;
+    }
+    const uint blocks = columns / MARLIN_HADAMARD_SIZE;
+    for (uint task = simdgroup; task < blocks * count; task += simdgroups) {
+      const uint row = task / blocks;
+      const uint first = task % blocks * MARLIN_HADAMARD_SIZE;
+      store(first_row + row, first_column + first, items.block(sums, 0, first, row, lane));
+    }
+  }
+
+  METAL_FUNC void store(uint row, uint first, float4 v) const {
+    const ulong at = ulong(rows.expert) * args->n + first;
+    device const float* bias = nullptr;
+    if (down_bias) {
+      bias = biases + at;
+    }
+    v = finish(v, svh + at, bias, down_bias, lane);
+    const uint to = slot(row);
+    if (to_slots) {
+      device float2* pairs = (device float2*)(slots + ulong(to) * args->n + first + lane_column(lane));
+      pairs[0] = v.xy;
+      pairs[4] = v.zw;
+    } else {
+      store_row(y, to, args->out_columns, first, lane, v);
+    }
+  }
+
+  // For indices out of range. Rows in scratch are left alone: combine looks at the index again.
+  METAL_FUNC void store_nan() const {
+    if (to_y) {
+      const uint columns = min(args->column_tiles * MARLIN_TILE, args->n - first_column);
+      const uint blocks = columns / MARLIN_HADAMARD_SIZE;
+      for (uint task = simdgroup; task < blocks * rows.count; task += simdgroups) {
+        const uint first = first_column + task % blocks * MARLIN_HADAMARD_SIZE;
+        store_row(y, slot(task / blocks), args->out_columns, first, lane, float4(NAN));
+      }
+    }
+  }
+};
+
+// Rows: rows of a row tile, in units of 8 if Matrix. T: adjacent column tiles per simdgroup.
+template <int Rows, int T, bool Matrix>
+[[kernel]] void trellis_linear(
+    constant MarlinProductArgs& args [[buffer(0)]],
+    device const uchar* x [[buffer(1), function_constant(fused_prologue)]],
+    device const float* rotated [[buffer(2), function_constant(rotated_input)]],
+    device const uint* indices [[buffer(3), function_constant(indexed)]],
+    device const uint* order [[buffer(4), function_constant(routed)]],
+    device const MarlinRowTile* row_tiles [[buffer(5), function_constant(routed)]],
+    device const uint* codes [[buffer(6)]],
+    device const long* offsets [[buffer(7)]],
+    device const uint* formats [[buffer(8)]],
+    device const half* suh [[buffer(9), function_constant(fused_prologue)]],
+    device const half* svh [[buffer(10), function_constant(fused_epilogue)]],
+    device const float* biases [[buffer(11), function_constant(down_bias)]],
+    device uchar* y [[buffer(12), function_constant(to_y)]],
+    device float* slots [[buffer(13), function_constant(to_slots)]],
+    threadgroup float* shared [[threadgroup(0)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]],
+    uint lane_index [[thread_index_in_simdgroup]]) {
+  const ushort lane = ushort(lane_index);
+  LinearFinish finish_slice;
+  device const uint* experts = nullptr;
+  device const MarlinRowTile* tiles = nullptr;
+  if (indexed) {
+    experts = indices;
+  }
+  if (routed) {
+    tiles = row_tiles;
+    finish_slice.order = order;
+  }
+  const RowRange rows = find_rows(args, group.y, Matrix ? 8 * Rows : Rows, experts, tiles);
+  if (rows.count == 0) {
+    return;
+  }
+  if (down_bias) {
+    finish_slice.biases = biases;
+  }
+  if (fused_epilogue) {
+    finish_slice.svh = svh;
+  }
+  if (to_y) {
+    finish_slice.y = y;
+  }
+  if (to_slots) {
+    finish_slice.slots = slots;
+  }
+  finish_slice.args = &args;
+  finish_slice.rows = rows;
+  finish_slice.first_column = group.x * args.column_tiles * MARLIN_TILE;
+  finish_slice.sums = shared;
+  finish_slice.simdgroup = simdgroup;
+  finish_slice.simdgroups = simdgroups;
+  finish_slice.lane = lane;
+  if (rows.expert >= args.experts) {
+    finish_slice.store_nan();
+    return;
+  }
+  const Items items = {args.column_tiles / T, args.k_splits, T * MARLIN_TILE, Matrix ? 8 : Rows};
+  finish_slice.items = items;
+  const ExpertWeights weights = find_expert(codes, offsets, formats, rows.expert);
+
+  if constexpr (Matrix) {
+    Operands<device const float*> operands;
+    operands.weights[0] = weights;
+    operands.x[0] = rotated + ulong(rows.first) * args.k;
+    operands.widths = down_widths;
+    operands.codebooks = down_codebooks;
+    matrix_slices<Rows, T, 1>(args, operands, items, rows, group.x, shared, simdgroup, lane, finish_slice);
+  } else if (fused_prologue) {
+    threadgroup float4* local_x = (threadgroup float4*)(shared + items.count(1) * items.item_sums());
+    rotate_rows<Rows, 1>(args, rows, x, finish_slice.order, suh, suh, local_x, simdgroup, simdgroups, lane);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    Operands<threadgroup const float4*> operands;
+    operands.weights[0] = weights;
+    operands.x[0] = local_x;
+    operands.widths = down_widths;
+    operands.codebooks = down_codebooks;
+    row_slices<Rows, T, 1>(
+        args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
+  } else {
+    Operands<device const float4*> operands;
+    operands.weights[0] = weights;
+    operands.x[0] = (device const float4*)(rotated + ulong(rows.first) * args.k);
+    operands.widths = down_widths;
+    operands.codebooks = down_codebooks;
+    row_slices<Rows, T, 1>(
+        args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
+  }
+}

@@ -1,0 +1,85 @@
+// x -> rotated activations: gather, suh, Hadamard transform. One copy per projection, because suh differs.
+#include "hadamard.h"
+
+// Position -> slot -> row of x and expert. A position without a valid slot gets zeros.
+struct RotateSource {
+  device const uchar* x;
+  device const uint* indices;
+  device const uint* order;
+
+  METAL_FUNC float4 block(
+      constant MarlinRotateArgs& args,
+      device const half* suh,
+      uint position,
+      uint first,
+      ushort lane) const {
+    uint slot = position;
+    if (routed) {
+      slot = position < args.positions ? order[position] : ~0u;
+    }
+    if (slot == ~0u || position >= args.positions) {
+      return float4(0.0f);
+    }
+    const uint expert = indexed ? indices[slot] : 0;
+    if (expert >= args.experts) {
+      return float4(0.0f);
+    }
+    const float4 v = load_row(x, slot / args.slots_per_row, args.columns, first, lane);
+    return hadamard(v * load_halves(suh + ulong(expert) * args.k + first, lane), lane);
+  }
+};
+
+// One simdgroup per 128-block and position, or unit of 8 positions for fragments.
+[[kernel]] void trellis_rotate(
+    constant MarlinRotateArgs& args [[buffer(0)]],
+    device const uchar* x [[buffer(1)]],
+    device const uint* indices [[buffer(2), function_constant(indexed)]],
+    device const uint* order [[buffer(3), function_constant(routed)]],
+    device const half* suh [[buffer(4)]],
+    device const half* second_suh [[buffer(5), function_constant(paired)]],
+    device float* rotated [[buffer(6)]],
+    uint group [[threadgroup_position_in_grid]],
+    uint simdgroup [[simdgroup_index_in_threadgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]],
+    uint lane_index [[thread_index_in_simdgroup]]) {
+  const ushort lane = ushort(lane_index);
+  const uint rows_per_unit = fragments ? 8 : 1;
+  const uint units = (args.positions + rows_per_unit - 1) / rows_per_unit;
+  const uint blocks = args.k / MARLIN_HADAMARD_SIZE;
+  const uint projections = paired ? 2 : 1;
+  const uint task = group * simdgroups + simdgroup;
+  if (task >= units * blocks * projections) {
+    return;
+  }
+  const uint first = (task % blocks) * MARLIN_HADAMARD_SIZE;
+  const uint unit = task / blocks % units;
+  const bool second = paired && task / blocks >= units;
+  RotateSource source = {x, nullptr, nullptr};
+  if (indexed) {
+    source.indices = indices;
+  }
+  if (routed) {
+    source.order = order;
+  }
+  device const half* scales = suh;
+  if (paired) {
+    scales = second ? second_suh : suh;
+  }
+  device float* out = rotated + (second ? ulong(units) * rows_per_unit * args.k : 0);
+  if (!fragments) {
+    store_rotated(out, unit, args.k, first, lane, source.block(args, scales, unit, first, lane));
+    return;
+  }
+  float4 v[8];
+  MARLIN_UNROLL
+  for (uint r = 0; r < 8; ++r) {
+    v[r] = source.block(args, scales, unit * 8 + r, first, lane);
+  }
+  MARLIN_UNROLL
+  for (uint j = 0; j < 4; ++j) {
+    const uint column = first + lane_column(lane) + value_offset(j);
+    device float4* to = (device float4*)(out + fragment_index(unit * 8, column, args.k));
+    to[0] = float4(v[0][j], v[1][j], v[2][j], v[3][j]);
+    to[1] = float4(v[4][j], v[5][j], v[6][j], v[7][j]);
+  }
+}

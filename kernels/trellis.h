@@ -1,0 +1,173 @@
+// Windows of a trellis tile and the values they stand for. Bit-exact with codec.py.
+#pragma once
+
+#include "common.h"
+
+// A lane holds eight consecutive storage positions of a tile: rows {2q, 2q+1, 2q+8, 2q+9} of column c, then
+// of column c + 8, where q = lane % 4 and c = lane / 4.
+constant constexpr const int kLaneWeights = 8;
+
+// Left shift by 1 to 8 on the integer adder. A lone shift occupies the multiplier's pipe for 4 cycles (M1, M2), a
+// shift by 1 to 4 that feeds an add is free. `zero` is an argument, so that the compiler must keep the adds; the
+// second one takes the first's result twice, or both shifts would become one.
+template <int S>
+METAL_FUNC uint shift_left(uint v, uint zero) {
+  static_assert(S >= 1 && S <= 8, "two steps");
+  if constexpr (S <= 4) {
+    return zero + (v << S);
+  } else {
+    const uint step = zero + (v << 4);
+    return (step & zero) + (step << (S - 4));
+  }
+}
+
+// 16-bit pieces of the stream that a lane's windows touch: one before its own bits, then its own 8 * K bits.
+template <int K>
+struct LaneCodes {
+  static constant constexpr const int size = K % 2 ? (K + 3) / 2 : K / 2 + 1;
+  ushort piece[size];
+};
+
+// The stream's 16-bit pieces lie swapped in each 32-bit word. The first piece of lane 0 is the tile's last.
+template <int K>
+METAL_FUNC LaneCodes<K> load_codes(device const ushort* tile, ushort lane) {
+  LaneCodes<K> codes;
+  const ushort first = ushort(lane * K) >> 1;
+  codes.piece[0] = tile[(first == 0 ? 16 * K - 1 : first - 1) ^ 1];
+  if constexpr (K == 4) {
+    const ushort2 word = as_type<ushort2>(((device const uint*)tile)[lane]);
+    codes.piece[1] = word.y;
+    codes.piece[2] = word.x;
+  } else if constexpr (K == 8) {
+    const uint2 words = ((device const uint2*)tile)[lane];
+    const ushort2 a = as_type<ushort2>(words.x);
+    const ushort2 b = as_type<ushort2>(words.y);
+    codes.piece[1] = a.y;
+    codes.piece[2] = a.x;
+    codes.piece[3] = b.y;
+    codes.piece[4] = b.x;
+  } else {
+    MARLIN_UNROLL
+    for (int i = 1; i < LaneCodes<K>::size; ++i) {
+      codes.piece[i] = tile[(first + i - 1) ^ 1];
+    }
+  }
+  return codes;
+}
+
+METAL_FUNC uint join(ushort high, ushort low) {
+  return as_type<uint>(ushort2(low, high));
+}
+
+// For odd K the bits of odd lanes begin in the middle of a piece: move them up by 8. `zero` keeps the compiler from
+// turning the choice of a value into a choice of shift amounts, which is slow.
+template <int K>
+METAL_FUNC void align_codes(thread LaneCodes<K>& codes, bool odd_lane, uint zero) {
+  constexpr int size = LaneCodes<K>::size;
+  MARLIN_UNROLL
+  for (int i = 0; i + 1 < size; i += 2) {
+    const uint pair = join(codes.piece[i], codes.piece[i + 1]);
+    uint moved = pair << 8;
+    uint kept = pair;
+    if (i + 2 < size) {
+      moved |= codes.piece[i + 2] >> 8;
+    } else {
+      kept += zero;
+    }
+    const ushort2 aligned = as_type<ushort2>(odd_lane ? moved : kept);
+    codes.piece[i] = aligned.y;
+    codes.piece[i + 1] = aligned.x;
+  }
+  if (size % 2) {
+    const ushort last = codes.piece[size - 1];
+    codes.piece[size - 1] = ushort(odd_lane ? uint(last) << 8 : last + zero);
+  }
+}
+
+// The value of a 16-bit state, rounded to half as the format says.
+template <int Codebook>
+METAL_FUNC half codebook_value(ushort state) {
+  if constexpr (Codebook == MARLIN_CODEBOOK_MUL1) {
+    const uint x = uint(state) * 0x83DCD12Du;
+    const uint pairs = (x & 0x00FF00FFu) + ((x >> 8) & 0x00FF00FFu);
+    const ushort2 sums = as_type<ushort2>(pairs);
+    // 0x6400 + s are the bits of half(1024 + s).
+    const half biased = as_type<half>(ushort(sums.x + sums.y + 0x6400));
+    return fma(biased, as_type<half>(ushort(0x1EEE)), as_type<half>(ushort(0xC931)));
+  } else {
+    uint x = uint(state) * (Codebook == MARLIN_CODEBOOK_MCG ? 0xCBAC1FEDu : 89226354u);
+    x += Codebook == MARLIN_CODEBOOK_MCG ? 0u : 64248484u;
+    x = (x & 0x8FFF8FFFu) ^ 0x3B603B60u;
+    const half2 terms = as_type<half2>(x);
+    return terms.x + terms.y;
+  }
+}
+
+struct LaneWeights {
+  half value[kLaneWeights];
+};
+
+// Window c of a lane ends at bit (c + 1) * K of its own bits: it is the top half of two joined pieces shifted
+// left by 1 to 16. Windows of the same pieces are reached by walking; a shift by 16 is the low piece.
+template <int K, int Codebook, int C>
+METAL_FUNC void decode_window(
+    thread LaneWeights& weights,
+    const thread LaneCodes<K>& codes,
+    uint walked,
+    uint zero) {
+  if constexpr (C < kLaneWeights) {
+    constexpr int end = (C + 1) * K;
+    constexpr int piece = (end - 1) / 16;
+    constexpr int shift = end - 16 * piece;
+    constexpr bool same_pieces = C > 0 && (C * K - 1) / 16 == piece;
+    constexpr int walked_by = same_pieces ? shift - K : 0;
+    ushort state;
+    if constexpr (shift == 16) {
+      state = codes.piece[piece + 1];
+    } else {
+      const uint pair = same_pieces ? walked : join(codes.piece[piece], codes.piece[piece + 1]);
+      walked = shift_left<shift - walked_by>(pair, zero);
+      state = as_type<ushort2>(walked).y;
+    }
+    weights.value[C] = codebook_value<Codebook>(state);
+    decode_window<K, Codebook, C + 1>(weights, codes, walked, zero);
+  }
+}
+
+// The eight weights that a lane holds of a tile.
+template <int K, int Codebook>
+METAL_FUNC LaneWeights decode_lane(device const ushort* tile, ushort lane, uint zero) {
+  LaneCodes<K> codes = load_codes<K>(tile, lane);
+  if constexpr (K % 2 == 1) {
+    align_codes<K>(codes, (lane & 1) != 0, zero);
+  }
+  LaneWeights weights;
+  decode_window<K, Codebook, 0>(weights, codes, 0, zero);
+  return weights;
+}
+
+// Calls body.template run<K, Codebook>() for a format word. Only decoders that the constants name are compiled;
+// with one width and one codebook nothing is compared at run time.
+template <int K, typename Body>
+METAL_FUNC void for_codebook(thread Body& body, uint format, uint codebooks) {
+  const uint codebook = MARLIN_FORMAT_CODEBOOK(format);
+  if ((codebooks & 1) && (codebooks == 1 || codebook == MARLIN_CODEBOOK_3INST)) {
+    body.template run<K, MARLIN_CODEBOOK_3INST>();
+  } else if ((codebooks & 2) && (codebooks == 2 || codebook == MARLIN_CODEBOOK_MCG)) {
+    body.template run<K, MARLIN_CODEBOOK_MCG>();
+  } else if ((codebooks & 4) && (codebooks == 4 || codebook == MARLIN_CODEBOOK_MUL1)) {
+    body.template run<K, MARLIN_CODEBOOK_MUL1>();
+  }
+}
+
+template <int K, typename Body>
+METAL_FUNC void for_format(thread Body& body, uint format, uint widths, uint codebooks) {
+  if constexpr (K <= MARLIN_MAX_BITS) {
+    const uint bit = 1u << K;
+    if ((widths & bit) && (widths == bit || MARLIN_FORMAT_BITS(format) == K)) {
+      for_codebook<K>(body, format, codebooks);
+    } else {
+      for_format<K + 1>(body, format, widths, codebooks);
+    }
+  }
+}

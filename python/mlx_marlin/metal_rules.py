@@ -1,0 +1,77 @@
+"""Which configs the Metal kernels have, and the defaults. The GPU half of :mod:`mlx_marlin.kernels`; pure.
+
+The same limits as ``csrc/plan/tiling.cpp``, which throws where these functions give a reason.
+"""
+
+from __future__ import annotations
+
+TILE_ROWS = {"decode": (1, 2, 3), "prefill4": (4,), "base": (8, 16), "large_batch": (64,)}
+"""Rows per row tile. base and large_batch compute units of 8 rows on simdgroup matrices."""
+
+TILE_COLUMNS = (16, 32, 48, 64, 96, 128, 160, 256)
+"""Columns per threadgroup and projection. Multiples of 128 fuse the output's Hadamard transform into the product."""
+
+SIMDGROUPS = (4, 8, 12, 16)
+
+MAX_EXPERTS = 2046
+"""Slots are sorted in 32 KB of threadgroup memory: four words per expert."""
+
+# Sums of a lane: 4 per tile and 8 rows. At 64 a kernel stays near 96 registers, which 512 threads may have.
+_MATRIX_SUMS = 64
+
+
+def _padded(size: int) -> int:
+    return -(-size // 128) * 128
+
+
+def infeasible(problem, config) -> str | None:
+    """Why the Metal kernels cannot run a config, or ``None``."""
+    variant = config.kernel_variant
+    if config.tile_size_m not in TILE_ROWS[variant]:
+        return f"a {variant} tile on the GPU has {_either(TILE_ROWS[variant])} rows, got tile_size_m={config.tile_size_m}"
+    columns = (128,) if variant == "large_batch" else TILE_COLUMNS
+    if config.tile_size_n not in columns:
+        return f"a {variant} tile on the GPU has {_either(columns)} columns, got tile_size_n={config.tile_size_n}"
+    narrowest = _padded(problem.intermediate)
+    if problem.kind == "swiglu":
+        narrowest = min(narrowest, _padded(problem.hidden))
+    if config.tile_size_n > narrowest:
+        return f"the narrowest output has {narrowest} columns, got tile_size_n={config.tile_size_n}"
+    if config.simdgroups not in SIMDGROUPS:
+        return f"a threadgroup on the GPU has {_either(SIMDGROUPS)} simdgroups, got simdgroups={config.simdgroups}"
+    if problem.kind == "swiglu" and config.tile_size_m > 1 and problem.experts > MAX_EXPERTS:
+        return f"slots of more than {MAX_EXPERTS} experts cannot be sorted, the layer has {problem.experts}; use tile_size_m=1"
+    if variant in ("base", "large_batch"):
+        return _matrix_infeasible(config, 2 if problem.kind == "swiglu" else 1)
+    return None
+
+
+def _matrix_infeasible(config, projections: int) -> str | None:
+    """A simdgroup keeps its sums until the end, so every column tile needs a simdgroup with room."""
+    tiles, units = config.tile_size_n // 16, config.tile_size_m // 8
+    for shared in (1, 2, 4):
+        if 4 * shared * units <= _MATRIX_SUMS and tiles % shared == 0 and projections * tiles // shared <= config.simdgroups:
+            return None
+    return (
+        f"{config.simdgroups} simdgroups cannot hold the sums of {config.tile_size_m} rows and "
+        f"{projections * config.tile_size_n} columns in registers; take more simdgroups or fewer columns"
+    )
+
+
+def default_tiles(problem, variant: str) -> tuple[int, int, int]:
+    """(tile_size_m, tile_size_n, simdgroups) that are legal for every problem.
+
+    128 columns and 16 simdgroups: whole Hadamard blocks, and 512 threads whose ranges of k keep a narrow
+    layer's few threadgroups busy.
+    """
+    return TILE_ROWS[variant][0], 128, 16
+
+
+def tiles(variant: str) -> list[tuple[int, int, int]]:
+    """All (tile_size_m, tile_size_n, simdgroups) of a variant, legal or not for a given problem."""
+    return [(m, n, s) for m in TILE_ROWS[variant] for n in TILE_COLUMNS for s in SIMDGROUPS]
+
+
+def _either(values) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last
