@@ -193,9 +193,8 @@ struct MatrixProduct {
         for (int c = 0; c < 2; ++c) {
           MARLIN_UNROLL
           for (int half_k = 0; half_k < 2; ++half_k) {
-            thread auto& elements = w[t][c][half_k].thread_elements();
-            elements[0] = float(weights.value[4 * c + 2 * half_k]);
-            elements[1] = float(weights.value[4 * c + 2 * half_k + 1]);
+            w[t][c][half_k].thread_elements()[0] = float(weights.value[4 * c + 2 * half_k]);
+            w[t][c][half_k].thread_elements()[1] = float(weights.value[4 * c + 2 * half_k + 1]);
           }
         }
       }

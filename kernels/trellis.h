@@ -5,7 +5,7 @@
 
 // A lane holds eight consecutive storage positions of a tile: rows {2q, 2q+1, 2q+8, 2q+9} of column c, then
 // of column c + 8, where q = lane % 4 and c = lane / 4.
-constant constexpr const int kLaneWeights = 8;
+static constant constexpr const int kLaneWeights = 8;
 
 // Left shift by 1 to 8 on the integer adder. A lone shift occupies the multiplier's pipe for 4 cycles (M1, M2), a
 // shift by 1 to 4 that feeds an add is free. `zero` is an argument, so that the compiler must keep the adds; the
