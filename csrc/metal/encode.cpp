@@ -1,8 +1,9 @@
 #include "metal/encode.h"
 
+#include <algorithm>
+#include <cctype>
 #include <deque>
 #include <functional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -26,59 +27,70 @@ std::unordered_map<std::string, std::string>& shaders() {
 }
 
 struct FunctionConstant {
+  const char* name;
   NS::UInteger index;
   bool is_bool;
 };
 
-const FunctionConstant& function_constant(const std::string& name) {
-#define MARLIN_ENTRY(index, type, name) {#name, {index, std::string_view(#type) == "bool"}},
-  static const std::unordered_map<std::string, FunctionConstant> table = {
-      MARLIN_FUNCTION_CONSTANTS(MARLIN_ENTRY)};
+#define MARLIN_ENTRY(index, type, name) {#name, index, std::string_view(#type) == "bool"},
+constexpr FunctionConstant kFunctionConstants[] = {MARLIN_FUNCTION_CONSTANTS(MARLIN_ENTRY)};
 #undef MARLIN_ENTRY
-  return table.at(name);
-}
 
 // The kernel with its constants, unique: MLX's cache of pipelines knows no more than this.
 std::string specialised_name(const Dispatch& d) {
-  std::ostringstream name;
-  name << d.kernel;
+  std::string name = d.kernel;
   for (const Constant& c : d.constants) {
-    name << " " << c.name << "=" << c.value;
+    name += " " + c.name + "=" + std::to_string(c.value);
   }
-  return name.str();
+  return name;
+}
+
+// The kernel's name inside its library: an identifier.
+std::string host_name(const Dispatch& d) {
+  std::string name;
+  for (const char c : d.kernel) {
+    if (c != ' ') {
+      name += std::isalnum(static_cast<unsigned char>(c)) ? c : '_';
+    }
+  }
+  return name;
 }
 
 // MLX's cache of libraries knows the name only, so it holds the source's hash.
 MTL::Library* find_library(mx::metal::Device& device, const Dispatch& d) {
-  const std::string stem = d.stem();
-  const auto source = shaders().find(stem);
+  const auto source = shaders().find(d.stem());
   if (source == shaders().end()) {
     throw std::runtime_error("there is no Metal source for it; reinstall mlx_marlin");
   }
   const std::string& text = source->second;
   const std::string name = "mlx_marlin " + d.kernel + " " + std::to_string(std::hash<std::string>{}(text));
   return device.get_library(name, [&text, &d] {
-    const bool is_template = d.kernel.find('<') != std::string::npos;
-    return is_template ? text + "\ntemplate [[host_name(\"" + d.kernel + "\")]] [[kernel]] decltype(" + d.kernel +
-            ") " + d.kernel + ";\n"
-                       : text;
+    if (d.kernel.find('<') == std::string::npos) {
+      return text;
+    }
+    return text + "\ntemplate [[host_name(\"" + host_name(d) + "\")]] [[kernel]] decltype(" + d.kernel + ") " +
+        d.kernel + ";\n";
   });
 }
 
+// Metal wants a value for every constant that a function mentions; those that a dispatch does not name are 0.
 MTL::ComputePipelineState* find_kernel(mx::metal::Device& device, const Dispatch& d) {
+  static constexpr uint32_t zero = 0;
+  std::deque<bool> bools;       // a deque does not move its elements
+  mx::metal::MTLFCList constants;
+  for (const FunctionConstant& entry : kFunctionConstants) {
+    const auto named = std::find_if(
+        d.constants.begin(), d.constants.end(), [&entry](const Constant& c) { return c.name == entry.name; });
+    const uint32_t& value = named == d.constants.end() ? zero : named->value;
+    if (entry.is_bool) {
+      constants.emplace_back(&bools.emplace_back(value != 0), MTL::DataTypeBool, entry.index);
+    } else {
+      constants.emplace_back(&value, MTL::DataTypeUInt, entry.index);
+    }
+  }
   const std::string name = specialised_name(d);
   try {
-    std::deque<bool> bools;  // a deque does not move its elements
-    mx::metal::MTLFCList constants;
-    for (const Constant& c : d.constants) {
-      const FunctionConstant& entry = function_constant(c.name);
-      if (entry.is_bool) {
-        constants.emplace_back(&bools.emplace_back(c.value != 0), MTL::DataTypeBool, entry.index);
-      } else {
-        constants.emplace_back(&c.value, MTL::DataTypeUInt, entry.index);
-      }
-    }
-    return device.get_kernel(d.kernel, find_library(device, d), name, constants);
+    return device.get_kernel(host_name(d), find_library(device, d), name, constants);
   } catch (const std::runtime_error& error) {
     throw std::runtime_error("[mlx_marlin] the Metal kernel " + name + " could not be built: " + error.what());
   }
