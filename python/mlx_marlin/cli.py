@@ -48,7 +48,8 @@ def main() -> None:
     try:
         model = _argument(sys.argv[2:], "--model")
         if command == "server" and model is not None:
-            commands.check(model)  # the server loads in a thread, and would keep listening without a model
+            # The server loads in a thread, and would keep listening without a model.
+            commands.check(model, pipeline="--pipeline" in sys.argv)
         commands.run(command, progress)
     except commands.CheckpointError as error:
         sys.exit(f"mlx_marlin: {error}")

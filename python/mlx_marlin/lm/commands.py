@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import mlx.core as mx
 from mlx_lm import cli as mlx_lm_cli
 from mlx_lm import utils as mlx_lm_utils
 
 from .model import Progress, is_exl3, load_exl3_model, open_checkpoint
-from .sharding import sharded_load
+from .sharding import open_sharded, sharded_load
 
 # They write weights in other formats, which those of a trellis cannot become.
 CONVERTERS = ("convert", "fuse", "awq", "dwq", "dynamic_quant", "gptq")
@@ -32,14 +33,23 @@ def is_command(name: str) -> bool:
     )
 
 
-def check(path: str) -> None:
-    """Raise :class:`CheckpointError` if this is an EXL3 directory that cannot be loaded. Reads headers only."""
-    directory = Path(path)
-    if directory.is_dir() and is_exl3(directory):
-        try:
+def check(repo: str, *, pipeline: bool) -> None:
+    """Raise :class:`CheckpointError` if this is an EXL3 model that cannot be loaded here. Reads headers only.
+
+    Args:
+        repo: Directory, or repository on the Hugging Face Hub.
+        pipeline: Whether several ranks form a pipeline, rather than split each layer.
+    """
+    if not is_exl3(Path(mlx_lm_utils._download(repo, allow_patterns=_DESCRIPTION_FILES))):
+        return
+    directory, group = Path(mlx_lm_utils._download(repo)), mx.distributed.init()
+    try:
+        if group.size() > 1:
+            open_sharded(directory, group if pipeline else None, None if pipeline else group)
+        else:
             open_checkpoint(directory)
-        except (FileNotFoundError, ValueError) as error:
-            raise CheckpointError(str(error)) from error
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
 
 
 def install(progress: Progress | None = None, *, refuse: str | None = None) -> None:

@@ -219,6 +219,7 @@ def fill(
                 replace_module(model, path, make_experts(path, module, mapping.experts[path]))
         if not lazy:
             mx.eval([dense[path] for path in group if path in dense])
+        mx.clear_cache()  # the buffers that this layer was read into are of no use to the next
         if progress is not None:
             progress(done, len(groups))
     model.eval()

@@ -10,7 +10,7 @@ transforms mix inside those.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -73,17 +73,10 @@ class Cut:
         return TrellisWeight(w.trellis, w.suh, w.svh, w.codebook, bias, self.in_features, self.out_features)
 
 
-@dataclass
-class ShardedMapping:
-    """A mapping, and what this rank keeps of every weight: by path of the linear or of the experts' projection."""
-
-    mapping: Mapping
-    cuts: dict[str, Cut] = field(default_factory=dict)
-
-    def targets(self) -> dict[str, LinearSource]:
-        """A source of every weight, by its path; of experts the first one."""
-        experts = {f"{path}.{p}": sources[p][0] for path, sources in self.mapping.experts.items() for p in PROJECTIONS}
-        return {**self.mapping.linears, **experts}
+def _targets(mapping: Mapping) -> dict[str, LinearSource]:
+    """A source of every quantized weight, by its path; of experts the first one."""
+    experts = {f"{path}.{p}": sources[p][0] for path, sources in mapping.experts.items() for p in PROJECTIONS}
+    return {**mapping.linears, **experts}
 
 
 def _shard(model: nn.Module, group: mx.distributed.Group) -> None:
@@ -132,7 +125,7 @@ def _put_indices(module: nn.Module, axis: int) -> None:
     module.weight = mx.broadcast_to(index, (*shape[:-2], *index.shape))
 
 
-def split(model: nn.Module, probe: nn.Module, mapping: Mapping, group: mx.distributed.Group) -> ShardedMapping:
+def split(model: nn.Module, probe: nn.Module, mapping: Mapping, group: mx.distributed.Group) -> dict[str, Cut]:
     """Split a model for this rank, without reading a weight.
 
     Args:
@@ -141,11 +134,13 @@ def split(model: nn.Module, probe: nn.Module, mapping: Mapping, group: mx.distri
         mapping: Where everything goes. Its dense arrays are replaced by this rank's.
         group: The ranks.
 
+    Returns:
+        What this rank keeps of every quantized weight, by the path of the linear or of the experts' projection.
+
     Raises:
         ValueError: If mlx-lm cannot split the model this way, or a trellis cannot be cut where it splits.
     """
-    sharded = ShardedMapping(mapping)
-    targets = sharded.targets()
+    cuts, targets = {}, _targets(mapping)
     axes = _split_axes(probe, targets, group)
     model.load_weights(list(mapping.dense.items()), strict=False)
     shapes = {path: module_at(model, path).weight.shape[-2:] for path in targets}
@@ -169,10 +164,10 @@ def split(model: nn.Module, probe: nn.Module, mapping: Mapping, group: mx.distri
                 cut = Cut(kept.shape[1], out_features, rows=blocks)
             else:
                 cut = Cut(in_features, kept.shape[1], columns=blocks)
-        sharded.cuts[path] = cut
-    _check_experts(sharded)
+        cuts[path] = cut
+    _check_experts(mapping, cuts)
     mapping.dense.update({key: module_at(model, key) for key in mapping.dense})
-    return sharded
+    return cuts
 
 
 def _stored_bias(mapping: Mapping, path: str, shape: tuple[int, ...]) -> mx.array:
@@ -189,9 +184,9 @@ def load_bias(source: LinearSource, size: int) -> mx.array:
     return values[:size].astype(mx.float32)
 
 
-def _check_experts(sharded: ShardedMapping) -> None:
-    for path in sharded.mapping.experts:
-        gate, up, down = (sharded.cuts[f"{path}.{projection}"] for projection in PROJECTIONS)
+def _check_experts(mapping: Mapping, cuts: dict[str, Cut]) -> None:
+    for path in mapping.experts:
+        gate, up, down = (cuts[f"{path}.{projection}"] for projection in PROJECTIONS)
         if gate.columns != up.columns or gate.columns != down.rows or gate.rows or up.rows or down.columns:
             raise ValueError(f"{path}: gate and up must be split along their outputs and down along its inputs, all alike")
 
@@ -219,6 +214,40 @@ def _make_experts(cuts: dict[str, Cut]) -> Callable:
     return make
 
 
+def open_sharded(
+    model_path: Path, pipeline_group: mx.distributed.Group | None, tensor_group: mx.distributed.Group | None
+) -> tuple[nn.Module, dict, Mapping, dict[str, Callable]]:
+    """This rank's part of a model: everything checked, nothing read.
+
+    Without a group, the tensor parallelism of the model is used, or else its pipeline, as mlx-lm does.
+
+    Returns:
+        The model, its config, where its weights go, and keywords for :func:`fill`.
+
+    Raises:
+        ValueError: If the model cannot be loaded, or not split this way.
+    """
+    model, config, mapping = open_checkpoint(model_path)
+    can_pipeline, can_shard = hasattr(getattr(model, "model", None), "pipeline"), hasattr(model, "shard")
+    if pipeline_group is tensor_group is None:
+        tensor_group = mx.distributed.init() if can_shard else None
+        pipeline_group = None if can_shard else mx.distributed.init()
+    if tensor_group is not None and not can_shard:
+        raise ValueError(f"{type(model).__module__} has no tensor parallelism")
+    if pipeline_group is not None and not can_pipeline:
+        raise ValueError(f"{type(model).__module__} has no pipeline parallelism")
+    makers = {}
+    if tensor_group is not None:
+        cuts = split(model, build(model_path, config), mapping, tensor_group)
+        makers = {"make_linear": _make_linear(cuts, tensor_group), "make_experts": _make_experts(cuts)}
+    if pipeline_group is not None:
+        try:
+            model.model.pipeline(pipeline_group)
+        except MODEL_ERRORS as error:
+            raise ValueError(f"{type(model).__module__} cannot be split into {pipeline_group.size()} stages: {error}") from error
+    return model, config, mapping, makers
+
+
 def sharded_load(
     repo: str,
     pipeline_group: mx.distributed.Group | None = None,
@@ -233,24 +262,10 @@ def sharded_load(
     """``mlx_lm.utils.sharded_load`` for EXL3 checkpoints; same arguments.
 
     Raises:
-        ValueError: If the model cannot be split this way. Nothing has been read by then.
+        ValueError: If the model cannot be loaded, or not split this way. Nothing has been read by then.
     """
     model_path = Path(mlx_lm_utils._download(repo))
-    model, config, mapping = open_checkpoint(model_path)
-    can_pipeline, can_shard = hasattr(getattr(model, "model", None), "pipeline"), hasattr(model, "shard")
-    if pipeline_group is tensor_group is None:
-        tensor_group = mx.distributed.init() if can_shard else None
-        pipeline_group = None if can_shard else mx.distributed.init()
-    if tensor_group is not None and not can_shard:
-        raise ValueError(f"{type(model).__module__} has no tensor parallelism")
-    if pipeline_group is not None and not can_pipeline:
-        raise ValueError(f"{type(model).__module__} has no pipeline parallelism")
-    makers = {}
-    if tensor_group is not None:
-        sharded = split(model, build(model_path, config), mapping, tensor_group)
-        makers = {"make_linear": _make_linear(sharded.cuts, tensor_group), "make_experts": _make_experts(sharded.cuts)}
-    if pipeline_group is not None:
-        model.model.pipeline(pipeline_group)
+    model, config, mapping, makers = open_sharded(model_path, pipeline_group, tensor_group)
     tokenizer = mlx_lm_utils.load_tokenizer(
         model_path, tokenizer_config or {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id")
     )

@@ -1,0 +1,115 @@
+"""Models split over two ranks of a ring on this machine, against one rank."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import numpy as np
+import pytest
+from test_architectures import assert_same, logits
+
+from mlx_marlin.lm import load_exl3_model
+from mlx_marlin.lm.model import build, open_checkpoint
+from mlx_marlin.lm.sharding import open_sharded, split
+from mlx_marlin.loader import QuantizedLinear
+
+TESTS = Path(__file__).parent
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(*command: str) -> subprocess.CompletedProcess:
+    launcher = "from mlx._distributed_utils.launch import main; main()"
+    ring = ["-n", "2", "--backend", "ring", "--starting-port", str(free_port())]
+    return subprocess.run(
+        [sys.executable, "-c", launcher, *ring, "--", sys.executable, *command],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=TESTS,
+    )  # fmt: skip
+
+
+def splittable(monkeypatch):
+    """Sizes that two ranks can split at multiples of 128."""
+    monkeypatch.setattr(checkpoints, "KV_HEADS", 4)
+    monkeypatch.setattr(checkpoints, "WIDTH", 256)
+    monkeypatch.setitem(checkpoints.COMMON, "num_key_value_heads", 4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_tensor_parallel_logits_equal_those_of_one_rank(name, tmp_path, monkeypatch):
+    splittable(monkeypatch)
+    directory = checkpoints.ARCHITECTURES[name]().write(tmp_path / "model")
+    result = launch("ring_logits.py", str(directory), str(tmp_path), "tensor")
+    wanted = logits(load_exl3_model(directory)[0])
+    for rank in range(2):
+        assert (tmp_path / f"{rank}.npy").exists(), result.stdout + result.stderr
+        assert_same(np.load(tmp_path / f"{rank}.npy"), wanted)
+
+
+@pytest.mark.slow
+def test_pipeline_parallel_logits_equal_those_of_one_rank(tmp_path):
+    directory = checkpoints.deepseek_v3().write(tmp_path / "model")
+    result = launch("ring_logits.py", str(directory), str(tmp_path), "pipeline")
+    wanted = logits(load_exl3_model(directory)[0])
+    assert (tmp_path / "0.npy").exists(), result.stdout + result.stderr
+    assert_same(np.load(tmp_path / "0.npy"), wanted)
+
+
+@pytest.mark.slow
+def test_the_benchmark_command_runs_on_two_ranks(tmp_path, monkeypatch):
+    splittable(monkeypatch)
+    shipped = TESTS.parent / "models" / "random-qwen3_moe"
+    monkeypatch.setattr(checkpoints, "VOCAB", 512)  # that of the tokenizer
+    model = checkpoints.qwen3_moe(vocab_size=512).write(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((shipped / name).read_bytes())
+    result = launch("-m", "mlx_marlin", "benchmark", "--model", str(model), "-p", "8", "-g", "4", "-n", "1")
+    output = result.stdout + result.stderr
+    assert "Averages:" in output, output
+    assert output.count("Loaded") == 1  # only the first rank reports
+
+
+class Rank:
+    """What mlx-lm asks of a group while it splits a model."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = lambda: rank, lambda: size
+
+
+@pytest.fixture
+def no_reading(monkeypatch):
+    monkeypatch.setattr(QuantizedLinear, "load", lambda *_, **__: pytest.fail("a weight was read"))
+
+
+def test_a_split_is_planned_without_reading_weights(tmp_path, monkeypatch, no_reading):
+    splittable(monkeypatch)
+    directory = checkpoints.qwen3_moe().write(tmp_path / "model")
+    for rank in range(2):
+        model, config, mapping = open_checkpoint(directory)
+        cuts = split(model, build(directory, config), mapping, Rank(rank, 2))
+        q = cuts["model.layers.1.self_attn.q_proj"]
+        assert (q.in_features, q.out_features, q.rows, q.columns) == (192, 128, None, (rank,))
+        down = cuts["model.layers.1.mlp.switch_mlp.down_proj"]
+        assert (down.in_features, down.out_features, down.rows, down.columns) == (128, 192, (rank,), None)
+
+
+@pytest.mark.parametrize(
+    "name, pipeline, ranks, message",
+    [
+        ("qwen3_moe", False, 2, "self_attn.k_proj: 128 is split into 64 per rank here; .* at multiples of 128 only"),
+        ("qwen3_moe", False, 3, "mlx_lm.models.qwen3_moe cannot be split over 3 ranks: ValueError"),
+        ("mixtral", False, 2, "mlx_lm.models.mixtral has no tensor parallelism"),
+        ("llama", True, 2, "mlx_lm.models.llama has no pipeline parallelism"),
+        ("deepseek_v3", True, 3, "mlx_lm.models.deepseek_v3 cannot be split into 3 stages"),
+    ],
+)
+def test_unsupported_splits_are_refused_before_anything_is_read(name, pipeline, ranks, message, tmp_path, no_reading):
+    directory = checkpoints.ARCHITECTURES[name]().write(tmp_path / "model")
+    group = Rank(0, ranks)
+    with pytest.raises(ValueError, match=message):
+        open_sharded(directory, group if pipeline else None, None if pipeline else group)
