@@ -91,7 +91,8 @@ class MarlinContender:
 class Contender:
     """A layer, as often as it takes to exceed the cache, and its timed calls."""
 
-    def __init__(self, make, shape: Shape):
+    def __init__(self, make, shape: Shape, cpu_time: bool = False):
+        self._cpu_time = cpu_time
         first = make()
         layer_bytes = first.bits / 8 * shape.experts * shape.weights_per_expert
         copies = math.ceil(CACHE_FACTOR * device.last_level_cache() / layer_bytes)
@@ -113,7 +114,10 @@ class Contender:
             self.estimate = self.samples[0][0]
 
     def call(self, count: int = 1) -> None:
-        """Time single calls; the CPU time of the group, whose clock is coarse, tells how many cores they had."""
+        """Time single calls; the CPU time of the group, whose clock is coarse, tells how many cores they had.
+
+        With ``cpu_time`` the sample is the group's CPU time by call.
+        """
         seconds, cpu = [], time.process_time()
         for _ in range(count):
             work = self.calls[self._next % len(self.calls)]
@@ -121,8 +125,11 @@ class Contender:
             start = time.perf_counter()
             work()
             seconds.append(time.perf_counter() - start)
-        cores = (time.process_time() - cpu) / sum(seconds)
-        self.samples += [(s, cores) for s in seconds]
+        cpu = time.process_time() - cpu
+        if self._cpu_time:
+            self.samples.append((cpu / count, self.first.cores))
+        else:
+            self.samples += [(s, cpu / sum(seconds)) for s in seconds]
 
     def summary(self) -> dict:
         """Median, spread and cores of the calls that had their cores, or of all where none had."""
@@ -180,12 +187,12 @@ def make_contenders(shape: Shape, bits: str, arguments, rng) -> list[Contender]:
         makers.append(partial(peers.AffinePeer, shape, affine_bits, rng))
     if "ggml" in arguments.peers:
         makers.append(partial(peers.GgmlPeer, shape, ggml_type, rng, arguments.threads))
-    return [Contender(make, shape) for make in makers]
+    return [Contender(make, shape, arguments.cpu_time) for make in makers]
 
 
-def print_table(bits: str, results: list[dict], contenders: list[Contender], limits: dict | None) -> None:
+def print_table(bits: str, results: list[dict], contenders: list[Contender], limits: dict | None, heading: str) -> None:
     """Ratios are to the first of ours; a star marks contenders that never had their cores to themselves."""
-    print(f"\n{bits} bits")
+    print(f"\n{bits} bits{heading}")
     print(f"{'rows':>5} {'contender':28} {'ms':>10} {'spread':>7} {'calls':>6} {'cores':>6} {'ratio':>7} "
           f"{'Gweights/s':>11} {'GB/s':>6} {'GFLOP/s':>8}  of the ceilings")
     of = {c.name: c.first for c in contenders}
@@ -207,7 +214,7 @@ def print_table(bits: str, results: list[dict], contenders: list[Contender], lim
               f"{', '.join(shares)}")
 
 
-def document(shape: Shape, limits: dict | None) -> dict:
+def document(shape: Shape, limits: dict) -> dict:
     """The machine, the versions and the shape that results are stored with."""
     fingerprint = dataclasses.asdict(device.fingerprint("cpu"))
     packages = [name for name in ("mlx_marlin", "mlx", "mlx_lm", "numpy", "xllamacpp") if importlib.util.find_spec(name)]
@@ -220,18 +227,33 @@ def document(shape: Shape, limits: dict | None) -> dict:
     }
 
 
+def load(path: Path, stored: dict) -> dict:
+    """Results of an earlier run on this machine."""
+    before = json.loads(path.read_text())
+    chips = [d["machine"]["chip"] for d in (before, stored)]
+    if chips[0] != chips[1]:
+        raise ValueError(f"{path} holds results of {chips[0]!r}, this is {chips[1]!r}; choose another file")
+    return before
+
+
+def highest(one: dict, other: dict) -> dict:
+    """The higher of two measurements of each rate, by number of threads: a ceiling is what was reached once."""
+    rates = ("clock_ghz", "fma_gflops", "read_gbs")
+    merged = {**other, **one}
+    for threads in one.keys() & other.keys():
+        merged[threads] = {**one[threads], **{rate: max(one[threads][rate], other[threads][rate]) for rate in rates}}
+    return merged
+
+
 def save(path: Path, stored: dict, results: list[dict]) -> None:
     """Write results, keeping those of an earlier run that were not measured again."""
     def key(r):
-        return r["bits"], r["rows"], r["contender"]
+        return r["bits"], r["rows"], r["threads"], r["clock"], r["contender"]
 
     kept = []
     if path.exists():
-        before = json.loads(path.read_text())
-        if before["machine"]["chip"] != stored["machine"]["chip"]:
-            raise ValueError(f"{path} holds results of {before['machine']['chip']!r}, this is "
-                             f"{stored['machine']['chip']!r}; choose another file")
-        stored = {**stored, "ceilings": stored["ceilings"] or before["ceilings"]}
+        before = load(path, stored)
+        stored = {**stored, "ceilings": highest(stored["ceilings"], before["ceilings"])}
         kept = [r for r in before["results"] if key(r) not in {key(n) for n in results}]
     text = json.dumps({**stored, "results": sorted(kept + results, key=key)}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,9 +273,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for ours and ggml; affine has one")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=3.0, help="per contender and number of rows, beyond 2 calls")
+    parser.add_argument("--cpu-time", action="store_true",
+                        help="CPU time on one thread: does not depend on who else uses the machine's cores")
     parser.add_argument("--quick", action="store_true", help="few rounds, no ceilings")
     parser.add_argument("--output", type=Path, help="JSON with every sample; results already in it are kept")
     arguments = parser.parse_args(argv)
+    if arguments.cpu_time:
+        arguments.threads = 1
     if arguments.quick:
         arguments.rounds, arguments.seconds = 3, 1.0
     return arguments
@@ -264,22 +290,26 @@ def main(argv=None) -> None:
     shape, rng = Shape(), np.random.default_rng(0)
     mx.set_default_device(mx.cpu)
     set_num_threads(arguments.threads)
-    limits = None
-    if not arguments.quick:
-        limits = ceilings.measure(arguments.threads)
+    threads = str(arguments.threads)
+    stored = document(shape, {} if arguments.quick else {threads: ceilings.measure(arguments.threads)})
+    if arguments.output and arguments.output.exists():
+        stored["ceilings"] = highest(stored["ceilings"], load(arguments.output, stored)["ceilings"])
+    limits = stored["ceilings"].get(threads)
+    if limits:
         print(f"ceilings: {limits['clock_ghz']:.2f} GHz, {limits['fma_gflops']:.0f} GFLOP/s, "
               f"{limits['read_gbs']:.1f} GB/s ({limits['how']})")
-    stored = document(shape, limits)
     for bits in arguments.bits:
         contenders = make_contenders(shape, bits, arguments, rng)
         results = []
         for rows in sorted(arguments.rows):
             print(f"{bits} bits, {rows} rows ...", file=sys.stderr)
             results += measure_rows(contenders, shape, rows, rng, arguments.rounds, arguments.seconds)
-        print_table(bits, results, contenders, limits)
+        heading = f", {arguments.threads} threads" if not arguments.cpu_time else ", CPU time on one thread"
+        print_table(bits, results, contenders, limits, heading)
         if arguments.output:
             when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            save(arguments.output, stored, [{"bits": bits, "threads": arguments.threads, "when": when, **r} for r in results])
+            run = {"bits": bits, "threads": arguments.threads, "clock": "cpu" if arguments.cpu_time else "wall", "when": when}
+            save(arguments.output, stored, [{**run, **r} for r in results])
 
 
 if __name__ == "__main__":

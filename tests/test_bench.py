@@ -12,6 +12,7 @@ import pytest
 import cases
 from mlx_marlin import _ext
 
+RATES = {"clock_ghz": 1.0, "fma_gflops": 1.0, "read_gbs": 1.0}
 BENCH = Path(__file__).parents[1] / "bench"
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install 'mlx_marlin[lm]'")
 
@@ -83,12 +84,15 @@ def test_ours_is_measured_and_stored(shape, bits, tmp_path, monkeypatch):
     assert len(results) == 1 and results[0]["median_s"] > 0 and len(results[0]["samples"]) >= 2
     assert 1 <= results[0]["distinct_experts"] <= 4
 
-    stored, path = layer.document(shape, {"read_gbs": 1.0}), tmp_path / "a" / "layer.json"
-    layer.save(path, stored, [{"bits": bits, **results[0]}])
+    run = {"bits": bits, "threads": 2, "clock": "wall"}
+    stored, path = layer.document(shape, {"2": RATES}), tmp_path / "a" / "layer.json"
+    layer.save(path, stored, [{**run, **results[0]}])
+    slower = {**RATES, "clock_ghz": 0.5, "read_gbs": 2.0}
     other = {**results[0], "rows": 16}
-    layer.save(path, {**stored, "ceilings": None}, [{"bits": bits, **other}])
+    layer.save(path, {**stored, "ceilings": {"2": slower, "1": RATES}}, [{**run, **other}])
     read = json.loads(path.read_text())
-    assert [r["rows"] for r in read["results"]] == [4, 16] and read["ceilings"] == {"read_gbs": 1.0}
+    assert [r["rows"] for r in read["results"]] == [4, 16] and read["ceilings"] == {
+        "2": {**RATES, "read_gbs": 2.0}, "1": RATES}
     stored["machine"]["chip"] = "another"
     with pytest.raises(ValueError, match="holds results of .*, this is 'another'; choose another file"):
         layer.save(path, stored, [])
