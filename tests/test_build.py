@@ -90,6 +90,7 @@ ORDER = [
     "selection",
     "shaders",
     "ops",
+    "selftest",
     "layers",
     "safetensors",
     "loader",

@@ -37,6 +37,7 @@ class _Choices:
         self.lock = threading.Lock()
         self.table: dict[Problem, Choice] = {}
         self.feedback: dict[Problem, Choice] = {}
+        self.refused: dict[Problem, dict[KernelConfig, str]] = {}
         self.changes = 0
         self.profile_generation = profile.generation()
 
@@ -49,10 +50,24 @@ class _Choices:
             current = profile.generation()
             if current != self.profile_generation or len(self.table) >= _MAX_CHOICES:
                 self.table.clear()
-            choice = self.feedback.get(problem) or from_profile(problem)
+            choice = self.allowed(self.feedback.get(problem) or from_profile(problem))
             self.table[problem] = choice
             self.profile_generation = current
             return choice
+
+    def allowed(self, choice: Choice) -> Choice:
+        """The choice itself, or where it was refused the first candidate that was not."""
+        problem, refused = choice.problem, self.refused.get(choice.problem, {})
+        if choice.config not in refused:
+            return choice
+        for config in (kernels.default(problem), *kernels.candidates(problem)):
+            if config not in refused:
+                reason = f"{choice.config.kernel_name} is refused here: {refused[choice.config]}"
+                return Choice(problem, config, reason, tuned=False)
+        raise RuntimeError(
+            f"every kernel for {problem} is refused on this {problem.device}, the last because: "
+            f"{refused[choice.config]}. Run the layer on the CPU (mx.set_default_device(mx.cpu)) and report this"
+        )
 
 
 _choices = _Choices()
@@ -91,5 +106,13 @@ def set_feedback(problem: Problem, config: KernelConfig | None, reason: str = ""
             _choices.feedback.pop(problem, None)
         else:
             _choices.feedback[problem] = Choice(problem, config, reason)
+        _choices.table.pop(problem, None)
+        _choices.changes += 1
+
+
+def refuse(problem: Problem, config: KernelConfig, reason: str) -> None:
+    """Never choose a config for a problem again in this process."""
+    with _choices.lock:
+        _choices.refused.setdefault(problem, {})[config] = reason
         _choices.table.pop(problem, None)
         _choices.changes += 1

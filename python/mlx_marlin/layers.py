@@ -12,7 +12,7 @@ from operator import is_
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import choices, kernels, ops
+from . import choices, kernels, ops, selftest
 from .choices import Choice
 from .kernels import KernelConfig, Problem
 from .weights import ExpertBank, ExpertStack, TrellisWeight, check_projections
@@ -111,14 +111,18 @@ class _Selection:
             self._generation, self._stacks = generation, stacks
         return self
 
-    def __call__(self, rows: int, top_k: int, dtype: mx.Dtype, combine: bool):
+    def __call__(self, x: mx.array, rows: int, top_k: int, combine: bool):
         """The resolved config: a dictionary look-up after the first call of a kind."""
+        dtype = x.dtype
         key = rows, top_k, dtype, combine, mx.default_device().type
         native = self._table.get(key)
         if native is None:
             self.top_k, self.combine, self.dtype = top_k, combine, dtype
             problem = self._problem(rows, dtype, ops.device_of(None), combine=combine, top_k=top_k)
-            native = self._table[key] = ops.resolve(self._op, problem, choices.choose(problem).config)
+            choice, final = selftest.select(problem, ops.is_traced(x))
+            native = ops.resolve(self._op, problem, choice.config)
+            if final:
+                self._table[key] = native
         return native
 
 

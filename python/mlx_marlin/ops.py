@@ -188,13 +188,13 @@ def swiglu_problem(
 def linear(x: mx.array, stack: Stack, *, config=None, stream=None, select=None, op: str = "trellis_linear") -> mx.array:
     """:func:`trellis_linear` for a prepared stack of one weight.
 
-    ``select`` takes the place of ``config``: from (rows, top-k, dtype, combine) it gives a resolved config.
+    ``select`` takes the place of ``config``: from (x, rows, top-k, combine) it gives a resolved config.
     """
     source = stack.source
     _check_x(op, x, source.in_features)
     rows = x.size // source.in_features
     if select is not None:
-        native = select(rows, 1, x.dtype, False)
+        native = select(x, rows, 1, False)
     else:
         native = resolve(op, linear_problem(source, rows, x.dtype, device_of(stream)), config)
     return _ext.trellis_linear(x, stack.arrays, stack.info, source.in_features, source.out_features, native, stream)
@@ -264,7 +264,7 @@ def swiglu(
         scores = _check_scores(op, scores, indices)
     rows, top_k, combine = x.size // hidden, indices.shape[-1], scores is not None
     if select is not None:
-        native = select(rows, top_k, x.dtype, combine)
+        native = select(x, rows, top_k, combine)
     else:
         device = device_of(stream)
         problem = swiglu_problem(source, up.source, down.source, rows, top_k, activation, x.dtype, device, combine)
@@ -345,6 +345,11 @@ def trellis_decode(w: TrellisWeight, *, stream=None) -> mx.array:
     """
     stack = _prepare_weight("trellis_decode", w)
     return _ext.trellis_decode(stack.arrays, stack.info, 0, stream)
+
+
+def is_traced(x: mx.array) -> bool:
+    """Whether x belongs to a function that is being traced (``mx.compile``, ``mx.vjp``, ...)."""
+    return _ext.is_tracer(x)
 
 
 def set_num_threads(n: int) -> None:

@@ -1,0 +1,185 @@
+"""The self-test: a wrong kernel is refused before it serves a layer, and the next one is taken."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_marlin import choices, kernels, ops, selftest
+from mlx_marlin.kernels import Problem
+from mlx_marlin.weights import ExpertBank
+
+SWIGLU = Problem(
+    "swiglu", 1, 8, 2048, 768, 128, ((2, 3, 2), (3, 3, 4)), ("3inst", "mcg"), "silu", "float32", "gpu"
+)
+LINEAR = Problem("linear", 4, 1, 1024, 1024, 1, ((3,),), ("mul1",), "none", "float32", "gpu")
+
+
+def right(problem, config, case):
+    """A correct executor: the CPU's kernels."""
+    x = mx.array(case["x"]).astype(getattr(mx, problem.dtype))
+    if problem.kind == "linear":
+        y = ops.trellis_linear(x, case["weight"], stream=mx.cpu)
+    else:
+        scores = None if case["scores"] is None else mx.array(case["scores"])
+        bank = ExpertBank(*case["weights"])
+        indices = mx.array(case["indices"])
+        y = ops.trellis_swiglu(x, indices, bank, scores=scores, activation=problem.activation, stream=mx.cpu)
+    return np.array(y.astype(mx.float32))
+
+
+class Planted:
+    """Wrong for some configs, right for the others; counts its runs."""
+
+    def __init__(self, is_wrong, spoil):
+        self.is_wrong, self.spoil, self.runs = is_wrong, spoil, 0
+
+    def __call__(self, problem, config, case):
+        self.runs += 1
+        y = right(problem, config, case)
+        return self.spoil(y) if self.is_wrong(config) else y
+
+
+def one_column(y):
+    y[..., 5] += np.abs(y).max()
+    return y
+
+
+def last_row_of_nan(y):
+    y[-1] = np.nan
+    return y
+
+
+def halved(y):
+    return y * 0.5
+
+
+def not_compiled(y):
+    raise RuntimeError("[metal] kernel trellis_gate_up failed to compile: no such type")
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices(monkeypatch):
+    monkeypatch.setattr(choices, "_choices", choices._Choices())
+    monkeypatch.setattr(choices.profile, "find", lambda problem: None)  # there is no GPU to look up here
+
+
+def self_test(tmp_path, execute):
+    return selftest.SelfTest("cpu", execute, tmp_path / "verdicts.json")
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        SWIGLU,
+        replace(SWIGLU, combine=True, bias=True, activation="swiglu_oai"),
+        LINEAR,
+        replace(SWIGLU, activation="gelu_tanh", dtype="float16"),
+        replace(SWIGLU, dtype="bfloat16"),
+    ],
+)
+def test_right_kernels_pass(tmp_path, problem):
+    executor = Planted(lambda config: False, halved)
+    test = self_test(tmp_path, executor)
+    choice = test.select(problem)
+    assert choice.config == kernels.default(problem)
+    assert test.select(problem) == choice
+    assert executor.runs == 1
+
+
+@pytest.mark.parametrize("spoil", [one_column, last_row_of_nan, halved, not_compiled])
+@pytest.mark.parametrize("problem", [SWIGLU, LINEAR])
+def test_a_wrong_kernel_is_refused(tmp_path, problem, spoil):
+    wrong = kernels.default(problem)
+    test = self_test(tmp_path, Planted(lambda config: config == wrong, spoil))
+    with pytest.warns(RuntimeWarning, match=wrong.kernel_name) as warned:
+        choice = test.select(problem)
+    assert choice.config != wrong
+    assert kernels.feasible(problem, choice.config) is None
+    assert "refused" in choice.reason and choices.choose(problem) == choice
+    assert str(choice.config) in str(warned[0].message)
+
+
+def test_no_right_kernel_is_an_error(tmp_path):
+    few = replace(LINEAR, rows=1)
+    test = self_test(tmp_path, Planted(lambda config: True, halved))
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="Run the layer on the CPU"):
+        test.select(few)
+
+
+def test_verdicts_are_kept(tmp_path):
+    wrong = kernels.default(SWIGLU)
+    first = Planted(lambda config: config == wrong, halved)
+    with pytest.warns(RuntimeWarning):
+        chosen = self_test(tmp_path, first).select(SWIGLU).config
+    choices._choices = choices._Choices()
+    again = Planted(lambda config: False, halved)
+    with pytest.warns(RuntimeWarning):
+        assert self_test(tmp_path, again).select(SWIGLU).config == chosen
+    assert (first.runs, again.runs) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "change", [{"machine": {"kernels": "other"}}, {"verdicts": [1]}, {"verdicts": {"a": 1}}, None]
+)
+def test_foreign_or_malformed_verdicts_are_not_believed(tmp_path, change):
+    self_test(tmp_path, right).select(LINEAR)
+    path = tmp_path / "verdicts.json"
+    stored = json.loads(path.read_text())
+    path.write_text("{" if change is None else json.dumps(stored | change))
+    executor = Planted(lambda config: False, halved)
+    self_test(tmp_path, executor).select(LINEAR)
+    assert executor.runs == 1
+
+
+def test_a_read_only_disk_costs_a_repeat(tmp_path):
+    (tmp_path / "file").write_text("")
+    executor = Planted(lambda config: False, halved)
+    for runs in (1, 2):
+        test = selftest.SelfTest("cpu", executor, tmp_path / "file" / "verdicts.json")
+        test.select(LINEAR)
+        test.select(LINEAR)
+        assert executor.runs == runs
+
+
+def test_nothing_runs_in_a_trace(tmp_path, monkeypatch):
+    executor = Planted(lambda config: False, halved)
+    test = self_test(tmp_path, executor)
+    monkeypatch.setattr(selftest, "_gpu", lambda: test)
+    assert selftest.select(LINEAR, traced=True)[1] is False
+    assert executor.runs == 0
+    assert selftest.select(LINEAR, traced=False)[1] is True
+    assert selftest.select(LINEAR, traced=True)[1] is True
+    assert executor.runs == 1
+
+
+def test_tracing_is_seen():
+    seen = []
+
+    def f(x):
+        seen.append(ops.is_traced(x))
+        return x + 1
+
+    x = mx.ones(3)
+    f(x)
+    mx.compile(f)(x)
+    mx.vjp(f, [x], [x])
+    assert seen == [False, True, True]
+
+
+def test_the_cpu_is_not_tested():
+    problem = replace(LINEAR, device="cpu")
+    assert selftest.select(problem, traced=False) == (choices.choose(problem), True)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 64])
+def test_the_small_case_is_small(rows):
+    problem = replace(SWIGLU, rows=rows)
+    for config in kernels.candidates(problem):
+        small = selftest.small_problem(problem, config)
+        assert kernels.feasible(small, config) is None
+        assert small.rows <= config.tile_size_m + 1
+        assert small.bits == problem.bits and small.experts >= len(problem.bits)
+        assert small.hidden * small.intermediate <= 2048 * 2048
