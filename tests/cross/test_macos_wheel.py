@@ -1,0 +1,105 @@
+"""The macOS arm64 wheel, built on Linux: what is in it, and that every symbol it needs exists on a Mac."""
+
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ziglang", reason="the macOS cross-build needs PyPI's ziglang (pip install ziglang)")
+
+sys.path.insert(0, str(Path(__file__).parent))
+import build_macos  # noqa: E402
+import mach_o  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="on a Mac the wheel is built natively"),
+]
+
+# What libSystem, libc++ and libobjc export and the extension may use: C and POSIX functions, the C++ and
+# Objective-C runtimes, and dyld.
+SYSTEM = re.compile(
+    r"_(?:_Unwind_\w+|__cxa_\w+|__error|__stderrp|__stdoutp|_tlv_\w+|_DefaultRuneLocale|dyld_\w+|objc_\w+|sel_\w+"
+    r"|OBJC_\w+|NS\w+|MTL\w+|CF\w+|pthread_\w+|dispatch_\w+|__\w+_chk|bzero|mach_\w+|sysctlbyname"
+    r"|(?:mem|str|wcs|wmem)[a-z_]+|v?(?:f|s|sn|sw)?(?:printf|scanf)|f(?:open|close|read|write|putc|puts|seek|tell|lush)"
+    r"|malloc|calloc|realloc|free|aligned_alloc|posix_memalign|abort|dlopen|dlsym|dladdr|clock_gettime|nanosleep"
+    r"|sched_yield|sysconf|getenv|exp[m12]*f?|log[12p0]*f?|pow[f]?|sqrtf?|tanhf?|fma[f]?|ldexpf?|frexpf?|erff?|round[f]?)"
+    r"|dyld_stub_binder"
+)
+CPYTHON = re.compile(r"__?Py\w+")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    try:
+        site = build_macos.mlx_site()
+    except build_macos.NoNetwork as error:
+        pytest.skip(f"NOT TESTED: the macOS wheel. {error}")
+    path = build_macos.build(tmp_path_factory.mktemp("wheel"))
+    with zipfile.ZipFile(path) as archive:
+        return path, site, {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture(scope="module")
+def extension(wheel):
+    return mach_o.read(wheel[2][f"mlx_marlin/_ext{build_macos.SUFFIX}"])
+
+
+def test_tags(wheel):
+    path, _, files = wheel
+    assert path.name.endswith(f"-{build_macos.TAG}.whl")
+    metadata = next(text for name, text in files.items() if name.endswith(".dist-info/WHEEL")).decode()
+    assert f"Tag: {build_macos.TAG}" in metadata
+    assert "Root-Is-Purelib: false" in metadata
+
+
+def test_contents(wheel):
+    files = wheel[2]
+    sources = Path(build_macos.ROOT)
+    shaders = [p.name for pattern in ("*.metal", "*.h") for p in (sources / "kernels").glob(pattern)]
+    assert any(name.endswith(".metal") for name in shaders)
+    for name in [*shaders, "format.h"]:
+        assert f"mlx_marlin/kernels/{name}" in files
+    for name in shaders:
+        text = files[f"mlx_marlin/kernels/{name}"]
+        assert text == (sources / "kernels" / name).read_bytes()
+        assert text.isascii(), f"{name}: Metal's run-time compiler takes ASCII only"
+    assert b"def trellis_" in files["mlx_marlin/_ext.pyi"]
+    assert "mlx_marlin/py.typed" in files
+    assert not any(name.endswith((".so", ".dylib")) and "_ext" not in name for name in files)
+
+
+def test_finds_mlx_beside_itself(extension):
+    assert extension.rpaths == ["@loader_path/../mlx/lib"]
+    assert "@rpath/libmlx.dylib" in extension.libraries
+    assert all(x.startswith(("/usr/lib/", "@rpath/", "/System/Library/")) for x in extension.libraries)
+
+
+def test_minimum_macos(extension):
+    assert extension.minimum_macos == (14, 0)
+
+
+def test_every_symbol_exists(wheel, extension):
+    library = mach_o.read((wheel[1] / "mlx" / "lib" / "libmlx.dylib").read_bytes())
+    from_mlx = extension.undefined & library.defined
+    rest = extension.undefined - from_mlx
+    unknown = sorted(s for s in rest if not CPYTHON.fullmatch(s) and not SYSTEM.fullmatch(s))
+    print(
+        f"{len(extension.undefined)} undefined symbols: {len(from_mlx)} in libmlx, {len(rest)} "
+        f"CPython's or the system's"
+    )
+    assert not unknown, unknown
+    assert any("CommandEncoder" in s for s in from_mlx), "the Metal encoder is not in this build"
+    assert "_PyInit__ext" in extension.defined
+
+
+def test_the_check_sees_a_missing_symbol(extension):
+    invented = "__ZN3mlx4core13no_such_thingEv"
+    assert not CPYTHON.fullmatch(invented) and not SYSTEM.fullmatch(invented)
+
+
+def test_a_linux_library_is_refused():
+    with pytest.raises(ValueError, match="not a thin arm64 Mach-O"):
+        mach_o.read(b"\x7fELF" + bytes(60))
