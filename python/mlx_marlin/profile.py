@@ -16,7 +16,8 @@ from .profile_data import AutotuneConfig, ProfileError, by_distance, fitted, sea
 from .profile_io import default_path, load, save
 
 __all__ = [
-    "AutotuneConfig", "ProfileError", "Tuned", "default_path", "find", "generation", "load", "lookup", "refresh",
+    "AutotuneConfig", "ProfileError", "Tuned", "default_path", "find", "generation", "load", "lookup", "predicted",
+    "refresh",
     "save", "use_profile",
 ]
 
@@ -59,8 +60,8 @@ class _Active:
             except (ProfileError, OSError) as error:
                 # A bad file must not stop a model from running: the defaults handle every problem.
                 _log.warning("ignoring the tuned profile: %s", error)
-        predicted = _predicted(device_name(device)) if device == "gpu" else None
-        return sources + ([predicted] if predicted else [])
+        shipped = predicted(device_name(device)) if device == "gpu" else None
+        return sources + ([shipped] if shipped else [])
 
     def reset(self) -> None:
         with self.lock:
@@ -72,7 +73,7 @@ _active = _Active()
 
 
 @lru_cache(maxsize=None)
-def _predicted(name: str) -> tuple[str, AutotuneConfig] | None:
+def predicted(name: str) -> tuple[str, AutotuneConfig] | None:
     """The in-package profile of a device, else of its family."""
     for stem in (name.lower().replace(" ", "_"), device_family(name).lower()):
         path = Path(__file__).parent / "profiles" / f"{stem}.json"

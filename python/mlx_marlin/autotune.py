@@ -1,0 +1,341 @@
+"""The autotuner: times configs on this machine, keeps the tuned table, answers from it, and adapts to run-time timings."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import adaptation, kernels, profile, profile_io
+from . import device as machine
+from .device import canonical_name, device_family, fingerprint
+from .kernels import KernelConfig, Problem
+from .profile_data import AutotuneConfig, default_entry, fitted, search_table
+from .race import Rules
+from .trial import Objective, Trial
+from .workload import Workload
+
+__all__ = ["AutotuneConfig", "BenchmarkResult", "KernelConfig", "MixedBPWAutoTuner", "Objective"]
+
+_log = logging.getLogger("mlx_marlin")
+
+
+@dataclass
+class BenchmarkResult:
+    """One timed config.
+
+    Attributes:
+        config: The config.
+        latency_ms: Median over the iterations, in milliseconds per call.
+        throughput_gbps: Bytes of weights, inputs and outputs that a call touches, over the latency, in 1e9 bytes/s.
+        memory_footprint_mb: The layer's weights and MLX's peak memory during a call, in 1e6 bytes.
+        timestamp: Seconds since the epoch.
+    """
+
+    config: KernelConfig
+    latency_ms: float
+    throughput_gbps: float
+    memory_footprint_mb: float
+    timestamp: float
+
+
+class MixedBPWAutoTuner:
+    """Times kernel configs on this machine and keeps the fastest ones, by problem.
+
+    Args:
+        device_name: Such as "M4 Max", with or without "Apple ". Default: ``None``, this machine's.
+        config_path: A profile that is loaded if it exists, and the default target of :meth:`export_config`.
+            Default: ``None``, the tuned profile of this machine if there is one, and no default target.
+        device: ``"cpu"`` or ``"gpu"``. Default: ``None``, MLX's default device.
+        objective: An :class:`Objective`, or a dictionary of its weights. Default: ``None``, latency only.
+        memory_limit: Bytes that weights, their copies and scratch may take. Default: ``None``, half of what
+            the device can use.
+        dtype: Of the activations in benchmarks. Default: ``None``, float32 on the CPU, float16 on the GPU.
+        rules: When a challenger beats the default. Default: ``None``, :class:`~.race.Rules`.
+    """
+
+    def __init__(
+        self, device_name: str | None = None, config_path=None, *, device: str | None = None,
+        objective: Objective | Mapping[str, float] | None = None, memory_limit: int | None = None,
+        dtype: str | None = None, rules: Rules | None = None,
+    ):
+        self._device = machine.check_device(device or machine.default_device())
+        self._here = machine.device_name(self._device)
+        self.device_name = canonical_name(device_name) if device_name else self._here
+        self.device_family = device_family(self.device_name)
+        self.objective = Objective(**objective) if isinstance(objective, Mapping) else objective or Objective()
+        self.memory_limit = machine.memory_bytes(self._device) // 2 if memory_limit is None else int(memory_limit)
+        self.dtype = dtype or ("float32" if self._device == "cpu" else "float16")
+        self.rules = rules or Rules()
+        self.config_path = Path(config_path) if config_path is not None else None
+        self.config = self._initial_config()
+        self._adaptation = adaptation.Recorder()
+        self._checked: dict[tuple[Problem, KernelConfig], float | str] = {}
+
+    def _initial_config(self) -> AutotuneConfig:
+        path = self.config_path
+        if path is None and self.device_name == self._here:
+            path = profile_io.default_path(self._device)
+        if path is not None and path.exists():
+            return profile_io.load(path)
+        mine = fingerprint(self._device) if self.device_name == self._here else None
+        return AutotuneConfig(self.device_name, self.device_family, fingerprint=mine)
+
+    # Benchmarks
+
+    def benchmark_layer(
+        self, layer, batch_size: int, configs: Sequence[KernelConfig] | None = None, num_warmup: int = 5,
+        num_iter: int = 20, *, top_k: int = 8, deadline: float = math.inf, on_round=None,
+    ) -> list[BenchmarkResult]:
+        """Time configs on a layer and enter the outcome into the table.
+
+        Args:
+            layer: TrellisLinear, TrellisSwitchGLU, TrellisWeight, or a :class:`Problem`, which is given random weights.
+            batch_size: Rows, at least 1.
+            configs: What to time; the default config is always timed too. Default: ``None``, all candidates.
+            num_warmup: Calls before the first sample.
+            num_iter: Samples per config; fewer for those that cannot win.
+            top_k: Experts per token of a TrellisSwitchGLU. Default: ``8``.
+            deadline: ``time.perf_counter()`` after which no further round begins. Default: none.
+            on_round: See :func:`~.race.race`.
+
+        Returns:
+            One result per config that ran right, in the order of the configs. The others are in the entry's
+            ``rejected``, with their reasons.
+
+        Raises:
+            ValueError: If the layer cannot be timed, or the default config gives a wrong result.
+            MemoryError: If the layer exceeds the memory limit.
+        """
+        more = {"memory_limit": self.memory_limit, "seed": self.rules.seed}
+        if isinstance(layer, Problem):
+            workload = Workload.synthetic(replace(layer, rows=batch_size), **more)
+        else:
+            workload = Workload.of_layer(
+                layer, batch_size, top_k=top_k, dtype=self.dtype, device=self._device, **more
+            )
+        rules = replace(self.rules, rounds=max(2, num_iter), warmup=num_warmup)
+        trial = Trial(workload, rules, self.objective, self.memory_limit, self._checked)
+        wanted = configs if configs is not None else kernels.candidates(workload.problem)
+        entry = trial.run(wanted, deadline, on_round)
+        if entry is None:
+            return []
+        if self.config.fingerprint is None:
+            self.config.fingerprint = fingerprint(self._device)
+        self.config.benchmark_count += len(entry.timings)
+        self.config.add(workload.problem, entry)
+        return [
+            BenchmarkResult(m.config, m.timing.median_ms, workload.bytes_touched / m.timing.median_ms / 1e6,
+                            m.memory_mb, entry.timestamp)
+            for m in entry.timings if m.config in wanted
+        ]
+
+
+    def benchmark_all(
+        self, layers: Mapping | Sequence, batch_sizes: Iterable[int], num_warmup: int = 5, num_iter: int = 20,
+        verbose: bool = True, *, top_k: int = 8,
+    ) -> dict[str, dict[int, list[BenchmarkResult]]]:
+        """Benchmark all layers at all batch sizes.
+
+        Args:
+            layers: By name, or a list, which is named "layer_0", "layer_1", ...
+            batch_sizes: Rows.
+            num_warmup, num_iter, top_k: See :meth:`benchmark_layer`.
+            verbose: Whether to show a progress bar on stderr, if it is a terminal and rich is installed.
+
+        Returns:
+            ``{name: {batch_size: results}}``; a layer that exceeds the memory limit has no results.
+        """
+        from .progress import Progress
+
+        if not isinstance(layers, Mapping):
+            layers = {f"layer_{i}": layer for i, layer in enumerate(layers)}
+        batch_sizes = list(batch_sizes)
+        results: dict = {name: {} for name in layers}
+        with Progress(len(layers) * len(batch_sizes), enabled=verbose) as bar:
+            for name, layer in layers.items():
+                for batch_size in batch_sizes:
+                    bar.begin(f"{name}, {batch_size} rows")
+                    try:
+                        results[name][batch_size] = self.benchmark_layer(
+                            layer, batch_size, None, num_warmup, num_iter, top_k=top_k, on_round=bar.round
+                        )
+                    except MemoryError as error:
+                        _log.warning("skipping %s at %d rows: %s", name, batch_size, error)
+                        results[name][batch_size] = []
+                    bar.end()
+        return results
+
+    # Selection
+
+    def select_kernel(
+        self, batch_size: int, hidden_dim: int, bit_widths: Iterable[int], use_decode: bool = False,
+        fallback_to_default: bool = True,
+    ) -> KernelConfig | None:
+        """The config for a call: exact match, then nearest batch size, then nearest hidden size, then the default.
+
+        Args:
+            batch_size: Rows.
+            hidden_dim: Input size.
+            bit_widths: Bit widths present, in any order.
+            use_decode: Prefer decode entries if there are any. Default: ``False``.
+            fallback_to_default: Whether to fall back to the predicted table of this device, then to the default of
+                the widest bit width. Default: ``True``.
+        """
+        widths = _widths(bit_widths)
+        tables = [self.config]
+        predicted = profile.predicted(self.device_name) if fallback_to_default else None
+        if predicted is not None:
+            tables.append(predicted[1])
+        for table in tables:
+            for wanted in ((_is_decode, None) if use_decode else (None,)):
+                found = self._search(table, batch_size, hidden_dim, widths, wanted)
+                if found is not None:
+                    return found
+        return default_entry(self.config, batch_size, widths) if fallback_to_default else None
+
+    def _search(self, config: AutotuneConfig, batch_size, hidden_dim, widths, wanted) -> KernelConfig | None:
+        device = config.fingerprint.device if config.fingerprint else self._device
+        problem = _stand_in(batch_size, hidden_dim, widths, device)
+        table = config.lookup_table
+        if wanted is not None:
+            table = {
+                b: {h: {w: c for w, c in cell.items() if wanted(c)} for h, cell in row.items()}
+                for b, row in table.items()
+            }
+        return search_table(table, batch_size, hidden_dim, widths, lambda c: fitted(problem, c) is not None)
+
+    # Adaptation
+
+    def record_latency(
+        self, kernel_name: str, batch_size: int, latency_ms: float, hidden_dim: int | None = None,
+        bit_widths: Iterable[int] | None = None, problem: Problem | None = None, config: KernelConfig | None = None,
+    ) -> None:
+        """Record the time of one call.
+
+        Args:
+            kernel_name: What ran.
+            batch_size: Rows.
+            latency_ms: Milliseconds, above 0.
+            hidden_dim, bit_widths: What it ran on; left out, the sample counts for any.
+            problem: Instead of both. Default: ``None``.
+            config: The config that ran, where known. Default: ``None``.
+        """
+        if problem is not None:
+            hidden_dim, bit_widths = problem.hidden, problem.widths
+        widths = None if bit_widths is None else _widths(bit_widths)
+        kernels.parse_name(kernel_name)
+        self._adaptation.record(
+            (kernel_name, config), (batch_size, hidden_dim, widths), latency_ms, self.config.adaptation_history_len
+        )
+
+    def adapt_selection(
+        self, batch_size: int, hidden_dim: int, bit_widths: Iterable[int], top_k: int = 3
+    ) -> KernelConfig | None:
+        """What the recorded times say about a key.
+
+        Args:
+            batch_size, hidden_dim, bit_widths: The key.
+            top_k: Candidates of lowest median that are compared with the incumbent. Default: ``3``.
+
+        Returns:
+            ``None`` where adaptation is disabled or no candidate has 5 samples. Else what :meth:`select_kernel` gives,
+            or the fastest of the candidates that are significantly faster (Welch, Holm); with fewer than 5 samples
+            of its own it yields to the candidate that has most.
+        """
+        if not self.config.adaptation_enabled:
+            return None
+        widths = _widths(bit_widths)
+        incumbent = self.select_kernel(batch_size, hidden_dim, widths)
+        # A sample that came without a config counts for the config of its name.
+        samples: dict[KernelConfig, list[float]] = {}
+        for (name, config), values in self._adaptation.samples((batch_size, hidden_dim, widths)).items():
+            config = config or self._config_named(name, batch_size, hidden_dim, widths, incumbent)
+            samples.setdefault(config, []).extend(values)
+        return adaptation.leader(samples, incumbent, top_k)
+
+    def _config_named(self, name, batch_size, hidden_dim, widths, incumbent) -> KernelConfig:
+        if name == incumbent.kernel_name:
+            return incumbent
+        known = self._search(self.config, batch_size, hidden_dim, widths, lambda c: c.kernel_name == name)
+        if known is not None:
+            return known
+        tiles = default_entry(self.config, batch_size, widths)
+        return replace(tiles, kernel_name=name, kernel_variant=kernels.parse_name(name).variant)
+
+    def clear_adaptation_history(self) -> None:
+        """Forget all recorded times."""
+        self._adaptation.clear()
+
+    # Files
+
+    def export_config(self, path=None) -> str:
+        """The profile as JSON; written to a file if there is one, merged with what the file holds.
+
+        Args:
+            path: Target. Default: ``None``, the constructor's ``config_path``; without one nothing is written.
+
+        Raises:
+            ProfileError: If the file belongs to another machine or is malformed; it is left as it is.
+        """
+        target = path if path is not None else self.config_path
+        if target is not None:
+            self.config = profile_io.save(self.config, target)
+            profile.refresh()
+        return profile_io.encode(self.config).decode()
+
+    @classmethod
+    def load_config(cls, path) -> "MixedBPWAutoTuner":
+        """A tuner over a profile, of whatever machine.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ProfileError: If it is malformed; the message has the path of the bad field.
+        """
+        config = profile_io.load(path)
+        tuner = cls(config.device_name, path)
+        tuner.device_family = config.device_family
+        return tuner
+
+    def get_statistics(self) -> dict:
+        """Counts: what was benchmarked, what the table holds, what was recorded."""
+        table = self.config.lookup_table
+        return {
+            "device_name": self.device_name,
+            "device_family": self.device_family,
+            "benchmark_count": self.config.benchmark_count,
+            "lookup_table_entries": sum(len(cell) for row in table.values() for cell in row.values()),
+            "problems": len(self.config.problems),
+            "rejected_configs": sum(len(e.rejected) for e in self.config.problems.values()),
+            "adaptation_enabled": self.config.adaptation_enabled,
+            "adaptation_keys": self._adaptation.keys,
+            "adaptation_samples": self._adaptation.count,
+        }
+
+
+def _widths(bit_widths: Iterable[int]) -> tuple[int, ...]:
+    widths = tuple(sorted({int(b) for b in bit_widths}))
+    if not widths or not 1 <= widths[0] <= widths[-1] <= kernels.MAX_KERNEL_BITS:
+        raise ValueError(f"bit_widths must be one or more of 1 to {kernels.MAX_KERNEL_BITS}, got {list(widths)}")
+    return widths
+
+
+def _is_decode(config: KernelConfig) -> bool:
+    return config.kernel_variant == "decode"
+
+
+def _stand_in(rows: int, hidden: int, widths: tuple[int, ...], device: str) -> Problem:
+    """A problem with the key of a table cell, for asking which configs are feasible."""
+    return Problem(
+        "swiglu", rows, 1, hidden, hidden, len(widths), tuple((b, b, b) for b in widths), ("mul1",), "silu",
+        "float32" if device == "cpu" else "float16", device,
+    )
+
+
+if __name__ == "__main__":
+    from .tune_cli import main
+
+    sys.exit(main())
