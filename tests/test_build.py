@@ -85,6 +85,7 @@ ORDER = [
     "profile",
     "measure",
     "race",
+    "adaptation",
     "evidence",
     "choices",
     "selection",
@@ -97,6 +98,12 @@ ORDER = [
     "dispatch",
     "online",
     "cli",
+    "workload",
+    "trial",
+    "progress",
+    "autotune",
+    "tuning_run",
+    "tune_cli",
 ]
 
 # Built on the modules; only the commands import them.

@@ -227,7 +227,6 @@ class MixedBPWAutoTuner:
         if problem is not None:
             hidden_dim, bit_widths = problem.hidden, problem.widths
         widths = None if bit_widths is None else _widths(bit_widths)
-        kernels.parse_name(kernel_name)
         self._adaptation.record(
             (kernel_name, config), (batch_size, hidden_dim, widths), latency_ms, self.config.adaptation_history_len
         )
@@ -263,8 +262,7 @@ class MixedBPWAutoTuner:
         known = self._search(self.config, batch_size, hidden_dim, widths, lambda c: c.kernel_name == name)
         if known is not None:
             return known
-        tiles = default_entry(self.config, batch_size, widths)
-        return replace(tiles, kernel_name=name, kernel_variant=kernels.parse_name(name).variant)
+        return replace(default_entry(self.config, batch_size, widths), kernel_name=name, kernel_variant=_variant_of(name, batch_size))
 
     def clear_adaptation_history(self) -> None:
         """Forget all recorded times."""
@@ -321,6 +319,14 @@ def _widths(bit_widths: Iterable[int]) -> tuple[int, ...]:
     if not widths or not 1 <= widths[0] <= widths[-1] <= kernels.MAX_KERNEL_BITS:
         raise ValueError(f"bit_widths must be one or more of 1 to {kernels.MAX_KERNEL_BITS}, got {list(widths)}")
     return widths
+
+
+def _variant_of(kernel_name: str, batch_size: int) -> str:
+    """The variant in a name; names that are not ours count for the variant of the rows."""
+    try:
+        return kernels.parse_name(kernel_name).variant
+    except ValueError:
+        return kernels.default_variant(batch_size)
 
 
 def _is_decode(config: KernelConfig) -> bool:

@@ -19,6 +19,9 @@ MIN_CHAIN_SECONDS = 2e-3
 # Above this many launch floors the floor is less than 1 %, half of the default margin: one call is timed by itself.
 FLOORS_TO_IGNORE = 100
 MAX_CHAIN = 64
+# A sample of a short call is the median of several, 25 ms in all but at most 9: an interrupt of some milliseconds then
+# spoils one of them, not the sample.
+SAMPLE_SECONDS, MAX_REPEATS = 0.025, 9
 # Warm-up ends early after this time: page faults and clock ramps of one call are over by then.
 WARMUP_SECONDS = 0.05
 
@@ -193,7 +196,7 @@ def _timed(make: Callable[[], mx.array]) -> float:
 
 
 class Chain:
-    """A clock for one way to compute something: each call gives the seconds of one evaluation.
+    """A clock for one way to compute something: each call gives the seconds of one evaluation, a median where it is short.
 
     Calls are chained, so that each waits for the one before. Short ones are timed at two lengths, and the slope cancels
     what it costs to launch an evaluation at all.
@@ -207,7 +210,7 @@ class Chain:
     def __init__(self, step: Callable[[mx.array, int], mx.array], x: mx.array, floor: float):
         self._step, self._x, self._floor = step, x, floor
         self._count = 0
-        self._length = 1
+        self._length, self._repeats = 1, 1
 
     def warm_up(self, calls: int) -> None:
         """Evaluate at least twice, up to ``calls`` times or 50 ms, and set the chain's length from the fastest."""
@@ -220,8 +223,12 @@ class Chain:
             self._length = 1
         else:
             self._length = min(MAX_CHAIN, 1 + max(4, math.ceil(MIN_CHAIN_SECONDS / best)))
+        self._repeats = max(1, min(MAX_REPEATS, int(SAMPLE_SECONDS / (self._length * best))))
 
     def __call__(self) -> float:
+        return statistics.median(self._once() for _ in range(self._repeats))
+
+    def _once(self) -> float:
         if self._length == 1:
             return self._run(1)
         while True:

@@ -1,22 +1,28 @@
-"""A progress bar with the time left, on stderr; nothing where stderr is no terminal or rich is not installed."""
+"""Progress with the time left, on stderr."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 
 
 class Progress:
-    """Progress over a number of problems.
+    """Progress over a number of problems: a bar where stderr is a terminal and rich is installed.
 
     Args:
         total: Problems.
         enabled: Whether to show anything. Default: ``True``.
+        lines: Whether to write a line per problem where there can be no bar. Default: ``False``.
     """
 
-    def __init__(self, total: int, enabled: bool = True):
+    def __init__(self, total: int, enabled: bool = True, lines: bool = False):
         self._bar = None
-        if enabled and sys.stderr.isatty() and importlib.util.find_spec("rich"):
+        self._total, self._done, self._before = total, 0, 0
+        self._label, self._start = "", time.monotonic()
+        can_draw = sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+        self._lines = enabled and lines and not can_draw
+        if enabled and can_draw:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -24,7 +30,6 @@ class Progress:
             columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
             self._bar = Bar(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task("", total=total)
-        self._label = ""
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
@@ -34,6 +39,12 @@ class Progress:
     def __exit__(self, *_) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def total(self, total: int, done: int) -> None:
+        """Set the number of problems, and how many of them were done before."""
+        self._total, self._done, self._before = total, done, done
+        if self._bar is not None:
+            self._bar.update(self._task, total=total, completed=done)
 
     def begin(self, label: str) -> None:
         """The next problem begins."""
@@ -48,5 +59,10 @@ class Progress:
 
     def end(self) -> None:
         """The problem is done."""
+        self._done += 1
         if self._bar is not None:
             self._bar.advance(self._task)
+        elif self._lines:
+            each = (time.monotonic() - self._start) / (self._done - self._before)
+            left = each * (self._total - self._done)
+            print(f"[{self._done}/{self._total}] {self._label}: {left:.0f} s left", file=sys.stderr, flush=True)

@@ -137,7 +137,8 @@ class _Table:
         times = {key: [] for key in keys if key in self.clocks}
         active = list(times)
         for done in range(rounds):
-            if time.perf_counter() > self.deadline or (eliminate and len(active) < 2):
+            alone = eliminate and len(active) < 2 and done >= ROUNDS_TO_TEST
+            if alone or time.perf_counter() > self.deadline:
                 break
             self.random.shuffle(active)
             for key in list(active):

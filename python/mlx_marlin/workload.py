@@ -208,12 +208,13 @@ class ConfigClock(Chain):
     """The clock of one config; its first call also gives the memory that a call takes.
 
     Attributes:
+        config: The config.
         memory_bytes: MLX's peak memory over the memory that was active before, set by ``warm_up``.
     """
 
     def __init__(self, workload: Workload, config: KernelConfig, floor: float, memory_limit: int | None):
         super().__init__(lambda x, i: workload.run(config, x, i), workload.x, floor)
-        self._limit = memory_limit
+        self.config, self._limit = config, memory_limit
         self.memory_bytes = 0
 
     def warm_up(self, calls: int) -> None:

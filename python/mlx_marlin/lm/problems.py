@@ -1,0 +1,57 @@
+"""The problems that a checkpoint poses to the kernels, from its headers and config alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..kernels import Problem
+from .mapping import PROJECTIONS
+from .model import activation_of, module_at, open_checkpoint
+
+# How mlx-lm's model configs call the experts per token.
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k", "experts_per_token")
+
+
+def _top_k(config: dict, experts: int) -> int:
+    for part in (config, config.get("text_config") or {}):
+        for name in _TOP_K:
+            if isinstance(part.get(name), int) and 1 <= part[name] <= experts:
+                return part[name]
+    raise ValueError(f"config.json does not say how many experts a token takes; looked for {', '.join(_TOP_K)}")
+
+
+def model_problems(model_path, dtype: str, device: str) -> dict[Problem, list[str]]:
+    """The distinct problems of a checkpoint at one row, each with the modules that pose it.
+
+    Args:
+        model_path: An EXL3 directory. No weight is read.
+        dtype: Of the activations.
+        device: ``"cpu"`` or ``"gpu"``.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If the directory is not an EXL3 model.
+    """
+    model, config, mapping = open_checkpoint(Path(model_path))
+    problems: dict[Problem, list[str]] = {}
+    for path, sources in mapping.experts.items():
+        stacks = [[source.linear for source in sources[projection]] for projection in PROJECTIONS]
+        experts = len(stacks[0])
+        problem = Problem(
+            kind="swiglu", rows=1, top_k=_top_k(config, experts),
+            hidden=module_at(model, path)[PROJECTIONS[0]].weight.shape[2], intermediate=stacks[0][0].padded_shape[1],
+            experts=experts, bits=tuple(sorted(set(zip(*([w.bits for w in stack] for stack in stacks))))),
+            codebooks=tuple(sorted({w.codebook for stack in stacks for w in stack})),
+            activation=activation_of(path, module_at(model, path))["activation"], dtype=dtype, device=device,
+            bias=any("bias" in w.parts for stack in stacks for w in stack),
+        )
+        problems.setdefault(problem, []).append(path)
+    for path, source in mapping.linears.items():
+        out_features, in_features = module_at(model, path).weight.shape
+        problem = Problem(
+            kind="linear", rows=1, top_k=1, hidden=in_features, intermediate=out_features, experts=1,
+            bits=((source.linear.bits,),), codebooks=(source.linear.codebook,), activation="none", dtype=dtype,
+            device=device, bias="bias" in source.linear.parts,
+        )
+        problems.setdefault(problem, []).append(path)
+    return problems

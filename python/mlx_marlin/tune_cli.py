@@ -1,0 +1,245 @@
+"""The ``mlx_marlin-tune`` command."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+
+from . import kernels, profile_io, tuning_run
+from .device import default_device
+from .kernels import Problem
+from .profile_data import Entry, ProfileError
+from .progress import Progress
+from .race import Rules
+
+BATCH_SIZES = (1, 4, 8, 16, 32, 64)
+# --quick: one size per variant that serving meets most, and samples enough to tell 20 % apart at 5 % noise.
+QUICK_BATCH_SIZES, QUICK_ITERATIONS = (1, 16, 64), 8
+# Without --model or --shape: the experts of Qwen3-30B-A3B, uniform and mixed, and its largest attention projection.
+DEFAULT_SHAPE, DEFAULT_MIXES, DEFAULT_LINEAR = (2048, 768, 128, 8), (((3, 3, 3),), ((2, 2, 2), (3, 3, 3), (4, 4, 4))), (2048, 4096)
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers with commas between them, got {text!r}") from None
+
+
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    sizes = tuple(dict.fromkeys(_integers(text)))
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1 each, got {text!r}")
+    return sizes
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    shape = _integers(text)
+    if len(shape) != 4 or min(shape) < 1 or shape[3] > shape[2]:
+        raise argparse.ArgumentTypeError(f"must be hidden,inter,experts,top_k, each at least 1, top_k <= experts; got {text!r}")
+    return shape
+
+
+def _bits(text: str) -> tuple[tuple[int, int, int], ...]:
+    triples = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"([1-8])(?:_([1-8])_([1-8]))?", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(
+                f"must be widths from 1 to 8 such as 2,3,4, or gate_up_down such as 6_2_3; got {part!r}"
+            )
+        triples.add(tuple(int(b or match[1]) for b in match.groups()))
+    return tuple(sorted(triples))
+
+
+def _positive(kind):
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    return parse
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of ``mlx_marlin-tune``."""
+    p = argparse.ArgumentParser(
+        prog="mlx_marlin-tune",
+        description="Measure the kernels of mlx_marlin on this machine and write the profile that its layers select from.",
+        epilog="Interrupted runs are continued by the same command. mlx.launch -n 2 --backend ring -- mlx_marlin-tune ... "
+        "splits the problems over machines of one kind; processes on one machine take turns at the clock.",
+    )
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--model", metavar="DIR", help="tune for the problems of this EXL3 directory")
+    what.add_argument("--shape", type=_shape, metavar="HIDDEN,INTER,EXPERTS,TOP_K", help="tune for an expert layer")
+    p.add_argument("--bits", type=_bits, metavar="2,3,4", help="with --shape: widths of the experts, in equal shares "
+                   "(or gate_up_down such as 6_2_3); default 4")
+    p.add_argument("--quick", action="store_true", help="3 batch sizes, fewer candidates and iterations")
+    p.add_argument("--batch-sizes", type=_batch_sizes, metavar="1,4,8", help="rows; default 1,4,8,16,32,64")
+    p.add_argument("--iterations", type=_positive(int), metavar="N", help="samples per candidate; default 20")
+    p.add_argument("--warmup", type=int, default=5, metavar="N", help="calls before the first sample; default 5")
+    p.add_argument("--budget", type=_positive(float), metavar="SECONDS", help="stop after this time")
+    p.add_argument("--memory-limit", type=_positive(float), metavar="GB", help="for weight copies and scratch; default "
+                   "half of the device's memory")
+    p.add_argument("--output", type=Path, metavar="FILE", help="profile to write; default where the layers look")
+    p.add_argument("--check", action="store_true", help="re-measure the stored profile; exit code 1 if a tuned config "
+                   "has become slower than it was, or slower than the default")
+    p.add_argument("--tolerance", type=_positive(float), default=0.25, metavar="PART", help="with --check: slowdown "
+                   "that is put down to the machine's state; default 0.25")
+    p.add_argument("--device", choices=kernels.DEVICES, help="default: MLX's default device")
+    p.add_argument("--dtype", choices=kernels.DTYPES, help="of the activations; default float32 on cpu, float16 on gpu")
+    p.add_argument("--json", action="store_true", help="results as JSON on stdout")
+    p.add_argument("--verbose", action="store_true", help="log rejected configs with their reasons")
+    return p
+
+
+def _problems(args, device: str, dtype: str) -> list[Problem]:
+    """The problems to tune, small batches first."""
+    if args.model:
+        from .lm.problems import model_problems
+
+        problems = list(model_problems(args.model, dtype, device))
+    else:
+        hidden, inter, experts, top_k = args.shape or DEFAULT_SHAPE
+        padded = -(-inter // 128) * 128
+        mixes = ((args.bits or ((4, 4, 4),)),) if args.shape else DEFAULT_MIXES
+        problems = [
+            Problem("swiglu", 1, top_k, hidden, padded, experts, bits, ("mul1",), "silu", dtype, device)
+            for bits in mixes
+        ]
+        if not args.shape:
+            problems.append(
+                Problem("linear", 1, 1, *DEFAULT_LINEAR, 1, ((4,),), ("mul1",), "none", dtype, device)
+            )
+    return tuning_run.at_rows(problems, args.batch_sizes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments. Default: ``None``, those of the process.
+
+    Returns:
+        0; 1 for a significant regression with ``--check``; 2 for a wrong argument or file; 130 if interrupted.
+    """
+    args = parser().parse_args(argv)
+    if args.bits and not args.shape:
+        parser().error("--bits goes with --shape; a model has its own bits")
+    if args.warmup < 0:
+        parser().error(f"argument --warmup: must be at least 0, got {args.warmup}")
+    args.batch_sizes = args.batch_sizes or (QUICK_BATCH_SIZES if args.quick else BATCH_SIZES)
+    args.iterations = args.iterations or (QUICK_ITERATIONS if args.quick else Rules.rounds)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="mlx_marlin-tune: %(message)s")
+    # A terminated run is an interrupted one: what is measured is on disk.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        print("mlx_marlin-tune: interrupted; what was measured is kept, the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, MemoryError, OSError) as error:
+        print(f"mlx_marlin-tune: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args) -> int:
+    device = args.device or default_device()
+    if device == "gpu" and not mx.is_available(mx.Device(mx.gpu)):
+        raise ValueError("--device gpu: this machine has no GPU that MLX can use")
+    mx.set_default_device(mx.Device(mx.gpu if device == "gpu" else mx.cpu))
+    path = args.output or profile_io.default_path(device)
+    limit = int(args.memory_limit * 1e9) if args.memory_limit else None
+    run = tuning_run.Run(
+        path, device, args.dtype, limit, Rules(rounds=max(2, args.iterations), warmup=args.warmup), args.quick
+    )
+    if args.check:
+        return _check(args, run)
+    problems = _problems(args, device, run.tuner.dtype)
+    group = mx.distributed.init()
+    deadline = time.perf_counter() + args.budget if args.budget else math.inf
+    with Progress(0, enabled=True, lines=True) as bar:
+        entries, left = run.tune(problems, group, deadline, bar)
+    if group.rank():
+        return 0
+    print(f"mlx_marlin-tune: profile {path}", file=sys.stderr)
+    if left:
+        print(f"mlx_marlin-tune: the budget ended {left} problems early; the same command continues", file=sys.stderr)
+    _report(args, entries)
+    return 0
+
+
+def _check(args, run: "tuning_run.Run") -> int:
+    if not run.path.exists():
+        raise ProfileError(f"there is no profile {run.path} to check; tune first")
+    with Progress(0, enabled=True, lines=True) as bar:
+        findings = run.check(args.tolerance, args.budget, bar)
+    rows = [
+        {
+            "problem": _label(f.problem), "rows": f.problem.rows, "config": config_label(f.config),
+            "stored_ms": f.stored_ms, "now_ms": f.now_ms, "default_ms": f.default_ms, "regression": f.regression,
+        }
+        for f in findings
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_table(rows)
+    return int(any(f.regression for f in findings))
+
+
+def _report(args, entries: dict[Problem, Entry]) -> None:
+    rows = []
+    for problem, e in entries.items():
+        gain, low, high = (100 * (1 / r - 1) for r in (e.ratio[0], e.ratio[2], e.ratio[1]))
+        rows.append({
+            "problem": _label(problem), "rows": problem.rows, "best": config_label(e.config),
+            "default": config_label(e.default), "best_ms": e.samples.median_ms, "default_ms": e.baseline.median_ms,
+            "gain": f"{gain:+.1f} % ({low:+.1f} to {high:+.1f})" if e.decision == "faster" else "0",
+            "decision": e.decision, "measured": len(e.timings), "rejected": len(e.rejected),
+        })
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_table(rows)
+
+
+def _label(p: Problem) -> str:
+    bits = ",".join("_".join(map(str, sorted(set(t)) if len(set(t)) == 1 else t)) for t in p.bits)
+    if p.kind == "linear":
+        return f"linear {p.hidden}x{p.intermediate} {bits}"
+    return f"swiglu {p.hidden}x{p.intermediate} {p.experts}/{p.top_k} {bits}"
+
+
+def config_label(c: kernels.KernelConfig) -> str:
+    """A config in a few characters: variant, rows x columns, simdgroups (threads on the CPU)."""
+    return f"{c.kernel_variant} {c.tile_size_m}x{c.tile_size_n} s{c.simdgroups}{'' if c.use_fp32_acc else ' half'}"
+
+
+def _print_table(rows: list[dict]) -> None:
+    """Aligned columns on stdout; numbers to the right."""
+    if not rows:
+        print("nothing was measured")
+        return
+    cells = [list(rows[0])] + [[f"{v:.3f}" if isinstance(v, float) else str(v or "") for v in row.values()] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    numeric = [not isinstance(v, str) for v in rows[0].values()]
+    with contextlib.suppress(BrokenPipeError):
+        for row in cells:
+            print("  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
