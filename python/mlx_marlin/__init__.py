@@ -1,5 +1,7 @@
 """EXL3 trellis-quantized mixture-of-experts models on MLX."""
 
+import importlib
+
 from . import _abi  # first: explains a mismatch before anything else fails  # noqa: F401
 from .dispatch import (
     MixedBpwMoEDispatcher,
@@ -14,6 +16,7 @@ from .layers import TrellisLinear, TrellisSwitchGLU
 from .loader import TrellisModelLoader
 from .online import adapt
 from .ops import plan, set_num_threads, trellis_decode, trellis_linear, trellis_swiglu
+from .profile import use_profile
 from .selection import (
     MixedKernelSelector,
     get_mixed_kernel,
@@ -27,8 +30,11 @@ from .weights import ExpertBank, TrellisWeight
 __version__ = _abi.VERSION
 
 __all__ = [
+    "AutotuneConfig",
+    "BenchmarkResult",
     "ExpertBank",
     "KernelConfig",
+    "MixedBPWAutoTuner",
     "MixedBpwMoEDispatcher",
     "MixedBpwMoEDispatcherExample",
     "MixedKernelSelector",
@@ -53,13 +59,14 @@ __all__ = [
     "trellis_decode",
     "trellis_linear",
     "trellis_swiglu",
+    "use_profile",
 ]
+
+# Imported on first use: mlx-lm is optional, and running a model needs no tuner.
+_LAZY = {"load": "lm", "MixedBPWAutoTuner": "autotune", "AutotuneConfig": "autotune", "BenchmarkResult": "autotune"}
 
 
 def __getattr__(name: str):
-    """``load`` on first use: it needs mlx-lm, which the rest does not."""
-    if name == "load":
-        from .lm import load
-
-        return load
+    if name in _LAZY:
+        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
