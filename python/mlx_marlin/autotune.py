@@ -342,6 +342,6 @@ def _stand_in(rows: int, hidden: int, widths: tuple[int, ...], device: str) -> P
 
 
 if __name__ == "__main__":
-    from .tune_cli import main
+    from mlx_marlin.tune_cli import main
 
     sys.exit(main())
