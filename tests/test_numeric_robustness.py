@@ -1,5 +1,7 @@
 """Non-finite and huge rows, indices out of range, MLX's transforms, streams and threads, gradients."""
 
+import subprocess
+import sys
 import threading
 
 import mlx.core as mx
@@ -111,6 +113,21 @@ def test_an_index_out_of_range_is_refused(known, bad):
     cases.check(case, call(case, x, indices, None), (x, indices, None))
 
 
+def test_an_index_out_of_range_in_a_compiled_function_or_an_async_evaluation():
+    case = make("silu")
+    x, indices, scores = case.inputs()
+    wrong = mx.array(np.array(indices) + cases.EXPERTS) + 0
+    compiled = mx.compile(lambda x, i, s: call(case, x, i, s, stream=mx.cpu))
+    with pytest.raises((ValueError, RuntimeError), match="is out of range"):
+        mx.eval(compiled(x, wrong, scores))
+    with pytest.raises((ValueError, RuntimeError), match="is out of range"):
+        y = call(case, x, wrong + 0, scores, stream=mx.cpu)
+        mx.async_eval(y)
+        mx.eval(y)
+        mx.synchronize(mx.default_stream(mx.cpu))
+    assert bits_of(compiled(x, indices, scores)) == bits_of(call(case, x, indices, scores))
+
+
 def test_a_legal_index_is_read_from_any_layout():
     case = make("silu", rows=8)
     x, indices, scores = case.inputs()
@@ -119,6 +136,39 @@ def test_a_legal_index_is_read_from_any_layout():
     mx.eval(wide)
     assert bits_of(call(case, x, wide[..., 0], scores)) == expected
     assert bits_of(call(case, x, mx.contiguous(indices.T).T, scores)) == expected
+
+
+# Sizes.
+
+@pytest.mark.parametrize("activation", ("none", "silu"))
+def test_more_rows_than_16_bits_count(activation):
+    case = cases.Case(3, "mul1", "float32", 70_000, "block", activation)
+    inputs = case.inputs()
+    cases.check(case, call(case, *inputs), inputs)
+
+
+_PEAK_MEMORY = """
+import resource, sys
+import mlx.core as mx, numpy as np
+from mlx_marlin import TrellisWeight, trellis_linear
+mx.set_default_device(mx.cpu)
+words = np.random.default_rng(0).integers(0, 1 << 16, (256, 256, 32), np.uint16).view(np.int16)
+w = TrellisWeight(words, np.ones(4096, np.float16), np.ones(4096, np.float16), "mul1")
+x = mx.ones((int(sys.argv[1]), 4096), mx.float16)
+loss = lambda x: trellis_linear(x, w).astype(mx.float32).sum()
+mx.eval(trellis_linear(mx.zeros((1, 4096)), w))  # starts the workers
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+mx.eval(trellis_linear(x, w), mx.grad(loss)(x))
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(grown * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+@pytest.mark.parametrize("rows", (1, 64))
+def test_no_weight_matrix_is_made(rows):
+    """The process grows by less than a quarter of the matrix in half precision (32 MiB), forward and backward."""
+    run = subprocess.run([sys.executable, "-c", _PEAK_MEMORY, str(rows)], check=True, capture_output=True, text=True)
+    assert int(run.stdout) < 8 << 20
 
 
 # Layouts of x.
