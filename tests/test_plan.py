@@ -165,6 +165,20 @@ def test_one_row_of_qwen3_has_three_stages():
     assert depth(plan["dispatches"]) == 3
 
 
+def test_one_row_of_qwen3_reads_little_beside_the_weights():
+    problem = swiglu("qwen3-30b")
+    plan = ops.plan(problem)
+    read = {}
+    for d in plan["dispatches"]:
+        for b in d["buffers"]:
+            # Of the stacked arrays, the experts that one row uses.
+            share = problem.top_k / problem.experts if "." in b["name"] else 1
+            read[b["name"]] = max(read.get(b["name"], 0), b["bytes"] * share)
+    codes = sum(size for name, size in read.items() if name.endswith(".codes"))
+    assert codes == 8 * 3 * 2048 * 768 * 3 / 8
+    assert sum(read.values()) - codes <= 0.03 * codes
+
+
 def test_dependencies_follow_the_data():
     plan = ops.plan(swiglu("qwen3-30b prefill"))
     first = plan["dispatches"][:5]

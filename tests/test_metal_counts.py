@@ -1,0 +1,52 @@
+"""What the Metal kernels' inner loops cost, counted in the compiled code."""
+
+import pytest
+
+import metal_sim
+from metal_counts import count
+from mlx_marlin import codec, kernels, metal_rules
+from mlx_marlin.kernels import KernelConfig, Problem, make_name
+
+pytestmark = pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(metal_sim.unavailable()))
+
+FORMATS = [(bits, codebook) for bits in range(1, codec.MAX_BITS + 1) for codebook in codec.CODEBOOKS]
+QUICK = [(3, "mcg"), (4, "3inst"), (3, "mul1"), (6, "mul1")]
+
+# Integer multiplies, shifts and bit-extracts per decoded weight, even and odd K: one multiply per weight (mul1 another
+# shift), and for odd K the move of half the lanes' bits by 8.
+COMPLEX_LIMIT = {"3inst": (1.25, 2.0), "mcg": (1.25, 2.0), "mul1": (2.25, 3.0)}
+
+# Live registers with which an M1 still runs 512 threads.
+REGISTERS = 96
+
+
+def layer(rows: int, bits: int, codebook: str) -> Problem:
+    return Problem("swiglu", rows, 2, 512, 256, 2, ((bits,) * 3,), (codebook,), "silu", "float16", "gpu", combine=True)
+
+
+@pytest.mark.parametrize(
+    "bits, codebook",
+    [pytest.param(*f, marks=() if f in QUICK else pytest.mark.slow) for f in FORMATS],
+)
+def test_operations_on_the_multiplier_pipe(bits, codebook):
+    for dispatch, result, _ in count(layer(1, bits, codebook))[:2]:
+        assert result.inner_loop.weights > 0
+        assert result.operations.weights == result.inner_loop.weights, "every weight is decoded in the inner loop, once"
+        counted = result.inner_loop.complex / result.inner_loop.weights
+        limit = COMPLEX_LIMIT[codebook][bits % 2]
+        assert counted <= limit, f"{dispatch['kernel']}: {counted:.3f} per weight, allowed are {limit}"
+        counts = result.inner_loop.counts
+        assert counts["variable_shift"] == counts["wide_variable_shift"] == 0
+        assert counts["store"] == 0, "sums stay in registers"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiles", [(v, *t) for v in kernels.VARIANTS for t in metal_rules.tiles(v)], ids=str)
+def test_registers(tiles):
+    variant, *sizes = tiles
+    config = KernelConfig(make_name(variant), *sizes, True, variant)
+    problem = layer(17, 3, "mcg")
+    if kernels.feasible(problem, config) is not None:
+        pytest.skip("not feasible for these sizes")
+    for dispatch, _, registers in count(problem, config):
+        assert registers <= REGISTERS or dispatch["threads"][0] <= 256, f"{dispatch['kernel']}: {registers} registers"
