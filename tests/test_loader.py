@@ -134,6 +134,7 @@ def test_wrong_tensors_are_named(directory, changes, message):
         (b'{"a": 1' + b"0" * 5000 + b"}", "cannot be read as JSON"),
         (b'{"a": NaN}', "NaN is not JSON"),
         (b'{"a": {}, "a": {}}', "'a' appears twice"),
+        (b'{"__metadata__": true}', "__metadata__ must map names to strings"),
         (b'{"a.trellis": 3}', r"tensor 'a\.trellis' needs dtype, shape and data_offsets"),
         (b'{"a.trellis": {"dtype": "F16"}}', r"tensor 'a\.trellis' needs dtype, shape and data_offsets"),
         (entry(dtype="F4"), "has dtype 'F4'"),

@@ -38,12 +38,17 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     weight_map = parse_json(index.read_bytes(), str(index)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map from tensor names to file names")
+    first_tensor: dict[str, str] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+        if not isinstance(name, str):
+            raise ValueError(f"{index}: tensor {tensor!r} is said to be in {name!r}, which is not a file of this directory")
+        first_tensor.setdefault(name, tensor)
+    for name, tensor in first_tensor.items():
+        if name != Path(name).name or "\0" in name or not name.endswith(".safetensors"):
             raise ValueError(f"{index}: tensor {tensor!r} is said to be in {name!r}, which is not a file of this directory")
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory / name} is missing; {index.name} says that it holds {tensor!r}")
-    return [directory / name for name in sorted(set(weight_map.values()))], weight_map
+    return [directory / name for name in sorted(first_tensor)], weight_map
 
 
 def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
@@ -177,7 +182,7 @@ class QuantizedLinear:
 
 
 def _read_floats(info: TensorInfo) -> mx.array:
-    values = mx.array(np.array(info.map()))
+    values = mx.array(info.map())
     return values.view(mx.bfloat16) if info.dtype == "BF16" else values
 
 

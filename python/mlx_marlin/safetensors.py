@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,8 +29,7 @@ ITEM_BYTES = {
 NUMPY_DTYPES = {"I16": "<i2", "U16": "<u2", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "F32": "<f4"}
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where a tensor lies.
 
     Attributes:
@@ -47,10 +47,18 @@ class TensorInfo:
     nbytes: int
 
     def map(self) -> np.ndarray:
-        """The tensor as a read-only view of the file. BF16 comes as its uint16 bit patterns."""
+        """The tensor as a read-only view of the file. BF16 comes as its uint16 bit patterns.
+
+        Each tensor has a map of its own, so that its pages are given back with it.
+        """
+        dtype = NUMPY_DTYPES[self.dtype]
         if not self.nbytes:
-            return np.zeros(self.shape, NUMPY_DTYPES[self.dtype])
-        return np.memmap(self.file, NUMPY_DTYPES[self.dtype], "r", self.start, self.shape)
+            return np.zeros(self.shape, dtype)
+        before = self.start % mmap.ALLOCATIONGRANULARITY
+        with open(self.file, "rb") as stream:
+            size = before + self.nbytes
+            pages = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ, offset=self.start - before)
+        return np.frombuffer(pages, dtype, math.prod(self.shape), before).reshape(self.shape)
 
 
 def _reject_constant(value: str):
@@ -94,24 +102,24 @@ def _is_size(value) -> bool:
 
 
 def _read_entry(file: Path, name: str, entry, data_start: int, data_bytes: int) -> TensorInfo:
-    where = f"{file}: tensor {name!r}"
+    def wrong(what: str) -> ValueError:
+        return ValueError(f"{file}: tensor {name!r} {what}")
+
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ValueError(f"{where} needs dtype, shape and data_offsets in the header")
+        raise wrong("needs dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise ValueError(f"{where} has dtype {dtype!r}; supported are {', '.join(ITEM_BYTES)}")
+        raise wrong(f"has dtype {dtype!r}; supported are {', '.join(ITEM_BYTES)}")
     if not isinstance(shape, list) or not all(_is_size(d) and d <= MAX_DIMENSION for d in shape):
-        raise ValueError(f"{where} has shape {shape!r}; dimensions must be integers from 0 to {MAX_DIMENSION}")
+        raise wrong(f"has shape {shape!r}; dimensions must be integers from 0 to {MAX_DIMENSION}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise ValueError(f"{where} has data_offsets {offsets!r}; wanted are two integers from 0 up")
+        raise wrong(f"has data_offsets {offsets!r}; wanted are two integers from 0 up")
     begin, end = offsets
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != nbytes:
-        raise ValueError(f"{where} is {dtype} {shape}, which is {nbytes} bytes, but its data_offsets span {end - begin}")
+        raise wrong(f"is {dtype} {shape}, which is {nbytes} bytes, but its data_offsets span {end - begin}")
     if end > data_bytes:
-        raise ValueError(
-            f"{where} ends at byte {end} of the data, but the file holds {data_bytes} bytes of data: it is truncated"
-        )
+        raise wrong(f"ends at byte {end} of the data, but the file holds {data_bytes} bytes of data: it is truncated")
     return TensorInfo(file, dtype, tuple(shape), data_start + begin, nbytes)
 
 
@@ -143,7 +151,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if length > size - 8:
             raise ValueError(f"{file} announces a header of {length} bytes but holds {size - 8}: it is truncated")
         header = parse_json(stream.read(length), f"the header of {file}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise ValueError(f"{file}: __metadata__ must map names to strings")
     tensors = {name: _read_entry(file, name, entry, 8 + length, size - 8 - length) for name, entry in header.items()}
     _check_overlap(file, tensors)
     return tensors
