@@ -8,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -type f -not -name '*.pyc')
 
-.PHONY: demo test test-full macos-wheel clean
+.PHONY: bench demo test test-full macos-wheel clean
 
 demo: $(VENV)/installed
 	$(RUN) bench/demo.py
@@ -18,6 +18,11 @@ test: $(VENV)/installed
 
 test-full: $(VENV)/installed
 	$(RUN) -m pytest
+
+# One layer beside its peers: about ten minutes on an idle machine.
+bench: $(VENV)/installed
+	$(RUN) -m pip install --quiet ".[bench]"
+	$(RUN) bench/layer.py
 
 macos-wheel: $(VENV)/installed
 	$(RUN) tests/cross/build_macos.py
