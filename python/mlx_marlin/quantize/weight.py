@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import codec
+from .. import codec, ops
 from ..weights import TrellisWeight
 from . import hessian as hessians
 from .ldlq import ldlq, quantize_tiles
@@ -96,21 +96,19 @@ class Codes:
     out_features: int
 
 
-def measured_loss(p: Prepared, bits: int, codebook: str, columns: int) -> float:
-    """Expected squared output error per input row at one K, from quantizing a sample of the columns.
+def measured_loss(p: Prepared, bits: int, codebook: str, tiles: int) -> float:
+    """Expected squared output error per input row at one K, from quantizing a sample of the tiles.
 
-    Columns of the inner matrix are quantized independently and alike, so an even sample of tile columns stands for
-    all of them.
+    With feedback the loss is the sum over rows of D times the rounding error, and the rounding error is that of
+    tiles like these.
     """
-    r = p.regularised
-    tiles = r.inner.shape[1] // codec.TILE
-    chosen = np.unique(np.linspace(0, tiles - 1, min(columns, tiles)).astype(int))
-    inner = r.inner.reshape(len(r.inner), tiles, codec.TILE)[:, chosen].reshape(len(r.inner), -1)
-    scale = np.float32(expected_scale(r.inner, bits, codebook))
-    _, values = ldlq(inner * scale, p.factor, bits, codebook, 1)
-    error = inner.astype(np.float64) - values / scale
-    loss = np.sum((hessians.rotate(p.hessian, r.suh) @ error) * error) / error.shape[1]
-    return float(loss * np.sum(np.square(r.svh, dtype=np.float64)))
+    inner = p.regularised.inner
+    every = codec.matrix_to_tiles(inner).reshape(-1, codec.TILE_SIZE)
+    sample = every[np.unique(np.linspace(0, len(every) - 1, tiles).astype(int))]
+    scale = np.float32(expected_scale(inner, bits, codebook))
+    found = codec.decode(ops.viterbi_search(sample * scale, bits, codebook, threads=1), codebook)
+    error = float(np.mean(np.square(found.astype(np.float64) / scale - sample)))
+    return error * float(p.spread.sum()) * float(np.sum(np.square(p.regularised.svh, dtype=np.float64)))
 
 
 def quantize_prepared(p: Prepared, bits: int, codebook: str, threads=None) -> Codes:

@@ -1,0 +1,314 @@
+"""Convert a checkpoint to EXL3: measure, allocate, quantize layer by layer, assemble.
+
+Every step leaves its result in ``<output>/.convert``, written beside and renamed; a later run continues there. The
+directory is removed when the model is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from .. import codec, kernels
+from .allocate import MODES, Allocation, Item, allocate
+from .calibration import calibration_tokens
+from .head import head_tensors
+from .jobs import Job, layer_jobs, seed_of, wanted
+from .layered import LayeredModel, Taps
+from .source import Source
+from .tensors import Tensor, write_array, write_tensors, write_text
+from .weight import Codes, measured_loss, prepare, quantize_prepared
+from .writer import MARKERS, assemble, stored_tensors
+
+# Tiles that are quantized to measure a width: their mean error has a standard deviation of 2 %.
+_MEASURED_TILES = 16
+# Candidate widths reach this far below and above the budget.
+_BELOW, _ABOVE = 2, 3
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 128, 256
+_BATCH = 8  # windows per call of a layer
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is.
+
+    Attributes:
+        stage: What is being done.
+        done: Work done in all stages, as a share of the whole, 0 to 1.
+        seconds_left: Expected, from the speed so far in this run; ``None`` at the start.
+    """
+
+    stage: str
+    done: float
+    seconds_left: float | None
+
+
+class _Clock:
+    """Turns finished work into progress reports."""
+
+    def __init__(self, total: float, report: Callable[[Progress], None] | None):
+        self.total, self.report = total, report
+        self.done = self.begun_with = 0.0
+        self.start = time.monotonic()
+
+    def skip(self, work: float) -> None:
+        """Work that an earlier run did."""
+        self.done += work
+        self.begun_with += work
+
+    def advance(self, stage: str, work: float) -> None:
+        self.done += work
+        fresh = self.done - self.begun_with
+        left = (time.monotonic() - self.start) * (self.total - self.done) / fresh if fresh else None
+        if self.report is not None:
+            self.report(Progress(stage, min(1.0, self.done / self.total), left))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    bits: float
+    head_bits: int
+    codebook: str
+    mixed: str
+    seed: int
+
+
+def _check(bits, head_bits, codebook, mixed, seed) -> _Settings:
+    if not 1 <= bits <= codec.MAX_BITS:
+        raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {bits}")
+    if head_bits not in (*range(1, codec.MAX_BITS + 1), 16):
+        raise ValueError(f"head_bits must be 1..{codec.MAX_BITS}, or 16 to leave the head in half precision, got {head_bits}")
+    if codebook not in codec.CODEBOOKS:
+        raise ValueError(f"codebook must be one of {', '.join(codec.CODEBOOKS)}, got {codebook!r}")
+    if mixed not in MODES:
+        raise ValueError(f"mixed must be one of {', '.join(MODES)}, got {mixed!r}")
+    return _Settings(float(bits), int(head_bits), codebook, mixed, int(seed))
+
+
+def stored_bits(shape: tuple[int, int], k: int, codebook: str, bias: bool) -> int:
+    """Everything that EXL3 stores for a linear, in bits: codes, scales, marker, bias."""
+    rows, columns = (-(-n // codec.HADAMARD_SIZE) * codec.HADAMARD_SIZE for n in shape)
+    marker = 32 if codebook in MARKERS else 0
+    return rows * columns * k + 16 * (rows + columns) + marker + (16 * columns if bias else 0)
+
+
+def convert(
+    model,
+    output,
+    *,
+    bits: float,
+    head_bits: int = 6,
+    codebook: str = "mul1",
+    calibration=None,
+    mixed: str = "per-expert",
+    resume: bool = False,
+    seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+) -> Allocation:
+    """Quantize a checkpoint that mlx-lm can run into an EXL3 directory.
+
+    Args:
+        model: Directory of an unquantized Hugging Face checkpoint, fp16, bf16 or fp32.
+        output: Directory to be made.
+        bits: Stored bits per weight of the quantized layers: codes, suh, svh and biases, without the head.
+        head_bits: K of the output projection; 16 leaves it in half precision. Default: ``6``.
+        codebook: ``"mul1"``, ``"mcg"`` or ``"3inst"``. Default: ``"mul1"``.
+        calibration: Text file; the bundled text if ``None``. Default: ``None``.
+        mixed: ``"per-expert"`` lets every expert and projection have its own K; ``"per-layer"`` one K per
+            projection over the experts of a layer, which other EXL3 loaders need; ``"uniform"`` the same with two
+            neighbouring widths only. Default: ``"per-expert"``.
+        resume: Continue an interrupted conversion in ``output``. Default: ``False``.
+        seed: Seed of the random signs. The result depends on nothing else than the arguments. Default: ``0``.
+        progress: Called with a :class:`Progress` after each finished piece of work.
+
+    Returns:
+        Allocation: the widths, the stored bits per weight, the loss and its proven bound.
+
+    Raises:
+        ValueError: If an argument or the checkpoint is not fit for this.
+        FileExistsError: If ``output`` holds files and ``resume`` is not set.
+        OSError: If a file cannot be read or written; what is done stays for ``resume``.
+    """
+    settings = _check(bits, head_bits, codebook, mixed, seed)
+    source, output = Source(Path(model)), Path(output)
+    tokens = calibration_tokens(source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH)
+    work = _open_work(output, source, settings, tokens, resume)
+    with threadpool_limits(1, "blas"):  # sums must not depend on the machine's cores; experts run side by side
+        return _Conversion(source, output, work, settings, tokens, progress).run()
+
+
+def _open_work(output: Path, source: Source, settings: _Settings, tokens: np.ndarray, resume: bool) -> Path:
+    """The work directory; checks that an interrupted conversion was the same one."""
+    job = {**vars(settings), "source": source.fingerprint(), "tokens": int(np.sum(tokens * np.arange(1, tokens.size + 1).reshape(tokens.shape), dtype=np.int64))}
+    work = output / ".convert"
+    if output.exists() and any(output.iterdir()):
+        if not resume:
+            raise FileExistsError(f"{output} is not empty; choose another directory, or resume what was begun there")
+        if not (work / "job.json").is_file():
+            raise FileExistsError(f"{output} holds no interrupted conversion; choose another directory")
+        begun = json.loads((work / "job.json").read_text())
+        changed = sorted(key for key in job if begun.get(key) != job[key])
+        if changed:
+            raise ValueError(
+                f"the conversion in {output} was begun with other settings ({', '.join(changed)}); "
+                "resume with the same ones or choose another directory"
+            )
+    work.mkdir(parents=True, exist_ok=True)
+    write_text(work / "job.json", json.dumps(job))
+    return work
+
+
+class _Conversion:
+    """One conversion, from the first measurement to the last file."""
+
+    def __init__(self, source, output, work, settings: _Settings, tokens, report):
+        self.source, self.output, self.work, self.settings = source, output, work, settings
+        self.model = LayeredModel(source.path, tokens, _BATCH)
+        self.tokens = tokens
+        low = max(1, int(settings.bits) - _BELOW)
+        high = min(codec.MAX_BITS, int(np.ceil(settings.bits)) + _ABOVE)
+        self.candidates = tuple(range(low, high + 1))
+        self.workers = kernels.cpu_threads()
+        self.clock = _Clock(2.0 * len(self.model.layers) + 1.0, report)  # in layers: measured, quantized; the head
+
+    def run(self) -> Allocation:
+        items = self._measure()
+        allocation = allocate(items, self.settings.bits, self.settings.mixed)
+        write_text(self.work / "plan.txt", plan_table(items, allocation))
+        self.model = LayeredModel(self.source.path, self.tokens, _BATCH)  # the first run let go of the weights
+        hidden = self._quantize(allocation)
+        self._head(hidden)
+        self.clock.advance("assembling", 1.0)
+        assemble(self.source, self.output, self.work, len(self.model.layers), self.settings, allocation, self.tokens.shape)
+        return allocation
+
+    # Stage 1: the effect of every candidate width, along the original model.
+
+    def _measure(self) -> list[Item]:
+        count = len(self.model.layers)
+        hidden, first = self._last_state("measured", count, self.model.embeddings)
+        items: list[Item] = []
+        for index in range(first):
+            items += _load_items(self.work / f"measured-{index:04}.json")
+        self.clock.skip(first)
+        for index in range(first, count):
+            self.model.load(index)
+            with Taps(self.model.layers[index], wanted) as taps:
+                taps.record(True)
+                after = self.model.run(index, hidden)
+                taps.record(False)
+                jobs = layer_jobs(self.model, index, taps, self.source, hidden, self.settings.seed)
+                found = self._parallel(self._measure_job, jobs)
+            self.model.unload(index)
+            hidden = after
+            self._save_state("measured", index, hidden)
+            _save_items(self.work / f"measured-{index:04}.json", found)
+            items += found
+            self.clock.advance(f"measured layer {index + 1} of {count}", 1.0)
+        return items
+
+    def _measure_job(self, job: Job, threads: int) -> Item:
+        s = self.settings
+        prepared = prepare(job.weight(), job.hessian, seed_of(s.seed, job.name))
+        loss = {k: job.effect * measured_loss(prepared, k, s.codebook, _MEASURED_TILES) for k in self.candidates}
+        size = {k: stored_bits(job.shape, k, s.codebook, job.bias is not None) for k in self.candidates}
+        return Item(job.name, job.group, job.shape[0] * job.shape[1], size, loss)
+
+    # Stage 2: quantize along the quantized model, so that later layers see the earlier layers' errors.
+
+    def _quantize(self, allocation: Allocation) -> list[np.ndarray]:
+        count = len(self.model.layers)
+        hidden, first = self._last_state("layer", count, self.model.embeddings)
+        self.clock.skip(first)
+        for index in range(first, count):
+            self.model.load(index)
+            with Taps(self.model.layers[index], wanted) as taps:
+                taps.record(True)
+                self.model.run(index, hidden)
+                taps.record(False)
+                jobs = layer_jobs(self.model, index, taps, self.source, hidden, None)
+                results = self._parallel(lambda job, n: self._quantize_job(job, allocation.widths[job.name], n), jobs)
+                tensors: dict[str, Tensor] = {}
+                for job, codes in zip(jobs, results):
+                    tensors.update(stored_tensors(job.name, codes, job.bias))
+                    job.install(codec.dequantize(codes), None if job.bias is None else half_round(job.bias))
+                hidden = self.model.run(index, hidden)
+            self.model.unload(index)
+            self._save_state("layer", index, hidden)
+            write_tensors(self.work / f"layer-{index:04}.safetensors", tensors)
+            self.clock.advance(f"quantized layer {index + 1} of {count}", 1.0)
+        return hidden
+
+    def _quantize_job(self, job: Job, bits: int, threads: int) -> Codes:
+        prepared = prepare(job.weight(), job.hessian, seed_of(self.settings.seed, job.name))
+        return quantize_prepared(prepared, bits, self.settings.codebook, threads)
+
+    # Stage 3: the output projection.
+
+    def _head(self, hidden: list[np.ndarray]) -> None:
+        target = self.work / "head.safetensors"
+        if not target.exists():
+            tensors = head_tensors(self.model, self.source, hidden, self.settings, self.workers)
+            write_tensors(target, tensors)
+
+    def _parallel(self, task, jobs: list[Job]) -> list:
+        """Run a task for every job, the cores shared among them; results in the order of the jobs."""
+        threads = max(1, self.workers // max(1, len(jobs)))
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(lambda job: task(job, threads), jobs))
+
+    # The hidden states after the last finished layer of a stage. Written before the layer's own result, so that a
+    # result always has its state; only the newest is kept.
+
+    def _save_state(self, stage: str, index: int, hidden: list[np.ndarray]) -> None:
+        write_array(self.work / f"{stage}-state-{index:04}.npz", hidden)
+        (self.work / f"{stage}-state-{index - 2:04}.npz").unlink(missing_ok=True)
+
+    def _last_state(self, stage: str, count: int, start) -> tuple[list[np.ndarray], int]:
+        suffix = {"measured": "json", "layer": "safetensors"}[stage]
+        done = 0
+        while done < count and (self.work / f"{stage}-{done:04}.{suffix}").exists():
+            done += 1
+        if not done:
+            return start(), 0
+        with np.load(self.work / f"{stage}-state-{done - 1:04}.npz") as state:
+            return [state[f"arr_{i}"] for i in range(len(state.files))], done
+
+
+def half_round(values: np.ndarray) -> np.ndarray:
+    """What remains of values stored in half precision."""
+    return values.astype(np.float16).astype(np.float32)
+
+
+def _save_items(path: Path, items: list[Item]) -> None:
+    rows = [[i.name, i.group, i.weights, list(i.bits.items()), [[k, v.hex()] for k, v in i.loss.items()]] for i in items]
+    write_text(path, json.dumps(rows))
+
+
+def _load_items(path: Path) -> list[Item]:
+    return [
+        Item(name, group, weights, {k: v for k, v in bits}, {k: float.fromhex(v) for k, v in loss})
+        for name, group, weights, bits, loss in json.loads(path.read_text())
+    ]
+
+
+def plan_table(items: list[Item], allocation: Allocation) -> str:
+    """The plan as a readable table: one line per linear."""
+    gap = allocation.loss / allocation.bound - 1 if allocation.bound > 0 else 0.0
+    lines = [
+        f"bits per weight {allocation.bits:.4f}   loss {allocation.loss:.6g}   within {100 * gap:.3g} % of the bound",
+        f"{'linear':60} {'weights':>10} {'K':>2} {'loss':>12} {'share of loss':>14}",
+    ]
+    for item in items:
+        k = allocation.widths[item.name]
+        share = item.loss[k] / allocation.loss if allocation.loss else 0.0
+        lines.append(f"{item.name:60} {item.weights:10d} {k:2d} {item.loss[k]:12.4g} {100 * share:13.3f}%")
+    return "\n".join(lines) + "\n"

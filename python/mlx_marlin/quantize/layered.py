@@ -1,0 +1,276 @@
+"""An mlx-lm model run one layer at a time, with taps on the inputs of its linears and experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from .hessian import Hessian
+
+
+class _Recorder:
+    """Stands in for a layer: notes what it is called with and passes the hidden state on."""
+
+    def __init__(self, layer):
+        self.layer, self.calls = layer, []
+
+    def __call__(self, x, *args, **kwargs):
+        self.calls.append((x, args, kwargs))
+        return x
+
+    def __getattr__(self, name):
+        return getattr(self.layer, name)
+
+
+class LinearTap:
+    """Stands in for an ``nn.Linear``: accumulates the Hessian of its input, optionally disturbs its output."""
+
+    def __init__(self, linear: nn.Linear, name: str):
+        self.linear, self.name, self.hessian, self.noise = linear, name, None, None
+        self.recording = False
+
+    def __call__(self, x):
+        if self.recording:
+            rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+            if self.hessian is None:
+                self.hessian = Hessian(x.shape[-1])
+            self.hessian.add(rows)
+        y = self.linear(x)
+        return y if self.noise is None else y + self.noise(y)
+
+    def __getattr__(self, name):
+        return getattr(self.linear, name)
+
+
+@dataclass
+class ExpertRows:
+    """What the experts of one block saw: float32 ``x [tokens, hidden]``, ``indices [tokens, k]``, ``scores``."""
+
+    x: list = field(default_factory=list)
+    indices: list = field(default_factory=list)
+    scores: list = field(default_factory=list)
+
+    def joined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return np.concatenate(self.x), np.concatenate(self.indices), np.concatenate(self.scores)
+
+
+class ExpertsTap:
+    """Stands in for a ``SwitchGLU``: notes its rows, and computes it in NumPy, expert by expert."""
+
+    def __init__(self, experts, name: str):
+        self.experts, self.name, self.rows = experts, name, ExpertRows()
+        self.recording = False
+        self.probe = None
+        self.weights = None
+
+    def load(self) -> None:
+        """Bring the weights to NumPy, ``[experts, in, out]``."""
+        self.weights = {}
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            module = getattr(self.experts, part)
+            bias = np.array(module.bias.astype(mx.float32)) if "bias" in module else None
+            weight = np.array(module.weight.astype(mx.float32)).transpose(0, 2, 1)
+            self.weights[part] = (np.ascontiguousarray(weight), bias)
+
+    def project(self, part: str, expert: int, x: np.ndarray) -> np.ndarray:
+        weight, bias = self.weights[part]
+        y = x @ weight[expert]
+        return y if bias is None else y + bias[expert]
+
+    def activate(self, up: np.ndarray, gate: np.ndarray) -> np.ndarray:
+        return np.array(self.experts.activation(mx.array(up), mx.array(gate)))
+
+    def __call__(self, x, indices):
+        if self.probe is not None:
+            shape = (*indices.shape, x.shape[-1])
+            return mx.broadcast_to(mx.array(self.probe[: indices.shape[-1], : x.shape[-1]]), shape)
+        rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+        chosen = np.array(indices).reshape(len(rows), -1)
+        if self.recording:
+            self.rows.x.append(rows)
+            self.rows.indices.append(chosen)
+        out = np.empty((*chosen.shape, rows.shape[1]), np.float32)
+        for expert in np.unique(chosen):
+            token, slot = np.nonzero(chosen == expert)
+            mine = rows[token]
+            h = self.activate(self.project("up_proj", expert, mine), self.project("gate_proj", expert, mine))
+            out[token, slot] = self.project("down_proj", expert, h)
+        return mx.array(out.reshape(*indices.shape, -1)).astype(x.dtype)
+
+    def __getattr__(self, name):
+        return getattr(self.experts, name)
+
+
+class BlockTap:
+    """Stands in for the block around the experts: finds the routing scores.
+
+    The block's output is linear in what the experts return, so experts that return unit vectors, minus experts that
+    return zeros, show each slot's score in the first k channels.
+    """
+
+    def __init__(self, block, experts: ExpertsTap):
+        self.block, self.experts = block, experts
+
+    def __call__(self, x, *args, **kwargs):
+        out = self.block(x, *args, **kwargs)
+        if self.experts.recording:
+            width = x.shape[-1]
+            self.experts.probe = np.zeros((width, width), np.float32)
+            without = self.block(x, *args, **kwargs)
+            self.experts.probe = np.eye(width, dtype=np.float32)
+            shown = np.array((self.block(x, *args, **kwargs) - without).astype(mx.float32))
+            self.experts.probe = None
+            k = self.experts.rows.indices[-1].shape[1]
+            self.experts.rows.scores.append(np.abs(shown.reshape(-1, width)[:, :k]))
+        return out
+
+    def __getattr__(self, name):
+        return getattr(self.block, name)
+
+
+def _child(module, key):
+    return module[int(key)] if isinstance(module, (list, tuple)) else getattr(module, key)
+
+
+def _replace(root, path: str, value) -> None:
+    """Put ``value`` at a dotted path below ``root``."""
+    *parents, last = path.split(".")
+    for key in parents:
+        root = _child(root, key)
+    if isinstance(root, list):
+        root[int(last)] = value
+    else:
+        setattr(root, last, value)
+
+
+def is_experts(module) -> bool:
+    """Whether a module is a SwitchGLU in shape: gate, up and down stacks over experts."""
+    parts = (getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj"))
+    return all(getattr(part, "num_experts", None) and part.weight.ndim == 3 for part in parts)
+
+
+class LayeredModel:
+    """A model whose layers run, and are in memory, one at a time; float32 throughout.
+
+    Args:
+        path: Directory of an unquantized mlx-lm / Hugging Face checkpoint.
+        tokens: int32 ``[windows, length]``: calibration text.
+        batch: Windows per call.
+    """
+
+    def __init__(self, path: Path, tokens: np.ndarray, batch: int):
+        from mlx_lm.utils import load_model
+
+        self.model, self.config = load_model(path, lazy=True)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        self.names = [names[id(layer)] for layer in self.model.layers]
+        self.layers = list(self.model.layers)
+        self.batches = [mx.array(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
+        self.calls = self._record_calls()
+
+    def _record_calls(self) -> list[list]:
+        recorders = [_Recorder(layer) for layer in self.layers]
+        for name, recorder in zip(self.names, recorders):
+            _replace(self.model, name, recorder)
+        for tokens in self.batches:
+            self.model(tokens)
+        return [recorder.calls for recorder in recorders]
+
+    def embeddings(self) -> list[np.ndarray]:
+        """Hidden states before the first layer, one array per batch."""
+        return [np.array(x.astype(mx.float32)) for x, _, _ in self.calls[0]]
+
+    def load(self, index: int) -> None:
+        """Bring a layer into memory, as float32."""
+        layer = self.layers[index]
+        layer.update(tree_map(lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p,
+                              layer.parameters()))
+        mx.eval(layer.parameters())
+
+    def unload(self, index: int) -> None:
+        """Let go of a layer's weights."""
+        layer = self.layers[index]
+        layer.update(tree_map(lambda p: mx.zeros((), p.dtype), layer.parameters()))
+        mx.clear_cache()
+
+    def run(self, index: int, hidden: list[np.ndarray]) -> list[np.ndarray]:
+        """A layer's output for each batch."""
+        result = []
+        for x, (_, args, kwargs) in zip(hidden, self.calls[index]):
+            result.append(np.array(self.layers[index](mx.array(x), *args, **kwargs)))
+        return result
+
+    def head_inputs(self, hidden: list[np.ndarray]) -> list[np.ndarray]:
+        """What the output projection sees, float32, given the hidden states after the last layer."""
+        seen = []
+
+        def note(x):
+            seen.append(np.array(x.astype(mx.float32)))
+            return x
+
+        untie = self._tap_head(note)
+        feeds = iter(hidden)
+        first = self.names[0]
+        for name in self.names:
+            _replace(self.model, name, lambda x, *args, **kwargs: x)
+        _replace(self.model, first, lambda x, *args, **kwargs: mx.array(next(feeds)))
+        for tokens in self.batches:
+            self.model(tokens)
+        untie()
+        return seen
+
+    def _tap_head(self, note):
+        if getattr(self.model, "lm_head", None) is not None:
+            self.model.lm_head = note
+            return lambda: None
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding):
+                module.as_linear = note
+                return lambda: delattr(module, "as_linear")
+        raise ValueError(f"{type(self.model).__name__} has neither lm_head nor an embedding to tie it to")
+
+
+class Taps:
+    """The taps of one layer, in place for the length of a ``with`` block.
+
+    Attributes:
+        linears: By dotted path inside the layer.
+        experts: By dotted path inside the layer.
+    """
+
+    def __init__(self, layer, wanted):
+        self.layer, self.linears, self.experts, self._originals = layer, {}, {}, []
+        modules = dict(layer.named_modules())
+        for path, module in modules.items():
+            if is_experts(module):
+                tap = self.experts[path] = ExpertsTap(module, path)
+                tap.load()
+        inside = tuple(f"{path}." for path in self.experts)
+        for path, module in modules.items():
+            if type(module) is nn.Linear and wanted(path) and not path.startswith(inside):
+                self.linears[path] = LinearTap(module, path)
+        for path, tap in (*self.experts.items(), *self.linears.items()):
+            self._originals.append((path, modules[path], tap))
+        for path, tap in self.experts.items():
+            block = path.rpartition(".")[0]
+            if block:
+                self._originals.append((block, modules[block], BlockTap(modules[block], tap)))
+
+    def __enter__(self) -> "Taps":
+        for path, _, tap in self._originals:
+            _replace(self.layer, path, tap)
+        return self
+
+    def __exit__(self, *_):
+        for path, original, _ in reversed(self._originals):
+            _replace(self.layer, path, original)
+
+    def record(self, on: bool) -> None:
+        """Whether the taps note what they see."""
+        for tap in (*self.linears.values(), *self.experts.values()):
+            tap.recording = on

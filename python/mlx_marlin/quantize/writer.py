@@ -1,0 +1,125 @@
+"""The finished directory: shards, index, configuration, exactly as ExLlamaV3 1.4.1 lays them out."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from .. import codec
+from ..safetensors import ITEM_BYTES, TensorInfo, read_header
+from .source import SIDE_FILES, Source
+from .tensors import Tensor, read_bytes, write_file, write_text
+from .weight import Codes
+
+# Multipliers that mark a codebook; 3INST has no marker.
+MARKERS = {"mul1": 0x83DCD12D, "mcg": 0xCBAC1FED}
+# The layout that is written is that of this version.
+_FORMAT_VERSION = "1.4.1"
+_SHARD_BYTES = 8 << 30
+_TORCH_NAMES = {
+    "F16": "torch.float16", "BF16": "torch.bfloat16", "F32": "torch.float32", "I16": "torch.int16",
+    "I32": "torch.int32", "I64": "torch.int64", "U8": "torch.uint8", "I8": "torch.int8", "BOOL": "torch.bool",
+}  # fmt: skip
+
+
+def stored_tensors(name: str, codes: Codes, bias: np.ndarray | None) -> dict[str, Tensor]:
+    """A quantized linear as EXL3 stores it."""
+    tensors = {
+        f"{name}.trellis": Tensor.of(codes.trellis),
+        f"{name}.suh": Tensor.of(codes.suh),
+        f"{name}.svh": Tensor.of(codes.svh),
+    }
+    if codes.codebook in MARKERS:
+        tensors[f"{name}.{codes.codebook}"] = Tensor.of(np.array(MARKERS[codes.codebook], np.uint32).view(np.int32))
+    if bias is not None:
+        tensors[f"{name}.bias"] = Tensor.of(np.pad(bias, (0, len(codes.svh) - len(bias))).astype(np.float16))
+    return tensors
+
+
+def assemble(source: Source, output: Path, work: Path, layers: int, settings, allocation, calibration) -> None:
+    """Put the finished parts together, then remove the work directory.
+
+    Args:
+        source: The checkpoint, for everything that is not quantized.
+        output: Where the model goes.
+        work: Directory of the finished parts.
+        layers: Number of layers.
+        settings: The conversion's settings.
+        allocation: The widths.
+        calibration: Shape of the calibration tokens, ``(windows, length)``.
+    """
+    parts: dict[str, TensorInfo] = {}
+    for file in (*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / "head.safetensors"):
+        parts.update(read_header(file))
+    quantized = {name.rpartition(".")[0] for name in parts if name.endswith(".trellis")}
+    kept = [name for name in source.tensors if not _replaced(name, quantized) and name not in parts]
+    dtypes = {**{n: t.dtype for n, t in parts.items()}, **{n: source.kept_dtype(n) for n in kept}}
+    shapes = {**{n: t.shape for n, t in parts.items()}, **{n: source.tensors[n].shape for n in kept}}
+    sizes = {n: math.prod(shapes[n]) * ITEM_BYTES[dtypes[n]] for n in dtypes}
+    shards = _shards(sizes)
+    for file, names in shards.items():
+        data = (read_bytes(parts[n]) if n in parts else source.kept(n).data for n in names)
+        write_file(output / file, [(n, dtypes[n], shapes[n]) for n in names], data)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {n: f for f, ns in shards.items() for n in ns}}
+        write_text(output / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
+    for name in SIDE_FILES:
+        if (source.path / name).is_file():
+            write_text(output / name, (source.path / name).read_text(encoding="utf-8"))
+    summary = {
+        "quant_method": "exl3",
+        "version": _FORMAT_VERSION,
+        "bits": round(allocation.bits, 4),
+        "head_bits": settings.head_bits,
+        "calibration": {"rows": calibration[0], "cols": calibration[1]},
+        "out_scales": "always",
+        "codebook": settings.codebook,
+    }
+    storage = _tensor_storage(dtypes, shapes, sizes, settings.codebook)
+    write_text(output / "quantization_config.json", json.dumps({**summary, "tensor_storage": storage}, indent=2))
+    write_text(output / "plan.txt", (work / "plan.txt").read_text())
+    write_text(output / "config.json", json.dumps({**source.config, "quantization_config": summary}, indent=2))
+    shutil.rmtree(work)
+
+
+def _replaced(name: str, quantized: set[str]) -> bool:
+    """Whether a source tensor is one that quantized ones stand for, fused expert stacks included."""
+    base = name.rpartition(".")[0]
+    if base in quantized and name.endswith((".weight", ".bias")):
+        return True
+    stem = base if name.endswith((".weight", ".bias")) else name
+    block, found, part = stem.rpartition(".experts.")
+    fused = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+    return bool(found) and part in fused and any(q.startswith(f"{block}.experts.") for q in quantized)
+
+
+def _shards(sizes: dict[str, int]) -> dict[str, list[str]]:
+    """Tensor names by file: ascending, a new file where the next tensor would exceed the limit."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(sizes):
+        if groups[-1] and filled + sizes[name] > _SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += sizes[name]
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups)}
+
+
+def _tensor_storage(dtypes, shapes, sizes, codebook: str) -> dict:
+    storage: dict[str, dict] = {}
+    for name in sorted(dtypes):
+        module = storage.setdefault(name.rpartition(".")[0], {"stored_tensors": {}})
+        dtype = _TORCH_NAMES.get(dtypes[name], dtypes[name])
+        module["stored_tensors"][name] = {"shape": list(shapes[name]), "n_bytes": sizes[name], "dtype": dtype}
+        if name.endswith(".trellis"):
+            module.update(quant_format="exl3", bits_per_weight=codec.trellis_bits(shapes[name]))
+            if codebook in MARKERS:
+                module[f"{codebook}_multiplier"] = MARKERS[codebook]
+    return storage
