@@ -57,32 +57,32 @@ Buffer allocate(int64_t floats) {
 }
 
 // Scratch is tens of megabytes and LDLQ searches a few tiles at a time: fresh pages would cost more
-// than the search, so a worker's scratch is kept for the next one.
+// than the search, so a worker's scratch is kept for the next one. All have the size that the most
+// demanding K of the instruction set needs.
 class ScratchPool {
  public:
-  Buffer take(int64_t floats) {
+  using Entry = std::pair<int64_t, Buffer>;
+  Entry take(int64_t floats) {
     {
       std::lock_guard lock(mutex_);
-      for (auto it = free_.begin(); it != free_.end(); ++it) {
-        if (it->first != floats)
-          continue;
-        Buffer found = std::move(it->second);
-        free_.erase(it);
-        return found;
+      while (!free_.empty()) {
+        Entry found = std::move(free_.back());
+        free_.pop_back();
+        if (found.first >= floats)
+          return found;
       }
     }
-    return allocate(floats);
+    return {floats, allocate(floats)};
   }
-  void give(int64_t floats, Buffer buffer, size_t limit) {
+  void give(Entry entry) {
     std::lock_guard lock(mutex_);
-    free_.emplace_back(floats, std::move(buffer));
-    if (free_.size() > limit)
-      free_.erase(free_.begin());
+    if (free_.size() < std::max(1u, std::thread::hardware_concurrency()))
+      free_.push_back(std::move(entry));
   }
 
  private:
   std::mutex mutex_;
-  std::vector<std::pair<int64_t, Buffer>> free_;
+  std::vector<Entry> free_;
 };
 
 ScratchPool& scratch_pool() {
@@ -103,32 +103,36 @@ void search(
     throw std::invalid_argument("bits must be in 1..8, got " + std::to_string(bits));
   if (threads < 1)
     throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
-  const Encoder& encoder = selected().load()->encoders()[bits - 1];
+  const Encoder* encoders = selected().load()->encoders();
+  const Encoder& encoder = encoders[bits - 1];
   Buffer table = allocate(1 << 16);
   encoder.arrange(values, table.get());
   const int64_t batches = (count + encoder.tiles - 1) / encoder.tiles;
   std::atomic<int64_t> next{0};
-  auto work = [&](Buffer& scratch) {
+  auto work = [&](float* scratch) {
     for (int64_t b; (b = next.fetch_add(1)) < batches;) {
       const int64_t first = b * encoder.tiles;
       const int size = int(std::min<int64_t>(encoder.tiles, count - first));
       encoder.run(
-          tiles + first * 256, size, values, table.get(), scratch.get(), states + first * 256);
+          tiles + first * 256, size, values, table.get(), scratch, states + first * 256);
     }
   };
   const int workers = int(std::min<int64_t>(threads, batches));
-  std::vector<Buffer> scratch;
+  int64_t floats = 0;
+  for (int k = 0; k < 8; ++k)
+    floats = std::max(floats, encoders[k].scratch_floats);
+  std::vector<ScratchPool::Entry> scratch;
   for (int i = 0; i < workers; ++i)
-    scratch.push_back(scratch_pool().take(encoder.scratch_floats));
+    scratch.push_back(scratch_pool().take(floats));
   std::vector<std::thread> helpers;
   for (int i = 1; i < workers; ++i)
-    helpers.emplace_back([&, i] { work(scratch[i]); });
+    helpers.emplace_back(work, scratch[i].second.get());
   if (workers)
-    work(scratch[0]);
+    work(scratch[0].second.get());
   for (auto& helper : helpers)
     helper.join();
-  for (auto& buffer : scratch)
-    scratch_pool().give(encoder.scratch_floats, std::move(buffer), size_t(2 * threads));
+  for (auto& entry : scratch)
+    scratch_pool().give(std::move(entry));
 }
 
 std::vector<std::string> instruction_sets() {
