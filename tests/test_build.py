@@ -76,7 +76,10 @@ def test_import_is_quiet_and_light():
 ORDER = [
     "_abi",
     "codec",
+    "safetensors",
     "weights",
+    "grid",
+    "metal_marlin",
     "metal_rules",
     "kernels",
     "device",
@@ -93,7 +96,6 @@ ORDER = [
     "ops",
     "selftest",
     "layers",
-    "safetensors",
     "loader",
     "dispatch",
     "online",

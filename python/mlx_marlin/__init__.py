@@ -11,6 +11,7 @@ from .dispatch import (
     get_available_kernels,
     get_expert_bits,
 )
+from .grid import GridWeight
 from .kernels import KernelConfig, Problem
 from .layers import TrellisLinear, TrellisSwitchGLU
 from .loader import TrellisModelLoader
@@ -33,6 +34,7 @@ __all__ = [
     "AutotuneConfig",
     "BenchmarkResult",
     "ExpertBank",
+    "GridWeight",
     "KernelConfig",
     "MixedBPWAutoTuner",
     "MixedBpwMoEDispatcher",

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from . import choices, kernels, ops, selftest
 from .choices import Choice
+from .grid import GridLinear, GridWeight
 from .kernels import KernelConfig, Problem
 from .weights import ExpertBank, ExpertStack, TrellisWeight, check_projections
 
@@ -230,8 +231,11 @@ class TrellisLinear(_Frozen):
     Parameters: ``trellis`` (uint32 ``[k / 16, n / 16, 8 * K]``), ``suh``, ``svh`` and optionally ``bias``.
 
     Args:
-        w: The weight.
+        w: The weight. A :class:`GridWeight` gives a :class:`GridLinear` instead.
     """
+
+    def __new__(cls, w: TrellisWeight | GridWeight):
+        return GridLinear(w) if isinstance(w, GridWeight) else super().__new__(cls)
 
     def __init__(self, w: TrellisWeight):
         super().__init__()

@@ -15,7 +15,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from . import codec
+from . import codec, metal_marlin
+from .grid import GridWeight
 from .safetensors import TensorInfo, parse_json, read_header
 from .weights import TrellisWeight
 
@@ -194,10 +195,11 @@ def _take_blocks(values: mx.array, size: int, blocks: Sequence[int] | None) -> m
 
 
 class TrellisModelLoader:
-    """Single weights of an EXL3 checkpoint, without a model.
+    """Single weights of an EXL3 checkpoint, or of an older metal-marlin directory, without a model.
 
     Args:
-        model_dir: Directory with ``model*.safetensors`` and, where there are several, their index.
+        model_dir: Directory with ``model*.safetensors`` and, where there are several, their index; or of the
+            metal-marlin format (v2 or v3), whose weights are :class:`GridWeight`.
 
     Raises:
         FileNotFoundError: If the directory or one of its files is missing.
@@ -205,12 +207,17 @@ class TrellisModelLoader:
 
     Attributes:
         directory: The directory.
-        quantized: The :class:`QuantizedLinear` of each quantized linear, by name.
+        quantized: The :class:`QuantizedLinear` (or :class:`GridEntry`) of each quantized linear, by name.
         unquantized: Names of all other tensors.
     """
 
     def __init__(self, model_dir):
         self.directory = Path(model_dir)
+        if metal_marlin.is_grid_directory(self.directory):
+            entries = metal_marlin.read_directory(self.directory)
+            self.quantized = {name: entries[name] for name in sorted(entries, key=_natural_key)}
+            self.unquantized = {}
+            return
         tensors = _read_tensors(self.directory)
         names = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in _QUANTIZED_SUFFIXES}
         self.quantized = {}
@@ -230,7 +237,9 @@ class TrellisModelLoader:
         """Names of the quantized linears, layers and experts in numerical order."""
         return list(self.quantized)
 
-    def load_weight(self, name: str, *, in_features: int | None = None, out_features: int | None = None) -> TrellisWeight:
+    def load_weight(
+        self, name: str, *, in_features: int | None = None, out_features: int | None = None
+    ) -> TrellisWeight | GridWeight:
         """One weight.
 
         Args:
@@ -241,12 +250,13 @@ class TrellisModelLoader:
         Raises:
             KeyError: If no quantized linear has this name.
         """
+        name = name.removesuffix(".weight")
         linear = self.quantized.get(name) or self.quantized.get(f"model.{name}")
         if linear is None:
             raise KeyError(f"{self.directory} has no quantized linear {name!r}; see .names for those that it has")
         return linear.load(in_features=in_features, out_features=out_features)
 
-    def load_layer(self, i: int) -> dict[str, TrellisWeight]:
+    def load_layer(self, i: int) -> dict[str, TrellisWeight | GridWeight]:
         """The weights of one layer, by their names inside the layer, such as ``"self_attn.q_proj"``.
 
         Raises:

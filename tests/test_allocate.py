@@ -1,0 +1,71 @@
+"""Bit allocation against exhaustive search and its own bound."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mlx_marlin.quantize.allocate import Item, allocate
+
+
+def make_items(count, seed, candidates=(1, 2, 3, 4), group=lambda i: f"g{i}"):
+    rng = np.random.default_rng(seed)
+    items = []
+    for i in range(count):
+        weights = int(rng.choice([64, 128, 192]))
+        scale = float(np.exp(rng.normal(0, 2)))
+        loss = {k: scale * 4.0**-k * float(rng.uniform(0.8, 1.2)) for k in candidates}
+        items.append(Item(f"w{i}", group(i), weights, {k: weights * k + 16 for k in candidates}, loss))
+    return items
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("bits", [1.6, 2.3, 3.1])
+def test_against_all_allocations(seed, bits):
+    """The bound is below the best allocation, the answer near it and within the budget."""
+    items = make_items(6, seed)
+    budget = bits * sum(i.weights for i in items)
+    best = min(
+        sum(i.loss[k] for i, k in zip(items, widths))
+        for widths in itertools.product((1, 2, 3, 4), repeat=6)
+        if sum(i.bits[k] for i, k in zip(items, widths)) <= budget
+    )
+    found = allocate(items, bits)
+    assert found.bits <= bits
+    assert found.bound <= best * (1 + 1e-12)
+    assert best <= found.loss * (1 + 1e-12)
+    assert found.loss == pytest.approx(sum(i.loss[found.widths[i.name]] for i in items))
+
+
+def test_many_items_meet_the_budget_with_a_small_gap():
+    items = make_items(800, 1)
+    found = allocate(items, 2.5)
+    assert 2.49 < found.bits <= 2.5
+    assert found.loss <= 1.002 * found.bound
+
+
+def test_per_layer_shares_widths_and_loses():
+    items = make_items(64, 3, group=lambda i: f"layer{i // 16}")
+    free, shared = allocate(items, 2.6), allocate(items, 2.6, "per-layer")
+    for g in range(4):
+        assert len({shared.widths[f"w{i}"] for i in range(16 * g, 16 * g + 16)}) == 1
+    assert free.loss < shared.loss and shared.bits <= 2.6
+
+
+def test_uniform_uses_two_neighbouring_widths():
+    items = make_items(64, 3, group=lambda i: f"layer{i // 4}")
+    widths = set(allocate(items, 2.7, "uniform").widths.values())
+    assert widths == {2, 3}
+
+
+def test_widths_that_lose_are_never_taken():
+    """Measurement noise may make a larger K look worse."""
+    items = [Item("a", "a", 64, {1: 64, 2: 128, 3: 192}, {1: 1.0, 2: 2.0, 3: 0.9}) for _ in range(1)]
+    assert allocate(items, 2.0).widths == {"a": 1}
+    assert allocate(items, 3.0).widths == {"a": 3}
+
+
+@pytest.mark.parametrize("bits, mode, message", [(0.5, "per-expert", "cannot be met"), (2.0, "per-tensor", "per-tensor")])
+def test_bad_input(bits, mode, message):
+    with pytest.raises(ValueError, match=message):
+        allocate(make_items(3, 0), bits, mode)
