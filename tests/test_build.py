@@ -106,6 +106,7 @@ ORDER = [
     "autotune",
     "tuning_run",
     "tune_cli",
+    "convert_cli",
 ]
 
 # Built on the modules; only the commands import them.

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from .. import codec, kernels
 from .allocate import MODES, Allocation, Item, allocate
@@ -137,6 +136,8 @@ def convert(
         FileExistsError: If ``output`` holds files and ``resume`` is not set.
         OSError: If a file cannot be read or written; what is done stays for ``resume``.
     """
+    from threadpoolctl import threadpool_limits
+
     settings = _check(bits, head_bits, codebook, mixed, seed)
     source, output = Source(Path(model)), Path(output)
     tokens = calibration_tokens(source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH)
