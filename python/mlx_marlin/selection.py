@@ -138,7 +138,7 @@ class MixedKernelSelector:
                 candidates = [name for name in candidates if name in available]
             pressed = pressure > self._threshold
             if pressed:
-                name = kernels.make_name("base", fp32acc=use_fp32_acc)
+                name = _make("base", fp32acc=use_fp32_acc)
                 reason = f"memory_pressure: {pressure:.2f} exceeds {self._threshold:.2f}, the base kernel needs the least scratch"
             else:
                 name, reason = _by_table(problem, use_fp32_acc) or _by_rules(
@@ -179,7 +179,7 @@ class MixedKernelSelector:
         """
         _parse(kernel_name)
         _check_rows(batch_size)
-        if not isinstance(latency_ms, Real) or not 0.0 < latency_ms < math.inf:
+        if not (type(latency_ms) is float or isinstance(latency_ms, Real)) or not 0.0 < latency_ms < math.inf:
             raise ValueError(f"latency_ms must be a finite number of milliseconds above 0, got {latency_ms!r}")
         key = problem, batch_bucket(batch_size)
         with self._lock:
@@ -234,7 +234,7 @@ def _by_table(problem: Problem | None, fp32acc: bool) -> tuple[str, str] | None:
     if choice is None or not choice.tuned:
         return None
     parts = _parse(choice.config.kernel_name)
-    return kernels.make_name(parts.variant, parts.triple, mixed=parts.mixed, fp32acc=fp32acc), f"tuned_table: {choice.reason}"
+    return _make(parts.variant, parts.triple, mixed=parts.mixed, fp32acc=fp32acc), f"tuned_table: {choice.reason}"
 
 
 def _by_rules(
@@ -243,12 +243,12 @@ def _by_rules(
     """Rules 5, 4 and 2: the kernel that the shapes alone suggest, and why."""
     rows = _top_expert_rows(batch_size, pattern, problem)
     if rows is not None:
-        name = kernels.make_name(kernels.default_variant(rows), fp32acc=use_fp32_acc)
+        name = _make(kernels.default_variant(rows), fp32acc=use_fp32_acc)
         return name, f"activation_pattern: one expert has {rows} of {batch_size} rows"
     if batch_size == 1 and triple is not None:
-        name = kernels.make_name("decode", triple, fp32acc=use_fp32_acc)
+        name = _make("decode", triple, fp32acc=use_fp32_acc)
         return name, "specialized_decode: all active experts have gate {}, up {}, down {} bits".format(*triple)
-    name = kernels.make_name(kernels.default_variant(batch_size), fp32acc=use_fp32_acc)
+    name = _make(kernels.default_variant(batch_size), fp32acc=use_fp32_acc)
     return name, f"batch_size: {batch_size} row{'s' * (batch_size > 1)}"
 
 
@@ -271,7 +271,7 @@ def _candidates(batch_size: int, triple: tuple | None, fp32acc: bool, ledger: Le
     """The kernels that compete for a call: every variant, the triple's own at one row, and what was timed besides."""
     names = list(_variant_names(fp32acc))
     if batch_size == 1 and triple is not None:
-        names.append(kernels.make_name("decode", triple, fp32acc=fp32acc))
+        names.append(_make("decode", triple, fp32acc=fp32acc))
     if ledger is not None:
         for name in ledger.histories:
             parts = _parse(name)
@@ -301,25 +301,27 @@ def _nearest(name: str, triple: tuple | None, available: Iterable[str]) -> str:
 
 @lru_cache(maxsize=None)
 def _variant_names(fp32acc: bool) -> tuple[str, ...]:
-    return tuple(kernels.make_name(variant, fp32acc=fp32acc) for variant in kernels.VARIANTS)
+    return tuple(_make(variant, fp32acc=fp32acc) for variant in kernels.VARIANTS)
 
 
 _parse = lru_cache(maxsize=4096)(kernels.parse_name)
+_make = lru_cache(maxsize=4096)(kernels.make_name)
 
 
 def _fraction(what: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 <= value <= 1.0:
+    number = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
+    if not number or not 0.0 <= value <= 1.0:
         raise ValueError(f"{what} must be a number in [0, 1], got {value!r}")
     return float(value)
 
 
 def _check_rows(batch_size) -> None:
-    if not isinstance(batch_size, Integral) or batch_size < 1:
+    if not (type(batch_size) is int or isinstance(batch_size, Integral)) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
 
 
 def _check_width(what: str, bits) -> None:
-    if not isinstance(bits, Integral) or not 1 <= bits <= kernels.MAX_KERNEL_BITS:
+    if not (type(bits) is int or isinstance(bits, Integral)) or not 1 <= bits <= kernels.MAX_KERNEL_BITS:
         raise ValueError(f"{what} must be integers from 1 to {kernels.MAX_KERNEL_BITS}, got {bits!r}")
 
 

@@ -1,0 +1,71 @@
+"""What the selection benchmarks share: a layer of mixed widths, interleaved samples, and how a result is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from mlx_marlin import TrellisSwitchGLU, TrellisWeight, device, measure
+
+# An expert's (gate, up, down) bits, in turn over the experts: 2, 3 and 4 bits in every projection.
+MIX = ((2, 3, 4), (3, 4, 2), (4, 2, 3))
+
+
+def mixed_layer(hidden: int, intermediate: int, experts: int, mix=MIX, seed: int = 0) -> TrellisSwitchGLU:
+    """A layer of random trellis words: times do not depend on their values."""
+    rng = np.random.default_rng(seed)
+
+    def weight(k: int, n: int, bits: int) -> TrellisWeight:
+        words = rng.integers(0, 1 << 16, (k // 16, n // 16, 16 * bits), np.uint16).view(np.int16)
+        scale = np.full(n, k**-0.5, np.float16)
+        return TrellisWeight(words, np.ones(k, np.float16), scale, "mul1")
+
+    sizes = ((hidden, intermediate), (hidden, intermediate), (intermediate, hidden))
+    gate, up, down = (
+        [weight(*size, mix[e % len(mix)][part]) for e in range(experts)] for part, size in enumerate(sizes)
+    )
+    return TrellisSwitchGLU(gate, up, down)
+
+
+def interleaved(clocks: Mapping, rounds: int, warmup: int = 3, seed: int = 0) -> dict:
+    """Seconds per clock: in each round every clock once, in a random order, so that drift hits all alike."""
+    for clock in clocks.values():
+        clock.warm_up(warmup)
+    rng, order, samples = random.Random(seed), list(clocks), {key: [] for key in clocks}
+    for _ in range(rounds):
+        rng.shuffle(order)
+        for key in order:
+            samples[key].append(clocks[key]())
+    return samples
+
+
+def as_result(comparison: measure.Comparison) -> dict:
+    """A ratio of times as part of a result file."""
+    return {"ratio": comparison.ratio, "low": comparison.low, "high": comparison.high}
+
+
+def saving(samples: Mapping, ours, theirs) -> dict:
+    """What one config saves of another's time, with the 95 % interval: "12.3 % (10.1 to 14.4)"."""
+    if ours == theirs:
+        return {"ratio": 1.0, "low": 1.0, "high": 1.0, "saved": "nothing (the same config)"}
+    comparison = measure.compare(samples[ours], samples[theirs])
+    saved = [100 * (1 - r) for r in (comparison.ratio, comparison.high, comparison.low)]
+    return {**as_result(comparison), "saved": "{:.1f} % ({:.1f} to {:.1f})".format(*saved)}
+
+
+def write(path: str | None, result: dict, name: str) -> None:
+    """Write a result with the machine it was measured on, beside and renamed."""
+    if path is None:
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_suffix(".tmp")
+    machine = asdict(device.fingerprint(name))
+    beside.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")
+    os.replace(beside, target)
