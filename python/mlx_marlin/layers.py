@@ -58,9 +58,10 @@ class TrellisExperts(_Frozen):
         """The parameters as the kernels take them; checked again when a parameter was replaced."""
         source = self._stack.source
         get = self.get  # attribute access to a parameter costs a microsecond each
-        current = (get("trellis"), get("formats"), get("suh"), get("svh"), get("bias"))
-        if any(a is not b for a, b in zip(current, (source.codes, source.formats, source.suh, source.svh, source.bias))):
-            self._stack = ops.prepare(ExpertStack(*current, *self._sizes))
+        same = get("trellis") is source.codes and get("formats") is source.formats and get("suh") is source.suh
+        if not (same and get("svh") is source.svh and get("bias") is source.bias):
+            parameters = (get(name) for name in ("trellis", "formats", "suh", "svh", "bias"))
+            self._stack = ops.prepare(ExpertStack(*parameters, *self._sizes))
         return self._stack
 
     @property
