@@ -118,7 +118,7 @@ def selection_overhead_us(layer, top_k: int) -> dict:
     stacks, selection, hidden = layer._stacks(), layer._selection, x.shape[-1]
 
     def select():
-        selection.current(*stacks)(x.size // hidden, indices.shape[-1], x.dtype, False)
+        selection.current(*stacks)(x, x.size // hidden, indices.shape[-1], False)
 
     def best(call) -> float:
         return min(timeit.repeat(call, number=2000, repeat=7)) / 2000 * 1e6

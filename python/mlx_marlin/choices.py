@@ -6,7 +6,8 @@ One choice per problem for the whole process. A choice is made from shapes and d
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from . import kernels, profile
 from .kernels import KernelConfig, Problem
@@ -85,6 +86,26 @@ def from_profile(problem: Problem) -> Choice:
 def choose(problem: Problem) -> Choice:
     """The config for a problem, and why; a dictionary look-up after the first time."""
     return _choices.get(problem)
+
+
+def by_name(problem: Problem, names: Iterable[str]) -> dict[str, KernelConfig]:
+    """The configs of those kernels that can run a problem: the chosen one's tiles where it has that name, else the default's."""
+    chosen = choose(problem).config
+    configs = {}
+    for name in names:
+        if _plain(name) == _plain(chosen.kernel_name):
+            config = replace(chosen, kernel_name=name)
+        else:
+            try:
+                config = kernels.config_for(problem, name)
+            except ValueError:  # says why it cannot run
+                continue
+        configs[name] = config
+    return configs
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix("_fp32acc")
 
 
 def generation() -> int:

@@ -12,7 +12,7 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 
-from . import choices, device, kernels
+from . import choices, device, kernels, selftest
 from .kernels import KernelConfig, Problem
 from .layers import TrellisSwitchGLU
 from .selection import MixedKernelSelector
@@ -174,24 +174,17 @@ class ActivationPredictor:
 
 
 @lru_cache(maxsize=4096)
-def _runnable(problem: Problem, triple: Triple | None) -> frozenset[str]:
-    """The kernels that may run a call whose active experts all have this triple (``None``: differing ones)."""
+def _runnable(problem: Problem, triple: Triple | None, fp32acc: bool, generation: int) -> dict[str, KernelConfig]:
+    """The kernels that may run a call whose active experts all have this triple (``None``: differing ones).
+
+    generation: :func:`choices.generation`, so that a new profile is seen.
+    """
     kinds = [(variant, None) for variant in kernels.VARIANTS] + ([("decode", triple)] if triple else [])
-    names = [
-        kernels.make_name(*kind, mixed=mixed, fp32acc=fp32acc)
-        for kind in kinds
-        for mixed in (False, True)
-        for fp32acc in (False, True)
-    ]
-    return frozenset(name for name in names if _runs(problem, name))
-
-
-def _runs(problem: Problem, name: str) -> bool:
-    try:
-        kernels.config_for(problem, name)
-    except ValueError:
-        return False
-    return True
+    names = [kernels.make_name(*kind, mixed=mixed, fp32acc=fp32acc) for kind in kinds for mixed in (False, True)]
+    configs = {
+        name: replace(config, use_fp32_acc=fp32acc) for name, config in choices.by_name(problem, names).items()
+    }
+    return {name: config for name, config in configs.items() if selftest.fault(problem, config) is None}
 
 
 class MixedBpwMoEDispatcher:
@@ -256,8 +249,9 @@ class MixedBpwMoEDispatcher:
         problem = self.layer.problem(
             rows, activations.dtype, device.default_device(), combine=True, top_k=ids.shape[-1] if ids.ndim else 1
         )
-        name, metadata, bits, pressure = self._select(max(1, rows), active, pattern, problem)
-        output, latency_ms = self._run(problem, name, activations, expert_ids, expert_probs)
+        config, metadata, bits, pressure = self._select(max(1, rows), active, pattern, problem)
+        name = config.kernel_name
+        output, latency_ms = self._run(problem, config, activations, expert_ids, expert_probs)
         if rows:
             self.selector.record_latency(name, rows, latency_ms, problem)
         with self._lock:
@@ -287,8 +281,8 @@ class MixedBpwMoEDispatcher:
         with self._lock:
             active = self._predictor.predict(batch_size)
             pattern = self._predictor.pattern(batch_size) if active else None
-        name, metadata, _, _ = self._select(batch_size, active, pattern, problem)
-        return name, metadata | {"predicted_experts": active}
+        config, metadata, _, _ = self._select(batch_size, active, pattern, problem)
+        return config.kernel_name, metadata | {"predicted_experts": active}
 
     def get_statistics(self) -> dict:
         """The selector's statistics, and ``prediction_hit_rate``: share of the active experts that were predicted."""
@@ -298,23 +292,17 @@ class MixedBpwMoEDispatcher:
         bits = get_expert_bits(active, self._bits)
         triples = {self._bits[expert] for expert in active}
         triple = triples.pop() if len(triples) == 1 else None
-        runnable = _runnable(problem, triple)
+        runnable = _runnable(problem, triple, self.use_fp32_acc, choices.generation())
         if triple is not None and not any(kernels.parse_name(name).triple for name in runnable):
             triple = None
         gate, up, down = triple or (None, None, None)
         pressure = estimate_gpu_memory_pressure()
         name, metadata = self.selector.select_kernel(
-            rows, bits, pressure, gate, up, down, self.use_fp32_acc, runnable, pattern, problem
+            rows, bits, pressure, gate, up, down, self.use_fp32_acc, set(runnable), pattern, problem
         )
-        return name, metadata, bits, pressure
+        return runnable[name], metadata, bits, pressure
 
-    def _run(self, problem: Problem, name: str, x: mx.array, ids, scores: mx.array) -> tuple[mx.array, float]:
-        tuned = choices.choose(problem).config
-        if tuned.kernel_name.removesuffix("_fp32acc") == name.removesuffix("_fp32acc"):
-            config = replace(tuned, kernel_name=name)
-        else:
-            config = kernels.config_for(problem, name)
-        config = replace(config, use_fp32_acc=self.use_fp32_acc)
+    def _run(self, problem: Problem, config: KernelConfig, x: mx.array, ids, scores: mx.array) -> tuple[mx.array, float]:
         mx.eval([a for a in (x, ids, scores) if isinstance(a, mx.array)])
         if (problem, config) not in self._warm:
             # Compiling a kernel is no latency of the call: the first one runs twice.

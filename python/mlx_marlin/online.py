@@ -9,7 +9,7 @@ import time
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import choices, kernels, ops
+from . import choices, kernels, ops, selftest
 from .evidence import MIN_SAMPLES, Ledger
 from .kernels import KernelConfig, Problem
 from .layers import TrellisLinear, TrellisSwitchGLU
@@ -27,10 +27,10 @@ class _Contest:
 
     def __init__(self, problem: Problem):
         self.problem = problem
-        self.base = choices.from_profile(problem).config
+        self.base = selftest.select(problem, traced=False)[0].config
         names = [kernels.make_name(variant) for variant in kernels.VARIANTS]
-        configs = [self.base, kernels.default(problem), *(kernels.config_for(problem, name) for name in names)]
-        self.candidates = list(dict.fromkeys(configs))
+        configs = [self.base, kernels.default(problem), *choices.by_name(problem, names).values()]
+        self.candidates = [c for c in dict.fromkeys(configs) if selftest.fault(problem, c) is None]
         self.leader = self.base
         self.ledger = Ledger(_HISTORY_LEN, SWITCH_LEVEL)
         self._warm: set[KernelConfig] = set()
@@ -64,7 +64,8 @@ class _Contest:
             return False
         gain = 1.0 - means[self.leader] / means[before]
         reason = f"measured in use: {gain:.0%} faster than {before.kernel_name} when it took over"
-        choices.set_feedback(self.problem, None if self.leader == self.base else self.leader, reason)
+        untaught = self.leader == choices.from_profile(self.problem).config
+        choices.set_feedback(self.problem, None if untaught else self.leader, reason)
         return True
 
     def _hopeless(self, config: KernelConfig) -> bool:

@@ -26,7 +26,7 @@ from .device import fingerprint
 from .kernels import KernelConfig, Problem
 from .weights import ExpertBank, TrellisWeight
 
-__all__ = ["SelfTest", "select"]
+__all__ = ["SelfTest", "fault", "select"]
 
 _log = logging.getLogger("mlx_marlin")
 
@@ -251,6 +251,11 @@ class SelfTest:
 @lru_cache(maxsize=1)
 def _gpu() -> SelfTest:
     return SelfTest()
+
+
+def fault(problem: Problem, config: KernelConfig) -> str | None:
+    """What is wrong with a config on this machine, or ``None``. On the CPU nothing is tested."""
+    return _gpu().fault(problem, config) if problem.device == "gpu" else None
 
 
 def select(problem: Problem, traced: bool) -> tuple[Choice, bool]:
