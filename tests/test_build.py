@@ -104,6 +104,7 @@ ORDER = [
     "trial",
     "progress",
     "autotune",
+    "plot",
     "tuning_run",
     "tune_cli",
     "convert_cli",
