@@ -167,7 +167,7 @@ def test_equal_keeps_the_default_at_three_percent_noise():
 
 
 def test_many_equals_keep_the_default():
-    assert share(outcomes([1.0] * 40, 0.03), 0) >= 0.99
+    assert share(outcomes([1.0] * 20, 0.03, count=50), 0) == 1.0
 
 
 @pytest.mark.parametrize("slower", [1.05, 1.1, 1.3])
@@ -243,6 +243,46 @@ def test_drifting_machine_does_not_mislead():
 
         wrong += race({0: lambda: clock(1.0), 1: lambda: clock(1.05)}, 0, Rules(seed=seed)).winner != 0
     assert wrong <= 1
+
+
+@pytest.mark.parametrize("candidates", [2, 3, 12])
+def test_without_drift_keeps_means_and_variances(candidates):
+    rng = np.random.default_rng(candidates)
+    drift = np.exp(np.cumsum(rng.normal(0.0, 0.2, 4000)))
+    own = np.exp(rng.normal(0.0, 0.05, (candidates, 4000)))
+    steady = measure.without_drift({i: (0.9**i * drift * own[i]).tolist() for i in range(candidates)})
+    for i in range(candidates):
+        logs = np.log(steady[i])
+        assert logs.std() == pytest.approx(0.05, rel=0.15)
+        if i:
+            assert logs.mean() - np.log(steady[0]).mean() == pytest.approx(i * math.log(0.9), abs=0.005)
+
+
+def test_a_wildly_drifting_machine_still_decides():
+    # A random walk of 3 % per call: the drift over a race is several times the difference that is to be found.
+    def result(mean, seed):
+        rng, world = random.Random(seed), [1.0]
+
+        def clock(mean):
+            world[0] *= math.exp(rng.gauss(0.0, 0.03))
+            return mean * world[0] * math.exp(rng.gauss(0.0, 0.02))
+
+        clocks = {i: lambda m=m: clock(m) for i, m in enumerate((1.0, mean, 1.1, 1.2))}
+        return race(clocks, 0, Rules(seed=seed)).winner
+
+    wins = [sum(result(mean, seed) == 1 for seed in range(RUNS)) for mean in (0.9, 1.0, 1.1)]
+    assert wins[0] >= 95 and wins[1] <= 1 and wins[2] == 0
+
+
+def test_false_alarms_stay_below_alpha():
+    # One stage, no margin, two equal candidates: the rate of the test itself.
+    rejected = 0
+    for seed in range(400):
+        rng = random.Random(seed)
+        samples = {key: [math.exp(rng.gauss(0.0, 0.1)) for _ in range(20)] for key in "ab"}
+        steady = measure.without_drift(samples)
+        rejected += measure.p_faster(steady["a"], steady["b"]) < 0.05
+    assert rejected <= 20 + 3 * 4.4  # 5 % of 400, 3 standard deviations
 
 
 def test_hopeless_candidates_leave_early():

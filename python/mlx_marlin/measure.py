@@ -179,6 +179,29 @@ def spread(times: Sequence[float]) -> float:
     return (high - low) / middle
 
 
+def without_drift(times: Mapping[Hashable, Sequence[float]]) -> dict[Hashable, list[float]]:
+    """Interleaved times with what all candidates of a round share taken out.
+
+    A machine that gets slower slows all candidates of a round alike. The median of a round's deviations from the
+    candidates' own medians is that common part. Taking out an estimate from k candidates also takes out a k-th of each
+    one's own noise, so the deviations are scaled by sqrt(k / (k - 1)): Welch's test then sees the true variance.
+
+    Args:
+        times: Positive times per candidate; the i-th of each is from round i.
+    """
+    logs = {key: _logs(values) for key, values in times.items()}
+    centers = {key: statistics.median(values) for key, values in logs.items()}
+    steady: dict[Hashable, list[float]] = {key: [] for key in logs}
+    for i in range(max(map(len, logs.values()), default=0)):
+        deviations = {key: values[i] - centers[key] for key, values in logs.items() if len(values) > i}
+        k = len(deviations)
+        common = statistics.median(deviations.values()) if k > 1 else 0.0
+        scale = math.sqrt(k / (k - 1)) if k > 1 else 1.0
+        for key, deviation in deviations.items():
+            steady[key].append(math.exp(centers[key] + scale * (deviation - common)))
+    return steady
+
+
 # The clock
 
 

@@ -1,7 +1,7 @@
 """A race between clocks: which candidate replaces the incumbent. Knows callables, not kernels.
 
-A challenger wins only on evidence: Welch's test with a margin, Holm's correction over all challengers, and the same
-test once more on fresh samples, because the winner was picked on lucky ones.
+A challenger wins only on evidence: Welch's test with a margin on times freed of the machine's drift, Holm's correction
+over all challengers, and the same test once more on fresh samples, because the winner was picked on lucky ones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
-from .measure import Comparison, compare, holm, p_faster
+from .measure import Comparison, compare, holm, p_faster, without_drift
 
 # Slower than the best median by these factors after 1, 2 and from 3 rounds on: hopeless. They shrink as noise averages out.
 HOPELESS = (2.0, 1.5, 1.25)
@@ -55,7 +55,7 @@ class Race:
         winner: The incumbent, or the challenger that beat it.
         decision: ``"faster"``, ``"default"`` (no challenger is faster by the margin) or ``"undecided"`` (the noise does
             not tell); the latter two keep the incumbent.
-        comparison: Winner against incumbent, on the fresh samples.
+        comparison: Winner against incumbent, on the fresh samples, freed of drift.
         samples: Seconds per candidate, before picking.
         fresh: Seconds of the incumbent and the finalists, after picking; empty if there was nothing to confirm.
         failures: Reason per candidate that raised.
@@ -102,15 +102,16 @@ def race(
     result = Race(incumbent, failures=table.failures)
     table.warm_up()
     result.samples = table.run(list(table.clocks), rules.rounds, eliminate=True)
-    passed = table.significant(result.samples, tests=len(candidates) - 1)
+    steady = without_drift(result.samples)
+    passed = table.significant(steady, tests=len(candidates) - 1)
     if passed:
-        result.fresh = table.run([incumbent, *table.finalists(passed, result.samples)], rules.rounds, eliminate=False)
-        confirmed = table.significant(result.fresh, tests=len(result.fresh) - 1)
+        result.fresh = table.run([incumbent, *table.finalists(passed, steady)], rules.rounds, eliminate=False)
+        fresh = without_drift(result.fresh)
+        confirmed = table.significant(fresh, tests=len(fresh) - 1)
         if confirmed:
-            result.winner, result.decision = table.first_of_best(confirmed, result.fresh), "faster"
-    if result.winner != incumbent:
-        result.comparison = compare(result.fresh[result.winner], result.fresh[incumbent], rules.margin)
-    elif table.possibly_faster(result.samples):
+            result.winner, result.decision = table.first_of_best(confirmed, fresh), "faster"
+            result.comparison = compare(fresh[result.winner], fresh[incumbent], rules.margin)
+    if result.winner == incumbent and table.possibly_faster(steady):
         result.decision = "undecided"
     return result
 
@@ -171,6 +172,7 @@ class _Table:
 
     def _survivors(self, active: list, times: dict, rounds: int) -> list:
         limit = HOPELESS[min(rounds, len(HOPELESS)) - 1]
+        times = without_drift(times)
         medians = {key: statistics.median(times[key]) for key in active}
         best = min(medians, key=medians.get)
 

@@ -179,7 +179,10 @@ class Run:
         for i, (_, entry, now, default) in enumerate(measured):
             p_values[i, "slower than it was"] = _p_slower(now, entry.samples, tolerance)
             if entry.config != entry.default:
-                p_values[i, "slower than the default"] = measure.p_faster(default, now, self.rules.margin)
+                steady = measure.without_drift({"now": now, "default": default})
+                p_values[i, "slower than the default"] = measure.p_faster(
+                    steady["default"], steady["now"], self.rules.margin
+                )
         significant = measure.holm(p_values, CHECK_ALPHA)
         return [
             Finding(
