@@ -31,7 +31,7 @@ from .writer import MARKERS, assemble, stored_tensors
 _MEASURED_TILES = 16
 # Candidate widths reach this far below and above the budget.
 _BELOW, _ABOVE = 2, 3
-CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 128, 256
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 96, 256
 _BATCH = 8  # windows per call of a layer
 
 

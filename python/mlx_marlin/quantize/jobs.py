@@ -86,16 +86,12 @@ def layer_jobs(model: LayeredModel, index: int, taps: Taps, source: Source, hidd
 
 
 def _linear_job(name: str, tap: LinearTap, effect: float) -> Job:
-    linear = tap.linear
-
     def install(weight, bias):
-        linear.weight = mx.array(weight.T)
+        tap.weight = weight
         if bias is not None:
-            linear.bias = mx.array(bias)
+            tap.bias = bias
 
-    bias = np.array(linear.bias.astype(mx.float32)) if "bias" in linear else None
-    rows, columns = linear.weight.shape[::-1]
-    return Job(name, name, lambda: np.array(linear.weight).T, bias, (rows, columns), tap.hessian.mean(), effect, install)
+    return Job(name, name, lambda: tap.weight, tap.bias, tap.weight.shape, tap.hessian.mean(), effect, install)
 
 
 def _linear_effect(model: LayeredModel, index: int, tap: LinearTap, hidden, seed) -> float:

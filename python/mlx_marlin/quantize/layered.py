@@ -28,23 +28,28 @@ class _Recorder:
 
 
 class LinearTap:
-    """Stands in for an ``nn.Linear``: accumulates the Hessian of its input, optionally disturbs its output."""
+    """Stands in for an ``nn.Linear``: accumulates the Hessian of its input, optionally disturbs its output.
+
+    It multiplies in NumPy, where its rows are needed anyway: MLX's matmul on the CPU is a reference BLAS.
+    """
 
     def __init__(self, linear: nn.Linear, name: str):
         self.linear, self.name, self.hessian, self.noise = linear, name, None, None
         self.recording = False
+        self.weight = np.ascontiguousarray(np.array(linear.weight).T)
+        self.bias = np.array(linear.bias) if "bias" in linear else None
 
     def __call__(self, x):
+        rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
         if self.recording:
-            rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
             if self.hessian is None:
                 self.hessian = Hessian(x.shape[-1])
             self.hessian.add(rows)
-        y = self.linear(x)
+        y = rows @ self.weight
+        if self.bias is not None:
+            y += self.bias
+        y = mx.array(y.reshape(*x.shape[:-1], -1)).astype(x.dtype)
         return y if self.noise is None else y + self.noise(y)
-
-    def __getattr__(self, name):
-        return getattr(self.linear, name)
 
 
 @dataclass
