@@ -398,6 +398,20 @@ def gemma3() -> Checkpoint:
     return c
 
 
+def gemma2() -> Checkpoint:
+    """A model without a head of its own: mlx-lm always uses the embeddings, EXL3 has a head all the same."""
+    c = Checkpoint({"model_type": "gemma2", "tie_word_embeddings": True, "query_pre_attn_scalar": 64,
+                    "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0})  # fmt: skip
+    c.ends(norm_mean=0.0)
+    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}"
+        c.block_norms(layer, 0.0, norms)
+        c.attention(layer)
+        c.gated_mlp(f"{layer}.mlp")
+    return c
+
+
 ARCHITECTURES = {
     make.__name__: make
     for make in (

@@ -33,3 +33,13 @@ def test_logits_equal_those_of_the_dequantized_weights(name, tmp_path):
     dropped = [name for name in checkpoint.bits if name.startswith("mtp.")]
     assert kinds.count(TrellisLinear) == len(checkpoint.bits) - len(experts) - len(dropped)
     assert kinds.count(TrellisSwitchGLU) == len(experts) // (3 * checkpoints.EXPERTS)
+
+
+def test_the_head_of_a_model_that_mlx_lm_always_ties(tmp_path):
+    checkpoint = checkpoints.gemma2()
+    model, _ = load_exl3_model(checkpoint.write(tmp_path / "exl3"))
+    head = checkpoint.dense.pop("lm_head.weight")
+    dense, _ = mlx_lm_utils.load_model(checkpoint.write_dense(tmp_path / "dense"))
+    dense.set_dtype(mx.float32)
+    dense.model.embed_tokens.as_linear = lambda x: x @ head.T
+    assert_same(logits(model), logits(dense))

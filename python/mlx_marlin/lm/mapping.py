@@ -9,7 +9,7 @@ which linear ended where. Nothing of the weights is read meanwhile.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -50,12 +50,14 @@ class Mapping:
     Attributes:
         linears: Source of each quantized ``nn.Linear``, by its path in the model.
         experts: Sources of each quantized ``SwitchGLU``: path -> projection -> one source per expert.
+        heads: Source of the output head, by the path of the embeddings that the model would use instead.
         dense: All other parameters of the model, lazy, by path.
     """
 
-    linears: dict[str, LinearSource]
-    experts: dict[str, dict[str, list[LinearSource]]]
-    dense: dict[str, mx.array]
+    linears: dict[str, LinearSource] = field(default_factory=dict)
+    experts: dict[str, dict[str, list[LinearSource]]] = field(default_factory=dict)
+    heads: dict[str, LinearSource] = field(default_factory=dict)
+    dense: dict[str, mx.array] = field(default_factory=dict)
 
 
 class _Placeholders:
@@ -184,14 +186,15 @@ def map_weights(model: nn.Module, loader: TrellisModelLoader) -> Mapping:
     placeholders = _Placeholders(loader)
     weights = sanitize(model, loader, placeholders)
     modules = dict(model.named_modules())
-    mapping = Mapping({}, {}, {})
+    mapping = Mapping()
     for key, value in weights.items():
         if not isinstance(value, mx.array):
             raise ValueError(f"{loader.directory}: mlx-lm makes a {type(value).__name__} of {key}")
-        if value.dtype == mx.uint64:
+        if value.dtype == mx.uint64 and not _is_head(key, modules):
             _place(mapping, placeholders, modules, key, np.array(value))
-        else:
+        elif value.dtype != mx.uint64:
             mapping.dense[key] = value
+    _place_head(mapping, placeholders, modules)
     _check_complete(model, loader, mapping)
     return mapping
 
@@ -217,6 +220,31 @@ def _place(mapping: Mapping, placeholders: _Placeholders, modules: dict, key: st
     else:
         raise ValueError(f"{where}, a {type(module).__name__} that needs a dense weight")
     _check_inputs_and_bias(placeholders, sources, module, key)
+
+
+def _is_head(key: str, modules: dict) -> bool:
+    """Whether this is a head that the model does not have, because it always uses its embeddings."""
+    path = key.removesuffix(".weight")
+    return f".{path}".endswith(".lm_head") and path not in modules
+
+
+def _place_head(mapping: Mapping, placeholders: _Placeholders, modules: dict) -> None:
+    """EXL3 has a quantized head even where the model ties it to the embeddings; it must not be dropped."""
+    used = {source.linear.name for source in mapping.linears.values()}
+    heads = [linear for linear in placeholders.linears if f".{linear.name}".endswith(".lm_head") and linear.name not in used]
+    if not heads:
+        return
+    head, paths = heads[0], [p for p, m in modules.items() if f".{p}".endswith(".embed_tokens") and isinstance(m, nn.Embedding)]
+    if len(heads) > 1 or len(paths) != 1:
+        raise ValueError(f"{placeholders.directory}: {head.name} is quantized, but the model has neither a head nor tied embeddings")
+    vocabulary, hidden = modules[paths[0]].weight.shape
+    for padded, logical in zip(head.padded_shape, (hidden, vocabulary)):
+        if not padded - HADAMARD_SIZE < logical <= padded:
+            raise ValueError(
+                f"{placeholders.directory}: {head.name} is a {list(head.padded_shape)} matrix, but the model wants "
+                f"[{hidden}, {vocabulary}]"
+            )
+    mapping.heads[paths[0]] = LinearSource(head, None)
 
 
 def _check_inputs_and_bias(placeholders: _Placeholders, sources: list[LinearSource], module: nn.Module, key: str) -> None:

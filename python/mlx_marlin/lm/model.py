@@ -36,6 +36,23 @@ _LAYER = re.compile(r"(?:^|.*?\.)layers\.\d+(?=\.)")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 
+class EmbeddingWithHead(nn.Embedding):
+    """Embeddings of a model that has no head of its own, with the one of the checkpoint.
+
+    Args:
+        embedding: The embeddings.
+        head: What :meth:`as_linear` applies instead of their transpose.
+    """
+
+    def __init__(self, embedding: nn.Embedding, head: TrellisLinear):
+        nn.Module.__init__(self)
+        self.weight = embedding.weight
+        self.head = head
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self.head(x)
+
+
 def is_exl3(model_path: Path) -> bool:
     """Whether a directory says, in its config.json, that it is quantized with EXL3, or holds a trellis tensor."""
     try:
@@ -207,6 +224,10 @@ def fill(
     dense = cast_dense(model, present, dtype)
     del present
     model.load_weights(list(dense.items()), strict=False)
+    for path, source in mapping.heads.items():
+        embedding = module_at(model, path)
+        head = TrellisLinear(load_source(source, *reversed(embedding.weight.shape)))
+        replace_module(model, path, EmbeddingWithHead(embedding, head))
     groups = groups_of((*dense, *mapping.linears, *mapping.experts))
     for done, group in enumerate(groups, 1):
         for path in group:
