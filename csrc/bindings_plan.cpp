@@ -71,9 +71,10 @@ void bind_plan(nb::module_& m) {
          int out_features,
          int x_divisor,
          bool gathered,
+         bool transposed,
          const KernelConfig& config) {
         return to_python(
-            plan_linear({in_features, out_features, x_divisor, gathered, false, stack, config}, rows, dtype));
+            plan_linear({in_features, out_features, x_divisor, gathered, transposed, stack, config}, rows, dtype));
       },
       "rows"_a,
       "dtype"_a,
@@ -82,6 +83,7 @@ void bind_plan(nb::module_& m) {
       "out_features"_a,
       "x_divisor"_a,
       "gathered"_a,
+      "transposed"_a,
       "config"_a,
       "The Metal dispatches of a trellis_linear. See mlx_marlin.plan.");
 

@@ -34,7 +34,8 @@
   X(18, bool, weighted)       /* scores are given */                               \
   X(19, bool, to_slots)       /* the product's rows go to scratch, not to y */     \
   X(20, bool, to_y)           /* the product's rows are rows of y */               \
-  X(21, bool, paired)         /* gate and up, not one weight */
+  X(21, bool, paired)         /* gate and up, not one weight */                   \
+  X(22, bool, transposed)     /* rows times W^T: k and n change places */
 
 // A run of positions of one expert, at most as many as a tile has rows. expert == experts: the indices
 // were out of range. count == 0: unused.

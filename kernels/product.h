@@ -157,6 +157,81 @@ struct RowProduct {
   }
 };
 
+// The same with W^T: the depth runs along a tile's columns and the sums along its rows. Lane l sums the four rows that
+// it holds over columns l / 4 and l / 4 + 8.
+template <int R, int T, typename X>
+struct TransposedProduct {
+  device const ushort* codes;
+  uint first_tile;  // row of tiles
+  uint depth;       // tiles in a row of tiles
+  X x;
+  uint row_stride;
+  uint last_row;
+  uint k_begin;
+  uint k_end;
+  ushort lane;
+  uint zero;
+  float4 sums[R][T];
+
+  template <int K, int Codebook>
+  METAL_FUNC void run() {
+    constexpr uint tile_size = 16 * K;
+    const uint column = lane / 4;
+    for (uint k = k_begin; k < k_end; ++k) {
+      float2 v[R];
+      MARLIN_UNROLL
+      for (int r = 0; r < R; ++r) {
+        // In tile order columns {c, c + 1, c + 8, c + 9} of an even c are neighbours.
+        const float4 four = x[min(uint(r), last_row) * row_stride + k * 4 + column / 2];
+        v[r] = column % 2 ? four.yw : four.xz;
+      }
+      MARLIN_UNROLL
+      for (int t = 0; t < T; ++t) {
+        device const ushort* tile = codes + (ulong(first_tile + t) * depth + k) * tile_size;
+        const LaneWeights w = decode_lane<K, Codebook>(tile, lane, zero);
+        MARLIN_UNROLL
+        for (int r = 0; r < R; ++r) {
+          MARLIN_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            sums[r][t][j] = fma(float(w.value[j]), v[r].x, sums[r][t][j]);
+            sums[r][t][j] = fma(float(w.value[4 + j]), v[r].y, sums[r][t][j]);
+          }
+        }
+      }
+    }
+  }
+
+  METAL_FUNC void clear() {
+    MARLIN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MARLIN_UNROLL
+      for (int t = 0; t < T; ++t) {
+        sums[r][t] = float4(0.0f);
+      }
+    }
+  }
+
+  // Adds the eight lanes that hold the same rows and writes the item's sums.
+  METAL_FUNC void store(threadgroup float* out) {
+    MARLIN_UNROLL
+    for (int t = 0; t < T; ++t) {
+      MARLIN_UNROLL
+      for (int r = 0; r < R; ++r) {
+        float4 v = sums[r][t];
+        v += simd_shuffle_xor(v, ushort(4));
+        v += simd_shuffle_xor(v, ushort(8));
+        v += simd_shuffle_xor(v, ushort(16));
+        if (lane < 4) {
+          MARLIN_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            out[(t * MARLIN_TILE + 2 * lane + value_offset(j)) * R + r] = v[j];
+          }
+        }
+      }
+    }
+  }
+};
+
 // M units of 8 rows times T adjacent tiles on the matrix pipe. A lane of an 8x8 matrix holds row f and columns
 // 2 h, 2 h + 1 with f, h from its bits; decoding trellis lane 4 f + h makes its weight pairs the elements of the four
 // blocks of the transposed tile, so that weights go from registers to the multiplier. Result: [column][row].
@@ -313,7 +388,6 @@ METAL_FUNC bool place_item(
   const uint depth = args.k / MARLIN_TILE;
   const uint split = items.k_split(item);
   const uint projection = items.projection(item);
-  product.tiles_per_row = args.n / MARLIN_TILE;
   product.first_tile = column_group * args.column_tiles + items.column_group(item) * (items.columns / MARLIN_TILE);
   product.codes = (device const ushort*)(projection ? operands.weights[1].codes : operands.weights[0].codes);
   product.x = projection ? operands.x[1] : operands.x[0];
@@ -321,10 +395,31 @@ METAL_FUNC bool place_item(
   product.k_end = depth * (split + 1) / items.k_splits;
   product.lane = lane;
   product.zero = args.zero;
-  return product.first_tile < product.tiles_per_row;
+  return product.first_tile < args.n / MARLIN_TILE;
 }
 
-template <int R, int T, int Projections, typename X>
+// What only products of single rows need to know.
+template <int R, int T, typename X>
+METAL_FUNC void place_rows(
+    thread RowProduct<R, T, X>& product,
+    constant MarlinProductArgs& args,
+    uint rows) {
+  product.tiles_per_row = args.n / MARLIN_TILE;
+  product.row_stride = args.k / 4;
+  product.last_row = rows - 1;
+}
+
+template <int R, int T, typename X>
+METAL_FUNC void place_rows(
+    thread TransposedProduct<R, T, X>& product,
+    constant MarlinProductArgs& args,
+    uint rows) {
+  product.depth = args.k / MARLIN_TILE;
+  product.row_stride = args.k / 4;
+  product.last_row = rows - 1;
+}
+
+template <typename Product, int Projections, typename X>
 METAL_FUNC void multiply_rows(
     constant MarlinProductArgs& args,
     const thread Operands<X>& operands,
@@ -336,10 +431,9 @@ METAL_FUNC void multiply_rows(
     uint simdgroups,
     ushort lane) {
   for (uint item = simdgroup; item < items.count(Projections); item += simdgroups) {
-    RowProduct<R, T, X> product;
+    Product product;
     if (place_item(product, args, operands, items, item, column_group, lane)) {
-      product.row_stride = args.k / 4;
-      product.last_row = rows - 1;
+      place_rows(product, args, rows);
       product.clear();
       const uint format = items.projection(item) ? operands.weights[1].format : operands.weights[0].format;
       for_format<1>(product, format, operands.widths, operands.codebooks);
@@ -361,8 +455,18 @@ METAL_FUNC void row_slices(
     uint simdgroups,
     ushort lane,
     const thread Finish& finish_slice) {
-  multiply_rows<R, T, Projections, X>(
-      args, operands, items, rows.count, column_group, sums, simdgroup, simdgroups, lane);
+  bool done = false;
+  if constexpr (Projections == 1) {
+    if (transposed) {
+      multiply_rows<TransposedProduct<R, T, X>, Projections>(
+          args, operands, items, rows.count, column_group, sums, simdgroup, simdgroups, lane);
+      done = true;
+    }
+  }
+  if (!done) {
+    multiply_rows<RowProduct<R, T, X>, Projections>(
+        args, operands, items, rows.count, column_group, sums, simdgroup, simdgroups, lane);
+  }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   finish_slice.slice(0, rows.count);
 }
@@ -379,6 +483,7 @@ METAL_FUNC void matrix_slices(
     ushort lane,
     const thread Finish& finish_slice) {
   MatrixProduct<M, T> product;
+  product.tiles_per_row = args.n / MARLIN_TILE;
   product.unit_stride = args.k * 8;
   product.units = (rows.count + 7) / 8;
   const ushort trellis_lane = MatrixProduct<M, T>::trellis_lane(lane);

@@ -94,22 +94,25 @@ def decode(stack: ops.Stack, expert: int = 0, **simulator) -> np.ndarray:
     return y.view(np.float16).reshape(k, n)
 
 
-def linear(x: mx.array, stack: ops.Stack, config=None, indices=None, x_divisor: int = 1, **simulator) -> np.ndarray:
-    """x [rows, in] -> float32 [rows, out]; with indices, [rows * x_divisor, out]."""
+def linear(
+    x: mx.array, stack: ops.Stack, config=None, indices=None, x_divisor: int = 1, transposed: bool = False, **simulator
+) -> np.ndarray:
+    """x [rows, in] -> float32 [rows, out]; with indices, [rows * x_divisor, out]; transposed, [rows, out] -> [rows, in]."""
     source = stack.source
     slots = x.shape[0] * x_divisor
     problem = ops.linear_problem(source, slots, x.dtype, "gpu")
     native = ops.resolve("test", problem, config)
     plan = _ext.plan_linear(
         x.shape[0], kernels.DTYPES.index(problem.dtype), stack.info, source.in_features, source.out_features, x_divisor,
-        indices is not None, native,
+        indices is not None, transposed, native,
     )
     inputs = {"x": _to_numpy(x), **stack_arrays("weight", stack)}
     if indices is not None:
         inputs["indices"] = np.asarray(indices, np.uint32)
     size = 4 if problem.dtype == "float32" else 2
-    y, _ = execute(plan, inputs, slots * source.out_features * size, **simulator)
-    return _rows(y, problem.dtype, (slots, source.out_features))
+    columns = source.in_features if transposed else source.out_features
+    y, _ = execute(plan, inputs, slots * columns * size, **simulator)
+    return _rows(y, problem.dtype, (slots, columns))
 
 
 def swiglu(

@@ -163,6 +163,23 @@ def test_gathered_linear(tiles):
     assert cases.row_error(y, expected) <= cases.TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize("bits", [2, 5])
+@pytest.mark.parametrize("dims", ["padded", "narrow"])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_transposed_linear(bits, dims, gathered):
+    """What the gradient with respect to x needs."""
+    rng = np.random.default_rng(bits)
+    case = cases.Case(bits, "mcg", "float32", 6, dims, "silu", mix="both" if gathered else "uniform")
+    bank = case.experts()["up"] if gathered else case.experts()["up"][:1]
+    stack = ops.prepare(ExpertStack.of("up", bank))
+    cotangent = cases.random_rows(rng, 6, stack.source.out_features)
+    indices = rng.integers(0, len(bank), 6)
+    y = metal.linear(cotangent, stack, None, indices if gathered else None, transposed=True)
+    dense = [codec.dequantize(w).astype(np.float64) for w in bank]
+    expected = np.stack([np.array(cotangent)[r].astype(np.float64) @ dense[e].T for r, e in enumerate(indices)])
+    assert cases.row_error(y, expected) <= cases.TOLERANCE["float32"]
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 @pytest.mark.parametrize("tiles", [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 16, 128, 16)], ids=str)
 def test_magnitudes_that_half_cannot_hold(tiles, scale):

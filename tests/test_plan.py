@@ -141,7 +141,7 @@ def test_feasible_is_what_the_plan_accepts(problem):
         def make():
             if problem.kind == "linear":
                 return ops._ext.plan_linear(
-                    problem.rows, 0, info, problem.hidden, problem.intermediate, 1, False, native)
+                    problem.rows, 0, info, problem.hidden, problem.intermediate, 1, False, False, native)
             return ops._ext.plan_swiglu(
                 problem.rows, problem.top_k, 0, info, info, back, problem.hidden, 0, 1.0, 1.0, False, native)
 

@@ -1,7 +1,7 @@
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "args.h"
 #include "plan.h"
@@ -41,40 +41,41 @@ void check_route(const Pass& pass) {
 } // namespace
 
 Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
+  Weights weights{"weight", call.stack, call.transposed};
+  KernelConfig config = call.config;
   if (call.transposed) {
-    throw std::invalid_argument(
-        "[trellis_linear] there is no Metal kernel for the gradient with respect to x; compute it on a CPU stream.");
+    std::swap(weights.info.k, weights.info.n);
+    config = {Variant::prefill4, 4, 128, config.simdgroups, true};  // the matrix kernels do not transpose
   }
-  const Tiling tiling = make_tiling(call.config, 1, call.stack.k, call.stack.n);
-  const bool routed = call.gathered && (tiling.rows > 1 || tiling.matrix);
+  const StackInfo& info = weights.info;
+  const Tiling tiling = make_tiling(config, 1, info.k, info.n);
   Pass pass{};
   pass.dtype = dtype;
   pass.slots_per_row = static_cast<uint32_t>(call.gathered ? call.x_divisor : 1);
-  pass.experts = static_cast<uint32_t>(call.stack.experts);
+  pass.experts = static_cast<uint32_t>(info.experts);
   pass.indexed = call.gathered;
-  pass.routed = routed;
+  pass.routed = call.gathered && tiling.rows > 1;
   pass.matrix = tiling.matrix;
   pass.tile_rows = static_cast<uint32_t>(tiling.rows);
-  if (routed) {
+  if (pass.routed) {
     check_route(pass);
   }
-  const Weights weights{"weight", call.stack};
-  const bool rotated = !rotates_itself(call.config, tiling, 1, call.stack.k);
+  const bool rotated = !rotates_itself(config, tiling, 1, info.k);
   const bool raw = !tiling.whole_blocks();
-  const uint64_t row_bytes = pass.slots_per_row * 4ull * (rotated * call.stack.k + raw * call.stack.n + 1);
+  const uint32_t in_columns = static_cast<uint32_t>(call.x_size());
+  const uint32_t out_columns = static_cast<uint32_t>(call.y_size());
+  const uint64_t row_bytes = pass.slots_per_row * 4ull * (rotated * info.k + raw * info.n + 1);
   Plan plan;
   for_passes(pass, rows, row_bytes, [&](const Pass& p) {
-    if (routed) {
+    if (p.routed) {
       add_route(plan, p);
     }
     if (rotated) {
-      add_rotate(plan, p, &weights, nullptr, call.in_features);
+      add_rotate(plan, p, &weights, nullptr, in_columns);
     }
-    LinearStage stage{weights, tiling, uint32_t(call.in_features), uint32_t(call.out_features),
-                      rotated ? "rotated" : "", raw, !raw};
-    add_linear(plan, p, stage);
+    add_linear(plan, p, {weights, tiling, in_columns, out_columns, rotated ? "rotated" : "", raw, !raw});
     if (raw) {
-      add_combine(plan, p, {weights, uint32_t(call.out_features), 1, true, false});
+      add_combine(plan, p, {weights, out_columns, 1, true, false});
     }
   });
   return plan;
@@ -83,7 +84,7 @@ Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
 Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
   const Tiling tiling = make_tiling(call.config, 2, call.gate.k, call.gate.n);
   const Tiling down_tiling = make_tiling(call.config, 1, call.down.k, call.down.n);
-  const bool routed = tiling.rows > 1 || tiling.matrix;
+  const bool routed = tiling.rows > 1;
   Pass pass{};
   pass.dtype = dtype;
   pass.slots_per_row = static_cast<uint32_t>(top_k);

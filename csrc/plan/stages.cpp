@@ -70,11 +70,11 @@ class Builder {
   }
 
   Builder& suh(int slot, const Weights& w) {
-    return read(slot, w.name + ".suh", static_cast<uint64_t>(w.info.experts) * w.info.k * 2);
+    return read(slot, w.name + (w.transposed ? ".svh" : ".suh"), static_cast<uint64_t>(w.info.experts) * w.info.k * 2);
   }
 
   Builder& svh(int slot, const Weights& w) {
-    return read(slot, w.name + ".svh", static_cast<uint64_t>(w.info.experts) * w.info.n * 2);
+    return read(slot, w.name + (w.transposed ? ".suh" : ".svh"), static_cast<uint64_t>(w.info.experts) * w.info.n * 2);
   }
 
   Builder& bias(int slot, const Weights& w) {
@@ -316,6 +316,7 @@ void add_linear(Plan& plan, const Pass& pass, const LinearStage& stage) {
       .constant("fused_epilogue", !stage.raw)
       .constant("raw_output", stage.raw)
       .constant("to_y", stage.to_y)
+      .constant("transposed", stage.weights.transposed)
       .constant("to_slots", !stage.to_y)
       .codes(6, stage.weights);
   if (rotates) {

@@ -13,6 +13,7 @@ namespace mlx_marlin {
 struct Weights {
   std::string name;  // "gate", "up", "down"; "weight" for a linear
   StackInfo info;
+  bool transposed = false;  // W^T: k and n of the info have changed places, and so have suh and svh
 };
 
 // The rows of x and y that one pass over the stages covers, and how their slots find their experts.

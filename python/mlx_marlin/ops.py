@@ -445,7 +445,8 @@ def plan(problem: Problem, config: KernelConfig | str | None = None, *, alpha: f
 
     if problem.kind == "linear":
         return _ext.plan_linear(
-            problem.rows, dtype, stack(0, k, n), problem.hidden, problem.intermediate, 1, False, native
+            problem.rows, dtype, stack(0, k, n), problem.hidden, problem.intermediate, 1, False, False,
+            native,
         )
     return _ext.plan_swiglu(
         problem.rows, problem.top_k, dtype, stack(0, k, n), stack(1, k, n), stack(2, n, k), problem.hidden,
