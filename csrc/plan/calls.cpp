@@ -11,7 +11,7 @@ namespace mlx_marlin {
 
 namespace {
 
-// Rows are taken in passes whose scratch stays below this; 2048 tokens of a layer with 8 slots of 2 x 2048 floats.
+// Rows are taken in passes whose scratch stays below this: about 1200 tokens of Qwen3-30B-A3B.
 constexpr uint64_t kScratchBytes = 1ull << 28;
 
 // A pass is a multiple of this many rows, so that no pass but the last leaves a row tile incomplete.
@@ -26,7 +26,8 @@ void for_passes(Pass pass, int64_t rows, uint64_t bytes_per_row, const AddPass& 
   const uint64_t step = rows_per_pass(bytes_per_row);
   for (uint64_t first = 0; first < static_cast<uint64_t>(rows); first += step) {
     pass.first_row = first;
-    pass.rows = static_cast<uint32_t>(std::min<uint64_t>(step, static_cast<uint64_t>(rows) - first));
+    const uint64_t left = static_cast<uint64_t>(rows) - first;
+    pass.rows = static_cast<uint32_t>(std::min(step, left));
     add_pass(pass);
   }
 }
@@ -34,7 +35,8 @@ void for_passes(Pass pass, int64_t rows, uint64_t bytes_per_row, const AddPass& 
 void check_route(const Pass& pass) {
   if ((pass.buckets() * 4ull + 1) * 4 > kMaxThreadgroupBytes) {
     throw std::invalid_argument(
-        "[plan] " + std::to_string(pass.experts) + " experts are too many to be sorted in threadgroup memory.");
+        "[plan] " + std::to_string(pass.experts) +
+        " experts are too many to be sorted in threadgroup memory.");
   }
 }
 
@@ -73,7 +75,8 @@ Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
     if (rotated) {
       add_rotate(plan, p, &weights, nullptr, in_columns);
     }
-    add_linear(plan, p, {weights, tiling, in_columns, out_columns, rotated ? "rotated" : "", raw, !raw});
+    const char* input = rotated ? "rotated" : "";
+    add_linear(plan, p, {weights, tiling, in_columns, out_columns, input, raw, !raw});
     if (raw) {
       add_combine(plan, p, {weights, out_columns, 1, true, false});
     }
@@ -103,8 +106,9 @@ Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
   const bool raw = !tiling.whole_blocks();
   const bool to_slots = raw || call.combine;
   const uint32_t hidden = static_cast<uint32_t>(call.hidden);
-  const uint64_t row_bytes = pass.slots_per_row * 4ull *
-      (2ull * rotated * call.gate.k + (raw ? 3ull : 1ull) * call.gate.n + (to_slots ? call.down.n : 0));
+  const uint64_t slot_floats = 2ull * rotated * call.gate.k + (raw ? 3ull : 1ull) * call.gate.n +
+      (to_slots ? call.down.n : 0);
+  const uint64_t row_bytes = pass.slots_per_row * 4ull * slot_floats;
   Plan plan;
   for_passes(pass, rows, row_bytes, [&](const Pass& p) {
     if (routed) {
@@ -117,7 +121,8 @@ Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
     if (raw) {
       add_activate(plan, p, call);
     }
-    add_linear(plan, p, {down, down_tiling, uint32_t(call.down.k), hidden, "activated", raw, !to_slots});
+    const uint32_t inter = static_cast<uint32_t>(call.down.k);
+    add_linear(plan, p, {down, down_tiling, inter, hidden, "activated", raw, !to_slots});
     if (to_slots) {
       add_combine(plan, p, {down, hidden, call.combine ? uint32_t(top_k) : 1u, raw, call.combine});
     }

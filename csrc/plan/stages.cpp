@@ -1,10 +1,10 @@
 #include "plan/stages.h"
 
 #include <algorithm>
-#include <type_traits>
 
 #include "args.h"
 #include "format.h"
+#include "plan/builder.h"
 
 namespace mlx_marlin {
 
@@ -13,98 +13,9 @@ namespace {
 // Threads that are not in a product: 8 simdgroups, the usual group size on these GPUs.
 constexpr uint32_t kStageSimdgroups = 8;
 
-uint32_t ceil_div(uint64_t a, uint64_t b) {
-  return static_cast<uint32_t>((a + b - 1) / b);
-}
-
-// Collects a dispatch: constants by name, argument bytes, buffers by slot.
-class Builder {
- public:
-  Builder(std::string kernel, uint32_t simdgroups) {
-    dispatch_.kernel = "trellis_" + std::move(kernel);
-    dispatch_.threads = {simdgroups * MARLIN_SIMD_SIZE, 1, 1};
-    dispatch_.threadgroup_bytes = 0;
-  }
-
-  Builder& grid(uint32_t x, uint32_t y = 1) {
-    dispatch_.grid = {x, y, 1};
-    return *this;
-  }
-
-  Builder& threadgroup_bytes(uint32_t bytes) {
-    dispatch_.threadgroup_bytes = (bytes + 15) / 16 * 16;  // Metal wants multiples of 16
-    return *this;
-  }
-
-  template <class Args>
-  Builder& args(const Args& args) {
-    static_assert(std::is_trivially_copyable_v<Args>);
-    dispatch_.args.assign(reinterpret_cast<const char*>(&args), sizeof(args));
-    return *this;
-  }
-
-  Builder& constant(const char* name, uint32_t value) {
-    dispatch_.constants.push_back({name, value});
-    return *this;
-  }
-
-  Builder& read(int slot, const std::string& name, uint64_t bytes, uint64_t offset = 0) {
-    dispatch_.buffers.push_back({slot, name, offset, bytes, Access::read});
-    return *this;
-  }
-
-  Builder& write(int slot, const std::string& name, uint64_t bytes, uint64_t offset = 0) {
-    dispatch_.buffers.push_back({slot, name, offset, bytes, Access::write});
-    return *this;
-  }
-
-  Builder& codes(int first_slot, const Weights& w) {
-    uint64_t widest = 0;
-    for (uint64_t bits = 1; bits <= MARLIN_MAX_BITS; ++bits) {
-      widest = (w.info.widths >> bits) & 1 ? bits : widest;
-    }
-    const uint64_t experts = static_cast<uint64_t>(w.info.experts);
-    return read(first_slot, w.name + ".codes", experts * w.info.k * w.info.n * widest / 8)
-        .read(first_slot + 1, w.name + ".offsets", experts * 8)
-        .read(first_slot + 2, w.name + ".formats", experts * 4);
-  }
-
-  Builder& suh(int slot, const Weights& w) {
-    return read(slot, w.name + (w.transposed ? ".svh" : ".suh"), static_cast<uint64_t>(w.info.experts) * w.info.k * 2);
-  }
-
-  Builder& svh(int slot, const Weights& w) {
-    return read(slot, w.name + (w.transposed ? ".suh" : ".svh"), static_cast<uint64_t>(w.info.experts) * w.info.n * 2);
-  }
-
-  Builder& bias(int slot, const Weights& w) {
-    return read(slot, w.name + ".bias", static_cast<uint64_t>(w.info.experts) * w.info.n * 4);
-  }
-
-  Builder& x(int slot, const Pass& pass, uint32_t columns) {
-    const uint64_t row = columns * pass.element_size();
-    return read(slot, "x", pass.rows * row, pass.first_row * row);
-  }
-
-  Builder& indices(int slot, const Pass& pass) {
-    return read(slot, "indices", pass.slots() * 4ull, pass.first_slot() * 4);
-  }
-
-  Builder& order(int slot, const Pass& pass) {
-    return read(slot, "order", pass.positions() * 4ull);
-  }
-
-  Dispatch done() {
-    return std::move(dispatch_);
-  }
-
- private:
-  Dispatch dispatch_;
-};
-
 std::string product_name(const char* stem, const Tiling& t) {
-  return std::string(stem) + "<" + std::to_string(t.row_parameter()) + ", " + std::to_string(t.tiles_per_simdgroup) +
-      ", " + (t.matrix ? "true" : "false") + ">";
+  return std::string(stem) + "<" + std::to_string(t.row_parameter()) + ", " +
+      std::to_string(t.tiles_per_simdgroup) + ", " + (t.matrix ? "true" : "false") + ">";
 }
 
 MarlinProductArgs product_args(
@@ -146,7 +57,7 @@ uint32_t Pass::row_tiles() const {
 }
 
 void add_route(Plan& plan, const Pass& pass) {
-  constexpr uint32_t simdgroups = kMaxThreads / MARLIN_SIMD_SIZE / 2;  // M1 and M2 may not have 1024 threads to give
+  constexpr uint32_t simdgroups = kMaxThreads / MARLIN_SIMD_SIZE / 2;  // an M1 may not have all to give
   MarlinRouteArgs args{};
   args.slots = pass.slots();
   args.experts = pass.experts;
@@ -166,7 +77,12 @@ void add_route(Plan& plan, const Pass& pass) {
                .done());
 }
 
-void add_rotate(Plan& plan, const Pass& pass, const Weights* only, const Weights* up, uint32_t columns) {
+void add_rotate(
+    Plan& plan,
+    const Pass& pass,
+    const Weights* only,
+    const Weights* up,
+    uint32_t columns) {
   const int k = only->info.k;
   MarlinRotateArgs args{};
   args.k = static_cast<uint32_t>(k);
@@ -201,7 +117,12 @@ void add_rotate(Plan& plan, const Pass& pass, const Weights* only, const Weights
   plan.add(b.done());
 }
 
-void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Tiling& t, bool rotated) {
+void add_gate_up(
+    Plan& plan,
+    const Pass& pass,
+    const SwigluCall& call,
+    const Tiling& t,
+    bool rotated) {
   const Weights gate{"gate", call.gate};
   const Weights up{"up", call.up};
   const bool fused = t.whole_blocks();
@@ -251,7 +172,8 @@ void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Til
     b.bias(17, up);
   }
   const std::string out = fused ? "activated" : "sums";
-  const uint64_t bytes = fused ? rotated_bytes(pass, call.gate.n) : 2ull * pass.positions() * call.gate.n * 4;
+  const uint64_t bytes =
+      fused ? rotated_bytes(pass, call.gate.n) : 2ull * pass.positions() * call.gate.n * 4;
   b.write(19, out, bytes);
   plan.reserve(out, bytes);
   plan.add(b.done());

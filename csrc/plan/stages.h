@@ -71,8 +71,19 @@ struct CombineStage {
 };
 
 void add_route(Plan& plan, const Pass& pass);
-void add_rotate(Plan& plan, const Pass& pass, const Weights* gate_or_only, const Weights* up, uint32_t columns);
-void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Tiling& tiling, bool rotated);
+// up: null for a single weight.
+void add_rotate(
+    Plan& plan,
+    const Pass& pass,
+    const Weights* gate_or_only,
+    const Weights* up,
+    uint32_t columns);
+void add_gate_up(
+    Plan& plan,
+    const Pass& pass,
+    const SwigluCall& call,
+    const Tiling& tiling,
+    bool rotated);
 void add_activate(Plan& plan, const Pass& pass, const SwigluCall& call);
 void add_linear(Plan& plan, const Pass& pass, const LinearStage& stage);
 void add_combine(Plan& plan, const Pass& pass, const CombineStage& stage);

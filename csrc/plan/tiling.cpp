@@ -43,7 +43,8 @@ int shared_tiles(int rows, int column_tiles) {
   return tiles;
 }
 
-// A simdgroup keeps its sums until the end, so every tile needs a home: 4 sums per lane, tile and 8 rows, at most 64.
+// A simdgroup keeps its sums until the end, so every tile needs a home: 4 sums per lane, tile and
+// 8 rows, at most 64.
 int matrix_tiles(int units, int column_tiles, int projections, int simdgroups) {
   for (int tiles = 1; tiles <= 4 && tiles * units <= 16; tiles *= 2) {
     if (column_tiles % tiles == 0 && projections * column_tiles / tiles <= simdgroups) {
@@ -51,8 +52,9 @@ int matrix_tiles(int units, int column_tiles, int projections, int simdgroups) {
     }
   }
   refuse(
-      std::to_string(simdgroups) + " simdgroups cannot hold the sums of " + std::to_string(units * 8) + " rows and " +
-      std::to_string(projections * column_tiles * 16) + " columns");
+      std::to_string(simdgroups) + " simdgroups cannot hold the sums of " +
+      std::to_string(units * 8) + " rows and " + std::to_string(projections * column_tiles * 16) +
+      " columns");
 }
 
 } // namespace
@@ -62,7 +64,9 @@ Tiling make_tiling(const KernelConfig& config, int projections, int k, int n) {
     refuse("the variant has no tile of " + std::to_string(config.tile_size_m) + " rows");
   }
   if (!legal_columns(config.variant, config.tile_size_n) || config.tile_size_n > n) {
-    refuse("the variant has no tile of " + std::to_string(config.tile_size_n) + " columns for " + std::to_string(n));
+    refuse(
+        "the variant has no tile of " + std::to_string(config.tile_size_n) + " columns for " +
+        std::to_string(n));
   }
   if (config.simdgroups < 4 || config.simdgroups > 16 || config.simdgroups % 4 != 0) {
     refuse("simdgroups must be 4, 8, 12 or 16, got " + std::to_string(config.simdgroups));

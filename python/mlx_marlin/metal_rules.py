@@ -9,12 +9,15 @@ TILE_ROWS = {"decode": (1, 2, 3), "prefill4": (4,), "base": (8, 16), "large_batc
 """Rows per row tile. base and large_batch compute units of 8 rows on simdgroup matrices."""
 
 TILE_COLUMNS = (16, 32, 48, 64, 96, 128, 160, 256)
-"""Columns per threadgroup and projection. Multiples of 128 fuse the output's Hadamard transform into the product."""
+"""Columns per threadgroup and projection. Multiples of 128 fuse the output's Hadamard transform into it."""
 
 SIMDGROUPS = (4, 8, 12, 16)
 
 MAX_EXPERTS = 2046
 """Slots are sorted in 32 KB of threadgroup memory: four words per expert."""
+
+# A 40-core GPU, the widest that is one die, should have a threadgroup per core.
+_FEW_GROUPS = 40
 
 # Sums of a lane: 4 per tile and 8 rows. At 64 a kernel stays near 96 registers, which 512 threads may have.
 _MATRIX_SUMS = 64
@@ -25,32 +28,41 @@ def _padded(size: int) -> int:
 
 
 def infeasible(problem, config) -> str | None:
-    """Why the Metal kernels cannot run a config, or ``None``."""
-    variant = config.kernel_variant
-    if config.tile_size_m not in TILE_ROWS[variant]:
-        return f"a {variant} tile on the GPU has {_either(TILE_ROWS[variant])} rows, got tile_size_m={config.tile_size_m}"
-    columns = (128,) if variant == "large_batch" else TILE_COLUMNS
-    if config.tile_size_n not in columns:
-        return f"a {variant} tile on the GPU has {_either(columns)} columns, got tile_size_n={config.tile_size_n}"
-    narrowest = _padded(problem.intermediate)
-    if problem.kind == "swiglu":
-        narrowest = min(narrowest, _padded(problem.hidden))
-    if config.tile_size_n > narrowest:
-        return f"the narrowest output has {narrowest} columns, got tile_size_n={config.tile_size_n}"
+    """Why the Metal kernels cannot run a config, or ``None``.
+
+    ``use_fp32_acc=False`` is legal and changes nothing: half and float multiply-adds take the same time on M1 to M4.
+    """
+    variant, rows, columns = config.kernel_variant, config.tile_size_m, config.tile_size_n
+    if rows not in TILE_ROWS[variant]:
+        return f"a {variant} tile on the GPU has {_either(TILE_ROWS[variant])} rows, got tile_size_m={rows}"
+    legal = (128,) if variant == "large_batch" else TILE_COLUMNS
+    if columns not in legal:
+        return f"a {variant} tile on the GPU has {_either(legal)} columns, got tile_size_n={columns}"
+    if columns > _narrowest(problem):
+        return f"the narrowest output has {_narrowest(problem)} columns, got tile_size_n={columns}"
     if config.simdgroups not in SIMDGROUPS:
-        return f"a threadgroup on the GPU has {_either(SIMDGROUPS)} simdgroups, got simdgroups={config.simdgroups}"
-    if problem.kind == "swiglu" and config.tile_size_m > 1 and problem.experts > MAX_EXPERTS:
-        return f"slots of more than {MAX_EXPERTS} experts cannot be sorted, the layer has {problem.experts}; use tile_size_m=1"
+        return f"a threadgroup has {_either(SIMDGROUPS)} simdgroups, got simdgroups={config.simdgroups}"
+    if problem.kind == "swiglu" and rows > 1 and problem.experts > MAX_EXPERTS:
+        return (
+            f"the slots of more than {MAX_EXPERTS} experts cannot be sorted and the layer has {problem.experts}; "
+            "use tile_size_m=1"
+        )
     if variant in ("base", "large_batch"):
         return _matrix_infeasible(config, 2 if problem.kind == "swiglu" else 1)
     return None
+
+
+def _narrowest(problem) -> int:
+    outputs = (problem.intermediate, problem.hidden) if problem.kind == "swiglu" else (problem.intermediate,)
+    return min(_padded(size) for size in outputs)
 
 
 def _matrix_infeasible(config, projections: int) -> str | None:
     """A simdgroup keeps its sums until the end, so every column tile needs a simdgroup with room."""
     tiles, units = config.tile_size_n // 16, config.tile_size_m // 8
     for shared in (1, 2, 4):
-        if 4 * shared * units <= _MATRIX_SUMS and tiles % shared == 0 and projections * tiles // shared <= config.simdgroups:
+        fits = 4 * shared * units <= _MATRIX_SUMS and projections * tiles // shared <= config.simdgroups
+        if fits and tiles % shared == 0:
             return None
     return (
         f"{config.simdgroups} simdgroups cannot hold the sums of {config.tile_size_m} rows and "
@@ -61,9 +73,11 @@ def _matrix_infeasible(config, projections: int) -> str | None:
 def default_tiles(problem, variant: str) -> tuple[int, int, int]:
     """(tile_size_m, tile_size_n, simdgroups) that are legal for every problem.
 
-    128 columns and 16 simdgroups: whole Hadamard blocks, and 512 threads whose ranges of k keep a narrow
-    layer's few threadgroups busy.
+    128 columns and 16 simdgroups: whole Hadamard blocks, and 512 threads whose ranges of k keep a narrow layer's few
+    threadgroups busy. A single weight has too few such blocks for a single row.
     """
+    if variant == "decode" and problem.rows * problem.top_k * problem.intermediate < _FEW_GROUPS * 128:
+        return 1, 32, 8
     return TILE_ROWS[variant][0], 128, 16
 
 

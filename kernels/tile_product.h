@@ -1,0 +1,248 @@
+// One simdgroup's share of a product: rows times adjacent column tiles over a range of k, sums in registers.
+#pragma once
+
+#include "hadamard.h"
+#include "trellis.h"
+
+// R rows times T adjacent tiles on the float pipes. Lane l sums columns l / 4 and l / 4 + 8 of each tile over the
+// four rows of k that it holds. X: threadgroup or device const float4*.
+template <int R, int T, typename X>
+struct RowProduct {
+  device const ushort* codes;  // of the expert
+  uint first_tile;             // column tile
+  uint tiles_per_row;
+  X x;
+  uint row_stride;             // of x, in float4
+  uint last_row;               // rows from here on repeat this one: they are not stored
+  uint k_begin;                // in tiles
+  uint k_end;
+  ushort lane;
+  uint zero;
+  float sums[R][T][2];
+
+  template <int K, int Codebook>
+  METAL_FUNC void run() {
+    constexpr uint tile_size = 16 * K;
+    device const ushort* tile = codes + (ulong(k_begin) * tiles_per_row + first_tile) * tile_size;
+    for (uint k = k_begin; k < k_end; ++k) {
+      float4 v[R];
+      MARLIN_UNROLL
+      for (int r = 0; r < R; ++r) {
+        v[r] = x[min(uint(r), last_row) * row_stride + k * 4 + lane % 4];
+      }
+      MARLIN_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const LaneWeights w = decode_lane<K, Codebook>(tile + t * tile_size, lane, zero);
+        MARLIN_UNROLL
+        for (int r = 0; r < R; ++r) {
+          MARLIN_UNROLL
+          for (int c = 0; c < 2; ++c) {
+            MARLIN_UNROLL
+            for (int j = 0; j < 4; ++j) {
+              sums[r][t][c] = fma(float(w.value[4 * c + j]), v[r][j], sums[r][t][c]);
+            }
+          }
+        }
+      }
+      tile += ulong(tiles_per_row) * tile_size;
+    }
+  }
+
+  METAL_FUNC void clear() {
+    MARLIN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MARLIN_UNROLL
+      for (int t = 0; t < T; ++t) {
+        sums[r][t][0] = sums[r][t][1] = 0.0f;
+      }
+    }
+  }
+
+  // Adds the four lanes of a column and writes the item's sums.
+  METAL_FUNC void store(threadgroup float* out) {
+    MARLIN_UNROLL
+    for (int t = 0; t < T; ++t) {
+      MARLIN_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        MARLIN_UNROLL
+        for (int r = 0; r < R; ++r) {
+          float v = sums[r][t][c];
+          v += simd_shuffle_xor(v, ushort(1));
+          v += simd_shuffle_xor(v, ushort(2));
+          if (lane % 4 == 0) {
+            out[(t * MARLIN_TILE + c * 8 + lane / 4) * R + r] = v;
+          }
+        }
+      }
+    }
+  }
+};
+
+// The same with W^T: the depth runs along a tile's columns and the sums along its rows. Lane l sums the four rows that
+// it holds over columns l / 4 and l / 4 + 8.
+template <int R, int T, typename X>
+struct TransposedProduct {
+  device const ushort* codes;
+  uint first_tile;  // row of tiles
+  uint depth;       // tiles in a row of tiles
+  X x;
+  uint row_stride;
+  uint last_row;
+  uint k_begin;
+  uint k_end;
+  ushort lane;
+  uint zero;
+  float4 sums[R][T];
+
+  template <int K, int Codebook>
+  METAL_FUNC void run() {
+    constexpr uint tile_size = 16 * K;
+    const uint column = lane / 4;
+    for (uint k = k_begin; k < k_end; ++k) {
+      float2 v[R];
+      MARLIN_UNROLL
+      for (int r = 0; r < R; ++r) {
+        // In tile order columns {c, c + 1, c + 8, c + 9} of an even c are neighbours.
+        const float4 four = x[min(uint(r), last_row) * row_stride + k * 4 + column / 2];
+        v[r] = column % 2 ? four.yw : four.xz;
+      }
+      MARLIN_UNROLL
+      for (int t = 0; t < T; ++t) {
+        device const ushort* tile = codes + (ulong(first_tile + t) * depth + k) * tile_size;
+        const LaneWeights w = decode_lane<K, Codebook>(tile, lane, zero);
+        MARLIN_UNROLL
+        for (int r = 0; r < R; ++r) {
+          MARLIN_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            sums[r][t][j] = fma(float(w.value[j]), v[r].x, sums[r][t][j]);
+            sums[r][t][j] = fma(float(w.value[4 + j]), v[r].y, sums[r][t][j]);
+          }
+        }
+      }
+    }
+  }
+
+  METAL_FUNC void clear() {
+    MARLIN_UNROLL
+    for (int r = 0; r < R; ++r) {
+      MARLIN_UNROLL
+      for (int t = 0; t < T; ++t) {
+        sums[r][t] = float4(0.0f);
+      }
+    }
+  }
+
+  // Adds the eight lanes that hold the same rows and writes the item's sums.
+  METAL_FUNC void store(threadgroup float* out) {
+    MARLIN_UNROLL
+    for (int t = 0; t < T; ++t) {
+      MARLIN_UNROLL
+      for (int r = 0; r < R; ++r) {
+        float4 v = sums[r][t];
+        v += simd_shuffle_xor(v, ushort(4));
+        v += simd_shuffle_xor(v, ushort(8));
+        v += simd_shuffle_xor(v, ushort(16));
+        if (lane < 4) {
+          MARLIN_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            out[(t * MARLIN_TILE + 2 * lane + value_offset(j)) * R + r] = v[j];
+          }
+        }
+      }
+    }
+  }
+};
+
+// M units of 8 rows times T adjacent tiles on the matrix pipe. A lane of an 8x8 matrix holds row f and columns
+// 2 h, 2 h + 1 with f, h from its bits; decoding trellis lane 4 f + h makes its weight pairs the elements of the four
+// blocks of the transposed tile, so that weights go from registers to the multiplier. Result: [column][row].
+template <int M, int T>
+struct MatrixProduct {
+  device const ushort* codes;
+  uint first_tile;
+  uint tiles_per_row;
+  device const float* x;  // fragments of the first unit
+  uint unit_stride;       // floats
+  uint units;             // that have rows
+  uint k_begin;
+  uint k_end;
+  ushort lane;            // trellis lane
+  uint zero;
+  simdgroup_float8x8 sums[M][T][2];
+
+  static METAL_FUNC ushort trellis_lane(ushort lane) {
+    const ushort f = (lane / 4 & 4) + (lane / 2 & 3);
+    const ushort h = (lane / 4 & 2) + (lane & 1);
+    return 4 * f + h;
+  }
+
+  template <int K, int Codebook>
+  METAL_FUNC void run() {
+    constexpr uint tile_size = 16 * K;
+    device const ushort* tile = codes + (ulong(k_begin) * tiles_per_row + first_tile) * tile_size;
+    for (uint k = k_begin; k < k_end; ++k) {
+      simdgroup_float8x8 w[T][2][2];
+      MARLIN_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const LaneWeights weights = decode_lane<K, Codebook>(tile + t * tile_size, lane, zero);
+        MARLIN_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          MARLIN_UNROLL
+          for (int half_k = 0; half_k < 2; ++half_k) {
+            w[t][c][half_k].thread_elements()[0] = float(weights.value[4 * c + 2 * half_k]);
+            w[t][c][half_k].thread_elements()[1] = float(weights.value[4 * c + 2 * half_k + 1]);
+          }
+        }
+      }
+      MARLIN_UNROLL
+      for (uint m = 0; m < M; ++m) {
+        if (m < units) {
+          MARLIN_UNROLL
+          for (uint half_k = 0; half_k < 2; ++half_k) {
+            simdgroup_float8x8 v;
+            const uint offset = m * unit_stride + (2 * k + half_k) * 64 + 2 * lane;
+            const float2 pair = *(device const float2*)(x + offset);
+            v.thread_elements()[0] = pair.x;
+            v.thread_elements()[1] = pair.y;
+            MARLIN_UNROLL
+            for (int t = 0; t < T; ++t) {
+              MARLIN_UNROLL
+              for (int c = 0; c < 2; ++c) {
+                simdgroup_multiply_accumulate(sums[m][t][c], w[t][c][half_k], v, sums[m][t][c]);
+              }
+            }
+          }
+        }
+      }
+      tile += ulong(tiles_per_row) * tile_size;
+    }
+  }
+
+  METAL_FUNC void clear() {
+    MARLIN_UNROLL
+    for (int m = 0; m < M; ++m) {
+      MARLIN_UNROLL
+      for (int t = 0; t < T; ++t) {
+        sums[m][t][0] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+        sums[m][t][1] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      }
+    }
+  }
+
+  // Writes the item's sums of one unit: the lane's two rows are adjacent.
+  METAL_FUNC void store(threadgroup float* out, uint unit) {
+    MARLIN_UNROLL
+    for (uint m = 0; m < M; ++m) {
+      if (m == unit) {
+        MARLIN_UNROLL
+        for (int t = 0; t < T; ++t) {
+          MARLIN_UNROLL
+          for (int c = 0; c < 2; ++c) {
+            const float2 pair = float2(sums[m][t][c].thread_elements()[0], sums[m][t][c].thread_elements()[1]);
+            *(threadgroup float2*)(out + (t * MARLIN_TILE + c * 8) * 8 + 2 * lane) = pair;
+          }
+        }
+      }
+    }
+  }
+};
