@@ -4,6 +4,10 @@
 
 #define MARLIN_SIMD_SIZE 32  // lanes of a simdgroup, on every Apple GPU
 
+// Threads of the largest threadgroup, 16 simdgroups. Kernels declare it, so that the compiler keeps their registers
+// low enough for an M1 to run it.
+#define MARLIN_MAX_THREADS 512
+
 // Dtype ids of x and y: positions in kernels.DTYPES.
 #define MARLIN_DTYPE_FLOAT32 0
 #define MARLIN_DTYPE_FLOAT16 1

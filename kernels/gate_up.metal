@@ -75,7 +75,7 @@ METAL_FUNC Operands<X> gate_up_operands(ExpertWeights gate, ExpertWeights up, X 
 
 // Rows: rows of a row tile, in units of 8 if Matrix. T: adjacent column tiles per simdgroup.
 template <int Rows, int T, bool Matrix>
-[[kernel]] void trellis_gate_up(
+[[kernel, max_total_threads_per_threadgroup(MARLIN_MAX_THREADS)]] void trellis_gate_up(
     constant MarlinProductArgs& args [[buffer(0)]],
     device const uchar* x [[buffer(1), function_constant(fused_prologue)]],
     device const float* rotated [[buffer(2), function_constant(rotated_input)]],

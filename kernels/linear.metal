@@ -76,7 +76,7 @@ struct LinearFinish {
 
 // Rows: rows of a row tile, in units of 8 if Matrix. T: adjacent column tiles per simdgroup.
 template <int Rows, int T, bool Matrix>
-[[kernel]] void trellis_linear(
+[[kernel, max_total_threads_per_threadgroup(MARLIN_MAX_THREADS)]] void trellis_linear(
     constant MarlinProductArgs& args [[buffer(0)]],
     device const uchar* x [[buffer(1), function_constant(fused_prologue)]],
     device const float* rotated [[buffer(2), function_constant(rotated_input)]],

@@ -3,7 +3,7 @@
 #include "common.h"
 
 // Several threads ("scanners") count one expert's slots, each in its own part of the slots.
-[[kernel]] void trellis_route(
+[[kernel, max_total_threads_per_threadgroup(MARLIN_MAX_THREADS)]] void trellis_route(
     constant MarlinRouteArgs& args [[buffer(0)]],
     device const uint* indices [[buffer(1)]],
     device uint* order [[buffer(2)]],

@@ -41,8 +41,8 @@ def _contents(problem: Problem, name: str, size: int) -> np.ndarray:
     return np.zeros(size, np.uint8)
 
 
-def count(problem: Problem, config: KernelConfig | None = None) -> list[tuple[dict, CountedResult, int]]:
-    """(dispatch, result with operation counts, estimate of live 32-bit registers) of each dispatch of a problem."""
+def count(problem: Problem, config: KernelConfig | None = None) -> list[tuple[dict, CountedResult]]:
+    """(dispatch, result with operation and register counts) of each dispatch of a problem."""
     plan = ops.plan(problem, config)
     memory = {name: np.zeros(size, np.uint8) for name, size in plan["scratch"].items()}
     found = []
@@ -57,5 +57,5 @@ def count(problem: Problem, config: KernelConfig | None = None) -> list[tuple[di
         shared = {0: dispatch["threadgroup_bytes"]} if dispatch["threadgroup_bytes"] else None
         result = lib.run(
             dispatch["kernel"], buffers, grid=dispatch["grid"], threads=dispatch["threads"], threadgroup_memory=shared)
-        found.append((dispatch, result, max(lib.registers.values())))
+        found.append((dispatch, result))
     return found

@@ -16,7 +16,8 @@ QUICK = [(3, "mcg"), (4, "3inst"), (3, "mul1"), (6, "mul1")]
 # shift), and for odd K the move of half the lanes' bits by 8.
 COMPLEX_LIMIT = {"3inst": (1.25, 2.0), "mcg": (1.25, 2.0), "mul1": (2.25, 3.0)}
 
-# Live registers with which an M1 still runs 512 threads.
+# With 96 an M1 still runs 512 threads. The estimate keeps the IR's order of instructions; a compiler that orders them
+# for registers does better.
 REGISTERS = 96
 
 
@@ -29,7 +30,7 @@ def layer(rows: int, bits: int, codebook: str) -> Problem:
     [pytest.param(*f, marks=() if f in QUICK else pytest.mark.slow) for f in FORMATS],
 )
 def test_operations_on_the_multiplier_pipe(bits, codebook):
-    for dispatch, result, _ in count(layer(1, bits, codebook))[:2]:
+    for dispatch, result in count(layer(1, bits, codebook))[:2]:
         assert result.inner_loop.weights > 0
         assert result.operations.weights == result.inner_loop.weights, "every weight is decoded in the inner loop, once"
         counted = result.inner_loop.complex / result.inner_loop.weights
@@ -48,5 +49,6 @@ def test_registers(tiles):
     problem = layer(17, 3, "mcg")
     if kernels.feasible(problem, config) is not None:
         pytest.skip("not feasible for these sizes")
-    for dispatch, _, registers in count(problem, config):
-        assert registers <= REGISTERS or dispatch["threads"][0] <= 256, f"{dispatch['kernel']}: {registers} registers"
+    for dispatch, result in count(problem, config):
+        # The simulator keeps matrices in memory: of those kernels it sees the decoder only.
+        assert result.loop_registers <= REGISTERS + 16, f"{dispatch['kernel']}: {result.loop_registers} registers"

@@ -57,7 +57,7 @@ uint32_t Pass::row_tiles() const {
 }
 
 void add_route(Plan& plan, const Pass& pass) {
-  constexpr uint32_t simdgroups = kMaxThreads / MARLIN_SIMD_SIZE / 2;  // an M1 may not have all to give
+  constexpr uint32_t simdgroups = MARLIN_MAX_THREADS / MARLIN_SIMD_SIZE;
   MarlinRouteArgs args{};
   args.slots = pass.slots();
   args.experts = pass.experts;

@@ -7,9 +7,8 @@
 
 namespace mlx_marlin {
 
-// Metal's limits on every Apple GPU.
+// Metal's limit on every Apple GPU.
 inline constexpr uint32_t kMaxThreadgroupBytes = 32768;
-inline constexpr uint32_t kMaxThreads = 1024;
 
 struct Tiling {
   int rows;           // per row tile

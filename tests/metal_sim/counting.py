@@ -56,10 +56,12 @@ class CountedResult(Result):
     Attributes:
         operations: Of the whole dispatch.
         inner_loop: Of the innermost loop that decodes most weights; the whole dispatch if none decodes any.
+        loop_registers: Estimate of live 32-bit registers in that loop.
     """
 
     operations: Operations
     inner_loop: Operations
+    loop_registers: int
 
 
 class CountedLibrary(Library):
@@ -80,7 +82,11 @@ class CountedLibrary(Library):
         result = super().run(*arguments, races=False, **options)
         result.__class__ = CountedResult
         result.operations = self._sum(range(len(result.blocks)), result.blocks)
-        result.inner_loop = self._sum(self._hottest_loop(result.blocks), result.blocks)
+        loop = set(self._hottest_loop(result.blocks))
+        result.inner_loop = self._sum(loop, result.blocks)
+        result.loop_registers = max(
+            ir.live_registers(f, loop) for f in self._module.functions if loop & set(f.block_ids)
+        )
         return result
 
     def _sum(self, blocks, times):

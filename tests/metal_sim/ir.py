@@ -353,11 +353,21 @@ def _width(instruction):
     return max(16, bits) * (int(vector[1]) if vector else 1) / 32
 
 
-def live_registers(function: Function) -> int:
+def live_registers(function: Function, loop: set[int] | None = None) -> int:
     """The most 32-bit registers live at once, from liveness in the IR. An estimate: no scheduling, no
-    spilling."""
+    spilling.
+
+    Args:
+        function: With all that it calls inlined.
+        loop: Blocks of a loop: then only what is live there, and of what comes from outside only what the
+            loop uses (Apple's GPUs keep arguments and uniform values in other registers).
+    """
     width = {i.result: _width(i) for b in function.blocks for i in b.instructions if i.result}
     position = {b.label.strip('"'): n for n, b in enumerate(function.blocks)}
+    inside = set(function.block_ids) if loop is None else set(loop)
+    if loop is not None:
+        own = [b for n, b in zip(function.block_ids, function.blocks) if n in inside]
+        width = {v: width[v] for b in own for i in b.instructions for v in (i.result, *i.operands) if v in width}
     live_in = [set() for _ in function.blocks]
     changed, most = True, 0
     while changed:
@@ -368,7 +378,8 @@ def live_registers(function: Function) -> int:
             for s in block.successors:
                 live |= live_in[position[s.strip('"')]]
             for i in reversed(block.instructions):
-                most = max(most, sum(width[v] for v in live))
+                if function.block_ids[n] in inside:
+                    most = max(most, sum(width[v] for v in live))
                 live.discard(i.result)
                 live |= {v for v in i.operands if v in width}
             if live != live_in[n]:
