@@ -1,7 +1,10 @@
-"""What selection gains on this machine: tuned against default against the best uniform config, per batch size.
+"""What selection gains on this machine: tuned against default against the best uniform config, per batch
+size.
 
-"Uniform" is the one config that is best over all batch sizes together. Tuning, picking and comparing use separate
-samples: the gains are measured afresh, interleaved, after the picks. The claims of the documents are measured beside.
+"Uniform" is the one config that is best over all batch sizes together. Tuning, picking and comparing use
+separate
+samples: the gains are measured afresh, interleaved, after the picks. The claims of the documents are measured
+    beside.
 
     python bench/bench_moe_kernel_selection.py --rows 1 4 16 64 256
 """
@@ -27,13 +30,19 @@ CLAIMS = {"uniform": "15 to 20 %", "specialised": "up to 17 %", "large_batch": "
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="tokens of a call")
     parser.add_argument("--shape", default="1024,512,32,4", help="hidden,intermediate,experts,top_k")
     parser.add_argument("--tuning-rounds", type=int, default=6, help="samples per candidate while tuning")
-    parser.add_argument("--iterations", type=int, default=20, help="fresh samples per config in the comparison")
+    parser.add_argument(
+        "--iterations", type=int, default=20, help="fresh samples per config in the comparison"
+    )
     parser.add_argument("--candidates", type=int, help="time only every n-th candidate beside the default")
-    parser.add_argument("--budget", type=float, default=600.0, help="seconds; tuning shares them over the batch sizes")
+    parser.add_argument(
+        "--budget", type=float, default=600.0, help="seconds; tuning shares them over the batch sizes"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--output", help="also write the result to this file")
@@ -45,7 +54,9 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.hidden, self.intermediate, self.experts, self.top_k = (int(size) for size in args.shape.split(","))
+        self.hidden, self.intermediate, self.experts, self.top_k = (
+            int(size) for size in args.shape.split(",")
+        )
         self.device = device.default_device()
         self.limit = device.memory_bytes(self.device) // 2
         self.floor = measure.launch_floor()
@@ -75,7 +86,9 @@ class Bench:
         """The candidate with the lowest geometric mean over the batch sizes."""
         everywhere = set.intersection(*(set(r.samples) for r in races.values()))
         if not everywhere:
-            raise SystemExit("no config was timed at every batch size: raise --budget, or --candidates to time fewer")
+            raise SystemExit(
+                "no config was timed at every batch size: raise --budget, or --candidates to time fewer"
+            )
         return min(
             everywhere,
             key=lambda c: statistics.geometric_mean(statistics.median(r.samples[c]) for r in races.values()),
@@ -105,13 +118,19 @@ class Bench:
         workload = self.workload(layer, rows)
         pair = [kernels.config_for(workload.problem, name) for name in (ours, theirs)]
         samples = self.samples(workload, pair)
-        return {"rows": rows, "ours": ours, "theirs": theirs,
-                "median_ms": [1e3 * statistics.median(samples[config]) for config in pair],
-                **contest.saving(samples, *pair)}
+        return {
+            "rows": rows,
+            "ours": ours,
+            "theirs": theirs,
+            "median_ms": [1e3 * statistics.median(samples[config]) for config in pair],
+            **contest.saving(samples, *pair),
+        }
 
 
 def selection_overhead_us(layer, top_k: int) -> dict:
-    """Microseconds of Python per layer call at one row: for the selection alone, and for building the lazy call."""
+    """Microseconds of Python per layer call at one row: for the selection alone, and for building the lazy
+    call.
+    """
     x = mx.zeros((1, layer.gate_proj.input_dims))
     indices = mx.zeros((1, top_k), mx.uint32)
     layer(x, indices)
@@ -142,26 +161,41 @@ def run(args: argparse.Namespace) -> dict:
     large = [rows for rows in args.rows if rows > 32]
     claims["large_batch"] = [bench.claim(bench.layer, rows, f"{name}_large_batch", name) for rows in large]
     return {
-        "shape": args.shape, "bits": "mixed 2, 3, 4", "device": bench.device, "uniform": describe(uniform),
-        "iterations": args.iterations, "rows": rows_results, "claims": claims, "overhead_us": overhead,
+        "shape": args.shape,
+        "bits": "mixed 2, 3, 4",
+        "device": bench.device,
+        "uniform": describe(uniform),
+        "iterations": args.iterations,
+        "rows": rows_results,
+        "claims": claims,
+        "overhead_us": overhead,
     }
 
 
 def report(result: dict) -> None:
-    print(f"{result['shape']} (hidden, intermediate, experts, top-k), {result['bits']} bits; "
-          f"best uniform config: {result['uniform']}")
+    print(
+        f"{result['shape']} (hidden, intermediate, experts, top-k), {result['bits']} bits; "
+        f"best uniform config: {result['uniform']}"
+    )
     for row in result["rows"]:
         for role, config in row["configs"].items():
             print(f"{row['rows']:5} rows, {role:8} {row['median_ms'][role]:9.3f} ms  {config}")
-        print(f"{'':12}tuned saves {row['over_default']['saved']} of default, {row['over_uniform']['saved']} of uniform")
+        print(
+            f"{'':12}tuned saves {row['over_default']['saved']} of default, "
+            f"{row['over_uniform']['saved']} of uniform"
+        )
     print(f"the documents promise {CLAIMS['uniform']} over uniform selection")
     for key, entries in result["claims"].items():
         for entry in entries:
-            print(f"{entry['ours']} at {entry['rows']} rows saves {entry['saved']} of {entry['theirs']}; "
-                  f"the documents promise {CLAIMS[key]}")
+            print(
+                f"{entry['ours']} at {entry['rows']} rows saves {entry['saved']} of {entry['theirs']}; "
+                f"the documents promise {CLAIMS[key]}"
+            )
     overhead = result["overhead_us"]
-    print(f"selection costs {overhead['selection']:.2f} us per layer call, building the lazy call "
-          f"{overhead['whole lazy call']:.2f} us in all")
+    print(
+        f"selection costs {overhead['selection']:.2f} us per layer call, building the lazy call "
+        f"{overhead['whole lazy call']:.2f} us in all"
+    )
 
 
 def main(argv=None) -> int:

@@ -1,4 +1,6 @@
-"""What the selection benchmarks share: a layer of mixed widths, interleaved samples, and how a result is written."""
+"""What the selection benchmarks share: a layer of mixed widths, interleaved samples, and how a result is
+written.
+"""
 
 from __future__ import annotations
 

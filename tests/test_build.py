@@ -91,6 +91,7 @@ ORDER = [
     "adaptation",
     "evidence",
     "choices",
+    "rules",
     "selection",
     "shaders",
     "ops",

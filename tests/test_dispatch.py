@@ -42,11 +42,21 @@ def test_output_and_metadata(bank, dispatcher):
     y, metadata = dispatcher.dispatch(x, ids, probs)
     expected = TrellisSwitchGLU(bank=bank)(x, ids, scores=probs)
     np.testing.assert_allclose(np.array(y), np.array(expected), rtol=2e-5, atol=2e-4)
-    assert metadata["kernel_name"] == "moe_trellis_swiglu_prefill4" == metadata["selection_metadata"]["kernel_name"]
+    assert (
+        metadata["kernel_name"]
+        == "moe_trellis_swiglu_prefill4"
+        == metadata["selection_metadata"]["kernel_name"]
+    )
     assert metadata["batch_size"] == 5 and metadata["active_bits"] == [2, 3] and metadata["latency_ms"] > 0
     assert 0 < metadata["memory_pressure"] < 1 and metadata["pattern_metrics"]["num_activated_experts"] == 2
     assert set(metadata) == {
-        "kernel_name", "latency_ms", "batch_size", "active_bits", "memory_pressure", "pattern_metrics", "selection_metadata"
+        "kernel_name",
+        "latency_ms",
+        "batch_size",
+        "active_bits",
+        "memory_pressure",
+        "pattern_metrics",
+        "selection_metadata",
     }
 
 
@@ -60,12 +70,19 @@ def test_leading_shapes(dispatcher, shape):
 
 def test_one_row_of_one_triple_takes_the_specialised_kernel(bank):
     for fp32, suffix in ((False, ""), (True, "_fp32acc")):
-        dispatcher = MixedBpwMoEDispatcherExample(bank, dict(enumerate(TRIPLES)), use_fp32_acc=fp32, exploration_rate=0.0)
+        dispatcher = MixedBpwMoEDispatcherExample(
+            bank, dict(enumerate(TRIPLES)), use_fp32_acc=fp32, exploration_rate=0.0
+        )
         x, ids, probs = call(1, [0, 1])
         y, metadata = dispatcher.dispatch(x, ids, probs)
         assert metadata["kernel_name"] == "moe_trellis_swiglu_decode_6_2_3" + suffix
-        np.testing.assert_allclose(np.array(y), np.array(dispatcher.layer(x, ids, scores=probs)), rtol=2e-5, atol=2e-4)
-        assert dispatcher.dispatch(x, mx.array([[0, 2]]), probs)[1]["kernel_name"] == "moe_trellis_swiglu_decode" + suffix
+        np.testing.assert_allclose(
+            np.array(y), np.array(dispatcher.layer(x, ids, scores=probs)), rtol=2e-5, atol=2e-4
+        )
+        assert (
+            dispatcher.dispatch(x, mx.array([[0, 2]]), probs)[1]["kernel_name"]
+            == "moe_trellis_swiglu_decode" + suffix
+        )
 
 
 def test_no_rows(dispatcher):
@@ -80,8 +97,17 @@ def test_latencies_are_recorded_per_problem(dispatcher):
     evidence = dispatcher.dispatch(*call(4, [1, 2]))[1]["selection_metadata"]["candidates"]
     assert evidence[metadata["kernel_name"]]["samples"] == 6
     statistics = dispatcher.get_statistics()
-    assert statistics["total_selections"] == 7 and statistics["explorations"] == 0 and statistics["selection_accuracy"] == 1.0
-    assert dispatcher.dispatch(*call(4, [1]))[1]["selection_metadata"]["candidates"][metadata["kernel_name"]]["samples"] == 0
+    assert (
+        statistics["total_selections"] == 7
+        and statistics["explorations"] == 0
+        and statistics["selection_accuracy"] == 1.0
+    )
+    assert (
+        dispatcher.dispatch(*call(4, [1]))[1]["selection_metadata"]["candidates"][metadata["kernel_name"]][
+            "samples"
+        ]
+        == 0
+    )
 
 
 def test_exploration_gives_right_results(bank):
@@ -112,7 +138,8 @@ def test_memory_pressure_is_real():
 
 
 @pytest.mark.parametrize(
-    "metadata, words", [({0: (6, 2, 4)}, "for expert 0, which has"), ({9: (6, 2, 3)}, "expert 9, which does not exist")]
+    "metadata, words",
+    [({0: (6, 2, 4)}, "for expert 0, which has"), ({9: (6, 2, 3)}, "expert 9, which does not exist")],
 )
 def test_wrong_metadata_is_refused(bank, metadata, words):
     with pytest.raises(ValueError, match=words):
@@ -133,7 +160,10 @@ def test_bad_arguments(dispatcher):
 
 def test_available_kernels_are_all_names():
     names = get_available_kernels()
-    assert len(names) == 2 * 2 * (4 + 8**3) and {"moe_trellis_swiglu", "moe_trellis_mixed_swiglu_decode_8_1_5_fp32acc"} <= names
+    assert (
+        len(names) == 2 * 2 * (4 + 8**3)
+        and {"moe_trellis_swiglu", "moe_trellis_mixed_swiglu_decode_8_1_5_fp32acc"} <= names
+    )
     for name in names:
         kernels.parse_name(name)
     names.clear()
@@ -143,7 +173,9 @@ def test_available_kernels_are_all_names():
 def test_expert_bits():
     metadata = dict(enumerate(TRIPLES))
     assert get_expert_bits(mx.array([[3, 0], [2, 0]]), metadata) == [2, 3, 4]
-    assert get_expert_bits([1], metadata) == [2] and get_expert_bits(np.zeros((0, 2), np.int32), metadata) == []
+    assert (
+        get_expert_bits([1], metadata) == [2] and get_expert_bits(np.zeros((0, 2), np.int32), metadata) == []
+    )
     with pytest.raises(ValueError, match=r"active experts \[9\]"):
         get_expert_bits([[1, 9]], metadata)
 

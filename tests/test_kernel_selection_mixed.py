@@ -20,7 +20,9 @@ MIXED = [2, 2, 3, 4]
 
 
 def problem(rows=1, top_k=2, hidden=128):
-    return Problem("swiglu", rows, top_k, hidden, 128, 4, ((2, 2, 2), (3, 3, 3)), ("mul1",), "silu", "float32", "cpu")
+    return Problem(
+        "swiglu", rows, top_k, hidden, 128, 4, ((2, 2, 2), (3, 3, 3)), ("mul1",), "silu", "float32", "cpu"
+    )
 
 
 @pytest.fixture
@@ -57,7 +59,10 @@ def test_a_triple_takes_its_own_decode_kernel_at_one_row(selector):
     widths = dict(gate_bits=6, up_bits=2, down_bits=3)
     name, metadata = selector.select_kernel(1, MIXED, **widths)
     assert name == "moe_trellis_swiglu_decode_6_2_3" and metadata["reason"].startswith("specialized_decode")
-    assert selector.select_kernel(1, MIXED, **widths, use_fp32_acc=True)[0] == "moe_trellis_swiglu_decode_6_2_3_fp32acc"
+    assert (
+        selector.select_kernel(1, MIXED, **widths, use_fp32_acc=True)[0]
+        == "moe_trellis_swiglu_decode_6_2_3_fp32acc"
+    )
     assert selector.select_kernel(2, MIXED, **widths)[0] == PREFILL4
     assert selector.select_kernel(1, MIXED, gate_bits=6, up_bits=2)[0] == DECODE
 
@@ -91,7 +96,9 @@ def test_memory_pressure_takes_the_base_kernel(selector):
     assert MixedKernelSelector(memory_pressure_threshold=0.5).select_kernel(4, MIXED, 0.6)[0] == BASE
 
 
-@pytest.mark.parametrize("rows, share, name", [(40, 0.9, LARGE), (34, 0.88, BASE), (18, 0.86, PREFILL4), (34, 0.84, LARGE)])
+@pytest.mark.parametrize(
+    "rows, share, name", [(40, 0.9, LARGE), (34, 0.88, BASE), (18, 0.86, PREFILL4), (34, 0.84, LARGE)]
+)
 def test_a_lopsided_pattern_takes_the_kernel_of_the_top_experts_rows(selector, rows, share, name):
     pattern = {"top_expert_share": share, "tokens_per_expert_avg": rows * 2 / 5, "num_activated_experts": 5}
     chosen, metadata = selector.select_kernel(rows, MIXED, pattern=pattern)
@@ -111,22 +118,31 @@ def test_top_k_of_the_problem_counts_for_the_pattern(selector):
 def test_a_kernel_that_is_not_available_is_replaced(selector):
     name, metadata = selector.select_kernel(1, MIXED, available_kernels={BASE})
     assert name == BASE
-    assert metadata["reason"] == f"fallback_availability: Selected kernel {DECODE} not available, using {BASE} instead"
+    assert (
+        metadata["reason"]
+        == f"fallback_availability: Selected kernel {DECODE} not available, using {BASE} instead"
+    )
     assert selector.select_kernel(1, MIXED, available_kernels={DECODE, BASE})[0] == DECODE
 
 
-@pytest.mark.parametrize("only", [DECODE, LARGE, PREFILL4 + "_fp32acc", "moe_trellis_mixed_swiglu_decode_1_2_3"])
+@pytest.mark.parametrize(
+    "only", [DECODE, LARGE, PREFILL4 + "_fp32acc", "moe_trellis_mixed_swiglu_decode_1_2_3"]
+)
 def test_the_only_available_kernel_is_taken(only):
     for exploration, rows, pressure, fp32 in product((0.0, 1.0), (1, 4, 20, 64), (0.0, 0.99), (False, True)):
         selector = MixedKernelSelector(exploration_rate=exploration, seed=1)
-        name, metadata = selector.select_kernel(rows, MIXED, pressure, use_fp32_acc=fp32, available_kernels={only})
+        name, metadata = selector.select_kernel(
+            rows, MIXED, pressure, use_fp32_acc=fp32, available_kernels={only}
+        )
         assert name == only == metadata["kernel_name"]
 
 
 def test_the_nearest_available_kernel_is_taken(selector):
     other_triple = "moe_trellis_swiglu_decode_6_3_4"
     widths = dict(gate_bits=6, up_bits=2, down_bits=3)
-    assert selector.select_kernel(1, [2], **widths, available_kernels={other_triple, DECODE, BASE})[0] == DECODE
+    assert (
+        selector.select_kernel(1, [2], **widths, available_kernels={other_triple, DECODE, BASE})[0] == DECODE
+    )
     assert selector.select_kernel(1, [2], **widths, available_kernels={other_triple, LARGE})[0] == LARGE
     twin = "moe_trellis_mixed_swiglu_prefill4"
     assert selector.select_kernel(4, [2], available_kernels={twin, DECODE, BASE})[0] == twin
@@ -157,7 +173,10 @@ def test_bad_arguments_are_explained(selector, call, words):
     assert selector.get_statistics()["total_selections"] == 0
 
 
-@pytest.mark.parametrize("name, rows, latency", [("nothing", 1, 1.0), (BASE, 0, 1.0), (BASE, 1, 0.0), (BASE, 1, math.inf), (BASE, 1, "1")])
+@pytest.mark.parametrize(
+    "name, rows, latency",
+    [("nothing", 1, 1.0), (BASE, 0, 1.0), (BASE, 1, 0.0), (BASE, 1, math.inf), (BASE, 1, "1")],
+)
 def test_bad_latencies_are_refused(selector, name, rows, latency):
     with pytest.raises(ValueError):
         selector.record_latency(name, rows, latency)
@@ -192,7 +211,11 @@ def test_significantly_faster_replaces_the_rules(selector):
     assert metadata["candidates"][BASE]["mean_ms"] == pytest.approx(0.8, rel=0.05)
     assert metadata["candidates"][LARGE] == {"samples": 0}
     statistics = selector.get_statistics()
-    assert statistics["switches"] == 1 and statistics["selection_accuracy"] == 1.0 and statistics["tracked_kernels"] == 2
+    assert (
+        statistics["switches"] == 1
+        and statistics["selection_accuracy"] == 1.0
+        and statistics["tracked_kernels"] == 2
+    )
 
 
 def test_evidence_also_replaces_a_specialised_kernel_and_a_pattern(selector):
@@ -230,7 +253,10 @@ def test_evidence_stays_within_its_bucket_problem_and_accumulation(selector):
     assert selector.select_kernel(1, MIXED, problem=one, use_fp32_acc=True)[0] == DECODE + "_fp32acc"
     record(selector, PREFILL4, noisy(1.0, 20, 0), 2)
     record(selector, BASE, noisy(0.5, 20, 1), 16)
-    assert selector.select_kernel(9, MIXED)[0] == BASE and selector.select_kernel(17, MIXED)[1]["reason"] == "batch_size: 17 rows"
+    assert (
+        selector.select_kernel(9, MIXED)[0] == BASE
+        and selector.select_kernel(17, MIXED)[1]["reason"] == "batch_size: 17 rows"
+    )
 
 
 def test_it_switches_back_when_the_world_changes(selector):
@@ -276,8 +302,12 @@ def test_reset_forgets(selector):
     selector.reset_history()
     assert selector.select_kernel(1, MIXED)[0] == DECODE
     assert selector.get_statistics() == {
-        "selection_accuracy": 0.0, "total_selections": 1, "explorations": 0, "exploration_rate": 0.0,
-        "switches": 0, "tracked_kernels": 0,
+        "selection_accuracy": 0.0,
+        "total_selections": 1,
+        "explorations": 0,
+        "exploration_rate": 0.0,
+        "switches": 0,
+        "tracked_kernels": 0,
     }
 
 
@@ -298,7 +328,11 @@ def test_exploration_is_repeatable_and_has_its_rate():
 def test_exploration_says_so():
     selector = MixedKernelSelector(exploration_rate=1.0, seed=0)
     name, metadata = selector.select_kernel(4, MIXED)
-    assert name != PREFILL4 and metadata["explored"] and metadata["reason"] == f"exploration: trying {name} instead of {PREFILL4}"
+    assert (
+        name != PREFILL4
+        and metadata["explored"]
+        and metadata["reason"] == f"exploration: trying {name} instead of {PREFILL4}"
+    )
     assert selector.select_kernel(4, MIXED, available_kernels={PREFILL4})[0] == PREFILL4
     selector.set_exploration_rate(0.0)
     assert selector.exploration_rate == 0.0 and selector.select_kernel(4, MIXED)[0] == PREFILL4
@@ -324,7 +358,10 @@ def test_the_shared_instance():
     selection.reset_history()
     selection.set_exploration_rate(0.0)
     try:
-        assert selection.get_mixed_kernel(1, MIXED, 0.3, 6, 2, 3, False, None)[0] == "moe_trellis_swiglu_decode_6_2_3"
+        assert (
+            selection.get_mixed_kernel(1, MIXED, 0.3, 6, 2, 3, False, None)[0]
+            == "moe_trellis_swiglu_decode_6_2_3"
+        )
         for name, latency in ((PREFILL4, 1.0), (BASE, 0.5)):
             for _ in range(20):
                 selection.record_kernel_latency(name, 8, latency)
@@ -382,7 +419,9 @@ def test_equal_kernels_are_rarely_switched(draw, names):
 
 
 def runs_that_switch(seeds, draw) -> int:
-    """How many runs of 10 000 records through the public methods ever switch, over all looks, restarts and buckets."""
+    """How many runs of 10 000 records through the public methods ever switch, over all looks, restarts and
+    buckets.
+    """
     switched = 0
     for seed in seeds:
         selector, rng = MixedKernelSelector(seed=seed), random.Random(seed)
@@ -398,7 +437,9 @@ def runs_that_switch(seeds, draw) -> int:
 @pytest.mark.parametrize("draw", ["normal", "exponential"])
 def test_equal_kernels_are_switched_in_at_most_50_of_1000_runs(draw):
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        parts = [pool.submit(runs_that_switch, range(start, start + 50), draw) for start in range(0, 1000, 50)]
+        parts = [
+            pool.submit(runs_that_switch, range(start, start + 50), draw) for start in range(0, 1000, 50)
+        ]
         assert sum(part.result() for part in parts) <= 50
 
 

@@ -50,7 +50,9 @@ def glu(experts):
 def resolved(monkeypatch):
     """The configs that reach the primitives, in order."""
     seen, resolve = [], ops.resolve
-    monkeypatch.setattr(ops, "resolve", lambda op, problem, config: seen.append(config) or resolve(op, problem, config))
+    monkeypatch.setattr(
+        ops, "resolve", lambda op, problem, config: seen.append(config) or resolve(op, problem, config)
+    )
     return seen
 
 
@@ -101,25 +103,44 @@ def test_layers_with_the_same_problem_share_one_choice(experts, feedback, resolv
 
 def test_feedback_that_cannot_run_is_refused(glu):
     with pytest.raises(ValueError, match="cannot run"):
-        choices.set_feedback(glu.explain(1).problem, KernelConfig("moe_trellis_swiglu_decode", 3, 64, 1, True, "decode"))
+        choices.set_feedback(
+            glu.explain(1).problem, KernelConfig("moe_trellis_swiglu_decode", 3, 64, 1, True, "decode")
+        )
 
 
 def test_a_profile_is_used_and_explained(glu, resolved, tmp_path):
     path = tmp_path / "other.json"
-    entry = {"kernel_name": "moe_trellis_swiglu", "tile_size_m": 8, "tile_size_n": 64, "simdgroups": 1,
-             "use_fp32_acc": True, "kernel_variant": "base"}
+    entry = {
+        "kernel_name": "moe_trellis_swiglu",
+        "tile_size_m": 8,
+        "tile_size_n": 64,
+        "simdgroups": 1,
+        "use_fp32_acc": True,
+        "kernel_variant": "base",
+    }
     widths = str(glu.explain(1).problem.widths)
-    path.write_text(json.dumps({
-        "device_name": "M4 Max", "device_family": "M4", "tile_size_mapping": {"2": 128}, "simdgroup_mapping": {"2": 16},
-        "lookup_table": {"1": {"128": {widths: entry}}},
-        "adaptation_enabled": True, "adaptation_history_len": 100, "benchmark_count": 1,
-    }))
+    path.write_text(
+        json.dumps(
+            {
+                "device_name": "M4 Max",
+                "device_family": "M4",
+                "tile_size_mapping": {"2": 128},
+                "simdgroup_mapping": {"2": 16},
+                "lookup_table": {"1": {"128": {widths: entry}}},
+                "adaptation_enabled": True,
+                "adaptation_history_len": 100,
+                "benchmark_count": 1,
+            }
+        )
+    )
     with pytest.raises(ValueError):
         profile.use_profile(path)
     profile.use_profile(path, allow_foreign=True)
     glu(*rows_of(1))
     assert resolved == [KernelConfig(**entry)] and str(path) in str(glu.explain(1)) and glu.explain(1).tuned
-    name, metadata = MixedKernelSelector(exploration_rate=0.0).select_kernel(1, [2, 3], problem=glu.explain(1).problem)
+    name, metadata = MixedKernelSelector(exploration_rate=0.0).select_kernel(
+        1, [2, 3], problem=glu.explain(1).problem
+    )
     assert name == "moe_trellis_swiglu" and metadata["reason"].startswith("tuned_table: ")
     profile.use_profile(None)
     glu(*rows_of(1))
@@ -147,7 +168,9 @@ def test_compile_fixes_the_config_at_trace_time(glu, feedback, resolved):
 
 def test_new_weights_are_a_new_problem(experts, resolved):
     glu = TrellisSwitchGLU(**experts)
-    other = TrellisSwitchGLU(**random_experts(np.random.default_rng(1), 128, 256, expert_formats(4, "mcg", "uniform")))
+    other = TrellisSwitchGLU(
+        **random_experts(np.random.default_rng(1), 128, 256, expert_formats(4, "mcg", "uniform"))
+    )
     glu(*rows_of(1))
     before = glu.explain(1).problem
     glu.update(other.parameters())

@@ -31,7 +31,9 @@ def model(tmp_path, monkeypatch):
 
 
 class Clock:
-    """A clock that calls advance by what their variant is said to cost, with noise; everything else takes no time."""
+    """A clock that calls advance by what their variant is said to cost, with noise; everything else takes no
+    time.
+    """
 
     def __init__(self, monkeypatch):
         self.now, self.cost, self.rng = 0.0, dict.fromkeys(kernels.VARIANTS, 1.0), np.random.default_rng(0)
@@ -43,7 +45,9 @@ class Clock:
     def spend(self, run):
         def spending(layer, *inputs, config=None):
             if config is not None:
-                self.now += 1e-3 * self.cost[config.kernel_variant] * (1 + self.noise * self.rng.standard_normal())
+                self.now += (
+                    1e-3 * self.cost[config.kernel_variant] * (1 + self.noise * self.rng.standard_normal())
+                )
             return run(layer, *inputs, config=config)
 
         return spending
@@ -80,7 +84,9 @@ def test_equal_configs_stay(model, clock):
     for _ in range(300):
         model(mx.ones((4, 128)))
     report = adaptation.stop(forget=True)
-    assert report["switches"] == 0 and report["timed_calls"] == 600 and model.experts.explain(4).config == base
+    assert (
+        report["switches"] == 0 and report["timed_calls"] == 600 and model.experts.explain(4).config == base
+    )
 
 
 def test_the_overhead_is_bounded_and_reported(model, clock):
@@ -137,7 +143,12 @@ def test_real_timings(model):
 
 def test_off_by_default_and_bad_arguments(model):
     assert model.experts._adaptation is None and model.out._adaptation is None
-    for bad in (dict(exploration=1.5), dict(exploration=float("nan")), dict(max_overhead=-1), dict(exploration=True)):
+    for bad in (
+        dict(exploration=1.5),
+        dict(exploration=float("nan")),
+        dict(max_overhead=-1),
+        dict(exploration=True),
+    ):
         with pytest.raises(ValueError, match="must be a number in"):
             mlx_marlin.adapt(model, **bad)
     with pytest.raises(ValueError, match="no TrellisLinear or TrellisSwitchGLU"):

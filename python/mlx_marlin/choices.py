@@ -1,6 +1,8 @@
-"""Which config a layer's call runs, and why: what feedback has shown, else the tuned profile, else the default.
+"""Which config a layer's call runs, and why: what feedback has shown, else the tuned profile, else the
+default.
 
-One choice per problem for the whole process. A choice is made from shapes and dtypes only and never waits for an array.
+One choice per problem for the whole process. A choice is made from shapes and dtypes only and never waits for
+an array.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class Choice:
         c = self.config
         return (
             f"{c.kernel_name} (variant {c.kernel_variant}, tile {c.tile_size_m} x {c.tile_size_n}, "
-            f"simdgroups {c.simdgroups}, fp32 accumulation {'on' if c.use_fp32_acc else 'off'}): {self.reason}"
+            f"simdgroups {c.simdgroups}, fp32 accumulation {'on' if c.use_fp32_acc else 'off'}): "
+            f"{self.reason}"
         )
 
 
@@ -67,7 +70,8 @@ class _Choices:
                 return Choice(problem, config, reason, tuned=False)
         raise RuntimeError(
             f"every kernel for {problem} is refused on this {problem.device}, the last because: "
-            f"{refused[choice.config]}. Run the layer on the CPU (mx.set_default_device(mx.cpu)) and report this"
+            f"{refused[choice.config]}. "
+            "Run the layer on the CPU (mx.set_default_device(mx.cpu)) and report this"
         )
 
 
@@ -89,7 +93,9 @@ def choose(problem: Problem) -> Choice:
 
 
 def by_name(problem: Problem, names: Iterable[str]) -> dict[str, KernelConfig]:
-    """The configs of those kernels that can run a problem: the chosen one's tiles where it has that name, else the default's."""
+    """The configs of those kernels that can run a problem: the chosen one's tiles where it has that name,
+    else the default's.
+    """
     chosen = choose(problem).config
     configs = {}
     for name in names:

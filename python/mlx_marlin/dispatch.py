@@ -1,4 +1,6 @@
-"""Dispatch of a MoE layer by what was really routed: active experts' bits, activation pattern, memory pressure."""
+"""Dispatch of a MoE layer by what was really routed: active experts' bits, activation pattern, memory
+pressure.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from .weights import ExpertBank
 
 Triple = tuple[int, int, int]
 
-# Weight of the newest call in the predicted routing: text changes its experts slowly, so the last two calls weigh 3/4.
+# Weight of the newest call in the predicted routing: text changes its experts slowly, so the last two calls
+# weigh 3/4.
 _NEWEST_CALL = 0.5
 
 
@@ -83,8 +86,8 @@ def analyze_expert_activation_pattern(expert_ids, num_experts: int) -> dict[str,
 
     Returns:
         ``activation_rate`` and ``expert_utilization`` (active experts over all), ``num_activated_experts``,
-        ``tokens_per_expert_avg`` (slots over active experts), ``entropy`` (of the slots over the experts, in nats) and
-        ``top_expert_share`` (share of the rows that have the most frequent expert among theirs).
+        ``tokens_per_expert_avg`` (slots over active experts), ``entropy`` (of the slots over the experts, in
+        nats) and ``top_expert_share`` (share of the rows that have the most frequent expert among theirs).
 
     Raises:
         ValueError: If an id is not in ``[0, num_experts)``.
@@ -93,7 +96,11 @@ def analyze_expert_activation_pattern(expert_ids, num_experts: int) -> dict[str,
     if ids.size and not 0 <= ids.min() <= ids.max() < num_experts:
         raise ValueError(f"expert_ids must lie in [0, {num_experts}), got {ids.min()} to {ids.max()}")
     rows = _rows_per_expert(ids, num_experts)
-    slots = np.bincount(ids.reshape(-1).astype(np.int64), minlength=num_experts) if ids.size else np.zeros(num_experts)
+    slots = (
+        np.bincount(ids.reshape(-1).astype(np.int64), minlength=num_experts)
+        if ids.size
+        else np.zeros(num_experts)
+    )
     active = int(np.count_nonzero(slots))
     shares = slots[slots > 0] / max(1, ids.size)
     return {
@@ -122,8 +129,8 @@ def _rows_per_expert(ids: np.ndarray, num_experts: int) -> np.ndarray:
 class ActivationPredictor:
     """Predicts the next call's active experts from the last calls' routing.
 
-    Keeps for each expert the moving average of the share of rows that had it; a call of n rows then activates it with
-    probability ``1 - (1 - share) ** n``. As many experts are predicted as the probabilities sum to.
+    Keeps for each expert the moving average of the share of rows that had it; a call of n rows then activates
+    it with probability ``1 - (1 - share) ** n``. As many experts are predicted as the probabilities sum to.
 
     Args:
         num_experts: Experts of the layer.
@@ -174,15 +181,20 @@ class ActivationPredictor:
 
 
 @lru_cache(maxsize=4096)
-def _runnable(problem: Problem, triple: Triple | None, fp32acc: bool, generation: int) -> dict[str, KernelConfig]:
+def _runnable(
+    problem: Problem, triple: Triple | None, fp32acc: bool, generation: int
+) -> dict[str, KernelConfig]:
     """The kernels that may run a call whose active experts all have this triple (``None``: differing ones).
 
     generation: :func:`choices.generation`, so that a new profile is seen.
     """
     kinds = [(variant, None) for variant in kernels.VARIANTS] + ([("decode", triple)] if triple else [])
-    names = [kernels.make_name(*kind, mixed=mixed, fp32acc=fp32acc) for kind in kinds for mixed in (False, True)]
+    names = [
+        kernels.make_name(*kind, mixed=mixed, fp32acc=fp32acc) for kind in kinds for mixed in (False, True)
+    ]
     configs = {
-        name: replace(config, use_fp32_acc=fp32acc) for name, config in choices.by_name(problem, names).items()
+        name: replace(config, use_fp32_acc=fp32acc)
+        for name, config in choices.by_name(problem, names).items()
     }
     return {name: config for name, config in configs.items() if selftest.fault(problem, config) is None}
 
@@ -212,7 +224,9 @@ class MixedBpwMoEDispatcher:
         if isinstance(layer_or_bank, ExpertBank):
             layer_or_bank = TrellisSwitchGLU(bank=layer_or_bank)
         if not isinstance(layer_or_bank, TrellisSwitchGLU):
-            raise ValueError(f"wanted a TrellisSwitchGLU or an ExpertBank, got {type(layer_or_bank).__name__}")
+            raise ValueError(
+                f"wanted a TrellisSwitchGLU or an ExpertBank, got {type(layer_or_bank).__name__}"
+            )
         self.layer = layer_or_bank
         self.use_fp32_acc = bool(use_fp32_acc)
         self._bits = dict(enumerate(self.layer.expert_bits))
@@ -228,7 +242,9 @@ class MixedBpwMoEDispatcher:
         for expert, triple in metadata.items():
             if self._bits.get(expert) != tuple(triple):
                 has = f"has {self._bits[expert]}" if expert in self._bits else "does not exist"
-                raise ValueError(f"expert_bit_metadata says {tuple(triple)} for expert {expert}, which {has} in the layer")
+                raise ValueError(
+                    f"expert_bit_metadata says {tuple(triple)} for expert {expert}, which {has} in the layer"
+                )
 
     def dispatch(self, activations: mx.array, expert_ids, expert_probs: mx.array) -> tuple[mx.array, dict]:
         """Run the experts and combine their outputs. Waits for the routing and for the result.
@@ -239,15 +255,20 @@ class MixedBpwMoEDispatcher:
             expert_probs: Weights of the combination, shape ``[..., k]``.
 
         Returns:
-            The output ``[..., hidden]``, and a dict with ``kernel_name``, ``latency_ms`` (of this call, synchronised),
-            ``batch_size``, ``active_bits``, ``memory_pressure``, ``pattern_metrics`` and ``selection_metadata``.
+            The output ``[..., hidden]``, and a dict with ``kernel_name``, ``latency_ms`` (of this call,
+            synchronised), ``batch_size``, ``active_bits``, ``memory_pressure``, ``pattern_metrics`` and
+            ``selection_metadata``.
         """
         ids = _ids(expert_ids)
         pattern = analyze_expert_activation_pattern(ids, len(self._bits))
         active = np.unique(ids).tolist()
         rows = _count_rows(ids)
         problem = self.layer.problem(
-            rows, activations.dtype, device.default_device(), combine=True, top_k=ids.shape[-1] if ids.ndim else 1
+            rows,
+            activations.dtype,
+            device.default_device(),
+            combine=True,
+            top_k=ids.shape[-1] if ids.ndim else 1,
         )
         config, metadata, bits, pressure = self._select(max(1, rows), active, pattern, problem)
         name = config.kernel_name
@@ -267,7 +288,8 @@ class MixedBpwMoEDispatcher:
         }
 
     def select_ahead(self, batch_size: int, dtype: mx.Dtype, top_k: int) -> tuple[str, dict]:
-        """The kernel for the next call while its routing is not yet known, from the predicted activation pattern.
+        """The kernel for the next call while its routing is not yet known, from the predicted activation
+        pattern.
 
         Args:
             batch_size: Rows of the next call, at least 1.
@@ -285,7 +307,9 @@ class MixedBpwMoEDispatcher:
         return config.kernel_name, metadata | {"predicted_experts": active}
 
     def get_statistics(self) -> dict:
-        """The selector's statistics, and ``prediction_hit_rate``: share of the active experts that were predicted."""
+        """The selector's statistics, and ``prediction_hit_rate``: share of the active experts that were
+        predicted.
+        """
         return self.selector.get_statistics() | {"prediction_hit_rate": self._predictor.hit_rate}
 
     def _select(self, rows: int, active: list[int], pattern: dict | None, problem: Problem):
@@ -302,7 +326,9 @@ class MixedBpwMoEDispatcher:
         )
         return runnable[name], metadata, bits, pressure
 
-    def _run(self, problem: Problem, config: KernelConfig, x: mx.array, ids, scores: mx.array) -> tuple[mx.array, float]:
+    def _run(
+        self, problem: Problem, config: KernelConfig, x: mx.array, ids, scores: mx.array
+    ) -> tuple[mx.array, float]:
         mx.eval([a for a in (x, ids, scores) if isinstance(a, mx.array)])
         if (problem, config) not in self._warm:
             # Compiling a kernel is no latency of the call: the first one runs twice.

@@ -1,9 +1,10 @@
 """What timings say about kernels: recent latencies, and a sequential test that allows few false switches.
 
-A :class:`Ledger` keeps the latencies of the kernels that compete for one kind of call. It replaces the kernel in charge
-only on significance. Its level is spent once over its whole life: a test is a pair of kernels and
-five looks, the i-th test opened gets 1 / (i (i + 1)) of the level, and each look a fifth of that. However often tests
-are opened again, after a switch or after five looks without one, the shares sum to at most the level.
+A :class:`Ledger` keeps the latencies of the kernels that compete for one kind of call. It replaces the kernel
+in charge only on significance. Its level is spent once over its whole life: a test is a pair of kernels and
+five looks, the i-th test opened gets 1 / (i (i + 1)) of the level, and each look a fifth of that. However
+often tests are opened again, after a switch or after five looks without one, the shares sum to at most the
+level.
 """
 
 from __future__ import annotations
@@ -101,7 +102,9 @@ class Ledger:
         history.add(latency_ms)
 
     def leader(self, incumbent: str, candidates: Iterable[str]) -> str:
-        """The kernel in charge where the rules say ``incumbent``: itself, or a candidate that has proved faster."""
+        """The kernel in charge where the rules say ``incumbent``: itself, or a candidate that has proved
+        faster.
+        """
         current = self._leaders.get(incumbent, incumbent)
         if current not in candidates:
             current = incumbent

@@ -1,4 +1,4 @@
-"""Online adaptation: layers time a sampled fraction of their calls and switch to what is significantly faster."""
+"""Online adaptation: layers time a sampled fraction of their calls and switch to what is faster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RETRY_EVERY = 16
 
 
 class _Contest:
-    """The configs that compete for one problem: what the profile says, and the default tiles of every variant."""
+    """The configs that compete for one problem: the chosen one, and the default tiles of every variant."""
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -53,7 +53,7 @@ class _Contest:
         return history.summary()["mean_ms"] if history else None
 
     def record(self, config: KernelConfig, latency_ms: float) -> bool:
-        """Enter a latency, except for a config's first, which compiles and touches new memory; whether it switched."""
+        """Enter a latency; whether it switched. A config's first compiles and touches memory: not counted."""
         if config not in self._warm:
             self._warm.add(config)
             return False
@@ -144,10 +144,12 @@ class Adaptation:
         """What it cost and what it found.
 
         Returns:
-            ``calls`` and ``timed_calls`` of the layers; ``layer_ms``, what all calls would have cost with the configs
-            in charge (from their mean latencies); ``overhead_ms``, what the timed calls cost beyond that: slower
-            candidates and bookkeeping, but not the overlap of calls that waiting prevents; ``overhead``, their ratio;
-            ``problems`` seen, ``switches`` made, and ``changed``: problem to reason where measurements changed the config.
+            ``calls`` and ``timed_calls`` of the layers; ``layer_ms``, what all calls would have cost with the
+            configs in charge (from their mean latencies); ``overhead_ms``, what the timed calls cost beyond
+            that: slower candidates and bookkeeping, but not the overlap of calls that waiting prevents;
+            ``overhead``, their ratio;
+            ``problems`` seen, ``switches`` made, and ``changed``: problem to reason where measurements
+            changed the config.
         """
         with self._lock:
             changed = {p: str(choices.choose(p)) for p, c in self._contests.items() if c.leader != c.base}
@@ -208,14 +210,16 @@ def adapt(
 ) -> Adaptation:
     """Let a model's trellis layers learn from their own latencies while they run. Off unless this is called.
 
-    A sampled fraction of the layers' calls is timed, half of them with other configs than the one in charge. A config
-    that is significantly faster (see :class:`MixedKernelSelector`) takes over for its problem, in every layer that has
-    it. Timed calls wait for their inputs and their result. No call is timed while the overhead is above its bound.
+    A sampled fraction of the layers' calls is timed, half of them with other configs than the one in charge.
+    A config that is significantly faster (see :class:`MixedKernelSelector`) takes over for its problem, in
+    every layer that has it. Timed calls wait for their inputs and their result. No call is timed while the
+    overhead is above its bound.
 
     Args:
         model: Any module; its :class:`TrellisLinear` and :class:`TrellisSwitchGLU` layers are adapted.
         exploration: Fraction of the calls to time, in [0, 1]. Default: ``0.05``.
-        max_overhead: Bound of the time spent beyond what the calls would cost, as a share of that. Default: ``0.02``.
+        max_overhead: Bound of the time spent beyond what the calls would cost, as a share of that. Default:
+            ``0.02``.
         seed: Makes the sampling repeatable. Default: ``None``.
 
     Returns:

@@ -39,7 +39,8 @@ def latency_by_variant(results: Mapping[int, Sequence[BenchmarkResult]], ax: Axe
 
 
 def chosen_configs(config: AutotuneConfig, ax: Axes | None = None) -> Axes:
-    """Heat map of a lookup table: batch sizes by layers, coloured by variant, with tiles and simdgroups written in.
+    """Heat map of a lookup table: batch sizes by layers, coloured by variant, with tiles and simdgroups
+    written in.
 
     Args:
         config: A profile, such as ``MixedBPWAutoTuner.config``.
@@ -61,7 +62,10 @@ def chosen_configs(config: AutotuneConfig, ax: Axes | None = None) -> Axes:
     layers = sorted({layer for _, layer in cells})
     missing = float("nan")
     grid = [
-        [VARIANTS.index(cells[b, layer].kernel_variant) if (b, layer) in cells else missing for layer in layers]
+        [
+            VARIANTS.index(cells[b, layer].kernel_variant) if (b, layer) in cells else missing
+            for layer in layers
+        ]
         for b in batches
     ]
     ax.imshow(grid, cmap="Pastel1", vmin=-0.5, vmax=len(VARIANTS) - 0.5, aspect="auto")
@@ -75,7 +79,9 @@ def chosen_configs(config: AutotuneConfig, ax: Axes | None = None) -> Axes:
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other point beats in one coordinate without losing in the other, ascending in the first."""
+    """The points that no other point beats in one coordinate without losing in the other, ascending in the
+    first.
+    """
     front: list[tuple[float, float]] = []
     for point in sorted(set(points)):
         if not front or point[1] < front[-1][1]:
@@ -92,7 +98,9 @@ def latency_against_memory(results: Sequence[BenchmarkResult], ax: Axes | None =
     """
     ax = _axes(ax)
     for variant in VARIANTS:
-        points = [(r.latency_ms, r.memory_footprint_mb) for r in results if r.config.kernel_variant == variant]
+        points = [
+            (r.latency_ms, r.memory_footprint_mb) for r in results if r.config.kernel_variant == variant
+        ]
         if points:
             ax.scatter(*zip(*points), label=variant, alpha=0.6)
     front = pareto_front((r.latency_ms, r.memory_footprint_mb) for r in results)

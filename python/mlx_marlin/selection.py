@@ -1,8 +1,8 @@
-"""Which kernel runs a call: rules for the shapes, evidence from timings over the rules, and the reason for each choice.
+"""Which kernel runs a call: rules for the shapes, evidence from timings over the rules, and the reason.
 
-Seven rules, the first that applies decides: availability (7), memory pressure (1), evidence from timings or the tuned
-table (6), a lopsided activation pattern (5), a specialised decode kernel (4), the number of rows (2). The mix of bit
-widths (3) names the family.
+Seven rules, the first that applies decides: availability (7), memory pressure (1), evidence from timings or
+the tuned table (6), a lopsided activation pattern (5), a specialised decode kernel (4), the number of rows
+(2). The mix of bit widths (3) names the family.
 """
 
 from __future__ import annotations
@@ -11,36 +11,17 @@ import math
 import random
 import threading
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from numbers import Integral, Real
 
-from . import choices, kernels
+from . import kernels, rules
 from .evidence import MIN_SAMPLES, Ledger
 from .kernels import Problem
 
-BUCKETS = ("1", "2-16", "17-32", "33-128", "129+")
-_BUCKET_ENDS = (1, 16, 32, 128)
-# Probability that the evidence on one problem, over all its buckets, ever replaces a kernel by one that is no faster.
+# Probability that the evidence on one problem, over all its buckets, ever replaces a kernel by one that is no
+# faster.
 SWITCH_LEVEL = 0.05
-# Share of the rows from which one expert's work outweighs the rest.
-LOPSIDED_SHARE = 0.85
 # Problems remembered. A problem contains its rows, so a server meets ever new ones; each holds a few kB.
 _MAX_LEDGERS = 1024
-
-
-def batch_bucket(batch_size: int) -> str:
-    """The class of batch sizes whose timings are kept together: one of :data:`BUCKETS`."""
-    for label, end in zip(BUCKETS, _BUCKET_ENDS):
-        if batch_size <= end:
-            return label
-    return BUCKETS[-1]
-
-
-def bit_family(active_expert_bits: Sequence[int]) -> str:
-    """``"fast_2bit"`` if over half of the experts have 2 bits, ``"mixed_bpw"`` if 2, 3 and 4 occur, else ``"standard"``."""
-    if 2 * sum(bits == 2 for bits in active_expert_bits) > len(active_expert_bits):
-        return "fast_2bit"
-    return "mixed_bpw" if {2, 3, 4} <= set(active_expert_bits) else "standard"
 
 
 class MixedKernelSelector:
@@ -48,7 +29,8 @@ class MixedKernelSelector:
 
     Args:
         history_len: Latencies kept per kernel, batch bucket and problem; at least 5. Default: ``100``.
-        memory_pressure_threshold: Above this, the base kernel, which needs the least scratch. Default: ``0.9``.
+        memory_pressure_threshold: Above this, the base kernel, which needs the least scratch. Default:
+            ``0.9``.
         exploration_rate: Share of selections that try another kernel, in [0, 1]. Default: ``0.05``.
         seed: Makes the exploration repeatable. Default: ``None``.
     """
@@ -63,8 +45,8 @@ class MixedKernelSelector:
         if not isinstance(history_len, int) or history_len < MIN_SAMPLES:
             raise ValueError(f"history_len must be an integer >= {MIN_SAMPLES}, got {history_len!r}")
         self._history_len = history_len
-        self._threshold = _fraction("memory_pressure_threshold", memory_pressure_threshold)
-        self._exploration_rate = _fraction("exploration_rate", exploration_rate)
+        self._threshold = rules.fraction("memory_pressure_threshold", memory_pressure_threshold)
+        self._exploration_rate = rules.fraction("exploration_rate", exploration_rate)
         self._random = random.Random(seed)
         self._lock = threading.RLock()
         self.reset_history()
@@ -80,7 +62,7 @@ class MixedKernelSelector:
         Raises:
             ValueError: If it lies outside [0, 1].
         """
-        self._exploration_rate = _fraction("exploration rate", rate)
+        self._exploration_rate = rules.fraction("exploration rate", rate)
 
     def reset_history(self) -> None:
         """Forget all latencies, switches and counts."""
@@ -108,45 +90,48 @@ class MixedKernelSelector:
             batch_size: Rows, at least 1.
             active_expert_bits: One per distinct active expert: the bits of its up projection.
             gpu_memory_pressure: Share of the memory in use, in [0, 1]. Default: ``0.0``.
-            gate_bits: With up_bits and down_bits: states that all active experts have these widths. Default: ``None``.
+            gate_bits: With up_bits and down_bits: states that all active experts have these widths. Default:
+                ``None``.
             up_bits: See gate_bits.
             down_bits: See gate_bits.
             use_fp32_acc: Take the kernel's ``_fp32acc`` twin. Default: ``False``.
             available_kernels: Only these may be returned. Default: ``None``, all.
             pattern: What :func:`analyze_expert_activation_pattern` returns. Default: ``None``.
-            problem: Whose timings and tuned entry count; evidence is never shared between problems. Default: ``None``,
-                a class of its own.
+            problem: Whose timings and tuned entry count; evidence is never shared between problems. Default:
+                ``None``, a class of its own.
 
         Returns:
-            The kernel's name, and a dict with ``kernel_name``, ``family``, ``reason``, ``explored``, ``batch_bucket``
-            and ``candidates``: for each kernel considered its evidence (``samples``, geometric ``mean_ms`` and the
-            moving average ``ema_ms``; empty where it has none).
+            The kernel's name, and a dict with ``kernel_name``, ``family``, ``reason``, ``explored``,
+            ``batch_bucket`` and ``candidates``: for each kernel considered its evidence (``samples``,
+            geometric ``mean_ms`` and the moving average ``ema_ms``; empty where it has none).
 
         Raises:
             ValueError: If an argument is out of range or no kernel is available.
         """
         _check_rows(batch_size)
-        family = bit_family(_check_bits(active_expert_bits))
-        pressure = _fraction("gpu_memory_pressure", gpu_memory_pressure)
+        family = rules.bit_family(_check_bits(active_expert_bits))
+        pressure = rules.fraction("gpu_memory_pressure", gpu_memory_pressure)
         triple = _triple(gate_bits, up_bits, down_bits)
         available = _available(available_kernels)
-        bucket = batch_bucket(batch_size)
+        bucket = rules.batch_bucket(batch_size)
         with self._lock:
             ledger = self._ledgers.get((problem, bucket))
-            candidates = _candidates(batch_size, triple, use_fp32_acc, ledger)
+            candidates = rules.candidates(batch_size, triple, use_fp32_acc, ledger)
             if available is not None:
                 candidates = [name for name in candidates if name in available]
             pressed = pressure > self._threshold
             if pressed:
-                name = _make("base", fp32acc=use_fp32_acc)
-                reason = f"memory_pressure: {pressure:.2f} exceeds {self._threshold:.2f}, the base kernel needs the least scratch"
+                name = rules.make("base", fp32acc=use_fp32_acc)
+                reason = f"memory_pressure: {pressure:.2f} exceeds {self._threshold:.2f}, base needs least scratch"
             else:
-                name, reason = _by_table(problem, use_fp32_acc) or _by_rules(
+                name, reason = rules.by_table(problem, use_fp32_acc) or rules.by_rules(
                     batch_size, triple, use_fp32_acc, pattern, problem
                 )
             if available is not None and name not in available:
-                substitute = _nearest(name, triple, available)
-                reason = f"fallback_availability: Selected kernel {name} not available, using {substitute} instead"
+                substitute = rules.nearest(name, triple, available)
+                reason = (
+                    f"fallback_availability: Selected kernel {name} not available, using {substitute} instead"
+                )
                 name = substitute
             # Before the decision: a switch restarts the histories that led to it.
             histories = {} if ledger is None else ledger.histories
@@ -165,7 +150,9 @@ class MixedKernelSelector:
             "candidates": evidence,
         }
 
-    def record_latency(self, kernel_name: str, batch_size: int, latency_ms: float, problem: Problem | None = None) -> None:
+    def record_latency(
+        self, kernel_name: str, batch_size: int, latency_ms: float, problem: Problem | None = None
+    ) -> None:
         """Tell how long a kernel took.
 
         Args:
@@ -177,17 +164,19 @@ class MixedKernelSelector:
         Raises:
             ValueError: If an argument is out of range or no kernel has this name.
         """
-        _parse(kernel_name)
+        rules.parse(kernel_name)
         _check_rows(batch_size)
         if not (type(latency_ms) is float or isinstance(latency_ms, Real)) or not 0.0 < latency_ms < math.inf:
-            raise ValueError(f"latency_ms must be a finite number of milliseconds above 0, got {latency_ms!r}")
-        key = problem, batch_bucket(batch_size)
+            raise ValueError(
+                f"latency_ms must be a finite number of milliseconds above 0, got {latency_ms!r}"
+            )
+        key = problem, rules.batch_bucket(batch_size)
         with self._lock:
             ledger = self._ledgers.get(key)
             if ledger is None:
                 if len(self._ledgers) >= _MAX_LEDGERS:
                     del self._ledgers[next(iter(self._ledgers))]
-                ledger = self._ledgers[key] = Ledger(self._history_len, SWITCH_LEVEL / len(BUCKETS))
+                ledger = self._ledgers[key] = Ledger(self._history_len, SWITCH_LEVEL / len(rules.BUCKETS))
             ledger.record(kernel_name, latency_ms)
             self._tracked.add(kernel_name)
 
@@ -195,9 +184,10 @@ class MixedKernelSelector:
         """What was selected and learned so far.
 
         Returns:
-            ``selection_accuracy`` (share of the exploiting choices that were the fastest among the kernels with at
-            least 5 samples; 0.0 without any), ``total_selections``, ``explorations``, ``exploration_rate``,
-            ``switches`` (how often evidence replaced a kernel) and ``tracked_kernels`` (how many had timings recorded).
+            ``selection_accuracy`` (share of the exploiting choices that were the fastest among the kernels
+            with at least 5 samples; 0.0 without any), ``total_selections``, ``explorations``,
+            ``exploration_rate``, ``switches`` (how often evidence replaced a kernel) and ``tracked_kernels``
+            (how many had timings recorded).
         """
         with self._lock:
             return {
@@ -209,7 +199,9 @@ class MixedKernelSelector:
                 "tracked_kernels": len(self._tracked),
             }
 
-    def _by_evidence(self, name: str, reason: str, candidates: list[str], ledger: Ledger | None) -> tuple[str, str, bool]:
+    def _by_evidence(
+        self, name: str, reason: str, candidates: list[str], ledger: Ledger | None
+    ) -> tuple[str, str, bool]:
         """The kernel that the timings, or the wish to get timings, put in the place of the rules' choice."""
         chosen, fastest = name, None
         if ledger is not None:
@@ -226,93 +218,6 @@ class MixedKernelSelector:
         if chosen != name:
             reason = f"evidence: {chosen} is significantly faster than {name}"
         return chosen, reason, False
-
-
-def _by_table(problem: Problem | None, fp32acc: bool) -> tuple[str, str] | None:
-    """Rule 6 for the tuned table: the kernel of the problem's entry, where a profile has one."""
-    choice = None if problem is None else choices.choose(problem)
-    if choice is None or not choice.tuned:
-        return None
-    parts = _parse(choice.config.kernel_name)
-    return _make(parts.variant, parts.triple, mixed=parts.mixed, fp32acc=fp32acc), f"tuned_table: {choice.reason}"
-
-
-def _by_rules(
-    batch_size: int, triple: tuple | None, use_fp32_acc: bool, pattern: dict | None, problem: Problem | None
-) -> tuple[str, str]:
-    """Rules 5, 4 and 2: the kernel that the shapes alone suggest, and why."""
-    rows = _top_expert_rows(batch_size, pattern, problem)
-    if rows is not None:
-        name = _make(kernels.default_variant(rows), fp32acc=use_fp32_acc)
-        return name, f"activation_pattern: one expert has {rows} of {batch_size} rows"
-    if batch_size == 1 and triple is not None:
-        name = _make("decode", triple, fp32acc=use_fp32_acc)
-        return name, "specialized_decode: all active experts have gate {}, up {}, down {} bits".format(*triple)
-    name = _make(kernels.default_variant(batch_size), fp32acc=use_fp32_acc)
-    return name, f"batch_size: {batch_size} row{'s' * (batch_size > 1)}"
-
-
-def _top_expert_rows(batch_size: int, pattern: dict | None, problem: Problem | None) -> int | None:
-    """Rows of the top expert, where it has most of them although each row has several experts."""
-    if pattern is None or batch_size < 2:
-        return None
-    share = _fraction('pattern["top_expert_share"]', pattern.get("top_expert_share", 0.0))
-    if problem is not None:
-        top_k = problem.top_k
-    else:  # without the other metrics the caller vouches for top-k >= 2
-        slots = pattern.get("tokens_per_expert_avg", math.inf) * pattern.get("num_activated_experts", 1)
-        top_k = slots / batch_size
-    if share < LOPSIDED_SHARE or top_k < 2:
-        return None
-    return round(share * batch_size)
-
-
-def _candidates(batch_size: int, triple: tuple | None, fp32acc: bool, ledger: Ledger | None) -> list[str]:
-    """The kernels that compete for a call: every variant, the triple's own at one row, and what was timed besides."""
-    names = list(_variant_names(fp32acc))
-    if batch_size == 1 and triple is not None:
-        names.append(_make("decode", triple, fp32acc=fp32acc))
-    if ledger is not None:
-        for name in ledger.histories:
-            parts = _parse(name)
-            if name not in names and parts.fp32acc == fp32acc and parts.triple in (None, triple):
-                names.append(name)
-    return names
-
-
-def _nearest(name: str, triple: tuple | None, available: Iterable[str]) -> str:
-    """The available kernel that is most like the wanted one: never another triple's where anything else is left."""
-    wanted = _parse(name)
-
-    def unlikeness(candidate: str) -> tuple:
-        parts = _parse(candidate)
-        return (
-            parts.triple not in (None, triple),
-            parts.variant != wanted.variant,
-            parts.variant != "base",  # runs any number of rows with the least scratch
-            parts.fp32acc != wanted.fp32acc,
-            parts.mixed != wanted.mixed,
-            parts.triple != wanted.triple,
-            candidate,
-        )
-
-    return min(available, key=unlikeness)
-
-
-@lru_cache(maxsize=None)
-def _variant_names(fp32acc: bool) -> tuple[str, ...]:
-    return tuple(_make(variant, fp32acc=fp32acc) for variant in kernels.VARIANTS)
-
-
-_parse = lru_cache(maxsize=4096)(kernels.parse_name)
-_make = lru_cache(maxsize=4096)(kernels.make_name)
-
-
-def _fraction(what: str, value) -> float:
-    number = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
-    if not number or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{what} must be a number in [0, 1], got {value!r}")
-    return float(value)
 
 
 def _check_rows(batch_size) -> None:
@@ -381,7 +286,9 @@ def get_mixed_kernel(
     )
 
 
-def record_kernel_latency(kernel_name: str, batch_size: int, latency_ms: float, problem: Problem | None = None) -> None:
+def record_kernel_latency(
+    kernel_name: str, batch_size: int, latency_ms: float, problem: Problem | None = None
+) -> None:
     """:meth:`MixedKernelSelector.record_latency` of the instance that the process shares."""
     _shared.record_latency(kernel_name, batch_size, latency_ms, problem)
 
