@@ -255,7 +255,9 @@ def save(path: Path, stored: dict, results: list[dict]) -> None:
         before = load(path, stored)
         stored = {**stored, "ceilings": highest(stored["ceilings"], before["ceilings"])}
         kept = [r for r in before["results"] if key(r) not in {key(n) for n in results}]
-    text = json.dumps({**stored, "results": sorted(kept + results, key=key)}, indent=1)
+    head = json.dumps({name: value for name, value in stored.items() if name != "results"}, indent=1)
+    lines = ",\n".join(json.dumps(result) for result in sorted(kept + results, key=key))
+    text = f'{head[:-2]},\n "results": [\n{lines}\n ]\n}}'
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".partial")
     beside.write_text(text + "\n")
@@ -308,7 +310,8 @@ def main(argv=None) -> None:
         print_table(bits, results, contenders, limits, heading)
         if arguments.output:
             when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            run = {"bits": bits, "threads": arguments.threads, "clock": "cpu" if arguments.cpu_time else "wall", "when": when}
+            run = {"bits": bits, "threads": arguments.threads, "clock": "cpu" if arguments.cpu_time else "wall",
+                   "when": when, "kernel_hash": stored["machine"]["kernel_hash"]}
             save(arguments.output, stored, [{**run, **r} for r in results])
 
 
