@@ -1,7 +1,9 @@
-"""What ``make demo`` runs: text from the trained model that the repository ships, and what its quantization costs.
+"""What ``make demo`` runs: text from the trained model that the repository ships, and what its quantization
+costs.
 
-Perplexity is measured on 4096 held-out tokens, in 16 windows of 256. Bits per weight count every byte of the linears and
-experts, scales included; the output head, which affine quantization leaves tied to the float16 embeddings, stands apart.
+Perplexity is measured on 4096 held-out tokens, in 16 windows of 256. Bits per weight count every byte of the
+linears and experts, scales included; the output head, which affine quantization leaves tied to the float16
+embeddings, stands apart.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def exl3_bits(directory: Path) -> tuple[float, float]:
 
 
 def affine_sizes() -> list[tuple[float, int, int]]:
-    """(bits per weight, bits, group size) of MLX's affine quantization: a float16 scale and bias per group."""
+    """(bits per weight, bits, group size) of affine quantization: a float16 scale and bias per group."""
     return sorted((bits + 32 / group, bits, group) for bits in AFFINE_BITS for group in AFFINE_GROUPS)
 
 
@@ -78,13 +80,15 @@ def load_original() -> nn.Module:
 
 
 def load_affine(bits: int, group: int) -> nn.Module:
-    """The original with its linears and experts, but not the router, in affine quantization; run in float32."""
+    """The original with linears and experts, but not the router, in affine quantization; run in float32."""
     model = load_original()
     nn.quantize(
         model,
         group,
         bits,
-        class_predicate=lambda path, m: isinstance(m, (nn.Linear, SwitchLinear)) and not path.endswith(".gate"),
+        class_predicate=lambda path, m: (
+            isinstance(m, (nn.Linear, SwitchLinear)) and not path.endswith(".gate")
+        ),
     )
     model.set_dtype(mx.float32)  # the float16 scales keep their values
     return model
@@ -102,7 +106,9 @@ def generate(directory: Path) -> None:
     prompt = tokenizer.encode(PROMPT)
     mx.random.seed(0)
     responses = list(
-        mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=120, sampler=make_sampler(temp=0.7, top_p=0.9))
+        mlx_lm.stream_generate(
+            model, tokenizer, prompt, max_tokens=120, sampler=make_sampler(temp=0.7, top_p=0.9)
+        )
     )
     last = responses[-1]
     print(f"{directory.name} continues {PROMPT!r}:\n")
@@ -121,7 +127,9 @@ def table() -> list[Row]:
     for directory, (model, _) in loaded.items():
         bits, head_bits = exl3_bits(directory)
         rows.append(measure(f"EXL3 {directory.name.rpartition('-')[2]}", model, tokens, bits, head_bits))
-        affine.update([size for size in affine_sizes() if size[0] >= bits][:2])  # the two nearest, not smaller
+        affine.update(
+            [size for size in affine_sizes() if size[0] >= bits][:2]
+        )  # the two nearest, not smaller
     for effective, bits, group in sorted(affine):
         name = f"MLX affine {bits}-bit, group {group}"
         rows.append(measure(name, load_affine(bits, group), tokens, effective, 16.0))
@@ -134,7 +142,9 @@ def main() -> None:
     print(f"Perplexity on {TOKENS} held-out tokens, windows of {WINDOW} (measured):\n")
     print(f"{'model':32} {'bits/weight':>12} {'head bits':>10} {'perplexity':>11} {'seconds':>8}")
     for row in rows:
-        print(f"{row.name:32} {row.bits:12.2f} {row.head_bits:10.2f} {row.perplexity:11.3f} {row.seconds:8.1f}")
+        print(
+            f"{row.name:32} {row.bits:12.2f} {row.head_bits:10.2f} {row.perplexity:11.3f} {row.seconds:8.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Tiny checkpoints, one per architecture: EXL3 in exllamav3's tensor names, and the same weights dense in the names of
-the original models, for mlx-lm's own loader. Any bit pattern is a valid trellis, so the words are random."""
+"""Tiny checkpoints, one per architecture: EXL3 in exllamav3's tensor names, and the same weights dense in
+the names of the original models, for mlx-lm's own loader. Any bit pattern is a valid trellis, so the
+words are random."""
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ class Checkpoint:
         if zero_padding:
             svh[n:] = 0
         self.bits[name] = bits
-        self.exl3.update({f"{name}.trellis": mx.array(trellis), f"{name}.suh": mx.array(suh), f"{name}.svh": mx.array(svh)})
+        self.exl3.update(
+            {f"{name}.trellis": mx.array(trellis), f"{name}.suh": mx.array(suh), f"{name}.svh": mx.array(svh)}
+        )
         if codebook in MARKERS:
             self.exl3[f"{name}.{codebook}"] = mx.array(MARKERS[codebook], mx.int32)
         if bias:
@@ -98,11 +101,15 @@ class Checkpoint:
         self.norm(f"{model}.norm", HIDDEN, norm_mean)
         self.linear(head, HIDDEN, VOCAB, bits=6)
 
-    def block_norms(self, layer: str, mean=1.0, names=("input_layernorm", "post_attention_layernorm")) -> None:
+    def block_norms(
+        self, layer: str, mean=1.0, names=("input_layernorm", "post_attention_layernorm")
+    ) -> None:
         for name in names:
             self.norm(f"{layer}.{name}", HIDDEN, mean)
 
-    def attention(self, layer: str, *, bias=False, o_bias=False, norms=None, gated=False, norm_mean=1.0) -> None:
+    def attention(
+        self, layer: str, *, bias=False, o_bias=False, norms=None, gated=False, norm_mean=1.0
+    ) -> None:
         attn = f"{layer}.self_attn"
         sizes = {"q": HEADS * HEAD_DIM, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM}
         for name, size in sizes.items():
@@ -118,7 +125,9 @@ class Checkpoint:
         self.linear(f"{attn}.q_b_proj", q_rank, HEADS * (nope + rope))
         self.linear(f"{attn}.kv_a_proj_with_mqa", HIDDEN, rank + rope)
         self.norm(f"{attn}.kv_a_layernorm", rank)
-        self.plain(f"{attn}.kv_b_proj.weight", HEADS * (nope + value), rank, spread=rank**-0.5, dtype=mx.float16)
+        self.plain(
+            f"{attn}.kv_b_proj.weight", HEADS * (nope + value), rank, spread=rank**-0.5, dtype=mx.float16
+        )
         self.linear(f"{attn}.o_proj", HEADS * value, HIDDEN)
 
     def gated_mlp(self, name: str, width: int = DENSE_WIDTH) -> None:
@@ -126,7 +135,9 @@ class Checkpoint:
         self.linear(f"{name}.up_proj", HIDDEN, width, zero_padding=True)
         self.linear(f"{name}.down_proj", width, HIDDEN)
 
-    def experts(self, block: str, names=("gate_proj", "up_proj", "down_proj"), *, router="gate", bias=False) -> None:
+    def experts(
+        self, block: str, names=("gate_proj", "up_proj", "down_proj"), *, router="gate", bias=False
+    ) -> None:
         self.plain(f"{block}.{router}.weight", EXPERTS, HIDDEN, spread=HIDDEN**-0.5, dtype=mx.float16)
         for e in range(EXPERTS):
             for projection, name in enumerate(names):
@@ -138,7 +149,9 @@ class Checkpoint:
         leaf = "weight"
 
         def take(name: str, leaf: str) -> np.ndarray:
-            return np.stack([np.array(self.dense.pop(f"{block}.experts.{e}.{name}.{leaf}")) for e in range(EXPERTS)])
+            return np.stack(
+                [np.array(self.dense.pop(f"{block}.experts.{e}.{name}.{leaf}")) for e in range(EXPERTS)]
+            )
 
         for leaf in ("weight", "bias") if bias else ("weight",):
             gate, up, down = (take(name, leaf) for name in ("gate_proj", "up_proj", "down_proj"))
@@ -155,7 +168,13 @@ class Checkpoint:
 
     def write(self, directory: Path, *, shards: int = 1) -> Path:
         """The EXL3 directory."""
-        quantization = {"quant_method": "exl3", "version": "1.4.1", "bits": 3.5, "head_bits": 6, "out_scales": "always"}
+        quantization = {
+            "quant_method": "exl3",
+            "version": "1.4.1",
+            "bits": 3.5,
+            "head_bits": 6,
+            "out_scales": "always",
+        }
         config = {**self.config, "quantization_config": {**quantization, "codebook": "mul1"}}
         return write_directory(directory, config, self.exl3, shards)
 
@@ -174,18 +193,30 @@ def write_directory(directory: Path, config: dict, tensors: dict[str, mx.array],
     if shards == 1:
         mx.save_safetensors(str(directory / "model.safetensors"), tensors)
         return directory
-    files = {name: f"model-{1 + i * shards // len(names):05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
+    files = {
+        name: f"model-{1 + i * shards // len(names):05}-of-{shards:05}.safetensors"
+        for i, name in enumerate(names)
+    }
     for file in sorted(set(files.values())):
-        mx.save_safetensors(str(directory / file), {name: tensors[name] for name in names if files[name] == file})
+        mx.save_safetensors(
+            str(directory / file), {name: tensors[name] for name in names if files[name] == file}
+        )
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return directory
 
 
 def qwen3_moe(**config) -> Checkpoint:
-    moe = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": WIDTH, "norm_topk_prob": True}
+    moe = {
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": WIDTH,
+        "norm_topk_prob": True,
+    }
     # mlx-lm 0.31 (for Python 3.10) stacks no experts unless layer 0 has some.
     dense = [0] if sys.version_info >= (3, 11) else [1]
-    c = Checkpoint({"model_type": "qwen3_moe", **moe, "decoder_sparse_step": 1, "mlp_only_layers": dense, **config})
+    c = Checkpoint(
+        {"model_type": "qwen3_moe", **moe, "decoder_sparse_step": 1, "mlp_only_layers": dense, **config}
+    )
     c.ends()
     for i in range(c.config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
@@ -384,11 +415,22 @@ def qwen3() -> Checkpoint:
 
 
 def gemma3() -> Checkpoint:
-    text = {**COMMON, "model_type": "gemma3_text", "sliding_window": 16, "sliding_window_pattern": 2, "query_pre_attn_scalar": 64}
+    text = {
+        **COMMON,
+        "model_type": "gemma3_text",
+        "sliding_window": 16,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 64,
+    }
     c = Checkpoint({"model_type": "gemma3", "text_config": text, "tie_word_embeddings": True})
     model = "language_model.model"
     c.ends(model, "language_model.lm_head", norm_mean=0.0)
-    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    norms = (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    )
     for i in range(LAYERS):
         layer = f"{model}.layers.{i}"
         c.block_norms(layer, 0.0, norms)
@@ -398,12 +440,41 @@ def gemma3() -> Checkpoint:
     return c
 
 
+def gemma4() -> Checkpoint:
+    text = {**COMMON, "model_type": "gemma4_text", "enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": 2,
+            "moe_intermediate_size": WIDTH, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
+            "use_double_wide_mlp": False, "global_head_dim": HEAD_DIM, "num_global_key_value_heads": KV_HEADS,
+            "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True}  # fmt: skip
+    c = Checkpoint({"model_type": "gemma4", "text_config": text, "tie_word_embeddings": True})
+    model = "model.language_model"
+    c.ends(model)
+    c.dense["language_model.lm_head.weight"] = c.dense.pop("lm_head.weight")
+    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+             "post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2")  # fmt: skip
+    for i in range(LAYERS):
+        layer = f"{model}.layers.{i}"
+        c.block_norms(layer, names=norms)
+        c.attention(layer, norms="head")
+        c.gated_mlp(f"{layer}.mlp")
+        c.experts(layer, router="router.proj")
+        c.fuse_experts(layer, interleaved=False)
+        c.plain(f"{layer}.router.scale", HIDDEN, mean=1.0, spread=0.1)
+        c.plain(f"{layer}.router.per_expert_scale", EXPERTS, mean=1.0, spread=0.1)
+        c.plain(f"{layer}.layer_scalar", 1, mean=1.0, spread=0.1)
+    return c
+
+
 def gemma2() -> Checkpoint:
     """A model without a head of its own: mlx-lm always uses the embeddings, EXL3 has a head all the same."""
     c = Checkpoint({"model_type": "gemma2", "tie_word_embeddings": True, "query_pre_attn_scalar": 64,
                     "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0})  # fmt: skip
     c.ends(norm_mean=0.0)
-    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    norms = (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    )
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
         c.block_norms(layer, 0.0, norms)
@@ -416,6 +487,6 @@ ARCHITECTURES = {
     make.__name__: make
     for make in (
         qwen3_moe, mixtral, olmoe, qwen2_moe, qwen3_next, qwen3_5_moe, glm4_moe, glm4_moe_lite, deepseek_v3, gpt_oss,
-        minimax, llama, qwen3, gemma3,
+        minimax, llama, qwen3, gemma3, gemma4,
     )
 }  # fmt: skip

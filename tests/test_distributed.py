@@ -101,14 +101,21 @@ def test_a_split_is_planned_without_reading_weights(tmp_path, monkeypatch, no_re
 @pytest.mark.parametrize(
     "name, pipeline, ranks, message",
     [
-        ("qwen3_moe", False, 2, "self_attn.k_proj: 128 is split into 64 per rank here; .* at multiples of 128 only"),
+        (
+            "qwen3_moe",
+            False,
+            2,
+            "self_attn.k_proj: 128 is split into 64 per rank here; .* at multiples of 128 only",
+        ),
         ("qwen3_moe", False, 3, "mlx_lm.models.qwen3_moe cannot be split over 3 ranks: ValueError"),
         ("mixtral", False, 2, "mlx_lm.models.mixtral has no tensor parallelism"),
         ("llama", True, 2, "mlx_lm.models.llama has no pipeline parallelism"),
         ("deepseek_v3", True, 3, "mlx_lm.models.deepseek_v3 cannot be split into 3 stages"),
     ],
 )
-def test_unsupported_splits_are_refused_before_anything_is_read(name, pipeline, ranks, message, tmp_path, no_reading):
+def test_unsupported_splits_are_refused_before_anything_is_read(
+    name, pipeline, ranks, message, tmp_path, no_reading
+):
     directory = checkpoints.ARCHITECTURES[name]().write(tmp_path / "model")
     group = Rank(0, ranks)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
-"""Damaged checkpoint directories: each loads completely or is refused with a message; nothing crashes, nothing is random."""
+"""Damaged checkpoint directories: each loads completely or is refused with a message; nothing crashes,
+nothing is random."""
 
 import json
 import struct
@@ -45,7 +46,9 @@ def originals(tmp_path_factory):
         checkpoints.qwen3_moe(num_hidden_layers=1, mlp_only_layers=[]).write(root / "moe", shards=2),
         checkpoints.llama(num_hidden_layers=1).write(root / "dense"),
     ]
-    return [Files((path.name, path.read_bytes()) for path in directory.iterdir()) for directory in directories]
+    return [
+        Files((path.name, path.read_bytes()) for path in directory.iterdir()) for directory in directories
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -117,11 +120,15 @@ def test_entries_of_headers(originals, tmp_path, data):
     if change == "entry":
         header[tensor] = data.draw(json_values)
     elif change == "field":
-        header[tensor][data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))] = data.draw(json_values)
+        header[tensor][data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))] = data.draw(
+            json_values
+        )
     elif change == "remove":
         del header[tensor]
     elif change == "rename":
-        header[data.draw(st.text(max_size=12) | st.sampled_from(["a.trellis", "x.weight", "lm_head.weight"]))] = header.pop(tensor)
+        header[
+            data.draw(st.text(max_size=12) | st.sampled_from(["a.trellis", "x.weight", "lm_head.weight"]))
+        ] = header.pop(tensor)
     elif change == "swap":
         header[tensor], header[other] = header[other], header[tensor]
     else:
@@ -137,7 +144,10 @@ def test_configs(originals, tmp_path, data):
     files = Files(data.draw(st.sampled_from(originals)))
     config = json.loads(files["config.json"])
     for _ in range(data.draw(st.integers(1, 3))):
-        key = data.draw(st.sampled_from(sorted(config)) | st.sampled_from(["text_config", "layer_types", "quantization", "model_file"]))
+        key = data.draw(
+            st.sampled_from(sorted(config))
+            | st.sampled_from(["text_config", "layer_types", "quantization", "model_file"])
+        )
         if data.draw(st.booleans()):
             config[key] = data.draw(json_values)
         else:
@@ -152,4 +162,7 @@ def test_indexes(originals, tmp_path, data):
     index = json.loads(files[INDEX])
     key = data.draw(st.sampled_from(sorted(index["weight_map"])) | st.text(max_size=8))
     index["weight_map"][key] = data.draw(json_values | st.sampled_from(sorted(files)))
-    check(tmp_path, {**files, INDEX: json.dumps(index if data.draw(st.booleans()) else index["weight_map"]).encode()})
+    check(
+        tmp_path,
+        {**files, INDEX: json.dumps(index if data.draw(st.booleans()) else index["weight_map"]).encode()},
+    )

@@ -36,14 +36,18 @@ def test_the_shipped_random_models_give_the_expected_logits(name):
     assert (got.argmax(-1) == expected["logits"].argmax(-1)).all()
 
 
-@pytest.mark.parametrize("name, perplexity", [("docs-moe-exl3-3.0bpw", 11.487), ("docs-moe-exl3-mixed", 11.565)])
+@pytest.mark.parametrize(
+    "name, perplexity", [("docs-moe-exl3-3.0bpw", 11.487), ("docs-moe-exl3-mixed", 11.565)]
+)
 def test_perplexity_of_the_shipped_models(name, perplexity):
     # The numbers were measured with an independent implementation, in float32.
     model, tokenizer = mlx_marlin.load(MODELS / name)
     text = (MODELS / "docs-moe" / "heldout.txt").read_text()[20_000:]
     tokens = np.array(tokenizer.encode(text)[:4097])
     losses = [
-        nn.losses.cross_entropy(model(mx.array(tokens[None, i : i + 256])), mx.array(tokens[None, i + 1 : i + 257])).mean()
+        nn.losses.cross_entropy(
+            model(mx.array(tokens[None, i : i + 256])), mx.array(tokens[None, i + 1 : i + 257])
+        ).mean()
         for i in range(0, 4096, 256)
     ]
     assert abs(np.exp(np.mean([loss.item() for loss in losses])) - perplexity) < 0.002
@@ -51,7 +55,11 @@ def test_perplexity_of_the_shipped_models(name, perplexity):
 
 def test_load_takes_the_keywords_of_mlx_lm():
     model, tokenizer, config = mlx_marlin.load(
-        EXL3, tokenizer_config={"trust_remote_code": True}, model_config={"rope_theta": 500.0}, return_config=True, lazy=True
+        EXL3,
+        tokenizer_config={"trust_remote_code": True},
+        model_config={"rope_theta": 500.0},
+        return_config=True,
+        lazy=True,
     )
     assert config["rope_theta"] == 500.0 and model.args.rope_theta == 500.0
     assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
@@ -68,7 +76,9 @@ def test_dtype_of_the_unquantized_parameters(dtype):
     model, _ = load_exl3_model(MODELS / "random-qwen3_moe", dtype=dtype)
     wanted = dtype or mx.float32
     for path, module in model.named_modules():
-        for name, value in tree_flatten(module.parameters()) if type(module) in (nn.Embedding, nn.RMSNorm, nn.Linear) else []:
+        for name, value in (
+            tree_flatten(module.parameters()) if type(module) in (nn.Embedding, nn.RMSNorm, nn.Linear) else []
+        ):
             assert value.dtype == wanted, f"{path}.{name}"
     assert model.lm_head.suh.dtype == mx.float16
     assert model(mx.array([[1, 2, 3]])).dtype == wanted
@@ -76,7 +86,12 @@ def test_dtype_of_the_unquantized_parameters(dtype):
 
 def test_a_gpu_keeps_the_dtype_of_the_source(monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    dense = {"model.embed_tokens.weight": mx.bfloat16, "gate.weight": mx.float16, "A_log": mx.float32, "ids": mx.int32}
+    dense = {
+        "model.embed_tokens.weight": mx.bfloat16,
+        "gate.weight": mx.float16,
+        "A_log": mx.float32,
+        "ids": mx.int32,
+    }
     cast = cast_dense(nn.Module(), {k: mx.zeros(2, d) for k, d in dense.items()}, None)
     # Routers are stored in float16, but run in the dtype of the model.
     assert {k: v.dtype for k, v in cast.items()} == {**dense, "gate.weight": mx.bfloat16}
@@ -117,7 +132,9 @@ def broken(tmp_path: Path, edit=None, config=None, make=checkpoints.qwen3_moe) -
 
 
 def remove(*names: str):
-    return lambda tensors: [tensors.pop(key) for key in list(tensors) if any(key.startswith(name) for name in names)]
+    return lambda tensors: [
+        tensors.pop(key) for key in list(tensors) if any(key.startswith(name) for name in names)
+    ]
 
 
 def quantize_as(name: str, like: str):
@@ -125,7 +142,9 @@ def quantize_as(name: str, like: str):
 
     def edit(tensors):
         tensors.pop(f"{name}.weight", None)
-        tensors.update({name + key.removeprefix(like): v for key, v in tensors.items() if key.startswith(f"{like}.")})
+        tensors.update(
+            {name + key.removeprefix(like): v for key, v in tensors.items() if key.startswith(f"{like}.")}
+        )
 
     return edit
 
@@ -137,7 +156,10 @@ EXPERT = f"{LAYER}.mlp.experts.2.up_proj"
     "edit, message",
     [
         (remove(f"{EXPERT}."), rf"{EXPERT}\.trellis is missing, but other experts of the layer are there"),
-        (remove(f"{LAYER}.mlp.experts.3."), rf"looks for {LAYER}\.mlp\.experts\.3\..*which the checkpoint does not have"),
+        (
+            remove(f"{LAYER}.mlp.experts.3."),
+            rf"looks for {LAYER}\.mlp\.experts\.3\..*which the checkpoint does not have",
+        ),
         (remove(f"{LAYER}.mlp.experts."), rf"no tensor for {LAYER}\.mlp\.switch_mlp"),
         (remove(f"{LAYER}.self_attn.q_proj."), rf"no tensor for {LAYER}\.self_attn\.q_proj\.weight"),
         (remove(f"{LAYER}.input_layernorm"), rf"no tensor for {LAYER}\.input_layernorm\.weight"),
@@ -150,20 +172,38 @@ EXPERT = f"{LAYER}.mlp.experts.2.up_proj"
             lambda t: (remove(f"{EXPERT}.")(t), quantize_as(EXPERT, f"{LAYER}.self_attn.q_proj")(t)),
             rf"{EXPERT} is a \[256, 256\] matrix, but .* is \[256, 128\]; the experts of a layer have one size",
         ),
-        (lambda t: t.update({"model.extra.weight": mx.zeros(3)}), r"has model\.extra\.weight, which is no parameter of"),
-        (lambda t: t.update({"model.norm.weight": mx.zeros(3)}), r"model\.norm\.weight has shape \[3\].* wants \[192\]"),
-        (quantize_as("model.extra", "lm_head"), r"model\.extra is quantized, but mlx-lm puts it at model\.extra\.weight, which"),
-        (quantize_as("model.embed_tokens", "lm_head"), r"model\.embed_tokens is quantized, .* a Embedding that needs a dense"),
+        (
+            lambda t: t.update({"model.extra.weight": mx.zeros(3)}),
+            r"has model\.extra\.weight, which is no parameter of",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": mx.zeros(3)}),
+            r"model\.norm\.weight has shape \[3\].* wants \[192\]",
+        ),
+        (
+            quantize_as("model.extra", "lm_head"),
+            r"model\.extra is quantized, but mlx-lm puts it at model\.extra\.weight, which",
+        ),
+        (
+            quantize_as("model.embed_tokens", "lm_head"),
+            r"model\.embed_tokens is quantized, .* a Embedding that needs a dense",
+        ),
         (
             lambda t: t.update({f"{LAYER}.self_attn.q_proj.bias": mx.zeros(256, mx.float16)}),
             rf"{LAYER}\.self_attn\.q_proj has a bias, but the model wants none",
         ),
         (
-            lambda t: (remove(f"{LAYER}.self_attn.k_proj.")(t), quantize_as(f"{LAYER}.self_attn.k_proj", "lm_head")(t)),
+            lambda t: (
+                remove(f"{LAYER}.self_attn.k_proj.")(t),
+                quantize_as(f"{LAYER}.self_attn.k_proj", "lm_head")(t),
+            ),
             rf"{LAYER}\.self_attn\.k_proj.* gives outputs 0 to 256 of 256 where the model wants 128",
         ),
         (
-            lambda t: (remove(f"{LAYER}.self_attn.o_proj.")(t), quantize_as(f"{LAYER}.self_attn.o_proj", "model.layers.0.mlp.x")(t)),
+            lambda t: (
+                remove(f"{LAYER}.self_attn.o_proj.")(t),
+                quantize_as(f"{LAYER}.self_attn.o_proj", "model.layers.0.mlp.x")(t),
+            ),
             rf"no tensor for {LAYER}\.self_attn\.o_proj\.weight",
         ),
     ],
@@ -256,7 +296,9 @@ def test_rows_that_a_model_takes_apart():
     with pytest.raises(ValueError, match=f"{name}.* has its outputs reordered"):
         placeholders.read("a", codes[::-1], 512)
     other = placeholder(loader, "lm_head")[1]
-    with pytest.raises(ValueError, match=f"joins .*{name}.*; linears that are quantized separately cannot be joined"):
+    with pytest.raises(
+        ValueError, match=f"joins .*{name}.*; linears that are quantized separately cannot be joined"
+    ):
         placeholders.read("a", np.concatenate([codes, other]), 1024)
 
 
@@ -264,7 +306,9 @@ def test_activations_without_a_kernel_are_named():
     class Odd(nn.Module):
         activation = nn.SiLU()
 
-    with pytest.raises(ValueError, match=r"model\.mlp uses the activation mlx\.nn.*SiLU; experts can be quantized with"):
+    with pytest.raises(
+        ValueError, match=r"model\.mlp uses the activation mlx\.nn.*SiLU; experts can be quantized with"
+    ):
         activation_of("model.mlp", Odd())
 
 
@@ -285,12 +329,17 @@ def test_unknown_children_of_the_experts_are_kept(tmp_path):
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "mlx_marlin", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [sys.executable, "-m", "mlx_marlin", *arguments],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
 
 
 def test_generate():
-    result = run("generate", "--model", str(EXL3), "--prompt", "The list of", "-m", "8", "--ignore-chat-template")
+    result = run(
+        "generate", "--model", str(EXL3), "--prompt", "The list of", "-m", "8", "--ignore-chat-template"
+    )
     assert result.returncode == 0, result.stderr
     assert "Generation: 8 tokens" in result.stdout
     assert "Loaded 4 groups of weights" in result.stderr and "Loaded" not in result.stdout
@@ -327,12 +376,17 @@ def test_server_answers_a_request(tmp_path):
     assert answer["choices"][0]["text"]
 
 
-@pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("benchmark", "-n", "1"), ("server", "--port", "0")])
+@pytest.mark.parametrize(
+    "command", [("generate", "--prompt", "x"), ("benchmark", "-n", "1"), ("server", "--port", "0")]
+)
 def test_commands_refuse_a_broken_directory_before_anything_runs(tmp_path, command):
     directory = broken(tmp_path, remove(f"{LAYER}.input_layernorm"))
     result = run(*command, "--model", str(directory))
     assert result.returncode == 1 and not result.stdout.replace("Running warmup..", "").strip()
-    assert f"mlx_marlin: {directory}: the checkpoint has no tensor for {LAYER}.input_layernorm.weight" in result.stderr
+    assert (
+        f"mlx_marlin: {directory}: the checkpoint has no tensor for {LAYER}.input_layernorm.weight"
+        in result.stderr
+    )
     assert "Traceback" not in result.stderr
 
 

@@ -44,7 +44,9 @@ def write_header(directory: Path, header: bytes, data: bytes = b"\0" * 64, lengt
 
 
 def entry(dtype="F16", shape=(4,), offsets=(0, 8), **more) -> bytes:
-    return json.dumps({"a.trellis": {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}}).encode()
+    return json.dumps(
+        {"a.trellis": {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}}
+    ).encode()
 
 
 def test_names_are_in_numerical_order(tmp_path):
@@ -104,16 +106,31 @@ def test_packed_signs_of_older_checkpoints(directory):
         ({"suh": None}, rf"{LINEAR} needs either \.suh or \.su, got neither"),
         ({"sv": mx.zeros(16, mx.int16)}, rf"{LINEAR} needs either \.svh or \.sv, got svh and sv"),
         ({"scale": mx.zeros(1)}, rf"{LINEAR}\.scale belongs to an early form"),
-        ({"mcg": mx.array(1, mx.int32), "mul1": mx.array(1, mx.int32)}, rf"{LINEAR} has both \.mcg and \.mul1"),
-        ({"mcg": mx.zeros(3, mx.int32), "mul1": None}, rf"{LINEAR}\.mcg must be I32 without dimensions, got I32 \[3\]"),
+        (
+            {"mcg": mx.array(1, mx.int32), "mul1": mx.array(1, mx.int32)},
+            rf"{LINEAR} has both \.mcg and \.mul1",
+        ),
+        (
+            {"mcg": mx.zeros(3, mx.int32), "mul1": None},
+            rf"{LINEAR}\.mcg must be I32 without dimensions, got I32 \[3\]",
+        ),
         ({"trellis": mx.zeros((16, 16, 48), mx.int32)}, rf"{LINEAR}\.trellis must be I16, got I32"),
         ({"trellis": mx.zeros((16, 16), mx.int16)}, rf"{LINEAR}\.trellis: .*got \[16, 16\]"),
-        ({"trellis": mx.zeros((16, 16, 144), mx.int16)}, rf"{LINEAR}\.trellis: .*K in 1\.\.8, got \[16, 16, 144\]"),
-        ({"trellis": mx.zeros((16, 12, 48), mx.int16)}, rf"{LINEAR}\.trellis .*\[256, 192\] .*multiples of 128"),
+        (
+            {"trellis": mx.zeros((16, 16, 144), mx.int16)},
+            rf"{LINEAR}\.trellis: .*K in 1\.\.8, got \[16, 16, 144\]",
+        ),
+        (
+            {"trellis": mx.zeros((16, 12, 48), mx.int16)},
+            rf"{LINEAR}\.trellis .*\[256, 192\] .*multiples of 128",
+        ),
         ({"trellis": mx.zeros((0, 16, 48), mx.int16)}, rf"{LINEAR}\.trellis .*positive multiples of 128"),
         ({"suh": mx.zeros(128, mx.float16)}, rf"{LINEAR}\.suh must be F16 \[256\], got F16 \[128\]"),
         ({"svh": mx.zeros(256, mx.float32)}, rf"{LINEAR}\.svh must be F16 \[256\], got F32 \[256\]"),
-        ({"bias": mx.zeros(200, mx.float16)}, rf"{LINEAR}\.bias must be floating point of shape \[256\], got F16 \[200\]"),
+        (
+            {"bias": mx.zeros(200, mx.float16)},
+            rf"{LINEAR}\.bias must be floating point of shape \[256\], got F16 \[200\]",
+        ),
         ({"weight": mx.zeros((256, 256))}, rf"{LINEAR} has both \.weight and \.trellis"),
     ],
 )
@@ -193,7 +210,9 @@ def rewrite_index(directory: Path, rewrite) -> Path:
     return index
 
 
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "config.json", 3, None])
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "config.json", 3, None]
+)
 def test_an_index_cannot_point_elsewhere(checkpoint, tmp_path, name):
     directory = checkpoint.write(tmp_path / "m", shards=2)
     index = rewrite_index(directory, lambda c: {"weight_map": {**c["weight_map"], f"{LINEAR}.suh": name}})
@@ -211,7 +230,9 @@ def test_missing_shards_are_named(checkpoint, tmp_path):
 
 def test_an_index_must_tell_the_truth(checkpoint, tmp_path):
     directory = checkpoint.write(tmp_path / "m", shards=2)
-    rewrite_index(directory, lambda c: {"weight_map": {**c["weight_map"], "ghost": "model-00001-of-00002.safetensors"}})
+    rewrite_index(
+        directory, lambda c: {"weight_map": {**c["weight_map"], "ghost": "model-00001-of-00002.safetensors"}}
+    )
     with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors does not hold tensor 'ghost'"):
         TrellisModelLoader(directory)
     rewrite_index(directory, lambda c: {"weight_map": []})

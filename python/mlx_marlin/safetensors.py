@@ -1,7 +1,7 @@
 """Reading safetensors files that nobody vouches for: every number in a header is checked before it is used.
 
-The format: eight bytes with the length of a JSON header, the header (``{name: {dtype, shape, data_offsets}}``),
-then the data that the offsets point into. This module imports NumPy only.
+The format: eight bytes with the length of a JSON header, the header (``{name: {dtype, shape,
+data_offsets}}``), then the data that the offsets point into. This module imports NumPy only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ MAX_HEADER_BYTES = 100_000_000
 # MLX keeps dimensions as int32.
 MAX_DIMENSION = 2**31 - 1
 
-# Item size in bytes of the dtypes that both MLX and this package read. Unsigned 64-bit is left out on purpose:
-# no checkpoint uses it, and the placeholders of quantized weights are made of it.
+# Item size in bytes of the dtypes that both MLX and this package read. Unsigned 64-bit is left out on
+# purpose: no checkpoint uses it, and the placeholders of quantized weights are made of it.
 ITEM_BYTES = {
     "BOOL": 1, "I8": 1, "U8": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8,
@@ -119,7 +119,9 @@ def _read_entry(file: Path, name: str, entry, data_start: int, data_bytes: int) 
     if end - begin != nbytes:
         raise wrong(f"is {dtype} {shape}, which is {nbytes} bytes, but its data_offsets span {end - begin}")
     if end > data_bytes:
-        raise wrong(f"ends at byte {end} of the data, but the file holds {data_bytes} bytes of data: it is truncated")
+        raise wrong(
+            f"ends at byte {end} of the data, but the file holds {data_bytes} bytes of data: it is truncated"
+        )
     return TensorInfo(file, dtype, tuple(shape), data_start + begin, nbytes)
 
 
@@ -144,16 +146,24 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     with open(file, "rb") as stream:
         prefix = stream.read(8)
         if len(prefix) < 8:
-            raise ValueError(f"{file} has {size} bytes; a safetensors file begins with 8 bytes of header length")
+            raise ValueError(
+                f"{file} has {size} bytes; a safetensors file begins with 8 bytes of header length"
+            )
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{file} announces a header of {length} bytes; the limit is {MAX_HEADER_BYTES}")
         if length > size - 8:
-            raise ValueError(f"{file} announces a header of {length} bytes but holds {size - 8}: it is truncated")
+            raise ValueError(
+                f"{file} announces a header of {length} bytes but holds {size - 8}: it is truncated"
+            )
         header = parse_json(stream.read(length), f"the header of {file}")
     metadata = header.pop("__metadata__", None)
-    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
+    ):
         raise ValueError(f"{file}: __metadata__ must map names to strings")
-    tensors = {name: _read_entry(file, name, entry, 8 + length, size - 8 - length) for name, entry in header.items()}
+    tensors = {
+        name: _read_entry(file, name, entry, 8 + length, size - 8 - length) for name, entry in header.items()
+    }
     _check_overlap(file, tensors)
     return tensors

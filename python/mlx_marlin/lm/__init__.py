@@ -9,7 +9,9 @@ import mlx.core as mx
 try:
     from mlx_lm import utils as mlx_lm_utils
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("loading models needs mlx-lm: pip install 'mlx_marlin[lm]'", name=error.name) from error
+    raise ModuleNotFoundError(
+        "loading models needs mlx-lm: pip install 'mlx_marlin[lm]'", name=error.name
+    ) from error
 
 from .model import Progress, is_exl3, load_exl3_model
 
@@ -29,12 +31,12 @@ def load(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ):
-    """Load an EXL3 checkpoint as ``mlx_lm.load`` loads others; the other keywords are those of ``mlx_lm.load``.
+    """Load an EXL3 checkpoint as ``mlx_lm.load`` loads others; the other keywords are its own.
 
     Args:
         path_or_hf_repo: Directory, or repository on the Hugging Face Hub.
-        dtype: Of the unquantized parameters, and so of the activations. Default: ``None``: float32 on the CPU, the
-            source's dtype on a GPU.
+        dtype: Of the unquantized parameters, and so of the activations. Default: ``None``: float32 on the
+            CPU, the source's dtype on a GPU.
         trust_remote_code: Taken for the sake of ``mlx_lm.load``; code inside an EXL3 checkpoint is never run.
         progress: Called with (layers done, layers) after each layer. Default: ``None``.
 
@@ -50,5 +52,7 @@ def load(
     if adapter_path is not None:
         model = mlx_lm_utils.load_adapters(model, adapter_path)
         model.eval()
-    tokenizer = mlx_lm_utils.load_tokenizer(model_path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
+    tokenizer = mlx_lm_utils.load_tokenizer(
+        model_path, tokenizer_config, eos_token_ids=config.get("eos_token_id")
+    )
     return (model, tokenizer, config) if return_config else (model, tokenizer)

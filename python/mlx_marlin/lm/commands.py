@@ -1,7 +1,8 @@
 """mlx-lm's own commands, with EXL3 directories understood.
 
-mlx-lm has no plugin mechanism. Every command loads through ``mlx_lm.utils.load_model`` or ``mlx_lm.utils.sharded_load``;
-both are replaced before the command's module is imported. Other directories go to the functions that were there.
+mlx-lm has no plugin mechanism. Every command loads through ``mlx_lm.utils.load_model`` or
+``mlx_lm.utils.sharded_load``; both are replaced before the command's module is imported. Other directories
+go to the functions that were there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from .sharding import open_sharded, sharded_load
 # They write weights in other formats, which those of a trellis cannot become.
 CONVERTERS = ("convert", "fuse", "awq", "dwq", "dynamic_quant", "gptq")
 # What mlx_lm.utils.sharded_load fetches before it looks at a model.
-_DESCRIPTION_FILES = ["*.json", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl", "*.jinja"]
+_DESCRIPTION_FILES = [
+    "*.json",
+    "*.py",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+]
 
 
 class CheckpointError(ValueError):

@@ -1,9 +1,9 @@
 """Where the quantized linears of a checkpoint belong in an mlx-lm model.
 
-Each model has its own ``sanitize`` that renames, drops, stacks and changes checkpoint tensors. It is shown a placeholder
-``<name>.weight`` for every quantized linear and the unquantized tensors as they are, both lazy. A placeholder has one
-column, and row r of linear number j holds ``j << 32 | r``, so that what comes out of ``sanitize`` tells which rows of
-which linear ended where. Nothing of the weights is read meanwhile.
+Each model has its own ``sanitize`` that renames, drops, stacks and changes checkpoint tensors. It is shown a
+placeholder ``<name>.weight`` for every quantized linear and the unquantized tensors as they are, both lazy.
+A placeholder has one column, and row r of linear number j holds ``j << 32 | r``, so that what comes out of
+``sanitize`` tells which rows of which linear ended where. Nothing of the weights is read meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from ..loader import QuantizedLinear, TrellisModelLoader
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # What model code raises on a config or a set of tensors that it was not written for.
-MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 _EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>\d{1,9})\.(?P<projection>\w+)")
 # Mixtral's names for the projections.
@@ -101,7 +109,7 @@ class _Placeholders:
 
 
 def check_experts(loader: TrellisModelLoader) -> None:
-    """Raise ValueError where experts of a layer are missing, differ in size, or are quantized while others are not."""
+    """Raise ValueError where experts of a layer are missing, differ in size, or are only partly quantized."""
     groups: dict[tuple[str, str], set[int]] = {}
     sizes: dict[tuple[str, str], QuantizedLinear] = {}
     for name, linear in loader.quantized.items():
@@ -124,11 +132,17 @@ def check_experts(loader: TrellisModelLoader) -> None:
             continue
         name = f"{block}.experts.{min(missing)}.{projection}"
         if f"{name}.weight" in loader.unquantized:
-            raise ValueError(f"{loader.directory}: {name} is not quantized, but other experts of the layer are")
-        raise ValueError(f"{loader.directory}: {name}.trellis is missing, but other experts of the layer are there")
+            raise ValueError(
+                f"{loader.directory}: {name} is not quantized, but other experts of the layer are"
+            )
+        raise ValueError(
+            f"{loader.directory}: {name}.trellis is missing, but other experts of the layer are there"
+        )
 
 
-def sanitize(model: nn.Module, loader: TrellisModelLoader, placeholders: _Placeholders) -> dict[str, mx.array]:
+def sanitize(
+    model: nn.Module, loader: TrellisModelLoader, placeholders: _Placeholders
+) -> dict[str, mx.array]:
     """The checkpoint as the model's own ``sanitize`` leaves it, experts stacked and names adjusted."""
     weights = {**loader.load_unquantized(), **placeholders.make()}
     if hasattr(model, "sanitize"):
@@ -136,16 +150,18 @@ def sanitize(model: nn.Module, loader: TrellisModelLoader, placeholders: _Placeh
             weights = model.sanitize(weights)
         except KeyError as error:
             missing = str(error.args[0]) if error.args else "a tensor"
-            raise ValueError(f"{loader.directory}: mlx-lm looks for {missing}, which the checkpoint does not have") from error
+            raise ValueError(
+                f"{loader.directory}: mlx-lm looks for {missing}, which the checkpoint does not have"
+            ) from error
         except MODEL_ERRORS as error:
             raise ValueError(
                 f"{loader.directory}: {type(model).__module__} cannot take these tensors: {type(error).__name__}: {error}"
             ) from error
-    return _move_router_biases(model, _stack_experts(model, weights))
+    return _move_leftovers(model, _stack_experts(model, weights))
 
 
 def _stack_experts(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Stack experts that ``sanitize`` left one by one, because it knows them only fused (gpt_oss, qwen3_5_moe)."""
+    """Stack experts that ``sanitize`` left single, because it knows them only fused (gpt_oss, qwen3_5_moe)."""
     banks = {path: module for path, module in model.named_modules() if isinstance(module, SwitchGLU)}
     result, stacks = {}, {}
     for key, value in weights.items():
@@ -161,13 +177,20 @@ def _stack_experts(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, 
     return result
 
 
-def _move_router_biases(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """ExLlamaV3 keeps the router's selection bias inside ``gate``; some models (minimax) have it beside ``gate``."""
-    parameters = dict(tree_flatten(model.parameters()))
+def _move_leftovers(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Rename what ExLlamaV3 calls otherwise.
+
+    It keeps the router's selection bias inside ``gate``, which some models (minimax) have beside it, and the head
+    outside of the language model (gemma4).
+    """
+    parameters = {key for key, _ in tree_flatten(model.parameters())}
+    heads = [key for key in parameters if key.endswith(".lm_head.weight")]
     moved = {}
     for key, value in weights.items():
-        beside = key.replace(f".gate.{_ROUTER_BIAS}", f".{_ROUTER_BIAS}")
-        moved[beside if key not in parameters and beside in parameters else key] = value
+        other = key.replace(f".gate.{_ROUTER_BIAS}", f".{_ROUTER_BIAS}")
+        if key == "lm_head.weight" and len(heads) == 1:
+            other = heads[0]
+        moved[other if key not in parameters and other in parameters - weights.keys() else key] = value
     return moved
 
 
@@ -179,8 +202,8 @@ def map_weights(model: nn.Module, loader: TrellisModelLoader) -> Mapping:
         loader: The checkpoint.
 
     Raises:
-        ValueError: If a quantized linear ends where no trellis can stand, if a parameter of the model has no tensor, or
-            if shapes do not fit. The message names the tensor.
+        ValueError: If a quantized linear ends where no trellis can stand, if a parameter of the model has no
+            tensor, or if shapes do not fit. The message names the tensor.
     """
     check_experts(loader)
     placeholders = _Placeholders(loader)
@@ -209,10 +232,16 @@ def _place(mapping: Mapping, placeholders: _Placeholders, modules: dict, key: st
     if isinstance(module, SwitchLinear) and codes.ndim == 3 and codes.shape[2] == 1:
         parent, _, projection = path.rpartition(".")
         if not isinstance(modules[parent], SwitchGLU) or projection not in PROJECTIONS:
-            raise ValueError(f"{where}; experts can be quantized in a SwitchGLU only, not in a {type(modules[parent]).__name__}")
+            raise ValueError(
+                f"{where}; experts can be quantized in a SwitchGLU only, not in a {type(modules[parent]).__name__}"
+            )
         if len(codes) != module.weight.shape[0]:
-            raise ValueError(f"{where}, where the model has {module.weight.shape[0]} experts; the checkpoint has {len(codes)}")
-        sources = [placeholders.read(f"{key}[{e}]", c[:, 0], module.weight.shape[1]) for e, c in enumerate(codes)]
+            raise ValueError(
+                f"{where}, where the model has {module.weight.shape[0]} experts; the checkpoint has {len(codes)}"
+            )
+        sources = [
+            placeholders.read(f"{key}[{e}]", c[:, 0], module.weight.shape[1]) for e, c in enumerate(codes)
+        ]
         mapping.experts.setdefault(parent, {})[projection] = sources
     elif isinstance(module, nn.Linear) and codes.ndim == 2 and codes.shape[1] == 1:
         mapping.linears[path] = placeholders.read(key, codes[:, 0], module.weight.shape[0])
@@ -231,12 +260,21 @@ def _is_head(key: str, modules: dict) -> bool:
 def _place_head(mapping: Mapping, placeholders: _Placeholders, modules: dict) -> None:
     """EXL3 has a quantized head even where the model ties it to the embeddings; it must not be dropped."""
     used = {source.linear.name for source in mapping.linears.values()}
-    heads = [linear for linear in placeholders.linears if f".{linear.name}".endswith(".lm_head") and linear.name not in used]
+    heads = [
+        linear
+        for linear in placeholders.linears
+        if f".{linear.name}".endswith(".lm_head") and linear.name not in used
+    ]
     if not heads:
         return
-    head, paths = heads[0], [p for p, m in modules.items() if f".{p}".endswith(".embed_tokens") and isinstance(m, nn.Embedding)]
+    head, paths = (
+        heads[0],
+        [p for p, m in modules.items() if f".{p}".endswith(".embed_tokens") and isinstance(m, nn.Embedding)],
+    )
     if len(heads) > 1 or len(paths) != 1:
-        raise ValueError(f"{placeholders.directory}: {head.name} is quantized, but the model has neither a head nor tied embeddings")
+        raise ValueError(
+            f"{placeholders.directory}: {head.name} is quantized, but the model has neither a head nor tied embeddings"
+        )
     vocabulary, hidden = modules[paths[0]].weight.shape
     for padded, logical in zip(head.padded_shape, (hidden, vocabulary)):
         if not padded - HADAMARD_SIZE < logical <= padded:
@@ -247,7 +285,9 @@ def _place_head(mapping: Mapping, placeholders: _Placeholders, modules: dict) ->
     mapping.heads[paths[0]] = LinearSource(head, None)
 
 
-def _check_inputs_and_bias(placeholders: _Placeholders, sources: list[LinearSource], module: nn.Module, key: str) -> None:
+def _check_inputs_and_bias(
+    placeholders: _Placeholders, sources: list[LinearSource], module: nn.Module, key: str
+) -> None:
     logical = module.weight.shape[-1]
     for source in sources:
         padded = source.linear.padded_shape[0]
@@ -257,26 +297,38 @@ def _check_inputs_and_bias(placeholders: _Placeholders, sources: list[LinearSour
             )
         if ("bias" in source.linear.parts) != ("bias" in module):
             has, wants = ("has a", "none") if "bias" in source.linear.parts else ("has no", "one")
-            raise ValueError(f"{placeholders.directory}: {source.linear.name} {has} bias, but the model wants {wants} at {key}")
+            raise ValueError(
+                f"{placeholders.directory}: {source.linear.name} {has} bias, but the model wants {wants} at {key}"
+            )
 
 
 def _check_complete(model: nn.Module, loader: TrellisModelLoader, mapping: Mapping) -> None:
     for path, projections in mapping.experts.items():
         for projection in PROJECTIONS:
             if projection not in projections:
-                raise ValueError(f"{loader.directory}: {path} is quantized, but its {projection} is not in the checkpoint")
-    replaced = {*mapping.linears, *(f"{path}.{projection}" for path in mapping.experts for projection in PROJECTIONS)}
+                raise ValueError(
+                    f"{loader.directory}: {path} is quantized, but its {projection} is not in the checkpoint"
+                )
+    replaced = {
+        *mapping.linears,
+        *(f"{path}.{projection}" for path in mapping.experts for projection in PROJECTIONS),
+    }
     parameters = {
-        key: value for key, value in tree_flatten(model.parameters()) if key.rpartition(".")[0] not in replaced
+        key: value
+        for key, value in tree_flatten(model.parameters())
+        if key.rpartition(".")[0] not in replaced
     }
     for key, value in parameters.items():
         if key not in mapping.dense:
-            raise ValueError(f"{loader.directory}: the checkpoint has no tensor for {key}, a parameter of {type(model).__module__}")
+            raise ValueError(
+                f"{loader.directory}: the checkpoint has no tensor for {key}, a parameter of {type(model).__module__}"
+            )
         if mapping.dense[key].shape != value.shape:
             raise ValueError(
                 f"{loader.directory}: {key} has shape {list(mapping.dense[key].shape)}, but the model wants {list(value.shape)}"
             )
     for key in mapping.dense:
         if key not in parameters:
-            raise ValueError(f"{loader.directory}: the checkpoint has {key}, which is no parameter of {type(model).__module__}")
-
+            raise ValueError(
+                f"{loader.directory}: the checkpoint has {key}, which is no parameter of {type(model).__module__}"
+            )

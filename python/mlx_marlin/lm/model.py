@@ -1,8 +1,8 @@
 """Building mlx-lm models over EXL3 checkpoints.
 
-The model is made by mlx-lm's own class. Its linears and ``SwitchGLU`` blocks that are quantized in the checkpoint are
-then replaced, layer by layer, by :class:`TrellisLinear` and :class:`TrellisSwitchGLU`. Whatever can be wrong is found
-before the first weight is read.
+The model is made by mlx-lm's own class. Its linears and ``SwitchGLU`` blocks that are quantized in the
+checkpoint are then replaced, layer by layer, by :class:`TrellisLinear` and :class:`TrellisSwitchGLU`.
+Whatever can be wrong is found before the first weight is read.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class EmbeddingWithHead(nn.Embedding):
 
 
 def is_exl3(model_path: Path) -> bool:
-    """Whether a directory says, in its config.json, that it is quantized with EXL3, or holds a trellis tensor."""
+    """Whether config.json says that a directory is quantized with EXL3, or it holds a trellis tensor."""
     try:
         config = parse_json((model_path / "config.json").read_bytes(), "config.json")
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -70,7 +70,7 @@ def is_exl3(model_path: Path) -> bool:
 
 
 def read_config(model_path: Path, loader: TrellisModelLoader, model_config: dict | None) -> dict:
-    """config.json as mlx-lm reads it, checked; a head that the checkpoint has is not replaced by the embeddings."""
+    """config.json as mlx-lm reads it, checked; the head of the checkpoint is not replaced by the embeddings."""
     for name in ("config.json", "generation_config.json"):
         if name == "config.json" or (model_path / name).exists():
             parse_json((model_path / name).read_bytes(), str(model_path / name), finite=False)
@@ -78,12 +78,19 @@ def read_config(model_path: Path, loader: TrellisModelLoader, model_config: dict
     config.update(model_config or {})
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
-        raise ValueError(f"{model_path / 'config.json'}: model_type must name an architecture of mlx-lm, got {model_type!r}")
+        raise ValueError(
+            f"{model_path / 'config.json'}: model_type must name an architecture of mlx-lm, got {model_type!r}"
+        )
     if "model_file" in config:
-        raise ValueError(f"{model_path / 'config.json'}: model_file, code inside the checkpoint, is not run for EXL3 checkpoints")
+        raise ValueError(
+            f"{model_path / 'config.json'}: model_file, code inside the checkpoint, is not run for EXL3 checkpoints"
+        )
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     tensors = len(loader.quantized) + len(loader.unquantized)
-    has_head = any(f".{name}".endswith((".lm_head", ".lm_head.weight")) for name in (*loader.quantized, *loader.unquantized))
+    has_head = any(
+        f".{name}".endswith((".lm_head", ".lm_head.weight"))
+        for name in (*loader.quantized, *loader.unquantized)
+    )
     for part in parts:
         for key in _LAYER_COUNTS:
             if isinstance(part.get(key), int) and part[key] > tensors:
@@ -113,7 +120,9 @@ def activation_of(path: str, module: nn.Module) -> dict:
     activation = module.activation
     name = f"{type(activation).__module__}.{type(activation).__qualname__}"
     if name not in _ACTIVATIONS:
-        raise ValueError(f"{path} uses the activation {name}; experts can be quantized with {', '.join(_ACTIVATIONS)}")
+        raise ValueError(
+            f"{path} uses the activation {name}; experts can be quantized with {', '.join(_ACTIVATIONS)}"
+        )
     keywords = {"activation": _ACTIVATIONS[name]}
     if hasattr(activation, "_alpha"):
         keywords.update(alpha=activation._alpha, limit=activation._limit)
@@ -123,11 +132,14 @@ def activation_of(path: str, module: nn.Module) -> dict:
 def cast_dense(model: nn.Module, dense: dict[str, mx.array], dtype: mx.Dtype | None) -> dict[str, mx.array]:
     """The unquantized parameters in the dtype that they run in, lazily.
 
-    With ``dtype=None`` that is float32 on the CPU. On a GPU it is the dtype of the embeddings: EXL3 keeps them in the
-    source's dtype but stores routers in half precision, and mixing both 16-bit kinds would make float32 of all.
+    With ``dtype=None`` that is float32 on the CPU. On a GPU it is the dtype of the embeddings: EXL3 keeps them
+    in the source's dtype but stores routers in half precision, and mixing both 16-bit kinds would make float32
+    of all.
     """
     if dtype is None and mx.default_device() == mx.cpu:
-        return {k: v.astype(mx.float32) if mx.issubdtype(v.dtype, mx.floating) else v for k, v in dense.items()}
+        return {
+            k: v.astype(mx.float32) if mx.issubdtype(v.dtype, mx.floating) else v for k, v in dense.items()
+        }
     casts = getattr(model, "cast_predicate", lambda key: True)
     if dtype is None:
         embeddings = [v.dtype for k, v in dense.items() if k.endswith("embed_tokens.weight")]
@@ -247,7 +259,7 @@ def fill(
 
 
 def open_checkpoint(model_path: Path, model_config: dict | None = None) -> tuple[nn.Module, dict, Mapping]:
-    """The model of an EXL3 directory, its config and where its weights go: everything checked, nothing read."""
+    """The model of an EXL3 directory, its config and where its weights go: all checked, nothing read."""
     loader = TrellisModelLoader(model_path)
     if not loader.quantized:
         raise ValueError(f"{model_path} holds no EXL3 tensors; load it with mlx_lm.load")

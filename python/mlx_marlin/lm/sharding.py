@@ -1,10 +1,10 @@
 """Tensor and pipeline parallel loading of EXL3 checkpoints, with mlx-lm's own ``shard`` and ``pipeline``.
 
-mlx-lm splits dense weights. It is shown index arrays instead: first lazy weights of the true shapes, of which only the
-shapes afterwards are looked at, to learn which axis of each weight it splits; then arrays that hold the index along that
-axis, to learn which indices this rank keeps. The trellis tensors are then cut at the same places. An output split takes
-trellis columns and svh, an input split trellis rows and suh; both must fall on 128-blocks, because the Hadamard
-transforms mix inside those.
+mlx-lm splits dense weights. It is shown index arrays instead: first lazy weights of the true shapes, of
+which only the shapes afterwards are looked at, to learn which axis of each weight it splits; then arrays
+that hold the index along that axis, to learn which indices this rank keeps. The trellis tensors are then cut
+at the same places. An output split takes trellis columns and svh, an input split trellis rows and suh; both
+must fall on 128-blocks, because the Hadamard transforms mix inside those.
 """
 
 from __future__ import annotations
@@ -94,7 +94,11 @@ def _blocks(path: str, indices: np.ndarray, total: int) -> tuple[int, ...]:
     for start in range(0, len(indices), HADAMARD_SIZE):
         part = indices[start : start + HADAMARD_SIZE]
         first, size = int(part[0]), min(HADAMARD_SIZE, total - int(part[0]))
-        if first % HADAMARD_SIZE or len(part) != size or not np.array_equal(part, np.arange(first, first + size)):
+        if (
+            first % HADAMARD_SIZE
+            or len(part) != size
+            or not np.array_equal(part, np.arange(first, first + size))
+        ):
             raise ValueError(
                 f"{path}: {total} is split into {len(indices)} per rank here; a trellis can be split at multiples of "
                 f"{HADAMARD_SIZE} only. Use fewer ranks or pipeline parallelism"
@@ -103,8 +107,10 @@ def _blocks(path: str, indices: np.ndarray, total: int) -> tuple[int, ...]:
     return tuple(blocks)
 
 
-def _split_axes(model: nn.Module, targets: dict[str, LinearSource], group: mx.distributed.Group) -> dict[str, int]:
-    """Split the untouched model and see which axis of each weight got shorter: -2 (outputs), -1 (inputs), or neither."""
+def _split_axes(
+    model: nn.Module, targets: dict[str, LinearSource], group: mx.distributed.Group
+) -> dict[str, int]:
+    """Split the untouched model and see which axis of each weight got shorter: -2 (outputs) or -1 (inputs)."""
     before = {path: module_at(model, path).weight.shape for path in targets}
     _shard(model, group)
     axes = {}
@@ -112,7 +118,9 @@ def _split_axes(model: nn.Module, targets: dict[str, LinearSource], group: mx.di
         after = module_at(model, path).weight.shape
         changed = [axis - len(shape) for axis in range(len(shape)) if after[axis] != shape[axis]]
         if changed not in ([], [-1], [-2]):
-            raise ValueError(f"{path}: {list(shape)} becomes {list(after)} on this rank; a trellis is split along one axis")
+            raise ValueError(
+                f"{path}: {list(shape)} becomes {list(after)} on this rank; a trellis is split along one axis"
+            )
         if changed:
             axes[path] = changed[0]
     return axes
@@ -125,7 +133,9 @@ def _put_indices(module: nn.Module, axis: int) -> None:
     module.weight = mx.broadcast_to(index, (*shape[:-2], *index.shape))
 
 
-def split(model: nn.Module, probe: nn.Module, mapping: Mapping, group: mx.distributed.Group) -> dict[str, Cut]:
+def split(
+    model: nn.Module, probe: nn.Module, mapping: Mapping, group: mx.distributed.Group
+) -> dict[str, Cut]:
     """Split a model for this rank, without reading a weight.
 
     Args:
@@ -135,7 +145,7 @@ def split(model: nn.Module, probe: nn.Module, mapping: Mapping, group: mx.distri
         group: The ranks.
 
     Returns:
-        What this rank keeps of every quantized weight, by the path of the linear or of the experts' projection.
+        What this rank keeps of every quantized weight, by path of the linear or of the experts' projection.
 
     Raises:
         ValueError: If mlx-lm cannot split the model this way, or a trellis cannot be cut where it splits.
@@ -188,7 +198,9 @@ def _check_experts(mapping: Mapping, cuts: dict[str, Cut]) -> None:
     for path in mapping.experts:
         gate, up, down = (cuts[f"{path}.{projection}"] for projection in PROJECTIONS)
         if gate.columns != up.columns or gate.columns != down.rows or gate.rows or up.rows or down.columns:
-            raise ValueError(f"{path}: gate and up must be split along their outputs and down along its inputs, all alike")
+            raise ValueError(
+                f"{path}: gate and up must be split along their outputs and down along its inputs, all alike"
+            )
 
 
 def _make_linear(cuts: dict[str, Cut], group) -> Callable:
@@ -208,7 +220,9 @@ def _make_experts(cuts: dict[str, Cut]) -> Callable:
         weights = []
         for projection in PROJECTIONS:
             cut, bias = cuts[f"{path}.{projection}"], module[projection].get("bias")
-            weights.append([cut.load(s, None if bias is None else bias[e]) for e, s in enumerate(sources[projection])])
+            weights.append(
+                [cut.load(s, None if bias is None else bias[e]) for e, s in enumerate(sources[projection])]
+            )
         return TrellisSwitchGLU(*weights, **activation_of(path, module))
 
     return make
@@ -244,7 +258,9 @@ def open_sharded(
         try:
             model.model.pipeline(pipeline_group)
         except MODEL_ERRORS as error:
-            raise ValueError(f"{type(model).__module__} cannot be split into {pipeline_group.size()} stages: {error}") from error
+            raise ValueError(
+                f"{type(model).__module__} cannot be split into {pipeline_group.size()} stages: {error}"
+            ) from error
     return model, config, mapping, makers
 
 
@@ -267,7 +283,9 @@ def sharded_load(
     model_path = Path(mlx_lm_utils._download(repo))
     model, config, mapping, makers = open_sharded(model_path, pipeline_group, tensor_group)
     tokenizer = mlx_lm_utils.load_tokenizer(
-        model_path, tokenizer_config or {"trust_remote_code": trust_remote_code}, eos_token_ids=config.get("eos_token_id")
+        model_path,
+        tokenizer_config or {"trust_remote_code": trust_remote_code},
+        eos_token_ids=config.get("eos_token_id"),
     )
     fill(model, mapping, dtype, progress=progress, **makers)
     # All ranks wait for the slowest here, so that the first message of one does not time out.
