@@ -214,8 +214,10 @@ class _Table:
         return min(keys, key=lambda key: statistics.geometric_mean(times[key]))
 
     def finalists(self, passed: set, times: dict) -> list:
+        """The fastest that passed, and the first of those that the samples cannot tell from it."""
         best = self._fastest(passed, times)
-        first = [key for key in self._tied(passed, times) if key != best]
+        others = [key for key in self._challengers(times) if len(times[key]) >= ROUNDS_TO_TEST]
+        first = [key for key in self._tied({best, *others}, times) if key != best]
         return [best, *first[: MAX_FINALISTS - 1]]
 
     def first_of_best(self, confirmed: set, times: dict):

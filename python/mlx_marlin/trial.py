@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from . import kernels
 from .kernels import KernelConfig, Problem
@@ -45,6 +45,16 @@ class Objective:
         return (footprint / baseline) ** (self.memory / (self.latency + self.throughput))
 
 
+def steps(a: KernelConfig, b: KernelConfig) -> int:
+    """In how many things two configs differ: rows (with the variant), columns, simdgroups, sums."""
+    return sum((
+        (a.kernel_variant, a.tile_size_m) != (b.kernel_variant, b.tile_size_m),
+        a.tile_size_n != b.tile_size_n,
+        a.simdgroups != b.simdgroups,
+        a.use_fp32_acc != b.use_fp32_acc,
+    ))
+
+
 class Trial:
     """The trial of configs on one workload.
 
@@ -75,7 +85,8 @@ class Trial:
         """
         problem = self.workload.problem
         default = kernels.default(problem)
-        configs = [default, *dict.fromkeys(c for c in configs if c != default)]
+        # Of equals the first wins: the one nearest to the default, so that tuning twice gives the same.
+        configs = [default, *sorted(set(configs) - {default}, key=lambda c: (steps(c, default), astuple(c)))]
         runnable, rejected = self._runnable(configs)
         floor = launch_floor()
         clocks = {c: ConfigClock(self.workload, c, floor, self.memory_limit) for c in runnable}

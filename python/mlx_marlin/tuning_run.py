@@ -22,6 +22,7 @@ from .kernels import KernelConfig, Problem
 from .profile_data import AutotuneConfig, Entry, Timing, same_origin
 from .progress import Progress
 from .race import Rules
+from .trial import steps
 from .workload import ConfigClock, Workload
 
 # An interquartile range is this many standard deviations of a normal distribution.
@@ -37,16 +38,7 @@ def at_rows(problems: Iterable[Problem], batch_sizes: Iterable[int]) -> list[Pro
 def one_step(problem: Problem) -> list[KernelConfig]:
     """The candidates that differ from the default in one thing: rows (with the variant), columns, simdgroups, sums."""
     default = kernels.default(problem)
-
-    def steps(c: KernelConfig) -> int:
-        return sum((
-            (c.kernel_variant, c.tile_size_m) != (default.kernel_variant, default.tile_size_m),
-            c.tile_size_n != default.tile_size_n,
-            c.simdgroups != default.simdgroups,
-            c.use_fp32_acc != default.use_fp32_acc,
-        ))
-
-    return [c for c in kernels.candidates(problem) if steps(c) <= 1]
+    return [c for c in kernels.candidates(problem) if steps(c, default) <= 1]
 
 
 @dataclass(frozen=True)
