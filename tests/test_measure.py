@@ -245,7 +245,7 @@ def test_drifting_machine_does_not_mislead():
     assert wrong <= 1
 
 
-@pytest.mark.parametrize("candidates", [2, 3, 12])
+@pytest.mark.parametrize("candidates", [2, 3, 5, 12])
 def test_without_drift_keeps_means_and_variances(candidates):
     rng = np.random.default_rng(candidates)
     drift = np.exp(np.cumsum(rng.normal(0.0, 0.2, 4000)))
@@ -272,6 +272,17 @@ def test_a_wildly_drifting_machine_still_decides():
 
     wins = [sum(result(mean, seed) == 1 for seed in range(RUNS)) for mean in (0.9, 1.0, 1.1)]
     assert wins[0] >= 95 and wins[1] <= 1 and wins[2] == 0
+
+
+def test_interrupts_do_not_hide_a_difference():
+    # Every tenth sample takes three times as long: 10 % are still found, mostly.
+    def winner(mean, seed):
+        rng = random.Random(seed)
+        clocks = [lambda m=m: m * math.exp(rng.gauss(0.0, 0.03)) * (3.0 if rng.random() < 0.1 else 1.0) for m in (1.0, mean)]
+        return race(dict(enumerate(clocks)), 0, Rules(seed=seed)).winner
+
+    assert sum(winner(0.9, seed) for seed in range(RUNS)) >= 60
+    assert sum(winner(1.0, seed) for seed in range(RUNS)) <= 1
 
 
 def test_false_alarms_stay_below_alpha():

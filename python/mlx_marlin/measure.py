@@ -182,9 +182,12 @@ def spread(times: Sequence[float]) -> float:
 def without_drift(times: Mapping[Hashable, Sequence[float]]) -> dict[Hashable, list[float]]:
     """Interleaved times with what all candidates of a round share taken out.
 
-    A machine that gets slower slows all candidates of a round alike. The median of a round's deviations from the
+    A machine that gets slower slows all candidates of a round alike. The average of a round's deviations from the
     candidates' own medians is that common part. Taking out an estimate from k candidates also takes out a k-th of each
     one's own noise, so the deviations are scaled by sqrt(k / (k - 1)): Welch's test then sees the true variance.
+
+    What then lies beyond Tukey's fences, 1.5 interquartile ranges outside the quartiles, is an interrupt and not the
+    candidate: it is moved to the fence, because a mean has no defence of its own.
 
     Args:
         times: Positive times per candidate; the i-th of each is from round i.
@@ -195,11 +198,21 @@ def without_drift(times: Mapping[Hashable, Sequence[float]]) -> dict[Hashable, l
     for i in range(max(map(len, logs.values()), default=0)):
         deviations = {key: values[i] - centers[key] for key, values in logs.items() if len(values) > i}
         k = len(deviations)
-        common = statistics.median(deviations.values()) if k > 1 else 0.0
+        # Of fewer than 5 the median is one of them too often, whose own noise would vanish.
+        average = statistics.median if k > 4 else statistics.fmean
+        common = average(deviations.values()) if k > 1 else 0.0
         scale = math.sqrt(k / (k - 1)) if k > 1 else 1.0
         for key, deviation in deviations.items():
-            steady[key].append(math.exp(centers[key] + scale * (deviation - common)))
-    return steady
+            steady[key].append(centers[key] + scale * (deviation - common))
+    return {key: [math.exp(value) for value in _fenced(values)] for key, values in steady.items()}
+
+
+def _fenced(values: list[float]) -> list[float]:
+    if len(values) < 5:  # no quartiles to speak of
+        return values
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    reach = 1.5 * (high - low)
+    return [min(max(value, low - reach), high + reach) for value in values]
 
 
 # The clock
