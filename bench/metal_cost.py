@@ -17,6 +17,7 @@ from metal_model import Work, decode_rate, dispatch_time, scheduler_cycles
 
 HERE = Path(__file__).resolve().parent
 CALIBRATION = HERE / "results" / "cost_model_calibration.json"
+PREDICTED = HERE / "results" / "metal_predicted.json"
 TOLERANCE = 0.25
 EVAL_US = {"M4": 174}  # one synchronous eval, which isolated timings carry (escha-mlx)
 
@@ -101,21 +102,39 @@ def calibration() -> dict:
     return {"rows": rows, "chips": constants, "sources": SOURCES, "changes since": []}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("calibrate",))
-    parser.parse_args()
-    result = calibration()
+def _print_calibration(result) -> None:
     for row in result["rows"]:
         held = "" if row["held to"] else "   not held: no published cost of a random-index shuffle after M2"
         groups = f"{row['groups']:4d} groups" if "groups" in row else ""
         print(
-            f"{row['kernel']:17s} {row['chip']:7s} {groups:11s} measured {row['measured']:7.0f}  model "
-            f"{row['model']:7.0f} "
-            f"{row['unit']:10s}  measured/model {row['measured/model']:.2f}{held}"
+            f"{row['kernel']:17s} {row['chip']:7s} {groups:11s} measured {row['measured']:7.0f}  "
+            f"model {row['model']:7.0f} {row['unit']:10s}  measured/model {row['measured/model']:.2f}{held}"
         )
-    CALIBRATION.parent.mkdir(exist_ok=True)
-    CALIBRATION.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _write(path: Path, result: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("calibrate", "predict", "profiles"))
+    command = parser.parse_args().command
+    if command == "calibrate":
+        result = calibration()
+        _print_calibration(result)
+        _write(CALIBRATION, result)
+        return
+    import metal_predict  # needs the package and the simulator; the calibration does not
+
+    if command == "predict":
+        result = metal_predict.predict()
+        metal_predict.show(result)
+        _write(PREDICTED, result)
+    else:
+        for path in metal_predict.write_profiles():
+            print(path)
 
 
 if __name__ == "__main__":

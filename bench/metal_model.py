@@ -1,7 +1,8 @@
 """From what a dispatch does to how long it takes on an Apple GPU. Pure; predictions, not measurements.
 
 A scheduler issues one 32-lane instruction per clock. The complex pipe, which runs beside it, takes four
-clocks for each integer multiply, shift or conversion. A dispatch takes as long as the slowest of: issue, the
+clocks for each integer multiply, shift or conversion. A dispatch takes as long as the slowest of: issue,
+    the
 complex pipe, memory. Cores that have too few simdgroups to hide latency, or fewer threadgroups than others,
 stretch the first two.
 """

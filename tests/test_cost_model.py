@@ -3,16 +3,23 @@ one."""
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import metal_sim
+from mlx_marlin import kernels, profile_io
+
 BENCH = Path(__file__).resolve().parents[1] / "bench"
+PROFILES = Path(profile_io.__file__).parent / "profiles"
 sys.path.insert(0, str(BENCH))
 
 import metal_cost  # noqa: E402
 from metal_chips import CHIPS  # noqa: E402
 from metal_model import Work, dispatch_time, layer_time, stretch  # noqa: E402
+
+needs_simulator = pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(metal_sim.unavailable()))
 
 
 def test_calibration_holds():
@@ -49,3 +56,66 @@ def test_dependent_stages_wait():
     b = Work({"integer": 1e8}, 0, 400, 8, after=(0,))
     chip = CHIPS["M4"]
     assert layer_time([a, b], chip) > layer_time([a, a], chip)
+
+
+def test_every_chip_has_a_predicted_profile():
+    for chip in CHIPS.values():
+        name = chip.name.lower().replace(" ", "_")
+        profile = profile_io.load(PROFILES / f"{name}.json")
+        assert (profile.source, profile.device_name, profile.device_family) == (
+            "predicted",
+            chip.name,
+            chip.family,
+        )
+        assert profile.fingerprint is None
+        assert {p.rows for p in profile.problems} == {1, 4}
+        for problem, entry in profile.problems.items():
+            assert kernels.feasible(problem, entry.config) is None
+            assert entry.verdict == "unchecked" and entry.samples.n == 0
+            assert entry.samples.median_ms <= entry.baseline.median_ms
+
+
+def test_predictions_meet_their_goals():
+    result = json.loads((BENCH / "results" / "metal_predicted.json").read_text())
+    assert result["source"] == "predicted"
+    for bits in ("2", "3"):
+        layer = result["bits"][bits]
+        assert len(layer["dispatches"]) <= 4 and layer["stages"] <= 3
+        for name, row in layer["chips"].items():
+            assert row["predicted us, best"] <= row["goal"] * row["floor us"], (bits, name)
+    assert result["bits"]["3"]["traffic"]["summary"]["others / codes"] <= 0.03
+
+
+@needs_simulator
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("codebook", ["3inst", "mcg", "mul1"])
+def test_complex_operations_per_weight(bits, codebook):
+    import metal_counts
+    from metal_predict import qwen3_30b
+
+    problem = replace(qwen3_30b(bits, codebook=codebook), hidden=512, intermediate=256, top_k=2)
+    counted = metal_counts.count(problem, kernels.default(problem))
+    allowed = {"mul1": (2.25, 3)}.get(codebook, (1.25, 2))[bits % 2]
+    products = [c for c in counted if c.inner_loop.weights]
+    assert len(products) == 2
+    assert sum(c.operations.weights for c in products) == 2 * 3 * 512 * 256
+    for c in products:
+        assert c.inner_loop.per_weight()["complex"] <= allowed
+        # No lane-variable shuffle anywhere, and no barrier inside the loop over k.
+        assert set(c.simd) <= {"shuffle_xor", "shuffle_down", "broadcast"}
+        assert c.inner_loop.counts["variable_shift"] == c.inner_loop.counts["wide_variable_shift"] == 0
+        assert c.barriers / c.work.groups <= 4
+
+
+@needs_simulator
+def test_a_prediction_is_what_the_model_gives():
+    import metal_predict
+
+    committed = json.loads((BENCH / "results" / "metal_predicted.json").read_text())
+    problem = metal_predict.qwen3_30b(3)
+    times = committed["bits"]["3"]["chips"]
+    for name in times:
+        now = metal_predict._time(problem, kernels.default(problem), CHIPS[name])
+        assert now == pytest.approx(times[name]["predicted us, default"], rel=0.1), (
+            "run bench/metal_cost.py predict"
+        )

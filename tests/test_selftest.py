@@ -6,7 +6,6 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from mlx_marlin import choices, kernels, ops, selftest
 from mlx_marlin.kernels import Problem
 from mlx_marlin.weights import ExpertBank

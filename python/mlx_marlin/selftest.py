@@ -1,5 +1,5 @@
-"""Before a config first runs on a GPU, one small case runs against the codec: compilers have miscompiled kernels that
-were right elsewhere. A config that is wrong is refused, and the next feasible one is tried.
+"""Before a config first runs on a GPU, one small case runs against the codec: compilers have miscompiled
+kernels that were right elsewhere. A config that is wrong is refused, and the next feasible one is tried.
 
 This happens where a config is chosen, in Python: never inside a primitive and never inside a trace.
 """
@@ -263,7 +263,8 @@ def select(problem: Problem, traced: bool) -> tuple[Choice, bool]:
 
     Args:
         problem: On the CPU nothing is tested.
-        traced: Whether the call is being traced: nothing runs then. An unknown config is used untested this once.
+        traced: Whether the call is being traced: nothing runs then. An unknown config is used untested this
+        once.
     """
     if problem.device != "gpu":
         return choices.choose(problem), True
