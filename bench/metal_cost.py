@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from metal_chips import CHIPS, SOURCES
+from metal_chips import CHANGES, CHIPS, SOURCES
 from metal_model import Work, decode_rate, dispatch_time, scheduler_cycles
 
 HERE = Path(__file__).resolve().parent
@@ -99,7 +99,7 @@ def calibration() -> dict:
         row["measured/model"] = round(row["measured"] / row["model"], 3)
         row["held to"] = None if (row["kernel"], row["chip"]) == OUTSIDE[:2] else TOLERANCE
     constants = {name: vars(chip) for name, chip in CHIPS.items()}
-    return {"rows": rows, "chips": constants, "sources": SOURCES, "changes since": []}
+    return {"rows": rows, "chips": constants, "sources": SOURCES, "changes since": list(CHANGES)}
 
 
 def _print_calibration(result) -> None:

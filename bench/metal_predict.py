@@ -113,7 +113,7 @@ def _one_row(bits: int) -> dict:
             "peer times floor": PEER_TIMES_FLOOR.get(name),
             "predicted us, best": round(best_time, 1),
             "best": f"{best.kernel_variant} {best.tile_size_m} x {best.tile_size_n}, {best.simdgroups} "
-                    f"simdgroups",
+            f"simdgroups",
         }
     return {
         "dispatches": [_describe(c) for c in counted],

@@ -2,6 +2,7 @@
 one."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -119,3 +120,23 @@ def test_a_prediction_is_what_the_model_gives():
         assert now == pytest.approx(times[name]["predicted us, default"], rel=0.1), (
             "run bench/metal_cost.py predict"
         )
+
+
+def test_first_run_collects_a_report(tmp_path):
+    """The script for the first Mac, on this machine's CPU and a toy layer."""
+    output = tmp_path / "report.json"
+    command = [
+        sys.executable,
+        str(BENCH / "first_run.py"),
+        "--device",
+        "cpu",
+        "--small",
+        "--output",
+        str(output),
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    report = json.loads(output.read_text())
+    assert report["machine"]["fingerprint"]["device"] == "cpu"
+    assert {(t["bits"], t["rows"]) for t in report["layer"]} == {(3, 1), (3, 4)}
+    assert all(t["us"] > 0 for t in report["layer"])
+    assert all(v["candidates"] and not v["wrong"] for v in report["self-tests"].values())
