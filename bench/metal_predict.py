@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from metal_chips import CHIPS, Chip
-from metal_counts import Counted, count, traffic
+from metal_work import Counted, count, traffic
 from metal_model import COMPLEX, dispatch_time, layer_time
 
 from mlx_marlin import kernels, profile_io

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 from metal_executor import ROOT, SHADERS, stem
+from metal_sim import Result
 from metal_sim.counting import CountedResult, compile_counted
 
 from mlx_marlin import codec, ops
@@ -41,8 +42,8 @@ def _contents(problem: Problem, name: str, size: int) -> np.ndarray:
     return np.zeros(size, np.uint8)
 
 
-def count(problem: Problem, config: KernelConfig | None = None) -> list[tuple[dict, CountedResult]]:
-    """(dispatch, result with operation and register counts) of each dispatch of a problem."""
+def run(problem: Problem, config: KernelConfig | None, library, **simulator) -> list[tuple[dict, Result]]:
+    """(dispatch, result) of each dispatch; `library(kernel, constants)` compiles, the rest goes to its run."""
     plan = ops.plan(problem, config)
     memory = {name: np.zeros(size, np.uint8) for name, size in plan["scratch"].items()}
     found = []
@@ -56,6 +57,12 @@ def count(problem: Problem, config: KernelConfig | None = None) -> list[tuple[di
         lib = library(dispatch["kernel"], tuple(dispatch["constants"].items()))
         shared = {0: dispatch["threadgroup_bytes"]} if dispatch["threadgroup_bytes"] else None
         result = lib.run(
-            dispatch["kernel"], buffers, grid=dispatch["grid"], threads=dispatch["threads"], threadgroup_memory=shared)
+            dispatch["kernel"], buffers, grid=dispatch["grid"], threads=dispatch["threads"], threadgroup_memory=shared,
+            **simulator)
         found.append((dispatch, result))
     return found
+
+
+def count(problem: Problem, config: KernelConfig | None = None) -> list[tuple[dict, CountedResult]]:
+    """(dispatch, result with operation and register counts) of each dispatch of a problem."""
+    return run(problem, config, library)

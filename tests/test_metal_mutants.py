@@ -115,4 +115,4 @@ def test_the_unchanged_kernels_pass(order):
 
 
 def test_there_are_barriers_to_remove():
-    assert {site.file for site in SITES} >= {"product.h", "gate_up.metal"}
+    assert len(SITES) >= 5
