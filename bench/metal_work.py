@@ -29,7 +29,7 @@ class Counted:
         inner_loop: Of the loop that decodes.
         simd: Simdgroup operations by name.
         barriers: Times a threadgroup passed a barrier.
-        registers: Estimate of live 32-bit registers.
+        registers: Estimate of live 32-bit registers in the inner loop.
         dispatch: As ``ops.plan`` returns it.
     """
 
@@ -71,10 +71,10 @@ def count(problem: Problem, config: KernelConfig) -> list[Counted]:
             result.inner_loop,
             {k: v for k, v in result.stats["simd"].items() if k not in ("barrier", "matrix_lane")},
             result.stats["barriers"],
-            registers,
+            result.loop_registers,
             dispatch,
         )
-        for dispatch, result, registers in metal_counts.count(_few_experts(problem), config)
+        for dispatch, result in metal_counts.count(_few_experts(problem), config)
     ]
 
 
@@ -82,7 +82,7 @@ def traffic(problem: Problem, config: KernelConfig) -> dict:
     """Device bytes of a plan, by buffer: distinct, and how often a threadgroup reads what another has read."""
     rows, codes, others = [], 0, 0
     library = metal_executor.library
-    for dispatch, result, _ in metal_counts.run(
+    for dispatch, result in metal_counts.run(
         _few_experts(problem), config, library, races=False, count=True
     ):
         names = {b["slot"]: b["name"] for b in dispatch["buffers"]}
