@@ -18,6 +18,21 @@ constexpr int kSweep = 16;
 // From this many rows on, a sweep is decoded into memory and multiplied from there.
 constexpr int kPanelRows = 9;
 
+// x is stored in blocks of rows, tile by tile: a tile's 16 values of every row of the block lie
+// together. Rows apart by a power of two would all fall into the same set of the L1 cache.
+static int block_rows(int rows, int panel_rows) {
+  if (panel_rows >= kPanelRows && rows >= kPanelRows) {
+    return kPanelBlock;
+  }
+  int most = panel_rows < kPanelRows ? panel_rows : kPanelRows - 1;
+  return rows < most ? rows : most;
+}
+
+// The block of `count` rows that begins at row `first`, from tile `tile_row` on.
+MARLIN_INLINE const float* block_at(const float* x, int first, int count, int k, int tile_row) {
+  return x + static_cast<int64_t>(first) * k + tile_row * count * MARLIN_TILE;
+}
+
 constexpr int64_t tile_bytes(int bits) {
   return 32 * bits;
 }
@@ -37,25 +52,25 @@ constexpr int kSweepGroups = ROWS == 1 ? 8 : ROWS == 2 ? 4 : ROWS <= 4 ? 2 : 1;
 // sums[row * kChains + chain] += x * tiles for chains of groups [first, first + kSweepGroups).
 template <int CODEBOOK, int ROWS, bool FIRST>
 static void sweep(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride, int tiles,
-                  const float* x, int64_t ldx, int first, V* sums) {
+                  const float* x, int first, V* sums) {
   constexpr int groups = kSweepGroups<ROWS>;
   constexpr int chains = groups * kGroupChains;
   V acc[ROWS * chains];
   sums += first * kGroupChains;
-  unroll<ROWS>([&](auto r) {
-    unroll<chains>([&](auto c) { acc[r * chains + c] = sums[r * kChains + c]; });
+  unroll<ROWS>([&](auto r) MARLIN_LAMBDA {
+    unroll<chains>([&](auto c) MARLIN_LAMBDA { acc[r * chains + c] = sums[r * kChains + c]; });
   });
-  for (int t = 0; t < tiles; ++t, tile += stride, x += MARLIN_TILE) {
+  for (int t = 0; t < tiles; ++t, tile += stride, x += ROWS * MARLIN_TILE) {
     if constexpr (FIRST) {
       prefetch_tile(tile, stride, decoder.bytes());
     }
-    unroll<groups>([&](auto g) {
+    unroll<groups>([&](auto g) MARLIN_LAMBDA {
       V w[kGroupVectors];
       decoder.template columns<FIRST && g == 0>(tile, first + g, w);
-      unroll<kSteps>([&](auto s) {
-        unroll<ROWS>([&](auto r) {
-          V value = load_step(x + r * ldx, s);
-          unroll<kGroupChains>([&](auto c) {
+      unroll<kSteps>([&](auto s) MARLIN_LAMBDA {
+        unroll<ROWS>([&](auto r) MARLIN_LAMBDA {
+          V value = load_step(x + r * MARLIN_TILE, s);
+          unroll<kGroupChains>([&](auto c) MARLIN_LAMBDA {
             V& sum = acc[r * chains + g * kGroupChains + c];
             sum = fma(w[s * kGroupChains + c], value, sum);
           });
@@ -63,34 +78,34 @@ static void sweep(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t
       });
     });
   }
-  unroll<ROWS>([&](auto r) {
-    unroll<chains>([&](auto c) { sums[r * kChains + c] = acc[r * chains + c]; });
+  unroll<ROWS>([&](auto r) MARLIN_LAMBDA {
+    unroll<chains>([&](auto c) MARLIN_LAMBDA { sums[r * kChains + c] = acc[r * chains + c]; });
   });
 }
 
 template <int CODEBOOK, int ROWS>
 static void sweep_tile(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride,
-                       int tiles, const float* x, int64_t ldx, V* sums) {
-  sweep<CODEBOOK, ROWS, true>(decoder, tile, stride, tiles, x, ldx, 0, sums);
+                       int tiles, const float* x, V* sums) {
+  sweep<CODEBOOK, ROWS, true>(decoder, tile, stride, tiles, x, 0, sums);
   if constexpr (kSweepGroups<ROWS> < kGroups) {
     for (int g = kSweepGroups<ROWS>; g < kGroups; g += kSweepGroups<ROWS>) {
-      sweep<CODEBOOK, ROWS, false>(decoder, tile, stride, tiles, x, ldx, g, sums);
+      sweep<CODEBOOK, ROWS, false>(decoder, tile, stride, tiles, x, g, sums);
     }
   }
 }
 
 template <int CODEBOOK>
 static void sweep_rows(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride,
-                       int tiles, const float* x, int64_t ldx, int rows, V* sums) {
+                       int tiles, const float* x, int rows, V* sums) {
   switch (rows) {
-    case 1: return sweep_tile<CODEBOOK, 1>(decoder, tile, stride, tiles, x, ldx, sums);
-    case 2: return sweep_tile<CODEBOOK, 2>(decoder, tile, stride, tiles, x, ldx, sums);
-    case 3: return sweep_tile<CODEBOOK, 3>(decoder, tile, stride, tiles, x, ldx, sums);
-    case 4: return sweep_tile<CODEBOOK, 4>(decoder, tile, stride, tiles, x, ldx, sums);
-    case 5: return sweep_tile<CODEBOOK, 5>(decoder, tile, stride, tiles, x, ldx, sums);
-    case 6: return sweep_tile<CODEBOOK, 6>(decoder, tile, stride, tiles, x, ldx, sums);
-    case 7: return sweep_tile<CODEBOOK, 7>(decoder, tile, stride, tiles, x, ldx, sums);
-    case 8: return sweep_tile<CODEBOOK, 8>(decoder, tile, stride, tiles, x, ldx, sums);
+    case 1: return sweep_tile<CODEBOOK, 1>(decoder, tile, stride, tiles, x, sums);
+    case 2: return sweep_tile<CODEBOOK, 2>(decoder, tile, stride, tiles, x, sums);
+    case 3: return sweep_tile<CODEBOOK, 3>(decoder, tile, stride, tiles, x, sums);
+    case 4: return sweep_tile<CODEBOOK, 4>(decoder, tile, stride, tiles, x, sums);
+    case 5: return sweep_tile<CODEBOOK, 5>(decoder, tile, stride, tiles, x, sums);
+    case 6: return sweep_tile<CODEBOOK, 6>(decoder, tile, stride, tiles, x, sums);
+    case 7: return sweep_tile<CODEBOOK, 7>(decoder, tile, stride, tiles, x, sums);
+    case 8: return sweep_tile<CODEBOOK, 8>(decoder, tile, stride, tiles, x, sums);
   }
 }
 
@@ -100,8 +115,8 @@ static void decode_panel(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, 
                          int tiles, V* panel) {
   for (int t = 0; t < tiles; ++t, tile += stride, panel += kTileVectors) {
     prefetch_tile(tile, stride, decoder.bytes());
-    auto put = [&](int g, const V* w) {
-      unroll<kGroupVectors>([&](auto i) {
+    auto put = [&](int g, const V* w) MARLIN_LAMBDA {
+      unroll<kGroupVectors>([&](auto i) MARLIN_LAMBDA {
         panel[i / kGroupChains * kChains + g * kGroupChains + i % kGroupChains] = w[i];
       });
     };
@@ -116,42 +131,44 @@ static void decode_panel(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, 
 }
 
 template <int ROWS>
-static void multiply_panel(const V* panel, int tiles, const float* x, int64_t ldx, V* sums) {
+static void multiply_panel(const V* panel, int tiles, const float* x, V* sums) {
   V acc[ROWS * kPanelChains];
-  unroll<ROWS>([&](auto r) {
-    unroll<kPanelChains>([&](auto c) { acc[r * kPanelChains + c] = sums[r * kChains + c]; });
+  unroll<ROWS>([&](auto r) MARLIN_LAMBDA {
+    unroll<kPanelChains>([&](auto c) MARLIN_LAMBDA { acc[r * kPanelChains + c] = sums[r * kChains + c]; });
   });
-  for (int t = 0; t < tiles; ++t, panel += kTileVectors, x += MARLIN_TILE) {
-    unroll<kSteps>([&](auto s) {
+  for (int t = 0; t < tiles; ++t, panel += kTileVectors, x += ROWS * MARLIN_TILE) {
+    unroll<kSteps>([&](auto s) MARLIN_LAMBDA {
       V w[kPanelChains];
-      unroll<kPanelChains>([&](auto c) { w[c] = panel[s * kChains + c]; });
-      unroll<ROWS>([&](auto r) {
-        V value = load_step(x + r * ldx, s);
-        unroll<kPanelChains>([&](auto c) {
+      unroll<kPanelChains>([&](auto c) MARLIN_LAMBDA { w[c] = panel[s * kChains + c]; });
+      unroll<ROWS>([&](auto r) MARLIN_LAMBDA {
+        V value = load_step(x + r * MARLIN_TILE, s);
+        unroll<kPanelChains>([&](auto c) MARLIN_LAMBDA {
           acc[r * kPanelChains + c] = fma(w[c], value, acc[r * kPanelChains + c]);
         });
       });
     });
   }
-  unroll<ROWS>([&](auto r) {
-    unroll<kPanelChains>([&](auto c) { sums[r * kChains + c] = acc[r * kPanelChains + c]; });
+  unroll<ROWS>([&](auto r) MARLIN_LAMBDA {
+    unroll<kPanelChains>([&](auto c) MARLIN_LAMBDA { sums[r * kChains + c] = acc[r * kPanelChains + c]; });
   });
 }
 
-static void multiply_panel_rows(const V* panel, int tiles, const float* x, int64_t ldx, int rows,
+// x: the segment's rows; tile_row: the first tile of the sweep.
+static void multiply_panel_rows(const V* panel, int tile_row, int tiles, const float* x, int k, int rows,
                                 V* sums) {
   for (int c = 0; c < kChains; c += kPanelChains, panel += kPanelChains, sums += kPanelChains) {
     int r = 0;
     for (; r + kPanelBlock <= rows; r += kPanelBlock) {
-      multiply_panel<kPanelBlock>(panel, tiles, x + r * ldx, ldx, sums + r * kChains);
+      multiply_panel<kPanelBlock>(panel, tiles, block_at(x, r, kPanelBlock, k, tile_row), sums + r * kChains);
     }
-    const float* tail = x + r * ldx;
+    const float* tail = block_at(x, r, rows - r, k, tile_row);
+    V* to = sums + r * kChains;
     switch (rows - r) {
-      case 1: multiply_panel<1>(panel, tiles, tail, ldx, sums + r * kChains); break;
-      case 2: multiply_panel<2>(panel, tiles, tail, ldx, sums + r * kChains); break;
-      case 3: multiply_panel<3>(panel, tiles, tail, ldx, sums + r * kChains); break;
-      case 4: multiply_panel<4>(panel, tiles, tail, ldx, sums + r * kChains); break;
-      case 5: multiply_panel<5>(panel, tiles, tail, ldx, sums + r * kChains); break;
+      case 1: multiply_panel<1>(panel, tiles, tail, to); break;
+      case 2: multiply_panel<2>(panel, tiles, tail, to); break;
+      case 3: multiply_panel<3>(panel, tiles, tail, to); break;
+      case 4: multiply_panel<4>(panel, tiles, tail, to); break;
+      case 5: multiply_panel<5>(panel, tiles, tail, to); break;
     }
   }
 }
@@ -175,7 +192,7 @@ static void multiply_few(const Codes& codes, const float* x, int rows, int colum
   for (int t = 0; t < tile_rows; t += kSweep, block += kSweep * stride) {
     int tiles = tile_rows - t < kSweep ? tile_rows - t : kSweep;
     for (int c = 0; c < tile_columns; ++c) {
-      sweep_rows(decoder, block + c * bytes, stride, tiles, x + t * MARLIN_TILE, codes.k, rows,
+      sweep_rows(decoder, block + c * bytes, stride, tiles, block_at(x, 0, rows, codes.k, t), rows,
                  sums + c * rows * kChains);
     }
   }
@@ -199,7 +216,7 @@ static void multiply_many(const Codes& codes, const float* x, int rows, int colu
     for (int t = 0; t < tile_rows; t += kSweep, tile += kSweep * stride) {
       int tiles = tile_rows - t < kSweep ? tile_rows - t : kSweep;
       decode_panel(decoder, tile, stride, tiles, panel);
-      multiply_panel_rows(panel, tiles, x + t * MARLIN_TILE, codes.k, rows, sums);
+      multiply_panel_rows(panel, t, tiles, x, codes.k, rows, sums);
     }
     write_sums(sums, rows, y + c, ldy);
   }
@@ -211,10 +228,10 @@ static void multiply_codebook(const Codes& codes, const float* x, int rows, int 
   if (panel_rows >= kPanelRows && rows >= kPanelRows) {
     return multiply_many<CODEBOOK>(codes, x, rows, column, columns, y, ldy, sums);
   }
-  int most = panel_rows < kPanelRows ? panel_rows : kPanelRows - 1;
+  int most = block_rows(rows, panel_rows);
   for (int r = 0; r < rows; r += most) {
-    multiply_few<CODEBOOK>(codes, x + static_cast<int64_t>(r) * codes.k,
-                           rows - r < most ? rows - r : most, column, columns, y + r * ldy, ldy, sums);
+    int count = rows - r < most ? rows - r : most;
+    multiply_few<CODEBOOK>(codes, block_at(x, r, count, codes.k, 0), count, column, columns, y + r * ldy, ldy, sums);
   }
 }
 

@@ -39,11 +39,16 @@ struct Product {
         in_scale(args.transposed ? args.stack.svh : args.stack.suh),
         out_scale(args.transposed ? args.stack.suh : args.stack.svh) {}
 
-  void rotate(int64_t slot, int expert, float* rotated) const {
+  // Row `at` - segment.begin of a segment; rotated: the segment's.
+  void rotate(const Segment& segment, int64_t at, int64_t slot, float* rotated) const {
     int64_t row = slot / args.x_divisor;
+    int index = static_cast<int>(at - segment.begin);
+    RowPlace place = args.transposed
+        ? RowPlace{static_cast<int64_t>(index) * in, 0}
+        : row_place(index, segment.rows, tier.block_rows(segment.rows, config.panel_rows), in);
     const char* x = static_cast<const char*>(args.x) + row * in_features * dtype_bytes(args.dtype);
-    tier.rotate(args.dtype, x, in_features, expert_row(in_scale, expert, in), in,
-                !args.transposed, rotated);
+    tier.rotate(args.dtype, x, in_features, expert_row(in_scale, segment.expert, in), in,
+                place.tile_stride, rotated + place.begin);
   }
 
   // Columns [column, column + columns) of a segment's rows.
@@ -95,9 +100,10 @@ void product(const ProductArgs& args, const Config& config) {
   std::vector<Phase> phases;
   for (const Batch& batch : batches) {
     phases.push_back({batch.rows, [&, batch](int64_t task) {
-                        int64_t slot = segments.order[batch.begin + task];
-                        int expert = args.ids ? static_cast<int>(args.ids[slot]) : 0;
-                        product.rotate(slot, expert, rotated + task * product.in);
+                        int64_t at = batch.begin + task;
+                        const Segment& segment = segments.list[segments.segment[at]];
+                        product.rotate(segment, at, segments.order[at],
+                                       rotated + (segment.begin - batch.begin) * product.in);
                       }});
     phases.push_back({(batch.last - batch.first) * blocks, [&, batch](int64_t task) {
                         const Segment& segment = segments.list[batch.first + task / blocks];

@@ -6,7 +6,7 @@
 
 namespace mlx_marlin::cpu {
 
-Segments::Segments(const uint32_t* ids, int64_t slots, int experts, int segment_rows) : order(slots) {
+Segments::Segments(const uint32_t* ids, int64_t slots, int experts, int segment_rows) : order(slots), segment(slots) {
   std::vector<int64_t> starts(experts + 1, 0);
   for (int64_t s = 0; s < slots; ++s) {
     ++starts[(ids ? ids[s] : 0) + 1];
@@ -15,6 +15,7 @@ Segments::Segments(const uint32_t* ids, int64_t slots, int experts, int segment_
     starts[e + 1] += starts[e];
     for (int64_t begin = starts[e]; begin < starts[e + 1]; begin += segment_rows) {
       int rows = static_cast<int>(std::min<int64_t>(segment_rows, starts[e + 1] - begin));
+      std::fill_n(segment.begin() + begin, rows, static_cast<int32_t>(list.size()));
       list.push_back({e, begin, rows});
     }
   }

@@ -16,7 +16,8 @@ struct Segment {
 };
 
 struct Segments {
-  std::vector<int64_t> order;  // slots sorted by expert, stable
+  std::vector<int64_t> order;    // slots sorted by expert, stable
+  std::vector<int32_t> segment;  // of each position in order
   std::vector<Segment> list;
 
   // ids null: all slots use expert 0. At most segment_rows rows per segment.

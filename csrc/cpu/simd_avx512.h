@@ -115,7 +115,7 @@ MARLIN_INLINE void store_tile_order(const V* natural, float* out) {
 // y[0..16) = the sums of the chains, per column.
 MARLIN_INLINE void sum_chains(const V* chains, float* y) {
   V quads[4];
-  unroll<4>([&](auto q) {
+  unroll<4>([&](auto q) MARLIN_LAMBDA {
     auto pair = [&](int column) {
       auto chain = [](int c) { return 2 * (c % 8) + c / 8; };
       V a = chains[chain(column)], b = chains[chain(column + 1)];
@@ -294,7 +294,7 @@ struct Decoder {
 #else
       Halves h(sum);
       constexpr float scale = kMul1Scale, offset = kMul1Offset - 1024 * kMul1Scale;
-      unroll<2>([&](auto i) {
+      unroll<2>([&](auto i) MARLIN_LAMBDA {
         V s = h[i];
         // Both are exact before the rounding: all terms are short multiples of 2^-18.
         out[i] = round_to_half(fma(s, set1(scale), set1(offset)),
@@ -314,7 +314,7 @@ struct Decoder {
       out[1] = h[1];
 #else
       Halves lows(low), highs(high);
-      unroll<2>([&](auto i) {
+      unroll<2>([&](auto i) MARLIN_LAMBDA {
         V v = lows[i] + highs[i];  // exact: the exponents of the two differ by 3 at most
         out[i] = round_to_half(v, v * set1(8193.0f));
       });

@@ -36,14 +36,20 @@ struct Swiglu {
   float* slots = nullptr;   // [rows * top_k, args.hidden]: what is combined, with scores
   int64_t first_slot = 0;   // of the rows that `slots` holds
 
-  void rotate(int64_t slot, int64_t at) const {
-    int expert = static_cast<int>(args.ids[slot]);
+  RowPlace place(const Segment& segment, int64_t row, int size) const {
+    return row_place(static_cast<int>(row), segment.rows,
+                     tier.block_rows(segment.rows, config.panel_rows), size);
+  }
+
+  // Row `row` of a segment whose rows begin at `at` in gate_x and up_x.
+  void rotate(const Segment& segment, int64_t row, int64_t slot, int64_t at) const {
     const char* x = static_cast<const char*>(args.x) +
         slot / args.top_k * args.hidden * dtype_bytes(args.dtype);
-    tier.rotate(args.dtype, x, args.hidden, expert_row(args.gate.suh, expert, hidden), hidden, true,
-                gate_x + at * hidden);
-    tier.rotate(args.dtype, x, args.hidden, expert_row(args.up.suh, expert, hidden), hidden, true,
-                up_x + at * hidden);
+    RowPlace to = place(segment, row, hidden);
+    tier.rotate(args.dtype, x, args.hidden, expert_row(args.gate.suh, segment.expert, hidden), hidden,
+                to.tile_stride, gate_x + at * hidden + to.begin);
+    tier.rotate(args.dtype, x, args.hidden, expert_row(args.up.suh, segment.expert, hidden), hidden,
+                to.tile_stride, up_x + at * hidden + to.begin);
   }
 
   // `columns` columns of one projection of a segment, in the original basis.
@@ -71,8 +77,9 @@ struct Swiglu {
     for (int64_t r = 0; r < segment.rows; ++r) {
       float* act = gate + r * columns;
       tier.activate(act, up + r * columns, columns, args.activation, args.alpha, args.limit);
-      tier.rotate(DType::float32, act, columns, scale, columns, true,
-                  down_x + (at + r) * inner + column);
+      RowPlace to = place(segment, r, inner);
+      tier.rotate(DType::float32, act, columns, scale, columns, to.tile_stride,
+                  down_x + at * inner + to.begin + column / MARLIN_TILE * to.tile_stride);
     }
   }
 
@@ -134,7 +141,10 @@ void swiglu_rows(Swiglu& job, int64_t begin, int64_t rows) {
   for (const Batch& batch : batches) {
     int64_t count = batch.last - batch.first;
     phases.push_back({batch.rows, [&, batch](int64_t task) {
-                        job.rotate(segments.order[batch.begin + task], task);
+                        int64_t at = batch.begin + task;
+                        const Segment& segment = segments.list[segments.segment[at]];
+                        job.rotate(segment, at - segment.begin, segments.order[at],
+                                   segment.begin - batch.begin);
                       }});
     phases.push_back({count * inner_blocks, [&, batch, inner_block, inner_blocks](int64_t task) {
                         const Segment& segment = segments.list[batch.first + task / inner_blocks];

@@ -26,7 +26,7 @@
 namespace mlx_marlin::cpu::MARLIN_TIER {
 
 static const Tier table = {
-    MARLIN_STRING(MARLIN_TIER), rotate, multiply, multiply_scratch,
+    MARLIN_STRING(MARLIN_TIER), rotate, block_rows, multiply, multiply_scratch,
     multiply_transposed, finish, activate, add_scaled, store, decode_tile_row};
 
 extern const Tier& tier_table();

@@ -19,22 +19,26 @@ struct Codes {
   int n;
 };
 
-// Rows between the Hadamard transform and the product are in tile order: within each 16, the order in
-// which a tile stores its rows.
+// x between the Hadamard transform and the product lies in blocks of block_rows rows (the last may be
+// smaller), each block tile by tile: 16 values of each of its rows, in the order in which a tile
+// stores its rows.
 struct Tier {
   const char* name;
-  // out[0..size) = H(x[0..count) * scale), x zero-extended to size.
-  void (*rotate)(DType dtype, const void* x, int count, const uint16_t* scale, int size,
-                 bool tile_order, float* out);
 
-  // y[r][0..columns) = x[r] W[:, column..column + columns): x [rows, k] in tile order, y with stride
-  // ldy. At most panel_rows rows share a decoded tile. `scratch` holds
-  // multiply_scratch(rows, columns) floats.
+  // out = H(x[0..count) * scale), x zero-extended to size. With tile_stride, the 16 values of each
+  // tile go to out + tile * tile_stride in tile order; with 0 the row is stored as it is.
+  void (*rotate)(DType dtype, const void* x, int count, const uint16_t* scale, int size,
+                 int64_t tile_stride, float* out);
+
+  int (*block_rows)(int rows, int panel_rows);
+
+  // y[r][0..columns) = x[r] W[:, column..column + columns), y with stride ldy. At most panel_rows rows
+  // share a decoded tile. `scratch` holds multiply_scratch(rows, columns) floats.
   void (*multiply)(const Codes& codes, const float* x, int rows, int column, int columns,
                    int panel_rows, float* y, int64_t ldy, float* scratch);
   int64_t (*multiply_scratch)(int rows, int columns);
 
-  // y[r][0..columns) = x[r] W^T[:, column..column + columns): x [rows, n] in natural order.
+  // y[r][0..columns) = x[r] W^T[:, column..column + columns): x [rows, n], row major.
   void (*multiply_transposed)(const Codes& codes, const float* x, int rows, int column, int columns,
                               float* y, int64_t ldy);
 
@@ -55,6 +59,19 @@ struct Tier {
 
 // The tier in use.
 const Tier& tier();
+
+// Where row `row` of a segment of `rows` rows of `size` values begins, and its distance between tiles.
+struct RowPlace {
+  int64_t begin;
+  int64_t tile_stride;
+};
+
+inline RowPlace row_place(int row, int rows, int block_rows, int size) {
+  int block = row / block_rows * block_rows;
+  int count = rows - block < block_rows ? rows - block : block_rows;
+  return {static_cast<int64_t>(block) * size + (row - block) * MARLIN_TILE,
+          static_cast<int64_t>(count) * MARLIN_TILE};
+}
 
 inline Codes expert_codes(const Stack& stack, int expert) {
   uint32_t format = stack.formats[expert];

@@ -33,8 +33,8 @@ static void multiply_transposed(const Codes& codes, const float* x, int rows, in
         for (int r = 0; r < rows; ++r) {
           const float* values = x + static_cast<int64_t>(r) * codes.n + t * MARLIN_TILE;
           V sums[kSteps] = {};
-          unroll<kSteps>([&](auto s) {
-            unroll<kChains>([&](auto i) {
+          unroll<kSteps>([&](auto s) MARLIN_LAMBDA {
+            unroll<kChains>([&](auto i) MARLIN_LAMBDA {
               sums[s] = fma(panel[s * kChains + i], load_column(values, i), sums[s]);
             });
           });

@@ -4,6 +4,7 @@
 namespace mlx_marlin::cpu {
 
 #define MARLIN_INLINE inline __attribute__((always_inline))
+#define MARLIN_LAMBDA __attribute__((always_inline))
 
 template <int I>
 struct Index {
