@@ -8,6 +8,7 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -22,9 +23,13 @@ namespace mlx_marlin::cpu {
 
 MARLIN_DECLARE_TIER(baseline)
 #if defined(__x86_64__)
+MARLIN_DECLARE_TIER(avx2)
 MARLIN_DECLARE_TIER(avx512)
 MARLIN_DECLARE_TIER(avx512vbmi)
 MARLIN_DECLARE_TIER(avx512fp16)
+#elif defined(__aarch64__)
+MARLIN_DECLARE_TIER(neon)
+MARLIN_DECLARE_TIER(neonfp16)
 #endif
 
 namespace {
@@ -36,8 +41,14 @@ struct Entry {
 };
 
 #if defined(__x86_64__)
+bool has_avx2() {
+  unsigned a, b, c, d;  // __builtin_cpu_supports knows f16c from GCC 11 and clang 17 on only
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
@@ -50,15 +61,31 @@ bool has_avx512fp16() {
   unsigned a, b, c, d;
   return has_avx512vbmi() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);
 }
+#elif defined(__aarch64__)
+bool has_neonfp16() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDHP;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_FP16", &has, &size, nullptr, 0) == 0 && has;
+#else
+  return false;
+#endif
+}
 #endif
 
 // Best last.
 const Entry kEntries[] = {
     {"baseline", [] { return true; }, baseline::tier_table},
 #if defined(__x86_64__)
+    {"avx2", has_avx2, avx2::tier_table},
     {"avx512", has_avx512, avx512::tier_table},
     {"avx512vbmi", has_avx512vbmi, avx512vbmi::tier_table},
     {"avx512fp16", has_avx512fp16, avx512fp16::tier_table},
+#elif defined(__aarch64__)
+    {"neon", [] { return true; }, neon::tier_table},  // part of arm64
+    {"neonfp16", has_neonfp16, neonfp16::tier_table},
 #endif
 };
 

@@ -15,9 +15,6 @@ constexpr int kTileVectors = kGroups * kGroupVectors;
 // Tile rows per sweep: 16 tiles of x (1 KB per row) and of decoded weights (16 KB) stay in the L1 cache.
 constexpr int kSweep = 16;
 
-// From this many rows on, a sweep is decoded into memory and multiplied from there.
-constexpr int kPanelRows = 9;
-
 // x is stored in blocks of rows, tile by tile: a tile's 16 values of every row of the block lie
 // together. Rows apart by a power of two would all fall into the same set of the L1 cache.
 static int block_rows(int rows, int panel_rows) {
@@ -50,33 +47,45 @@ template <int ROWS>
 constexpr int kSweepGroups = ROWS == 1 ? 8 : ROWS == 2 ? 4 : ROWS <= 4 ? 2 : 1;
 
 // sums[row * kChains + chain] += x * tiles for chains of groups [first, first + kSweepGroups).
+//
+// Eight groups are packed before the first of them is unpacked and multiplied: the chain from the codes
+// to a weight is some 40 cycles long, and a scheduler full of waiting multiplications sees no further.
 template <int CODEBOOK, int ROWS, bool FIRST>
 static void sweep(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride, int tiles,
                   const float* x, int first, V* sums) {
   constexpr int groups = kSweepGroups<ROWS>;
+  constexpr int depth = kGroups / groups;  // divides the number of tiles, a multiple of 8
   constexpr int chains = groups * kGroupChains;
   V acc[ROWS * chains];
   sums += first * kGroupChains;
   unroll<ROWS>([&](auto r) MARLIN_LAMBDA {
     unroll<chains>([&](auto c) MARLIN_LAMBDA { acc[r * chains + c] = sums[r * kChains + c]; });
   });
-  for (int t = 0; t < tiles; ++t, tile += stride, x += ROWS * MARLIN_TILE) {
-    if constexpr (FIRST) {
-      prefetch_tile(tile, stride, decoder.bytes());
+  Packed<CODEBOOK> packed[kGroups];
+  for (int t = 0; t < tiles; t += depth) {
+    for (int d = 0; d < depth; ++d, tile += stride) {
+      if constexpr (FIRST) {
+        prefetch_tile(tile, stride, decoder.bytes());
+      }
+      unroll<groups>([&](auto g) MARLIN_LAMBDA {
+        decoder.template pack<FIRST && g == 0>(tile, first + g, packed[d * groups + g]);
+      });
     }
-    unroll<groups>([&](auto g) MARLIN_LAMBDA {
-      V w[kGroupVectors];
-      decoder.template columns<FIRST && g == 0>(tile, first + g, w);
-      unroll<kSteps>([&](auto s) MARLIN_LAMBDA {
-        unroll<ROWS>([&](auto r) MARLIN_LAMBDA {
-          V value = load_step(x + r * MARLIN_TILE, s);
-          unroll<kGroupChains>([&](auto c) MARLIN_LAMBDA {
-            V& sum = acc[r * chains + g * kGroupChains + c];
-            sum = fma(w[s * kGroupChains + c], value, sum);
+    for (int d = 0; d < depth; ++d, x += ROWS * MARLIN_TILE) {
+      unroll<groups>([&](auto g) MARLIN_LAMBDA {
+        V w[kGroupVectors];
+        decoder.unpack(packed[d * groups + g], w);
+        unroll<kSteps>([&](auto s) MARLIN_LAMBDA {
+          unroll<ROWS>([&](auto r) MARLIN_LAMBDA {
+            V value = load_step(x + r * MARLIN_TILE, s);
+            unroll<kGroupChains>([&](auto c) MARLIN_LAMBDA {
+              V& sum = acc[r * chains + g * kGroupChains + c];
+              sum = fma(w[s * kGroupChains + c], value, sum);
+            });
           });
         });
       });
-    });
+    }
   }
   unroll<ROWS>([&](auto r) MARLIN_LAMBDA {
     unroll<chains>([&](auto c) MARLIN_LAMBDA { sums[r * kChains + c] = acc[r * chains + c]; });
@@ -94,18 +103,15 @@ static void sweep_tile(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, in
   }
 }
 
-template <int CODEBOOK>
+// rows in [1, ROWS].
+template <int CODEBOOK, int ROWS>
 static void sweep_rows(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride,
                        int tiles, const float* x, int rows, V* sums) {
-  switch (rows) {
-    case 1: return sweep_tile<CODEBOOK, 1>(decoder, tile, stride, tiles, x, sums);
-    case 2: return sweep_tile<CODEBOOK, 2>(decoder, tile, stride, tiles, x, sums);
-    case 3: return sweep_tile<CODEBOOK, 3>(decoder, tile, stride, tiles, x, sums);
-    case 4: return sweep_tile<CODEBOOK, 4>(decoder, tile, stride, tiles, x, sums);
-    case 5: return sweep_tile<CODEBOOK, 5>(decoder, tile, stride, tiles, x, sums);
-    case 6: return sweep_tile<CODEBOOK, 6>(decoder, tile, stride, tiles, x, sums);
-    case 7: return sweep_tile<CODEBOOK, 7>(decoder, tile, stride, tiles, x, sums);
-    case 8: return sweep_tile<CODEBOOK, 8>(decoder, tile, stride, tiles, x, sums);
+  if constexpr (ROWS > 0) {
+    if (rows < ROWS) {
+      return sweep_rows<CODEBOOK, ROWS - 1>(decoder, tile, stride, tiles, x, rows, sums);
+    }
+    sweep_tile<CODEBOOK, ROWS>(decoder, tile, stride, tiles, x, sums);
   }
 }
 
@@ -113,19 +119,19 @@ static void sweep_rows(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, in
 template <int CODEBOOK>
 static void decode_panel(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride,
                          int tiles, V* panel) {
+  Packed<CODEBOOK> packed[kGroups];
   for (int t = 0; t < tiles; ++t, tile += stride, panel += kTileVectors) {
     prefetch_tile(tile, stride, decoder.bytes());
-    auto put = [&](int g, const V* w) MARLIN_LAMBDA {
+    decoder.template pack<true>(tile, 0, packed[0]);
+    for (int g = 1; g < kGroups; ++g) {
+      decoder.template pack<false>(tile, g, packed[g]);
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      V w[kGroupVectors];
+      decoder.unpack(packed[g], w);
       unroll<kGroupVectors>([&](auto i) MARLIN_LAMBDA {
         panel[i / kGroupChains * kChains + g * kGroupChains + i % kGroupChains] = w[i];
       });
-    };
-    V w[kGroupVectors];
-    decoder.template columns<true>(tile, 0, w);
-    put(0, w);
-    for (int g = 1; g < kGroups; ++g) {
-      decoder.template columns<false>(tile, g, w);
-      put(g, w);
     }
   }
 }
@@ -153,24 +159,33 @@ static void multiply_panel(const V* panel, int tiles, const float* x, V* sums) {
   });
 }
 
+// A block of rows (a few KB) meets all chains of the panel while it is in the L1 cache.
+template <int ROWS>
+static void multiply_panel_block(const V* panel, int tiles, const float* x, V* sums) {
+  for (int c = 0; c < kChains; c += kPanelChains) {
+    multiply_panel<ROWS>(panel + c, tiles, x, sums + c);
+  }
+}
+
+// rows in [0, ROWS].
+template <int ROWS>
+static void multiply_panel_tail(const V* panel, int tiles, const float* x, int rows, V* sums) {
+  if constexpr (ROWS > 0) {
+    if (rows < ROWS) {
+      return multiply_panel_tail<ROWS - 1>(panel, tiles, x, rows, sums);
+    }
+    multiply_panel_block<ROWS>(panel, tiles, x, sums);
+  }
+}
+
 // x: the segment's rows; tile_row: the first tile of the sweep.
 static void multiply_panel_rows(const V* panel, int tile_row, int tiles, const float* x, int k, int rows,
                                 V* sums) {
-  for (int c = 0; c < kChains; c += kPanelChains, panel += kPanelChains, sums += kPanelChains) {
-    int r = 0;
-    for (; r + kPanelBlock <= rows; r += kPanelBlock) {
-      multiply_panel<kPanelBlock>(panel, tiles, block_at(x, r, kPanelBlock, k, tile_row), sums + r * kChains);
-    }
-    const float* tail = block_at(x, r, rows - r, k, tile_row);
-    V* to = sums + r * kChains;
-    switch (rows - r) {
-      case 1: multiply_panel<1>(panel, tiles, tail, to); break;
-      case 2: multiply_panel<2>(panel, tiles, tail, to); break;
-      case 3: multiply_panel<3>(panel, tiles, tail, to); break;
-      case 4: multiply_panel<4>(panel, tiles, tail, to); break;
-      case 5: multiply_panel<5>(panel, tiles, tail, to); break;
-    }
+  int r = 0;
+  for (; r + kPanelBlock <= rows; r += kPanelBlock, sums += kPanelBlock * kChains) {
+    multiply_panel_block<kPanelBlock>(panel, tiles, block_at(x, r, kPanelBlock, k, tile_row), sums);
   }
+  multiply_panel_tail<kPanelBlock - 1>(panel, tiles, block_at(x, r, rows - r, k, tile_row), rows - r, sums);
 }
 
 static void write_sums(const V* sums, int rows, float* y, int64_t ldy) {
@@ -183,7 +198,7 @@ static void write_sums(const V* sums, int rows, float* y, int64_t ldy) {
 template <int CODEBOOK>
 static void multiply_few(const Codes& codes, const float* x, int rows, int column, int columns,
                          float* y, int64_t ldy, V* sums) {
-  Decoder<CODEBOOK> decoder(codes.bits);
+  Decoder<CODEBOOK> decoder(codes);
   const int64_t bytes = tile_bytes(codes.bits);
   const int64_t stride = codes.n / MARLIN_TILE * bytes;
   const int tile_rows = codes.k / MARLIN_TILE, tile_columns = columns / MARLIN_TILE;
@@ -192,7 +207,7 @@ static void multiply_few(const Codes& codes, const float* x, int rows, int colum
   for (int t = 0; t < tile_rows; t += kSweep, block += kSweep * stride) {
     int tiles = tile_rows - t < kSweep ? tile_rows - t : kSweep;
     for (int c = 0; c < tile_columns; ++c) {
-      sweep_rows(decoder, block + c * bytes, stride, tiles, block_at(x, 0, rows, codes.k, t), rows,
+      sweep_rows<CODEBOOK, kPanelRows - 1>(decoder, block + c * bytes, stride, tiles, block_at(x, 0, rows, codes.k, t), rows,
                  sums + c * rows * kChains);
     }
   }
@@ -205,7 +220,7 @@ static void multiply_few(const Codes& codes, const float* x, int rows, int colum
 template <int CODEBOOK>
 static void multiply_many(const Codes& codes, const float* x, int rows, int column, int columns,
                           float* y, int64_t ldy, V* sums) {
-  Decoder<CODEBOOK> decoder(codes.bits);
+  Decoder<CODEBOOK> decoder(codes);
   const int64_t bytes = tile_bytes(codes.bits);
   const int64_t stride = codes.n / MARLIN_TILE * bytes;
   const int tile_rows = codes.k / MARLIN_TILE;

@@ -89,6 +89,8 @@ constexpr int kChains = 16;
 // Register block of the product from memory: rows x chains. 24 sums, 4 weights and 1 x in 32 registers.
 constexpr int kPanelBlock = 6;
 constexpr int kPanelChains = 4;
+// From this many rows on, a sweep is decoded into memory and multiplied from there.
+constexpr int kPanelRows = 9;
 
 constexpr int lane_row(int, int, int lane) {
   return kTileRows[lane];
@@ -192,25 +194,64 @@ MARLIN_INLINE V round_to_half(V v, V scaled) {
   return scaled - (scaled - v);
 }
 
-// The two halves of a vector of 32 halves as floats. Through memory, because a conversion that loads
-// needs no shuffle: port 5 is the bottleneck.
-struct Halves {
-  alignas(64) uint16_t values[32];
+// 32 weights, columns `group` and `group` + 8 of a tile, on their way through the L1 cache: a conversion
+// that loads needs no shuffle to reach the upper half, and port 5 is the bottleneck. Halves; without
+// FP16 what is left of each weight before its rounding: 1024 + s for mul1, else two halves to be added.
+template <int CODEBOOK>
+struct alignas(64) Packed {
+#if defined(__AVX512FP16__)
+  static constexpr int kVectors = 1;
+#else
+  static constexpr int kVectors = CODEBOOK == MARLIN_CODEBOOK_MUL1 ? 1 : 2;
+#endif
+  uint16_t words[kVectors][32];
 
-  MARLIN_INLINE explicit Halves(__m512i h) {
-    _mm512_store_si512(values, h);
-    asm("" : "+m"(values));
+  MARLIN_INLINE void put(int vector, __m512i v) {
+    _mm512_store_si512(words[vector], v);
+    asm("" : "+m"(words[vector]));  // or the optimizer would replace the loads by shuffles
   }
 
-  MARLIN_INLINE V operator[](int half) const {
-    return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(values + 16 * half)));
+  MARLIN_INLINE V get(int vector, int half) const {
+    const void* from = words[vector] + 16 * half;
+    return _mm512_cvtph_ps(_mm256_load_si256(static_cast<const __m256i*>(from)));
+  }
+};
+
+MARLIN_INLINE __m512i set1_word(uint32_t x) {
+  return _mm512_set1_epi16(static_cast<int16_t>(x & 0xffff));
+}
+
+// The constants of a codebook. Hidden from the optimizer, which would else rebuild them in the loop.
+template <int CODEBOOK>
+struct Constants {
+  static constexpr bool kMul1 = CODEBOOK == MARLIN_CODEBOOK_MUL1;
+  static constexpr uint32_t kMultiplier = kMul1 ? kMul1Multiplier : kHalvesMultiplier<CODEBOOK>;
+
+  __m512i low_multiplier = set1_word(kMultiplier);
+  __m512i high_multiplier = set1_word(kMultiplier >> 16);
+#if defined(__AVX512FP16__)
+  // Twice the byte sum s, at most 2040, read as a half is s * 2^-23: (1024 + s) * 0x1eee + 0xc931 is
+  // that times 1774 * 2^5, minus 3.453125, rounded once.
+  static constexpr int kByteWeight = 2;
+  __m512i a = set1_word(kMul1 ? 0x7aee : kHalvesMask);
+  __m512i b = set1_word(kMul1 ? 0xc2e8 : kHalvesXor);
+#else
+  static constexpr int kByteWeight = 1;
+  __m512i a = set1_word(kMul1 ? 0x6400 : kHalvesMask);  // 1024 + s as a half
+  __m512i b = set1_word(kMul1 ? 0 : kHalvesXor);
+#endif
+  __m512i c = kMul1 ? _mm512_set1_epi8(kByteWeight) : set1_word(kHalvesXor >> 16);
+
+  Constants() {
+    asm("" : "+v"(low_multiplier), "+v"(high_multiplier), "+v"(a), "+v"(b), "+v"(c));
   }
 };
 
 template <int CODEBOOK>
 struct Decoder {
-  explicit Decoder(int bits) : step(4 * bits), present((1u << (bits + 1)) - 1) {
-    const Windows& windows = kWindows[bits - 1];
+  explicit Decoder(const Codes& codes)
+      : step(4 * codes.bits), present((1u << (codes.bits + 1)) - 1), present_first(present & ~1u) {
+    const Windows& windows = kWindows[codes.bits - 1];
 #if defined(__AVX512VBMI__)
     gather = _mm512_load_si512(windows.gather);
     shift = _mm512_load_si512(windows.shift);
@@ -222,10 +263,28 @@ struct Decoder {
 #endif
   }
 
-  // Columns `group` and `group` + 8 of the tile.
   template <bool FIRST>
-  MARLIN_INLINE void columns(const uint8_t* tile, int group, V* out) const {
-    values(hash(states<FIRST>(tile, group)), out);
+  MARLIN_INLINE void pack(const uint8_t* tile, int group, Packed<CODEBOOK>& packed) const {
+    put(hash(states<FIRST>(tile, group)), packed);
+  }
+
+  MARLIN_INLINE void unpack(const Packed<CODEBOOK>& packed, V* out) const {
+    unroll<2>([&](auto half) MARLIN_LAMBDA {
+#if defined(__AVX512FP16__)
+      out[half] = packed.get(0, half);
+#else
+      if constexpr (CODEBOOK == MARLIN_CODEBOOK_MUL1) {
+        // Both are exact before the rounding: all terms are short multiples of 2^-18.
+        constexpr float scale = kMul1Scale, offset = kMul1Offset - 1024 * kMul1Scale;
+        V s = packed.get(0, half);
+        out[half] = round_to_half(fma(s, set1(scale), set1(offset)),
+                                  fma(s, set1(8193 * scale), set1(8193 * offset)));
+      } else {
+        V v = packed.get(0, half) + packed.get(1, half);  // exact: the exponents differ by 3 at most
+        out[half] = round_to_half(v, v * set1(8193.0f));
+      }
+#endif
+    });
   }
 
   int bytes() const {  // of a tile
@@ -243,7 +302,7 @@ struct Decoder {
     if constexpr (FIRST) {  // the word before the tile's first is its last
       uint32_t last;
       std::memcpy(&last, tile + 8 * step - 4, 4);
-      words = _mm512_maskz_loadu_epi32(present & ~1u, tile - 4);
+      words = _mm512_maskz_loadu_epi32(present_first, tile - 4);
       words = _mm512_mask_set1_epi32(words, 1, static_cast<int>(last));
     } else {
       words = _mm512_maskz_loadu_epi32(present, tile + group * step - 4);
@@ -257,18 +316,10 @@ struct Decoder {
 #endif
   }
 
-  static constexpr uint32_t kMultiplier =
-      CODEBOOK == MARLIN_CODEBOOK_MUL1 ? kMul1Multiplier : kHalvesMultiplier<CODEBOOK>;
-
-  static MARLIN_INLINE __m512i set1_word(uint32_t x) {
-    return _mm512_set1_epi16(static_cast<int16_t>(x & 0xffff));
-  }
-
-  static MARLIN_INLINE Product hash(__m512i state) {
-    __m512i low_multiplier = set1_word(kMultiplier);
-    __m512i low = _mm512_mullo_epi16(state, low_multiplier);
-    __m512i high = _mm512_add_epi16(_mm512_mulhi_epu16(state, low_multiplier),
-                                    _mm512_mullo_epi16(state, set1_word(kMultiplier >> 16)));
+  MARLIN_INLINE Product hash(__m512i state) const {
+    __m512i low = _mm512_mullo_epi16(state, constants.low_multiplier);
+    __m512i high = _mm512_add_epi16(_mm512_mulhi_epu16(state, constants.low_multiplier),
+                                    _mm512_mullo_epi16(state, constants.high_multiplier));
     if constexpr (CODEBOOK == MARLIN_CODEBOOK_3INST) {
       constexpr uint32_t increment = kHalvesIncrement<CODEBOOK>;
       low = _mm512_add_epi16(low, set1_word(increment));
@@ -279,51 +330,34 @@ struct Decoder {
     return {low, high};
   }
 
-  static MARLIN_INLINE void values(Product x, V* out) {
+  MARLIN_INLINE void put(Product x, Packed<CODEBOOK>& packed) const {
     if constexpr (CODEBOOK == MARLIN_CODEBOOK_MUL1) {
-      __m512i ones = _mm512_set1_epi8(1);
-      __m512i sum = _mm512_add_epi16(_mm512_maddubs_epi16(x.low, ones),
-                                     _mm512_maddubs_epi16(x.high, ones));
-      sum = _mm512_or_si512(sum, set1_word(0x6400));  // 1024 + sum as a half
+      __m512i sum = _mm512_add_epi16(_mm512_maddubs_epi16(x.low, constants.c),
+                                     _mm512_maddubs_epi16(x.high, constants.c));
 #if defined(__AVX512FP16__)
-      __m512h scale = _mm512_castsi512_ph(set1_word(0x1eee));
-      __m512h offset = _mm512_castsi512_ph(set1_word(0xc931));
-      Halves h(_mm512_castph_si512(_mm512_fmadd_ph(_mm512_castsi512_ph(sum), scale, offset)));
-      out[0] = h[0];
-      out[1] = h[1];
+      packed.put(0, _mm512_castph_si512(_mm512_fmadd_ph(_mm512_castsi512_ph(sum),
+                                                        _mm512_castsi512_ph(constants.a),
+                                                        _mm512_castsi512_ph(constants.b))));
 #else
-      Halves h(sum);
-      constexpr float scale = kMul1Scale, offset = kMul1Offset - 1024 * kMul1Scale;
-      unroll<2>([&](auto i) MARLIN_LAMBDA {
-        V s = h[i];
-        // Both are exact before the rounding: all terms are short multiples of 2^-18.
-        out[i] = round_to_half(fma(s, set1(scale), set1(offset)),
-                               fma(s, set1(8193 * scale), set1(8193 * offset)));
-      });
+      packed.put(0, _mm512_or_si512(sum, constants.a));
 #endif
     } else {
-      auto mix = [](__m512i word, uint32_t mask, uint32_t flip) {
-        return _mm512_ternarylogic_epi32(word, set1_word(mask), set1_word(flip), 0x6a);
-      };
-      __m512i low = mix(x.low, kHalvesMask, kHalvesXor);
-      __m512i high = mix(x.high, kHalvesMask >> 16, kHalvesXor >> 16);
+      constexpr int xor_and = 0x78;  // flip ^ (word & mask); both masks are 0x8fff
+      __m512i low = _mm512_ternarylogic_epi32(constants.b, x.low, constants.a, xor_and);
+      __m512i high = _mm512_ternarylogic_epi32(constants.c, x.high, constants.a, xor_and);
 #if defined(__AVX512FP16__)
-      Halves h(_mm512_castph_si512(
-          _mm512_add_ph(_mm512_castsi512_ph(low), _mm512_castsi512_ph(high))));
-      out[0] = h[0];
-      out[1] = h[1];
+      packed.put(0, _mm512_castph_si512(
+                        _mm512_add_ph(_mm512_castsi512_ph(low), _mm512_castsi512_ph(high))));
 #else
-      Halves lows(low), highs(high);
-      unroll<2>([&](auto i) MARLIN_LAMBDA {
-        V v = lows[i] + highs[i];  // exact: the exponents of the two differ by 3 at most
-        out[i] = round_to_half(v, v * set1(8193.0f));
-      });
+      packed.put(0, low);
+      packed.put(1, high);
 #endif
     }
   }
 
   int step;
-  __mmask16 present;
+  __mmask16 present, present_first;
+  Constants<CODEBOOK> constants;
 #if defined(__AVX512VBMI__)
   __m512i gather, shift;
 #else

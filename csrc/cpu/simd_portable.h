@@ -120,6 +120,8 @@ constexpr int kChains = 16;
 // Register block of the product from memory: rows x chains.
 constexpr int kPanelBlock = 2;
 constexpr int kPanelChains = 4;
+// From this many rows on, a sweep is decoded into memory and multiplied from there.
+constexpr int kPanelRows = 3;
 
 constexpr int lane_row(int step, int, int lane) {
   return kTileRows[4 * step + lane];
@@ -186,17 +188,23 @@ MARLIN_INLINE V codebook_value(U state) {
   }
 }
 
+// Columns `group` and `group` + 8 of a tile.
+template <int CODEBOOK>
+struct Packed {
+  V values[8];  // [2 * step + half]
+};
+
 template <int CODEBOOK>
 struct Decoder {
-  explicit Decoder(int bits) : bits(bits) {}
+  explicit Decoder(const Codes& codes) : bits(codes.bits) {}
 
   int bytes() const {  // of a tile
     return 32 * bits;
   }
 
-  // Columns `group` and `group` + 8 of the tile: out[2 * step + half].
+  // Not inlined: the callers unroll over the groups, and this is long.
   template <bool FIRST>
-  MARLIN_INLINE void columns(const uint8_t* tile, int group, V* out) const {
+  __attribute__((noinline)) void pack(const uint8_t* tile, int group, Packed<CODEBOOK>& packed) const {
     const int words = MARLIN_TILE_WORDS(bits);
     for (int i = 0; i < 8; ++i) {
       U state;
@@ -209,8 +217,12 @@ struct Decoder {
         uint64_t pair = static_cast<uint64_t>(high) << 32 | low;
         state[lane] = pair >> (48 - (bit & 31)) & 0xffff;
       }
-      out[i] = codebook_value<CODEBOOK>(state);
+      packed.values[i] = codebook_value<CODEBOOK>(state);
     }
+  }
+
+  MARLIN_INLINE void unpack(const Packed<CODEBOOK>& packed, V* out) const {
+    unroll<8>([&](auto i) MARLIN_LAMBDA { out[i] = packed.values[i]; });
   }
 
   int bits;

@@ -7,14 +7,14 @@
 #define MARLIN_STRING_OF(x) #x
 #define MARLIN_STRING(x) MARLIN_STRING_OF(x)
 
-#if defined(__AVX512BW__)
+#if defined(MARLIN_PORTABLE)  // arm64 compilers define __ARM_NEON for the baseline too
+#include "simd_portable.h"
+#elif defined(__AVX512BW__)
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
 #elif defined(__ARM_NEON)
 #include "simd_neon.h"
-#else
-#include "simd_portable.h"
 #endif
 
 #include "convert.h"

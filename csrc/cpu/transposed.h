@@ -8,11 +8,11 @@ template <typename F>
 static void with_decoder(const Codes& codes, F&& f) {
   switch (codes.codebook) {
     case MARLIN_CODEBOOK_3INST:
-      return f(Decoder<MARLIN_CODEBOOK_3INST>(codes.bits));
+      return f(Decoder<MARLIN_CODEBOOK_3INST>(codes));
     case MARLIN_CODEBOOK_MCG:
-      return f(Decoder<MARLIN_CODEBOOK_MCG>(codes.bits));
+      return f(Decoder<MARLIN_CODEBOOK_MCG>(codes));
     case MARLIN_CODEBOOK_MUL1:
-      return f(Decoder<MARLIN_CODEBOOK_MUL1>(codes.bits));
+      return f(Decoder<MARLIN_CODEBOOK_MUL1>(codes));
   }
 }
 
