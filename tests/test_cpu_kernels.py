@@ -8,8 +8,8 @@ import pytest
 from cases import TOLERANCE, random_rows, reference_linear, reference_swiglu, row_error
 
 from mlx_marlin import _ext, codec
-from mlx_marlin.kernels import KernelConfig
-from mlx_marlin.ops import set_num_threads, trellis_decode, trellis_linear, trellis_swiglu
+from mlx_marlin.kernels import CPU_PANEL_ROWS, KernelConfig, cpu_threads, make_name
+from mlx_marlin.ops import trellis_decode, trellis_linear, trellis_swiglu
 from mlx_marlin.weights import ExpertBank, TrellisWeight
 
 SETS = _ext.instruction_sets()
@@ -17,12 +17,10 @@ SETS = _ext.instruction_sets()
 
 @pytest.fixture(params=SETS)
 def instruction_set(request):
-    """Forces one instruction set; then the best one again, with the machine's threads."""
-    threads = _ext.num_threads()
+    """Forces one instruction set; then the best one again."""
     _ext.set_instruction_set(request.param)
     yield request.param
     _ext.set_instruction_set("auto")
-    set_num_threads(threads)
 
 
 def make_weight(rng, k, n, bits, codebook="mul1", bias=False):
@@ -32,8 +30,9 @@ def make_weight(rng, k, n, bits, codebook="mul1", bias=False):
     return TrellisWeight(trellis, suh, svh, codebook, rng.standard_normal(n).astype(np.float32) if bias else None)
 
 
-def config(panel_rows=64, columns=128, threads=2):
-    return KernelConfig("moe_trellis_swiglu", panel_rows, columns, threads, True, "base")
+def config(panel_rows=64, threads=None):
+    variant = next(name for name, rows in CPU_PANEL_ROWS.items() if panel_rows in rows)
+    return KernelConfig(make_name(variant), panel_rows, 128, threads or cpu_threads(), True, variant)
 
 
 def test_the_best_set_is_the_default_and_unknown_names_are_refused():
@@ -89,12 +88,11 @@ def test_the_same_bits_whatever_the_number_of_threads(instruction_set):
     x = random_rows(rng, 50, 256, "float32")
     indices = mx.array(rng.permuted(np.tile(np.arange(3), (50, 1)), axis=1)[:, :2].astype(np.uint32))
     results = []
-    for threads in (1, 2, 3):
-        set_num_threads(threads)
+    for threads in range(1, cpu_threads() + 1):
         y = trellis_swiglu(x, indices, bank, scores=mx.ones((50, 2)), config=config(threads=threads))
         results.append(np.array(y).view(np.uint32))
-    np.testing.assert_array_equal(results[0], results[1])
-    np.testing.assert_array_equal(results[0], results[2])
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
 
 
 @pytest.mark.parametrize("rows", [3, 20])
