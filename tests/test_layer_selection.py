@@ -89,6 +89,14 @@ def test_explain_follows_the_latest_kind_of_call(glu):
     assert (problem.top_k, problem.dtype, problem.combine) == (4, "float16", True)
 
 
+def test_explain_takes_names_of_dtypes_and_refuses_others(glu):
+    assert glu.explain(4, "bfloat16") == glu.explain(4, mx.bfloat16)
+    with pytest.raises(ValueError, match="dtype must be one of float32, float16, bfloat16, got .*int32"):
+        glu.explain(4, mx.int32)
+    with pytest.raises(ValueError, match="rows must be an integer >= 0, got -1"):
+        glu.explain(-1)
+
+
 def test_layers_with_the_same_problem_share_one_choice(experts, feedback, resolved):
     one, other = TrellisSwitchGLU(**experts), TrellisSwitchGLU(**experts)
     x, indices = rows_of(1)

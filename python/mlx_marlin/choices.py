@@ -83,7 +83,8 @@ def from_profile(problem: Problem) -> Choice:
     found = profile.find(problem)
     if found is not None:
         return Choice(problem, found.config, found.origin)
-    reason = f"the default for {problem.rows} rows, because no profile knows this problem"
+    plural = "" if problem.rows == 1 else "s"
+    reason = f"the default for {problem.rows} row{plural}, because no profile knows this problem"
     return Choice(problem, kernels.default(problem), reason, tuned=False)
 
 

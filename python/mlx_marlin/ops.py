@@ -132,11 +132,25 @@ def _check_scores(op: str, scores, indices: mx.array) -> mx.array:
     return scores.astype(mx.float32)
 
 
-def linear_problem(stack: ExpertStack, rows: int, dtype: mx.Dtype, device: str) -> Problem:
+def _dtype_name(dtype) -> str:
+    """The name of a dtype, given itself or its name."""
+    name = dtype if isinstance(dtype, str) else _DTYPES.get(dtype)
+    if name not in kernels.DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(kernels.DTYPES)}, got {dtype}")
+    return name
+
+
+def _row_count(rows) -> int:
+    if not isinstance(rows, (int, np.integer)) or rows < 0:
+        raise ValueError(f"rows must be an integer >= 0, got {rows!r}")
+    return int(rows)
+
+
+def linear_problem(stack: ExpertStack, rows: int, dtype: mx.Dtype | str, device: str) -> Problem:
     """The problem that a linear poses for a number of rows."""
     return Problem(
         kind="linear",
-        rows=rows,
+        rows=_row_count(rows),
         top_k=1,
         hidden=stack.in_features,
         intermediate=stack.out_features,
@@ -144,7 +158,7 @@ def linear_problem(stack: ExpertStack, rows: int, dtype: mx.Dtype, device: str) 
         bits=((stack.bits[0],),),
         codebooks=(stack.codebooks[0],),
         activation="none",
-        dtype=_DTYPES[dtype],
+        dtype=_dtype_name(dtype),
         device=device,
         bias=stack.bias is not None,
     )
@@ -162,7 +176,7 @@ def swiglu_problem(
     rows: int,
     top_k: int,
     activation: str,
-    dtype: mx.Dtype,
+    dtype: mx.Dtype | str,
     device: str,
     combine: bool,
 ) -> Problem:
@@ -170,7 +184,7 @@ def swiglu_problem(
     stacks = (gate, up, down)
     return Problem(
         kind="swiglu",
-        rows=rows,
+        rows=_row_count(rows),
         top_k=top_k,
         hidden=gate.in_features,
         intermediate=gate.padded_shape[1],
@@ -178,7 +192,7 @@ def swiglu_problem(
         bits=_distinct(gate.bits, up.bits, down.bits),
         codebooks=tuple(sorted({name for stack in stacks for name in stack.codebooks})),
         activation=activation,
-        dtype=_DTYPES[dtype],
+        dtype=_dtype_name(dtype),
         device=device,
         combine=combine,
         bias=any(stack.bias is not None for stack in stacks),
