@@ -4,6 +4,7 @@
 #include <cctype>
 #include <deque>
 #include <functional>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -24,6 +25,18 @@ using Arrays = std::unordered_map<std::string, mx::array>;
 std::unordered_map<std::string, std::string>& shaders() {
   static std::unordered_map<std::string, std::string> sources;
   return sources;
+}
+
+// Pipelines by specialised name, owned by MLX: a layer in steady state neither hashes sources nor
+// builds constants. MLX has one Metal device.
+struct Pipelines {
+  std::mutex mutex;
+  std::unordered_map<std::string, MTL::ComputePipelineState*> by_name;
+};
+
+Pipelines& pipelines() {
+  static Pipelines known;
+  return known;
 }
 
 struct FunctionConstant {
@@ -73,14 +86,20 @@ MTL::Library* find_library(mx::metal::Device& device, const Dispatch& d) {
   });
 }
 
-// Metal wants a value for every constant that a function mentions; those that a dispatch does not name are 0.
-MTL::ComputePipelineState* find_kernel(mx::metal::Device& device, const Dispatch& d) {
+// Metal wants a value for every constant that a function mentions; those that a dispatch does not name
+// are 0.
+MTL::ComputePipelineState* build_kernel(
+    mx::metal::Device& device,
+    const Dispatch& d,
+    const std::string& name) {
   static constexpr uint32_t zero = 0;
-  std::deque<bool> bools;       // a deque does not move its elements
+  std::deque<bool> bools;  // a deque does not move its elements
   mx::metal::MTLFCList constants;
   for (const FunctionConstant& entry : kFunctionConstants) {
-    const auto named = std::find_if(
-        d.constants.begin(), d.constants.end(), [&entry](const Constant& c) { return c.name == entry.name; });
+    const auto named =
+        std::find_if(d.constants.begin(), d.constants.end(), [&entry](const Constant& c) {
+          return c.name == entry.name;
+        });
     const uint32_t& value = named == d.constants.end() ? zero : named->value;
     if (entry.is_bool) {
       constants.emplace_back(&bools.emplace_back(value != 0), MTL::DataTypeBool, entry.index);
@@ -88,12 +107,22 @@ MTL::ComputePipelineState* find_kernel(mx::metal::Device& device, const Dispatch
       constants.emplace_back(&value, MTL::DataTypeUInt, entry.index);
     }
   }
-  const std::string name = specialised_name(d);
   try {
     return device.get_kernel(host_name(d), find_library(device, d), name, constants);
   } catch (const std::runtime_error& error) {
-    throw std::runtime_error("[mlx_marlin] the Metal kernel " + name + " could not be built: " + error.what());
+    throw std::runtime_error(
+        "[mlx_marlin] the Metal kernel " + name + " could not be built: " + error.what());
   }
+}
+
+MTL::ComputePipelineState* find_kernel(mx::metal::Device& device, const Dispatch& d) {
+  const std::string name = specialised_name(d);
+  const std::lock_guard lock(pipelines().mutex);
+  MTL::ComputePipelineState*& kernel = pipelines().by_name[name];
+  if (kernel == nullptr) {
+    kernel = build_kernel(device, d, name);
+  }
+  return kernel;
 }
 
 mx::array new_scratch(uint64_t bytes) {
@@ -163,7 +192,9 @@ int dtype_id(mx::Dtype dtype) {
 } // namespace
 
 void set_shaders(std::unordered_map<std::string, std::string> sources) {
+  const std::lock_guard lock(pipelines().mutex);
   shaders() = std::move(sources);
+  pipelines().by_name.clear();
 }
 
 void encode_linear(
