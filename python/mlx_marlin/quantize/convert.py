@@ -6,7 +6,9 @@ directory is removed when the model is complete.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ from .layered import LayeredModel, Taps
 from .source import Source
 from .tensors import Tensor, write_array, write_tensors, write_text
 from .weight import Codes, measured_loss, prepare, quantize_prepared
-from .writer import MARKERS, assemble, stored_tensors
+from .writer import FINISHED, MARKERS, assemble, stored_tensors
 
 # Tiles that are quantized to measure a width: their mean error has a standard deviation of 2 %.
 _MEASURED_TILES = 16
@@ -148,13 +150,16 @@ def convert(
 
 def _open_work(output: Path, source: Source, settings: _Settings, tokens: np.ndarray, resume: bool) -> Path:
     """The work directory; checks that an interrupted conversion was the same one."""
-    job = {**vars(settings), "source": source.fingerprint(), "tokens": int(np.sum(tokens * np.arange(1, tokens.size + 1).reshape(tokens.shape), dtype=np.int64))}
+    job = {**vars(settings), "source": source.fingerprint(), "tokens": hashlib.sha256(tokens.tobytes()).hexdigest()}
     work = output / ".convert"
+    if (output / FINISHED).exists():
+        shutil.rmtree(output / FINISHED)
     if output.exists() and any(output.iterdir()):
         if not resume:
             raise FileExistsError(f"{output} is not empty; choose another directory, or resume what was begun there")
         if not (work / "job.json").is_file():
-            raise FileExistsError(f"{output} holds no interrupted conversion; choose another directory")
+            done = "a finished model" if (output / "config.json").is_file() else "other files"
+            raise FileExistsError(f"{output} holds {done}, not an interrupted conversion; choose another directory")
         begun = json.loads((work / "job.json").read_text())
         changed = sorted(key for key in job if begun.get(key) != job[key])
         if changed:

@@ -19,6 +19,7 @@ from .weight import Codes
 MARKERS = {"mul1": 0x83DCD12D, "mcg": 0xCBAC1FED}
 # The layout that is written is that of this version.
 _FORMAT_VERSION = "1.4.1"
+FINISHED = ".finished"  # name of the work directory while it is removed
 _SHARD_BYTES = 8 << 30
 _TORCH_NAMES = {
     "F16": "torch.float16", "BF16": "torch.bfloat16", "F32": "torch.float32", "I16": "torch.int16",
@@ -83,7 +84,9 @@ def assemble(source: Source, output: Path, work: Path, layers: int, settings, al
     write_text(output / "quantization_config.json", json.dumps({**summary, "tensor_storage": storage}, indent=2))
     write_text(output / "plan.txt", (work / "plan.txt").read_text())
     write_text(output / "config.json", json.dumps({**source.config, "quantization_config": summary}, indent=2))
-    shutil.rmtree(work)
+    # Renamed first: a kill from here on leaves a complete model and no half-removed state to resume from.
+    finished = work.rename(work.with_name(FINISHED))
+    shutil.rmtree(finished)
 
 
 def _replaced(name: str, quantized: set[str]) -> bool:
