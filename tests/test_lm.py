@@ -396,6 +396,32 @@ def test_commands_that_write_weights_refuse_exl3(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_lora_trains_beside_the_trellis_and_is_loaded_again(tmp_path):
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "Return a list of the elements of the sequence."}\n' * 4)
+    paths = ["--data", str(tmp_path), "--adapter-path", str(tmp_path / "adapters")]
+    sizes = ["--iters", "2", "--num-layers", "2", "--batch-size", "2", "--val-batches", "1", "--steps-per-report", "1"]
+    result = run("lora", "--model", str(EXL3), "--train", *paths, *sizes)
+    assert result.returncode == 0, result.stderr
+    trained = [v for k, v in mx.load(str(tmp_path / "adapters" / "adapters.safetensors")).items() if "lora_b" in k]
+    assert trained and all(mx.isfinite(v).all().item() for v in trained)
+    assert any(v.any().item() for v in trained)  # they begin as zeros
+    model, _ = mlx_marlin.load(EXL3, adapter_path=str(tmp_path / "adapters"))
+    assert any("lora" in key for key, _ in tree_flatten(model.parameters()))
+    assert np.isfinite(np.array(model(mx.array([[1, 2, 3]])))).all()
+
+
+def test_a_compiled_function_may_capture_the_parameters():
+    model, _ = load_exl3_model(EXL3)
+    tokens = mx.array([[1, 2, 3, 4]])
+    wanted = np.array(model(tokens))
+    state = [model.state]
+    step = mx.compile(lambda ids: model(ids), inputs=state, outputs=state)
+    for _ in range(2):
+        assert np.allclose(np.array(step(tokens)), wanted, atol=1e-5)
+    assert np.allclose(np.array(model(tokens)), wanted, atol=1e-5)
+
+
 def test_usage_and_unknown_commands():
     assert "usage: mlx_marlin COMMAND" in run().stdout
     result = run("nothing")

@@ -60,6 +60,8 @@ class TrellisExperts(_Frozen):
         get = self.get  # attribute access to a parameter costs a microsecond each
         same = get("trellis") is source.codes and get("formats") is source.formats and get("suh") is source.suh
         if not (same and get("svh") is source.svh and get("bias") is source.bias):
+            if ops.is_traced(get("trellis")):
+                return ops.with_parameters(self._stack, get("trellis"), get("suh"), get("svh"), get("bias"))
             parameters = (get(name) for name in ("trellis", "formats", "suh", "svh", "bias"))
             self._stack = ops.prepare(ExpertStack(*parameters, *self._sizes))
         return self._stack
@@ -261,9 +263,10 @@ class TrellisLinear(_Frozen):
         current = (get("trellis"), get("suh"), get("svh"), get("bias"))
         if len(self._stacked) != len(current) or any(a is not b for a, b in zip(current, self._stacked)):
             bias = None if current[3] is None else current[3].astype(mx.float32).reshape(1, -1)
-            source = ExpertStack(
-                self.trellis.reshape(-1), self._formats, self.suh[None], self.svh[None], bias, *self._sizes
-            )
+            codes, suh, svh = self.trellis.reshape(-1), self.suh[None], self.svh[None]
+            if ops.is_traced(self.trellis):
+                return ops.with_parameters(self._stack, codes, suh, svh, bias)
+            source = ExpertStack(codes, self._formats, suh, svh, bias, *self._sizes)
             self._stack, self._stacked = ops.prepare(source), current
         return self._stack
 

@@ -51,6 +51,12 @@ def prepare(stack: ExpertStack) -> Stack:
     return prepared
 
 
+def with_parameters(stack: Stack, codes: mx.array, suh: mx.array, svh: mx.array, bias: mx.array | None) -> Stack:
+    """The stack over the stand-ins that its parameters have while a function that captures them is traced."""
+    _, offsets, formats, *_ = stack.arrays
+    return stack._replace(arrays=[codes, offsets, formats, suh, svh, *([] if bias is None else [bias])])
+
+
 def _prepare_weight(op: str, w) -> Stack:
     if not isinstance(w, TrellisWeight):
         raise ValueError(f"[{op}] w must be a TrellisWeight, got {type(w).__name__}")
