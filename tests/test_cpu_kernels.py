@@ -27,7 +27,8 @@ def make_weight(rng, k, n, bits, codebook="mul1", bias=False):
     trellis = rng.integers(-(2**15), 2**15, (k // 16, n // 16, 16 * bits), dtype=np.int16)
     suh = (rng.choice([-1.0, 1.0], k) * rng.uniform(0.5, 1.5, k)).astype(np.float16)
     svh = (rng.choice([-1.0, 1.0], n) * rng.uniform(0.5, 1.5, n) / k**0.5).astype(np.float16)
-    return TrellisWeight(trellis, suh, svh, codebook, rng.standard_normal(n).astype(np.float32) if bias else None)
+    bias = rng.standard_normal(n).astype(np.float32) if bias else None
+    return TrellisWeight(trellis, suh, svh, codebook, bias)
 
 
 def config(panel_rows=64, threads=None):
@@ -78,7 +79,9 @@ def test_swiglu(instruction_set, activation):
         indices = rng.permuted(np.tile(np.arange(4), (rows, 1)), axis=1)[:, :3].astype(np.uint32)
         scores = rng.dirichlet(np.ones(3), rows).astype(np.float32)
         exact = reference_swiglu(np.array(x).astype(np.float64), indices, weights, scores, activation)
-        y = trellis_swiglu(x, mx.array(indices), bank, scores=mx.array(scores), activation=activation, config=config())
+        y = trellis_swiglu(
+            x, mx.array(indices), bank, scores=mx.array(scores), activation=activation, config=config()
+        )
         assert row_error(np.array(y), exact) <= TOLERANCE["float32"]
 
 

@@ -207,8 +207,9 @@ static void multiply_few(const Codes& codes, const float* x, int rows, int colum
   for (int t = 0; t < tile_rows; t += kSweep, block += kSweep * stride) {
     int tiles = tile_rows - t < kSweep ? tile_rows - t : kSweep;
     for (int c = 0; c < tile_columns; ++c) {
-      sweep_rows<CODEBOOK, kPanelRows - 1>(decoder, block + c * bytes, stride, tiles, block_at(x, 0, rows, codes.k, t), rows,
-                 sums + c * rows * kChains);
+      sweep_rows<CODEBOOK, kPanelRows - 1>(decoder, block + c * bytes, stride, tiles,
+                                           block_at(x, 0, rows, codes.k, t), rows,
+                                           sums + c * rows * kChains);
     }
   }
   for (int c = 0; c < tile_columns; ++c) {

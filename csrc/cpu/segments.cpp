@@ -6,7 +6,8 @@
 
 namespace mlx_marlin::cpu {
 
-Segments::Segments(const uint32_t* ids, int64_t slots, int experts, int segment_rows) : order(slots), segment(slots) {
+Segments::Segments(const uint32_t* ids, int64_t slots, int experts, int segment_rows)
+    : order(slots), segment(slots) {
   std::vector<int64_t> starts(experts + 1, 0);
   for (int64_t s = 0; s < slots; ++s) {
     ++starts[(ids ? ids[s] : 0) + 1];
@@ -37,7 +38,7 @@ std::vector<Batch> make_batches(const std::vector<Segment>& segments, int64_t ma
 }
 
 int segment_rows(const Config& config) {
-  constexpr int largest = 64, beyond = 256;
+  constexpr int largest = 64, beyond = 128;
   return config.panel_rows >= largest ? beyond : std::max(1, config.panel_rows);
 }
 

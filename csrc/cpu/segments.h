@@ -33,8 +33,8 @@ struct Batch {
 // Batches of at most max_rows rows, or of one segment.
 std::vector<Batch> make_batches(const std::vector<Segment>& segments, int64_t max_rows);
 
-// Rows that share decoded tiles for a Config. 64, the largest panel_rows, stands for as many rows as
-// the sums of one tile column fit in the L2 cache (16 KB per 16 rows and tile column).
+// Rows that share decoded tiles for a Config. 64, the largest panel_rows, stands for up to 128: the x
+// of more rows (1 MB for 2048 columns) would leave the L2 cache between two tile columns.
 int segment_rows(const Config& config);
 
 // Columns per task: whole Hadamard blocks.
