@@ -477,6 +477,21 @@ def test_a_bad_file_at_the_default_path_is_ignored_aloud(caplog):
     assert "ignoring the tuned profile" in caplog.text and str(path) in caplog.text
 
 
+def test_a_gpu_problem_without_a_gpu_has_no_profile():
+    if not mx.is_available(mx.Device(mx.gpu)):
+        assert profile.lookup(layer_problem(1, device="gpu", dtype="float16")) is None
+
+
+def test_predicted_profile_answers_before_the_default(monkeypatch):
+    predicted = AutotuneConfig("M4 Max", "M4", lookup_table=table(), source="predicted")
+    monkeypatch.setattr(profile, "predicted", lambda name: ("predicted profile", predicted))
+    tuner = MixedBPWAutoTuner(device="cpu")
+    assert tuner.select_kernel(4, 256, [2, 4]) == PREFILL
+    assert tuner.select_kernel(4, 256, [2, 4], fallback_to_default=False) is None
+    tuner.config.lookup_table = {4: {256: {(2, 4): DECODE}}}
+    assert tuner.select_kernel(4, 256, [2, 4]) == DECODE
+
+
 # Benchmarks
 
 

@@ -182,12 +182,13 @@ class MixedBPWAutoTuner:
             hidden_dim: Input size.
             bit_widths: Bit widths present, in any order.
             use_decode: Prefer decode entries if there are any. Default: ``False``.
-            fallback_to_default: Whether to fall back to the predicted table of this device, then to the default of
-                the widest bit width. Default: ``True``.
+            fallback_to_default: Whether to fall back to the table that the package predicts for this machine, then to
+                the default of the widest bit width. Default: ``True``.
         """
         widths = _widths(bit_widths)
         tables = [self.config]
-        predicted = profile.predicted(self.device_name) if fallback_to_default else None
+        mine = self.device_name == self._here
+        predicted = profile.predicted(self.device_name) if fallback_to_default and mine else None
         if predicted is not None:
             tables.append(predicted[1])
         for table in tables:

@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import mlx.core as mx
+
 from . import kernels, profile_io
 from .device import device_family, device_name
 from .kernels import KernelConfig, Problem
@@ -17,8 +19,7 @@ from .profile_io import default_path, load, save
 
 __all__ = [
     "AutotuneConfig", "ProfileError", "Tuned", "default_path", "find", "generation", "load", "lookup", "predicted",
-    "refresh",
-    "save", "use_profile",
+    "refresh", "save", "use_profile",
 ]
 
 _log = logging.getLogger("mlx_marlin")
@@ -48,9 +49,11 @@ class _Active:
 
     def _load(self, device: str) -> list[tuple[str, AutotuneConfig]]:
         sources = []
+        # Elsewhere a problem of the GPU is only planned, never run.
+        present = device == "cpu" or mx.is_available(mx.Device(mx.gpu))
         if device in self.chosen:
             sources.append(self.chosen[device])
-        else:
+        elif present:
             path = default_path(device)
             try:
                 if path.exists():
@@ -60,8 +63,10 @@ class _Active:
             except (ProfileError, OSError) as error:
                 # A bad file must not stop a model from running: the defaults handle every problem.
                 _log.warning("ignoring the tuned profile: %s", error)
-        shipped = predicted(device_name(device)) if device == "gpu" else None
-        return sources + ([shipped] if shipped else [])
+        if device == "gpu" and present:
+            shipped = predicted(device_name(device))
+            sources += [shipped] if shipped else []
+        return sources
 
     def reset(self) -> None:
         with self.lock:

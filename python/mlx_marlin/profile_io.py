@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import platformdirs
-from filelock import FileLock
 
 from . import kernels
 from .device import Fingerprint, fingerprint
@@ -327,6 +326,8 @@ def save(profile: AutotuneConfig, path) -> AutotuneConfig:
     Raises:
         ProfileError: If the file there is malformed, or the profile of another machine or of other kernels.
     """
+    from filelock import FileLock  # 10 ms that running a model does not need
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
