@@ -111,7 +111,8 @@ class Run:
             # Equal shares of the time that is left; what one problem does not use goes to the others.
             self._tune_one(problem, now + (deadline - now) / (len(todo) - i), bar)
             bar.end()
-            reached += 1
+            # A share too short for one round leaves the problem for the next run.
+            reached += session.has(self.tuner.config, problem)
         self._exchange(group)
         left = len(todo) - reached
         entries = {p: self.tuner.config.problems[p] for p in problems if session.has(self.tuner.config, p)}
