@@ -45,7 +45,8 @@ arguments, given = [], iter(sys.argv[1:])
 for a in given:
     if a in ("-arch", "-isysroot", "-framework"):
         next(given)
-    elif not a.startswith(("-mmacosx-version-min", "-Wl,-dead_strip", "-Wl,-x", "-Wl,-S", "-Wl,@", "-F")):
+    # zig takes its own names of CPUs only; its macOS baseline is the M1, which has all that the tiers ask for.
+    elif not a.startswith(("-march=", "-mmacosx-version-min", "-Wl,-dead_strip", "-Wl,-x", "-Wl,-S", "-Wl,@", "-F")):
         arguments.append(a)
 if "-bundle" in arguments:  # zig's linker makes no bundles; Python loads a dylib as well
     arguments = ["-shared" if a == "-bundle" else a for a in arguments] + ["-Wl,-undefined,dynamic_lookup"]
