@@ -102,8 +102,10 @@ class beside:  # noqa: N801, used like a function
                 self.file.close()
                 os.replace(self.partial, self.path)
         finally:
-            self.file.close()
-            self.partial.unlink(missing_ok=True)
+            try:
+                self.file.close()  # on a full disk this fails once more
+            finally:
+                self.partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
