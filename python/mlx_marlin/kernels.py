@@ -29,6 +29,8 @@ _NAME = re.compile(
 # Rows per decoded panel that make a variant on the CPU, largest number of rows last.
 CPU_PANEL_ROWS = {"decode": (1, 2), "prefill4": (4,), "base": (8, 16), "large_batch": (32, 64)}
 CPU_TASK_COLUMNS = (16, 32, 64, 128, 256)
+# 256 columns took 3 to 10 % less time than 128 at 1 to 256 rows (bench/NOTES.md).
+CPU_DEFAULT_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def default(problem: Problem) -> KernelConfig:
 def _default_tiles(problem: Problem, variant: str, name: str, use_fp32_acc: bool) -> KernelConfig:
     if problem.device == "gpu":
         return KernelConfig(name, *metal_rules.default_tiles(problem, variant), use_fp32_acc, variant)
-    return KernelConfig(name, CPU_PANEL_ROWS[variant][-1], 128, cpu_threads(), use_fp32_acc, variant)
+    return KernelConfig(name, CPU_PANEL_ROWS[variant][-1], CPU_DEFAULT_COLUMNS, cpu_threads(), use_fp32_acc, variant)
 
 
 def feasible(problem: Problem, config: KernelConfig) -> str | None:

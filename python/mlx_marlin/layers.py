@@ -237,7 +237,7 @@ class TrellisLinear(_Frozen):
         w: The weight. A :class:`GridWeight` gives a :class:`GridLinear` instead.
     """
 
-    def __new__(cls, w: TrellisWeight | GridWeight):
+    def __new__(cls, w: TrellisWeight | GridWeight, *args):  # args: a subclass may take more
         return GridLinear(w) if isinstance(w, GridWeight) else super().__new__(cls)
 
     def __init__(self, w: TrellisWeight):
