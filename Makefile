@@ -8,7 +8,9 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -type f -not -name '*.pyc')
 
-.PHONY: bench demo test test-full macos-wheel clean
+CPP_SOURCES = $(shell git ls-files "*.cpp" "*.h" "*.metal")
+
+.PHONY: bench demo format lint test test-full macos-wheel clean
 
 demo: $(VENV)/installed
 	$(RUN) bench/demo.py
@@ -24,6 +26,17 @@ bench: $(VENV)/installed
 	$(RUN) -m pip install --quiet ".[bench]"
 	$(RUN) bench/layer.py
 
+# Both fail where `make format` would change something.
+lint: $(VENV)/lint
+	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/ruff format --quiet --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_SOURCES)
+
+format: $(VENV)/lint
+	$(VENV)/bin/ruff check --quiet --fix .
+	$(VENV)/bin/ruff format --quiet .
+	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
+
 macos-wheel: $(VENV)/installed
 	$(RUN) tests/cross/build_macos.py
 
@@ -31,6 +44,10 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "mlx_marlin needs Python 3.10 to 3.13; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
+
+$(VENV)/lint: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --group lint
+	@touch $@
 
 # Not editable: what the tests see is what a user installs.
 $(VENV)/installed: $(SOURCES) | $(VENV)/bin/python

@@ -18,9 +18,9 @@ import sys
 import time
 import timeit
 
+import contest
 import mlx.core as mx
 
-import contest
 from mlx_marlin import device, kernels, measure
 from mlx_marlin.race import Rules, race
 from mlx_marlin.workload import ConfigClock, Workload
@@ -30,19 +30,13 @@ CLAIMS = {"uniform": "15 to 20 %", "specialised": "up to 17 %", "large_batch": "
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="tokens of a call")
     parser.add_argument("--shape", default="1024,512,32,4", help="hidden,intermediate,experts,top_k")
     parser.add_argument("--tuning-rounds", type=int, default=6, help="samples per candidate while tuning")
-    parser.add_argument(
-        "--iterations", type=int, default=20, help="fresh samples per config in the comparison"
-    )
+    parser.add_argument("--iterations", type=int, default=20, help="fresh samples per config in the comparison")
     parser.add_argument("--candidates", type=int, help="time only every n-th candidate beside the default")
-    parser.add_argument(
-        "--budget", type=float, default=600.0, help="seconds; tuning shares them over the batch sizes"
-    )
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds; tuning shares them over the batch sizes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--output", help="also write the result to this file")
@@ -54,9 +48,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.hidden, self.intermediate, self.experts, self.top_k = (
-            int(size) for size in args.shape.split(",")
-        )
+        self.hidden, self.intermediate, self.experts, self.top_k = (int(size) for size in args.shape.split(","))
         self.device = device.default_device()
         self.limit = device.memory_bytes(self.device) // 2
         self.floor = measure.launch_floor()
@@ -86,9 +78,7 @@ class Bench:
         """The candidate with the lowest geometric mean over the batch sizes."""
         everywhere = set.intersection(*(set(r.samples) for r in races.values()))
         if not everywhere:
-            raise SystemExit(
-                "no config was timed at every batch size: raise --budget, or --candidates to time fewer"
-            )
+            raise SystemExit("no config was timed at every batch size: raise --budget, or --candidates to time fewer")
         return min(
             everywhere,
             key=lambda c: statistics.geometric_mean(statistics.median(r.samples[c]) for r in races.values()),
@@ -181,8 +171,7 @@ def report(result: dict) -> None:
         for role, config in row["configs"].items():
             print(f"{row['rows']:5} rows, {role:8} {row['median_ms'][role]:9.3f} ms  {config}")
         print(
-            f"{'':12}tuned saves {row['over_default']['saved']} of default, "
-            f"{row['over_uniform']['saved']} of uniform"
+            f"{'':12}tuned saves {row['over_default']['saved']} of default, {row['over_uniform']['saved']} of uniform"
         )
     print(f"the documents promise {CLAIMS['uniform']} over uniform selection")
     for key, entries in result["claims"].items():

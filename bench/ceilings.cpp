@@ -110,9 +110,8 @@ static double read_gbs(int threads, size_t bytes) {
   });
   double best = 1e30;
   for (int pass = 0; pass < 3; ++pass) {
-    const double time = timed(threads, [&](int t) {
-      sums[t * 8] += sum_words(static_cast<const words*>(buffers[t]), part / sizeof(words));
-    });
+    const double time = timed(
+        threads, [&](int t) { sums[t * 8] += sum_words(static_cast<const words*>(buffers[t]), part / sizeof(words)); });
     best = time < best ? time : best;
   }
   volatile uint64_t sink = sums[0];
@@ -131,7 +130,7 @@ int main(int argc, char** argv) {
   const int threads = std::atoi(argv[1]);
   const size_t bytes = std::strtoull(argv[2], nullptr, 10);
   std::printf(
-      "{\"clock_ghz\": %.3f, \"fma_gflops\": %.1f, \"read_gbs\": %.2f, \"vector_bits\": %d}\n",
-      clock_ghz(), fma_gflops(threads), read_gbs(threads, bytes), VECTOR_BYTES * 8);
+      "{\"clock_ghz\": %.3f, \"fma_gflops\": %.1f, \"read_gbs\": %.2f, \"vector_bits\": %d}\n", clock_ghz(),
+      fma_gflops(threads), read_gbs(threads, bytes), VECTOR_BYTES * 8);
   return 0;
 }

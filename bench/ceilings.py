@@ -45,7 +45,9 @@ def measure(threads: int) -> dict:
     with tempfile.TemporaryDirectory() as directory:
         program = Path(directory) / "ceilings"
         subprocess.run([*compiler, *flags, str(SOURCE), "-o", str(program)], check=True)
-        output = subprocess.run([str(program), str(threads), str(size)], check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(
+            [str(program), str(threads), str(size)], check=True, capture_output=True, text=True
+        ).stdout
     how = f"{SOURCE.name}, {Path(compiler[0]).name} {' '.join(flags)}, {threads} threads, {size >> 20} MiB read"
     return {**json.loads(output), "threads": threads, "how": how}
 

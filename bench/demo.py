@@ -86,9 +86,7 @@ def load_affine(bits: int, group: int) -> nn.Module:
         model,
         group,
         bits,
-        class_predicate=lambda path, m: (
-            isinstance(m, (nn.Linear, SwitchLinear)) and not path.endswith(".gate")
-        ),
+        class_predicate=lambda path, m: isinstance(m, (nn.Linear, SwitchLinear)) and not path.endswith(".gate"),
     )
     model.set_dtype(mx.float32)  # the float16 scales keep their values
     return model
@@ -106,9 +104,7 @@ def generate(directory: Path) -> None:
     prompt = tokenizer.encode(PROMPT)
     mx.random.seed(0)
     responses = list(
-        mlx_lm.stream_generate(
-            model, tokenizer, prompt, max_tokens=120, sampler=make_sampler(temp=0.7, top_p=0.9)
-        )
+        mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=120, sampler=make_sampler(temp=0.7, top_p=0.9))
     )
     last = responses[-1]
     print(f"{directory.name} continues {PROMPT!r}:\n")
@@ -127,9 +123,7 @@ def table() -> list[Row]:
     for directory, (model, _) in loaded.items():
         bits, head_bits = exl3_bits(directory)
         rows.append(measure(f"EXL3 {directory.name.rpartition('-')[2]}", model, tokens, bits, head_bits))
-        affine.update(
-            [size for size in affine_sizes() if size[0] >= bits][:2]
-        )  # the two nearest, not smaller
+        affine.update([size for size in affine_sizes() if size[0] >= bits][:2])  # the two nearest, not smaller
     for effective, bits, group in sorted(affine):
         name = f"MLX affine {bits}-bit, group {group}"
         rows.append(measure(name, load_affine(bits, group), tokens, effective, 16.0))
@@ -142,9 +136,7 @@ def main() -> None:
     print(f"Perplexity on {TOKENS} held-out tokens, windows of {WINDOW} (measured):\n")
     print(f"{'model':32} {'bits/weight':>12} {'head bits':>10} {'perplexity':>11} {'seconds':>8}")
     for row in rows:
-        print(
-            f"{row.name:32} {row.bits:12.2f} {row.head_bits:10.2f} {row.perplexity:11.3f} {row.seconds:8.1f}"
-        )
+        print(f"{row.name:32} {row.bits:12.2f} {row.head_bits:10.2f} {row.perplexity:11.3f} {row.seconds:8.1f}")
 
 
 if __name__ == "__main__":

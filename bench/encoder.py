@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +49,12 @@ def main() -> None:
         # A fused multiply-add is one instruction per lane, as are the search's three operations.
         peak = best_rate(1024.0**3, lambda: a @ a)
     rows = []
-    print("| K | weights/s per thread | fraction of peak | 30B on 2 cores, h (predicted) | on 16 cores, h (predicted) |")
+    print(
+        "| K | weights/s per thread | fraction of peak | 30B on 2 cores, h (predicted) | on 16 cores, h (predicted) |"
+    )
     print("|---|---|---|---|---|")
     for bits in options.bits:
-        rate = best_rate(tiles.size, lambda: ops.viterbi_search(tiles, bits, "mul1", threads=1))
+        rate = best_rate(tiles.size, partial(ops.viterbi_search, tiles, bits, "mul1", threads=1))
         hours = 1.1 * MODEL_WEIGHTS / rate / 3600
         rows.append({"bits": bits, "weights_per_second": rate, "fraction_of_peak": rate * OPERATIONS / peak})
         print(f"| {bits} | {rate:.0f} | {rate * OPERATIONS / peak:.2f} | {hours / 2:.1f} | {hours / 16:.1f} |")

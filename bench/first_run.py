@@ -22,6 +22,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from metal_chips import CHIPS
+
 from mlx_marlin import (
     ExpertBank,
     TrellisSwitchGLU,
@@ -81,12 +82,8 @@ def run_tests(files: tuple[str, ...]) -> dict:
         for kind in ("failure", "error"):
             problem = case.find(kind)
             if problem is not None:
-                failures[f"{case.get('classname')}::{case.get('name')}"] = (problem.get("message") or "")[
-                    :1000
-                ]
-    return {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")} | {
-        "failed": failures
-    }
+                failures[f"{case.get('classname')}::{case.get('name')}"] = (problem.get("message") or "")[:1000]
+    return {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")} | {"failed": failures}
 
 
 def self_tests(where: str, rows: tuple[int, ...]) -> dict:
@@ -108,13 +105,9 @@ def _run_on_cpu(problem: Problem, config: KernelConfig, case: dict) -> np.ndarra
     return np.array(y.astype(mx.float32))
 
 
-def _problem(
-    bits: int, rows: int, where: str, hidden: int = 2048, intermediate: int = 768, experts: int = 128
-):
+def _problem(bits: int, rows: int, where: str, hidden: int = 2048, intermediate: int = 768, experts: int = 128):
     dtype = "float16" if where == "gpu" else "float32"
-    return Problem(
-        "swiglu", rows, 8, hidden, intermediate, experts, ((bits,) * 3,), ("mcg",), "silu", dtype, where
-    )
+    return Problem("swiglu", rows, 8, hidden, intermediate, experts, ((bits,) * 3,), ("mcg",), "silu", dtype, where)
 
 
 def _bank(rng, problem: Problem) -> ExpertBank:
@@ -222,9 +215,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.device == "gpu" and not mx.is_available(mx.Device(mx.gpu)):
-        parser.error(
-            "MLX finds no GPU here; this script is for a Mac (--device cpu --small tries it elsewhere)"
-        )
+        parser.error("MLX finds no GPU here; this script is for a Mac (--device cpu --small tries it elsewhere)")
     report = collect(arguments.device, arguments.small)
     chip = report["machine"]["fingerprint"]["chip"]
     path = arguments.output or Path("first_run_" + "_".join(chip.lower().split()) + ".json")

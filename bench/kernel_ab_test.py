@@ -13,23 +13,20 @@ import statistics
 import sys
 
 import contest
+
 from mlx_marlin import device, kernels, measure
 from mlx_marlin.workload import ConfigClock, Workload
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", default="moe_trellis_swiglu", help="kernel name")
     parser.add_argument("--optimized", default="moe_trellis_swiglu_decode", help="kernel name")
     parser.add_argument("--iterations", type=int, default=100, help="samples of each kernel, at least 2")
     parser.add_argument("--warmup", type=int, default=5, help="calls before the first sample")
     parser.add_argument("--rows", type=int, default=1, help="tokens of a call")
     parser.add_argument("--shape", default="1024,512,32,4", help="hidden,intermediate,experts,top_k")
-    parser.add_argument(
-        "--bits", default="mixed", help='"mixed" (2, 3 and 4), one width, or a triple gate,up,down'
-    )
+    parser.add_argument("--bits", default="mixed", help='"mixed" (2, 3 and 4), one width, or a triple gate,up,down')
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--output", help="also write the result to this file")
@@ -55,9 +52,7 @@ def compare_kernels(args: argparse.Namespace) -> dict:
     where = device.default_device()
     layer = contest.mixed_layer(hidden, intermediate, experts, widths(args.bits), args.seed)
     limit = device.memory_bytes(where) // 2
-    workload = Workload.of_layer(
-        layer, args.rows, top_k=top_k, device=where, memory_limit=limit, seed=args.seed
-    )
+    workload = Workload.of_layer(layer, args.rows, top_k=top_k, device=where, memory_limit=limit, seed=args.seed)
     floor = measure.launch_floor()
     errors, clocks = {}, {}
     for role in ("baseline", "optimized"):
@@ -95,14 +90,8 @@ def main(argv=None) -> int:
         print()
         return 0
     for role in ("baseline", "optimized"):
-        print(
-            f"{role:10} {result[role]:44} {result['median_ms'][role]:9.4f} ms  "
-            f"spread {result['spread'][role]:.1%}"
-        )
-    print(
-        f"optimized / baseline: {result['ratio']:.4f}, "
-        f"95 % interval {result['low']:.4f} to {result['high']:.4f}"
-    )
+        print(f"{role:10} {result[role]:44} {result['median_ms'][role]:9.4f} ms  spread {result['spread'][role]:.1%}")
+    print(f"optimized / baseline: {result['ratio']:.4f}, 95 % interval {result['low']:.4f} to {result['high']:.4f}")
     print(f"Welch's test: p = {result['p_value']:.3g}: {result['verdict']}")
     return 0
 

@@ -23,14 +23,13 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import ceilings
 import mlx.core as mx
 import numpy as np
-
-import ceilings
 import peers
-from mlx_marlin import _ext, codec, device, measure
-from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, set_num_threads
 from shape import Shape
+
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, _ext, codec, device, measure, set_num_threads
 
 ROWS = (1, 4, 16, 64, 256)
 BITS = ("2", "3", "4", "mixed")
@@ -193,8 +192,10 @@ def make_contenders(shape: Shape, bits: str, arguments, rng) -> list[Contender]:
 def print_table(bits: str, results: list[dict], contenders: list[Contender], limits: dict | None, heading: str) -> None:
     """Ratios are to the first of ours; a star marks contenders that never had their cores to themselves."""
     print(f"\n{bits} bits{heading}")
-    print(f"{'rows':>5} {'contender':28} {'ms':>10} {'spread':>7} {'calls':>6} {'cores':>6} {'ratio':>7} "
-          f"{'Gweights/s':>11} {'GB/s':>6} {'GFLOP/s':>8}  of the ceilings")
+    print(
+        f"{'rows':>5} {'contender':28} {'ms':>10} {'spread':>7} {'calls':>6} {'cores':>6} {'ratio':>7} "
+        f"{'Gweights/s':>11} {'GB/s':>6} {'GFLOP/s':>8}  of the ceilings"
+    )
     of = {c.name: c.first for c in contenders}
     base = {r["rows"]: r["median_s"] for r in reversed(results) if not of[r["contender"]].peer}
     for r in results:
@@ -209,15 +210,19 @@ def print_table(bits: str, results: list[dict], contenders: list[Contender], lim
             if bound:
                 shares.append(f"decode bound {r['weights_per_s'] / bound:.0%}")
         alone = " " if r["disturbed_calls"] < len(r["samples"]) else "*"
-        print(f"{r['rows']:5} {r['contender']:28} {1e3 * r['median_s']:10.3f} {r['spread']:7.1%} {r['calls']:6}{alone}"
-              f"{r['cores']:6.2f} {ratio} {r['weights_per_s'] / 1e9:11.2f} {r['read_gbs']:6.2f} {r['gflops']:8.1f}  "
-              f"{', '.join(shares)}")
+        print(
+            f"{r['rows']:5} {r['contender']:28} {1e3 * r['median_s']:10.3f} {r['spread']:7.1%} {r['calls']:6}{alone}"
+            f"{r['cores']:6.2f} {ratio} {r['weights_per_s'] / 1e9:11.2f} {r['read_gbs']:6.2f} {r['gflops']:8.1f}  "
+            f"{', '.join(shares)}"
+        )
 
 
 def document(shape: Shape, limits: dict) -> dict:
     """The machine, the versions and the shape that results are stored with."""
     fingerprint = dataclasses.asdict(device.fingerprint("cpu"))
-    packages = [name for name in ("mlx_marlin", "mlx", "mlx_lm", "numpy", "xllamacpp") if importlib.util.find_spec(name)]
+    packages = [
+        name for name in ("mlx_marlin", "mlx", "mlx_lm", "numpy", "xllamacpp") if importlib.util.find_spec(name)
+    ]
     return {
         "machine": {**fingerprint, "last_level_cache": device.last_level_cache(), "python": platform.python_version()},
         "versions": {name: version(name) for name in packages},
@@ -247,6 +252,7 @@ def highest(one: dict, other: dict) -> dict:
 
 def save(path: Path, stored: dict, results: list[dict]) -> None:
     """Write results, keeping those of an earlier run that were not measured again."""
+
     def key(r):
         return r["bits"], r["rows"], r["threads"], r["clock"], r["contender"]
 
@@ -275,8 +281,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for ours and ggml; affine has one")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=3.0, help="per contender and number of rows, beyond 2 calls")
-    parser.add_argument("--cpu-time", action="store_true",
-                        help="CPU time on one thread: does not depend on who else uses the machine's cores")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="CPU time on one thread: does not depend on who else uses the machine's cores",
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds, no ceilings")
     parser.add_argument("--output", type=Path, help="JSON with every sample; results already in it are kept")
     arguments = parser.parse_args(argv)
@@ -298,8 +307,10 @@ def main(argv=None) -> None:
         stored["ceilings"] = highest(stored["ceilings"], load(arguments.output, stored)["ceilings"])
     limits = stored["ceilings"].get(threads)
     if limits:
-        print(f"ceilings: {limits['clock_ghz']:.2f} GHz, {limits['fma_gflops']:.0f} GFLOP/s, "
-              f"{limits['read_gbs']:.1f} GB/s ({limits['how']})")
+        print(
+            f"ceilings: {limits['clock_ghz']:.2f} GHz, {limits['fma_gflops']:.0f} GFLOP/s, "
+            f"{limits['read_gbs']:.1f} GB/s ({limits['how']})"
+        )
     for bits in arguments.bits:
         contenders = make_contenders(shape, bits, arguments, rng)
         results = []
@@ -310,8 +321,13 @@ def main(argv=None) -> None:
         print_table(bits, results, contenders, limits, heading)
         if arguments.output:
             when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            run = {"bits": bits, "threads": arguments.threads, "clock": "cpu" if arguments.cpu_time else "wall",
-                   "when": when, "kernel_hash": stored["machine"]["kernel_hash"]}
+            run = {
+                "bits": bits,
+                "threads": arguments.threads,
+                "clock": "cpu" if arguments.cpu_time else "wall",
+                "when": when,
+                "kernel_hash": stored["machine"]["kernel_hash"],
+            }
             save(arguments.output, stored, [{**run, **r} for r in results])
 
 

@@ -68,12 +68,18 @@ def rows(bits: int, codebook: str) -> list[dict]:
                 registers = result.loop_registers
                 if variant in ("base", "large_batch"):
                     registers = decoder + _matrix_floats(dispatch["kernel"])
-                found.append({
-                    "variant": variant, "rows": tiles[0], "columns": tiles[1], "kernel": dispatch["kernel"],
-                    "threads": dispatch["threads"][0], "threadgroup_bytes": dispatch["threadgroup_bytes"],
-                    "registers": registers,
-                    "per_weight": {name: round(n, 3) for name, n in loop.per_weight().items()},
-                })
+                found.append(
+                    {
+                        "variant": variant,
+                        "rows": tiles[0],
+                        "columns": tiles[1],
+                        "kernel": dispatch["kernel"],
+                        "threads": dispatch["threads"][0],
+                        "threadgroup_bytes": dispatch["threadgroup_bytes"],
+                        "registers": registers,
+                        "per_weight": {name: round(n, 3) for name, n in loop.per_weight().items()},
+                    }
+                )
     return found
 
 
@@ -84,12 +90,17 @@ def main() -> None:
     arguments = parser.parse_args()
     table = rows(arguments.bits, arguments.codebook)
     columns = ("complex", "integer", "half", "float", "load")
-    print(f"{'variant':12s} {'rows':>4s} {'cols':>4s} {'kernel':36s} {'threads':>7s} {'shared':>6s} {'regs':>4s}  "
-          + " ".join(f"{c:>7s}" for c in columns) + "   per decoded weight, inner loop")
+    print(
+        f"{'variant':12s} {'rows':>4s} {'cols':>4s} {'kernel':36s} {'threads':>7s} {'shared':>6s} {'regs':>4s}  "
+        + " ".join(f"{c:>7s}" for c in columns)
+        + "   per decoded weight, inner loop"
+    )
     for row in table:
-        print(f"{row['variant']:12s} {row['rows']:4d} {row['columns']:4d} {row['kernel']:36s} {row['threads']:7d} "
-              f"{row['threadgroup_bytes']:6d} {row['registers']:4d}  "
-              + " ".join(f"{row['per_weight'][c]:7.2f}" for c in columns))
+        print(
+            f"{row['variant']:12s} {row['rows']:4d} {row['columns']:4d} {row['kernel']:36s} {row['threads']:7d} "
+            f"{row['threadgroup_bytes']:6d} {row['registers']:4d}  "
+            + " ".join(f"{row['per_weight'][c]:7.2f}" for c in columns)
+        )
     RESULTS.parent.mkdir(exist_ok=True)
     contents = {"source": "counted", "bits": arguments.bits, "codebook": arguments.codebook, "kernels": table}
     RESULTS.write_text(json.dumps(contents, indent=1) + "\n")

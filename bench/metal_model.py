@@ -79,9 +79,7 @@ def scheduler_cycles(operations: dict[str, float], simd: dict[str, float]) -> tu
     issue = plain + WIDE_SHIFT_INSTRUCTIONS * operations.get("wide_variable_shift", 0)
     issue += SPECIAL_CYCLES * operations.get("special", 0)
     complex_pipe = COMPLEX_CYCLES * sum(n * operations.get(name, 0) for name, n in COMPLEX.items())
-    return issue / 32 + sum(
-        SIMD_CYCLES.get(op, OTHER_SIMD_CYCLES) * n for op, n in simd.items()
-    ), complex_pipe / 32
+    return issue / 32 + sum(SIMD_CYCLES.get(op, OTHER_SIMD_CYCLES) * n for op, n in simd.items()), complex_pipe / 32
 
 
 def stretch(chip: Chip, groups: int, simdgroups: int) -> float:

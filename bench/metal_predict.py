@@ -4,12 +4,12 @@ profiles."""
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from metal_chips import CHIPS, Chip
-from metal_work import Counted, count, traffic
 from metal_model import COMPLEX, dispatch_time, layer_time
+from metal_work import Counted, count, traffic
 
 from mlx_marlin import kernels, profile_io
 from mlx_marlin.kernels import KernelConfig, Problem
@@ -34,7 +34,7 @@ def qwen3_30b(bits: int, rows: int = 1, codebook: str = "mcg") -> Problem:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _counted(problem: Problem, config: KernelConfig) -> tuple[Counted, ...]:
     return tuple(count(problem, config))
 
@@ -51,14 +51,9 @@ def _candidates(problem: Problem) -> list[KernelConfig]:
     found = {
         c
         for c in kernels.candidates(problem)
-        if c.kernel_variant in variants
-        and c.tile_size_m in rows
-        and c.tile_size_n in tiles
-        and c.use_fp32_acc
+        if c.kernel_variant in variants and c.tile_size_m in rows and c.tile_size_n in tiles and c.use_fp32_acc
     }
-    plain = {
-        (c.kernel_variant, c.tile_size_m, c.tile_size_n, c.simdgroups): c for c in sorted(found, key=repr)
-    }
+    plain = {(c.kernel_variant, c.tile_size_m, c.tile_size_n, c.simdgroups): c for c in sorted(found, key=repr)}
     return [kernels.default(problem), *plain.values()]
 
 
@@ -112,8 +107,7 @@ def _one_row(bits: int) -> dict:
             "goal": goal,
             "peer times floor": PEER_TIMES_FLOOR.get(name),
             "predicted us, best": round(best_time, 1),
-            "best": f"{best.kernel_variant} {best.tile_size_m} x {best.tile_size_n}, {best.simdgroups} "
-            f"simdgroups",
+            "best": f"{best.kernel_variant} {best.tile_size_m} x {best.tile_size_n}, {best.simdgroups} simdgroups",
         }
     return {
         "dispatches": [_describe(c) for c in counted],
@@ -149,9 +143,7 @@ def peers() -> dict:
     loops = json.loads((HERE / "metal_peers.json").read_text())["loops"]
     return {
         name: {
-            "complex": round(
-                sum(n * loop["operations"].get(o, 0) for o, n in COMPLEX.items()) / loop["weights"], 3
-            ),
+            "complex": round(sum(n * loop["operations"].get(o, 0) for o, n in COMPLEX.items()) / loop["weights"], 3),
             "load": round(loop["operations"].get("load", 0) / loop["weights"], 3),
         }
         for name, loop in loops.items()

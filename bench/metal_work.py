@@ -13,9 +13,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import metal_counts  # noqa: E402
 import metal_executor  # noqa: E402
+from metal_model import Work  # noqa: E402
 from metal_sim.counting import Operations  # noqa: E402
 
-from metal_model import Work  # noqa: E402
 from mlx_marlin.kernels import KernelConfig, Problem  # noqa: E402
 
 
@@ -82,9 +82,7 @@ def traffic(problem: Problem, config: KernelConfig) -> dict:
     """Device bytes of a plan, by buffer: distinct, and how often a threadgroup reads what another has read."""
     rows, codes, others = [], 0, 0
     library = metal_executor.library
-    for dispatch, result in metal_counts.run(
-        _few_experts(problem), config, library, races=False, count=True
-    ):
+    for dispatch, result in metal_counts.run(_few_experts(problem), config, library, races=False, count=True):
         names = {b["slot"]: b["name"] for b in dispatch["buffers"]}
         for slot, t in result.traffic.items():
             name = names.get(slot, "args")

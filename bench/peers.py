@@ -1,7 +1,8 @@
 """The layers that ours is measured beside. Weights are random bits: no peer's time depends on their values.
 
 Every peer has ``name``, ``bits`` (bits per weight, scales included), ``cores`` (that it uses) and
-``prepare(x, routings)``, which returns one callable per routing. A call computes ``[rows, top_k, hidden]`` and returns when it is done.
+``prepare(x, routings)``, which returns one callable per routing. A call computes
+``[rows, top_k, hidden]`` and returns when it is done.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
-
 from shape import Shape
 
 
@@ -32,9 +32,11 @@ class AffinePeer:
         self.name = f"mlx-lm affine {bits}-bit"
         self.bits = bits + 2 * 32 / self.group_size
         self.layer = SwitchGLU(shape.hidden, shape.intermediate, shape.experts)
-        for projection, (k, n) in {"gate_proj": (shape.hidden, shape.intermediate),
-                                   "up_proj": (shape.hidden, shape.intermediate),
-                                   "down_proj": (shape.intermediate, shape.hidden)}.items():
+        for projection, (k, n) in {
+            "gate_proj": (shape.hidden, shape.intermediate),
+            "up_proj": (shape.hidden, shape.intermediate),
+            "down_proj": (shape.intermediate, shape.hidden),
+        }.items():
             linear = QuantizedSwitchLinear(k, n, shape.experts, bias=False, group_size=self.group_size, bits=bits)
             words = rng.integers(0, 1 << 32, (shape.experts, n, k * bits // 32), np.uint32)
             scale = k**-0.5 / 2 ** (bits - 1)
@@ -57,11 +59,18 @@ class _InitParams(ctypes.Structure):
 
 class _TypeTraits(ctypes.Structure):
     # The leading fields of ggml_type_traits (ggml.h).
-    _fields_ = [("type_name", ctypes.c_char_p), ("blck_size", ctypes.c_int64), ("blck_size_interleave", ctypes.c_int64),
-                ("type_size", ctypes.c_size_t), ("is_quantized", ctypes.c_bool), ("to_float", ctypes.c_void_p)]
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+    ]
 
 
-# Name: (ggml_type id, bytes per block of 256 weights, offset and value of each half-precision scale). From ggml-common.h.
+# Name: (ggml_type id, bytes per block of 256 weights, offset and value of each half-precision scale), as in
+# ggml-common.h.
 GGML_TYPES = {
     "Q2_K": (10, 84, {80: 0.01, 82: 0.01}),
     "Q3_K": (11, 110, {108: 0.001}),
@@ -162,10 +171,14 @@ class GgmlPeer:
 
     def dequantize(self, projection: int, expert: int) -> np.ndarray:
         """float32 [in, out] of one expert (0 gate, 1 up, 2 down), by ggml's own conversion."""
-        k, n = ((self._shape.hidden, self._shape.intermediate) if projection < 2
-                else (self._shape.intermediate, self._shape.hidden))
+        k, n = (
+            (self._shape.hidden, self._shape.intermediate)
+            if projection < 2
+            else (self._shape.intermediate, self._shape.hidden)
+        )
         convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
-            self._g.ggml_get_type_traits(self._type).contents.to_float)
+            self._g.ggml_get_type_traits(self._type).contents.to_float
+        )
         weight = self._view(self.weights[projection], np.uint8).reshape(self._shape.experts, -1)[expert]
         out = np.empty((n, k), np.float32)
         convert(weight.ctypes.data, out.ctypes.data, out.size)

@@ -55,12 +55,19 @@ def gains(problems: dict, rounds: int) -> list[dict]:
     for problem, entry in problems.items():
         times = sample(problem, (entry.config, entry.default, uniform), rounds)
         tuned = times[entry.config]
-        rows.append({
-            "kind": problem.kind, "rows": problem.rows, "tuned": config_label(entry.config),
-            "default": config_label(entry.default), "uniform": config_label(uniform), "decision": entry.decision,
-            "tuned_ms": round(1e3 * statistics.median(tuned), 4),
-            "tuned_over_default": ratio(tuned, times[entry.default]), "tuned_over_uniform": ratio(tuned, times[uniform]),
-        })
+        rows.append(
+            {
+                "kind": problem.kind,
+                "rows": problem.rows,
+                "tuned": config_label(entry.config),
+                "default": config_label(entry.default),
+                "uniform": config_label(uniform),
+                "decision": entry.decision,
+                "tuned_ms": round(1e3 * statistics.median(tuned), 4),
+                "tuned_over_default": ratio(tuned, times[entry.default]),
+                "tuned_over_uniform": ratio(tuned, times[uniform]),
+            }
+        )
     return rows
 
 
@@ -72,8 +79,15 @@ def differences(first: dict, second: dict, rounds: int) -> dict:
         a, b = first[problem].config, second[problem].config
         times = sample(problem, (a, b), rounds)
         r = ratio(times[a], times[b])
-        rows.append({"rows": problem.rows, "first": config_label(a), "second": config_label(b), **r,
-                     "contains_1": r["low"] <= 1.0 <= r["high"]})
+        rows.append(
+            {
+                "rows": problem.rows,
+                "first": config_label(a),
+                "second": config_label(b),
+                **r,
+                "contains_1": r["low"] <= 1.0 <= r["high"],
+            }
+        )
     return {"entries": len(both), "differing": len(differing), "pairs": rows}
 
 

@@ -137,7 +137,9 @@ def plot(rows: list[dict], path: Path) -> None:
     colours = dict(zip(kinds, ("#1b6ca8", "#c0392b", "#2e8b57", "#b8860b", "#7d3c98", "#555555", "#d2691e", "#008080")))
     x = lambda bits: 60 + (bits - 1.5) / 3.5 * 520  # noqa: E731
     y = lambda kl: 380 - (np.log10(max(kl, 1e-3)) + 3) / 3 * 340  # noqa: E731
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="820" height="430" font-family="sans-serif" font-size="12">']
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" width="820" height="430" font-family="sans-serif" font-size="12">'
+    ]
     for bits in (2, 2.5, 3, 3.5, 4, 4.5):
         parts.append(f'<text x="{x(bits):.0f}" y="400" text-anchor="middle">{bits}</text>')
     for kl in (0.001, 0.01, 0.1, 1):
@@ -163,7 +165,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / f"bench/results/{platform.node()}/quality.json")
     options = parser.parse_args()
     evaluation = Evaluation()
-    rows = [{"label": "original", "kind": "original", "bits": 16.0, "perplexity": evaluation.perplexity(evaluation.reference), "kl": 0.0}]
+    rows = [
+        {
+            "label": "original",
+            "kind": "original",
+            "bits": 16.0,
+            "perplexity": evaluation.perplexity(evaluation.reference),
+            "kl": 0.0,
+        }
+    ]
     for mode in options.modes:
         for bits in options.bits:
             directory = options.work / f"{mode}-{bits:g}"

@@ -26,11 +26,7 @@ void bind_ops(nb::module_& m) {
           [](KernelConfig* self, Variant variant, int tile_m, int tile_n, int simdgroups, bool fp32) {
             new (self) KernelConfig{variant, tile_m, tile_n, simdgroups, fp32};
           },
-          "variant"_a,
-          "tile_size_m"_a,
-          "tile_size_n"_a,
-          "simdgroups"_a,
-          "use_fp32_acc"_a)
+          "variant"_a, "tile_size_m"_a, "tile_size_n"_a, "simdgroups"_a, "use_fp32_acc"_a)
       .def("__eq__", [](const KernelConfig& a, const KernelConfig& b) { return a == b; });
 
   nb::class_<StackInfo>(m, "StackInfo", "Sizes and contents of a stack of trellis weights.")
@@ -39,98 +35,40 @@ void bind_ops(nb::module_& m) {
           [](StackInfo* self, int experts, int k, int n, bool bias, uint32_t widths, uint32_t codebooks) {
             new (self) StackInfo{experts, k, n, bias, widths, codebooks};
           },
-          "experts"_a,
-          "k"_a,
-          "n"_a,
-          "bias"_a,
-          "widths"_a,
-          "codebooks"_a);
+          "experts"_a, "k"_a, "n"_a, "bias"_a, "widths"_a, "codebooks"_a);
 
   m.def(
-      "check_indices",
-      &check_indices,
-      "op"_a,
-      "indices"_a,
-      "experts"_a,
+      "check_indices", &check_indices, "op"_a, "indices"_a, "experts"_a,
       "Raise ValueError where an index is out of range, if the indices are known by now.");
 
   m.def(
       "trellis_linear",
-      [](const mx::array& x,
-         const std::vector<mx::array>& stack,
-         const StackInfo& info,
-         int in_features,
-         int out_features,
-         const KernelConfig& config,
-         mx::StreamOrDevice s) {
-        return trellis_linear(
-            x, std::nullopt, stack, {in_features, out_features, 1, false, false, info, config}, s);
+      [](const mx::array& x, const std::vector<mx::array>& stack, const StackInfo& info, int in_features,
+         int out_features, const KernelConfig& config, mx::StreamOrDevice s) {
+        return trellis_linear(x, std::nullopt, stack, {in_features, out_features, 1, false, false, info, config}, s);
       },
-      "x"_a,
-      "stack"_a,
-      "info"_a,
-      "in_features"_a,
-      "out_features"_a,
-      "config"_a,
-      "stream"_a = nb::none(),
+      "x"_a, "stack"_a, "info"_a, "in_features"_a, "out_features"_a, "config"_a, "stream"_a = nb::none(),
       "x @ W + bias for one trellis weight. See mlx_marlin.trellis_linear, which checks the arguments.");
 
   m.def(
       "trellis_gather_linear",
-      [](const mx::array& x,
-         const mx::array& ids,
-         const std::vector<mx::array>& stack,
-         const StackInfo& info,
-         int in_features,
-         int out_features,
-         int x_divisor,
-         const KernelConfig& config,
-         mx::StreamOrDevice s) {
-        return trellis_linear(
-            x, ids, stack, {in_features, out_features, x_divisor, true, false, info, config}, s);
+      [](const mx::array& x, const mx::array& ids, const std::vector<mx::array>& stack, const StackInfo& info,
+         int in_features, int out_features, int x_divisor, const KernelConfig& config, mx::StreamOrDevice s) {
+        return trellis_linear(x, ids, stack, {in_features, out_features, x_divisor, true, false, info, config}, s);
       },
-      "x"_a,
-      "ids"_a,
-      "stack"_a,
-      "info"_a,
-      "in_features"_a,
-      "out_features"_a,
-      "x_divisor"_a,
-      "config"_a,
-      "stream"_a = nb::none(),
-      "y[r] = x[r // x_divisor] @ W[ids[r]] + bias[ids[r]] for the experts of one stack.");
+      "x"_a, "ids"_a, "stack"_a, "info"_a, "in_features"_a, "out_features"_a, "x_divisor"_a, "config"_a,
+      "stream"_a = nb::none(), "y[r] = x[r // x_divisor] @ W[ids[r]] + bias[ids[r]] for the experts of one stack.");
 
   m.def(
       "trellis_swiglu",
-      [](const mx::array& x,
-         const mx::array& indices,
-         const std::optional<mx::array>& scores,
-         const std::vector<mx::array>& bank,
-         const StackInfo& gate,
-         const StackInfo& up,
-         const StackInfo& down,
-         int hidden,
-         int activation,
-         float alpha,
-         float limit,
-         const KernelConfig& config,
-         mx::StreamOrDevice s) {
+      [](const mx::array& x, const mx::array& indices, const std::optional<mx::array>& scores,
+         const std::vector<mx::array>& bank, const StackInfo& gate, const StackInfo& up, const StackInfo& down,
+         int hidden, int activation, float alpha, float limit, const KernelConfig& config, mx::StreamOrDevice s) {
         const SwigluCall call{hidden, activation, alpha, limit, scores.has_value(), gate, up, down, config};
         return trellis_swiglu(x, indices, scores, bank, call, s);
       },
-      "x"_a,
-      "indices"_a,
-      "scores"_a.none(),
-      "bank"_a,
-      "gate"_a,
-      "up"_a,
-      "down"_a,
-      "hidden"_a,
-      "activation"_a,
-      "alpha"_a,
-      "limit"_a,
-      "config"_a,
-      "stream"_a = nb::none(),
+      "x"_a, "indices"_a, "scores"_a.none(), "bank"_a, "gate"_a, "up"_a, "down"_a, "hidden"_a, "activation"_a,
+      "alpha"_a, "limit"_a, "config"_a, "stream"_a = nb::none(),
       "The fused experts of a layer. See mlx_marlin.trellis_swiglu, which checks the arguments.");
 
   m.def(
@@ -138,18 +76,12 @@ void bind_ops(nb::module_& m) {
       [](const std::vector<mx::array>& stack, const StackInfo& info, int expert, mx::StreamOrDevice s) {
         return trellis_decode(stack, {expert, info}, s);
       },
-      "stack"_a,
-      "info"_a,
-      "expert"_a,
-      "stream"_a = nb::none(),
-      "The inner matrix of one expert, float16 [k, n].");
+      "stack"_a, "info"_a, "expert"_a, "stream"_a = nb::none(), "The inner matrix of one expert, float16 [k, n].");
 }
 
 void bind_runtime(nb::module_& m) {
   m.def(
-      "abi_probe",
-      [](const mx::array& a) { return static_cast<int>(a.size()); },
-      "a"_a,
+      "abi_probe", [](const mx::array& a) { return static_cast<int>(a.size()); }, "a"_a,
       "Number of elements: fails where mx.array is not the type that this extension was built for.");
   m.def("is_tracer", &mx::array::is_tracer, "x"_a, "Whether the array is being traced.");
   m.def("set_num_threads", &cpu::set_threads, "n"_a, "Set the number of CPU workers.");
@@ -159,7 +91,7 @@ void bind_runtime(nb::module_& m) {
   m.def("set_instruction_set", &cpu::set_instruction_set, "name"_a, "Use one instruction set, or \"auto\".");
 }
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin
 
 NB_MODULE(_ext, m) {
   // Registers mx.array and the stream types first, so that signatures name them.

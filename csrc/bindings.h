@@ -10,4 +10,4 @@ void bind_plan(nanobind::module_& m);
 void bind_runtime(nanobind::module_& m);
 void bind_viterbi(nanobind::module_& m);
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

@@ -59,73 +59,34 @@ nb::dict to_python(const Plan& plan) {
   return out;
 }
 
-} // namespace
+}  // namespace
 
 void bind_plan(nb::module_& m) {
   m.def(
       "plan_linear",
-      [](int64_t rows,
-         int dtype,
-         const StackInfo& stack,
-         int in_features,
-         int out_features,
-         int x_divisor,
-         bool gathered,
-         bool transposed,
-         const KernelConfig& config) {
+      [](int64_t rows, int dtype, const StackInfo& stack, int in_features, int out_features, int x_divisor,
+         bool gathered, bool transposed, const KernelConfig& config) {
         return to_python(
             plan_linear({in_features, out_features, x_divisor, gathered, transposed, stack, config}, rows, dtype));
       },
-      "rows"_a,
-      "dtype"_a,
-      "stack"_a,
-      "in_features"_a,
-      "out_features"_a,
-      "x_divisor"_a,
-      "gathered"_a,
-      "transposed"_a,
-      "config"_a,
-      "The Metal dispatches of a trellis_linear. See mlx_marlin.plan.");
+      "rows"_a, "dtype"_a, "stack"_a, "in_features"_a, "out_features"_a, "x_divisor"_a, "gathered"_a, "transposed"_a,
+      "config"_a, "The Metal dispatches of a trellis_linear. See mlx_marlin.plan.");
 
   m.def(
       "plan_swiglu",
-      [](int64_t rows,
-         int top_k,
-         int dtype,
-         const StackInfo& gate,
-         const StackInfo& up,
-         const StackInfo& down,
-         int hidden,
-         int activation,
-         float alpha,
-         float limit,
-         bool combine,
-         const KernelConfig& config) {
-        return to_python(plan_swiglu(
-            {hidden, activation, alpha, limit, combine, gate, up, down, config}, rows, top_k, dtype));
+      [](int64_t rows, int top_k, int dtype, const StackInfo& gate, const StackInfo& up, const StackInfo& down,
+         int hidden, int activation, float alpha, float limit, bool combine, const KernelConfig& config) {
+        return to_python(
+            plan_swiglu({hidden, activation, alpha, limit, combine, gate, up, down, config}, rows, top_k, dtype));
       },
-      "rows"_a,
-      "top_k"_a,
-      "dtype"_a,
-      "gate"_a,
-      "up"_a,
-      "down"_a,
-      "hidden"_a,
-      "activation"_a,
-      "alpha"_a,
-      "limit"_a,
-      "combine"_a,
-      "config"_a,
-      "The Metal dispatches of a trellis_swiglu. See mlx_marlin.plan.");
+      "rows"_a, "top_k"_a, "dtype"_a, "gate"_a, "up"_a, "down"_a, "hidden"_a, "activation"_a, "alpha"_a, "limit"_a,
+      "combine"_a, "config"_a, "The Metal dispatches of a trellis_swiglu. See mlx_marlin.plan.");
 
   m.def(
-      "plan_decode",
-      [](const StackInfo& stack, int expert) { return to_python(plan_decode({expert, stack})); },
-      "stack"_a,
-      "expert"_a,
-      "The Metal dispatch of a trellis_decode.");
+      "plan_decode", [](const StackInfo& stack, int expert) { return to_python(plan_decode({expert, stack})); },
+      "stack"_a, "expert"_a, "The Metal dispatch of a trellis_decode.");
 
   m.def("set_shaders", &metal::set_shaders, "sources"_a, "Self-contained Metal source by kernel family.");
 }
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

@@ -26,27 +26,19 @@ States search(const Tiles& tiles, const Values& values, int bits, int threads) {
   return States(states, {count, 256}, owner);
 }
 
-} // namespace
+}  // namespace
 
 void bind_viterbi(nb::module_& m) {
   m.def(
-      "viterbi_search",
-      &search,
-      "tiles"_a,
-      "values"_a,
-      "bits"_a,
-      "threads"_a,
+      "viterbi_search", &search, "tiles"_a, "values"_a, "bits"_a, "threads"_a,
       "The tail-biting states nearest to float32 tiles [count, 256]. See mlx_marlin.ops.viterbi_search.");
   m.def(
-      "viterbi_instruction_sets",
-      &viterbi::instruction_sets,
+      "viterbi_instruction_sets", &viterbi::instruction_sets,
       "Instruction sets that the search can run here, best last.");
   m.def("viterbi_instruction_set", &viterbi::instruction_set, "The one that the search uses.");
   m.def(
-      "set_viterbi_instruction_set",
-      &viterbi::set_instruction_set,
-      "name"_a,
+      "set_viterbi_instruction_set", &viterbi::set_instruction_set, "name"_a,
       "Let the search use one instruction set, or \"auto\".");
 }
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

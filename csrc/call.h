@@ -22,8 +22,8 @@ struct KernelConfig {
 // Sizes and contents of one projection's stacked weights (weights.ExpertStack).
 struct StackInfo {
   int experts;
-  int k;               // padded input size
-  int n;               // padded output size
+  int k;  // padded input size
+  int n;  // padded output size
   bool bias;
   uint32_t widths;     // bit K is set where an expert has K bits per weight
   uint32_t codebooks;  // bit c is set where an expert has codebook c
@@ -38,10 +38,10 @@ struct StackInfo {
 
 // y[r] = x[r / x_divisor] W(ids[r]) + bias; transposed: with W^T and without bias.
 struct LinearCall {
-  int in_features;   // logical sizes of W
+  int in_features;  // logical sizes of W
   int out_features;
   int x_divisor;
-  bool gathered;     // ids are given; otherwise expert 0
+  bool gathered;  // ids are given; otherwise expert 0
   bool transposed;
   StackInfo stack;
   KernelConfig config;
@@ -61,7 +61,7 @@ struct SwigluCall {
   int activation;  // MARLIN_ACTIVATION_*
   float alpha;
   float limit;
-  bool combine;    // scores are given
+  bool combine;  // scores are given
   StackInfo gate;
   StackInfo up;
   StackInfo down;
@@ -77,4 +77,4 @@ struct DecodeCall {
   bool operator==(const DecodeCall&) const = default;
 };
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

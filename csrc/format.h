@@ -2,10 +2,10 @@
 #ifndef MLX_MARLIN_FORMAT_H
 #define MLX_MARLIN_FORMAT_H
 
-#define MARLIN_TILE 16            // a tile is 16 x 16 weights
-#define MARLIN_TILE_SIZE 256      // weights per tile
-#define MARLIN_HADAMARD_SIZE 128  // block length of the Hadamard transforms
-#define MARLIN_MAX_BITS 8         // bits per weight: 1 .. 8
+#define MARLIN_TILE 16                        // a tile is 16 x 16 weights
+#define MARLIN_TILE_SIZE 256                  // weights per tile
+#define MARLIN_HADAMARD_SIZE 128              // block length of the Hadamard transforms
+#define MARLIN_MAX_BITS 8                     // bits per weight: 1 .. 8
 #define MARLIN_TILE_WORDS(bits) (8 * (bits))  // uint32 words of one tile
 
 // Codebook ids: positions in codec.CODEBOOKS.

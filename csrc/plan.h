@@ -58,4 +58,4 @@ Plan plan_linear(const LinearCall& call, int64_t rows, int dtype);
 Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype);
 Plan plan_decode(const DecodeCall& call);
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

@@ -18,20 +18,13 @@ namespace mx = mlx::core;
 
 // x [..., in] -> [..., out]. With ids [rows]: x holds rows / x_divisor rows and the result is [rows, out].
 mx::array trellis_linear(
-    const mx::array& x,
-    const std::optional<mx::array>& ids,
-    const std::vector<mx::array>& stack,
-    const LinearCall& call,
-    mx::StreamOrDevice s);
+    const mx::array& x, const std::optional<mx::array>& ids, const std::vector<mx::array>& stack,
+    const LinearCall& call, mx::StreamOrDevice s);
 
 // x [..., hidden], indices [..., k] -> [..., k, hidden], or [..., hidden] with scores [..., k].
 mx::array trellis_swiglu(
-    const mx::array& x,
-    const mx::array& indices,
-    const std::optional<mx::array>& scores,
-    const std::vector<mx::array>& bank,
-    const SwigluCall& call,
-    mx::StreamOrDevice s);
+    const mx::array& x, const mx::array& indices, const std::optional<mx::array>& scores,
+    const std::vector<mx::array>& bank, const SwigluCall& call, mx::StreamOrDevice s);
 
 // The inner matrix of one expert: float16 [k, n].
 mx::array trellis_decode(const std::vector<mx::array>& stack, const DecodeCall& call, mx::StreamOrDevice s);
@@ -46,16 +39,13 @@ class TrellisPrimitive : public mx::UnaryPrimitive {
   TrellisPrimitive(mx::Stream stream, const Call& call) : UnaryPrimitive(stream), call_(call) {}
 
   std::vector<mx::array> jvp(
-      const std::vector<mx::array>&,
-      const std::vector<mx::array>&,
-      const std::vector<int>&) override {
+      const std::vector<mx::array>&, const std::vector<mx::array>&, const std::vector<int>&) override {
     throw std::invalid_argument(
         std::string("[") + name() + "] jvp is not supported; use vjp (mx.grad, mx.vjp) with respect to x or scores.");
   }
 
   std::pair<std::vector<mx::array>, std::vector<int>> vmap(
-      const std::vector<mx::array>&,
-      const std::vector<int>&) override {
+      const std::vector<mx::array>&, const std::vector<int>&) override {
     throw std::invalid_argument(
         std::string("[") + name() + "] vmap is not supported; pass the batch as leading dimensions of x.");
   }
@@ -75,9 +65,7 @@ class TrellisLinear : public TrellisPrimitive<LinearCall> {
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   std::vector<mx::array> vjp(
-      const std::vector<mx::array>& primals,
-      const std::vector<mx::array>& cotangents,
-      const std::vector<int>& argnums,
+      const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
       const std::vector<mx::array>& outputs) override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
   const char* name() const override {
@@ -92,9 +80,7 @@ class TrellisSwiglu : public TrellisPrimitive<SwigluCall> {
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   std::vector<mx::array> vjp(
-      const std::vector<mx::array>& primals,
-      const std::vector<mx::array>& cotangents,
-      const std::vector<int>& argnums,
+      const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
       const std::vector<mx::array>& outputs) override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
   const char* name() const override {
@@ -109,9 +95,7 @@ class TrellisDecode : public TrellisPrimitive<DecodeCall> {
   void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
   std::vector<mx::array> vjp(
-      const std::vector<mx::array>& primals,
-      const std::vector<mx::array>& cotangents,
-      const std::vector<int>& argnums,
+      const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
       const std::vector<mx::array>& outputs) override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
   const char* name() const override {
@@ -119,4 +103,4 @@ class TrellisDecode : public TrellisPrimitive<DecodeCall> {
   }
 };
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

@@ -14,9 +14,7 @@ namespace mlx_marlin {
 namespace mx = mlx::core;
 
 inline cpu::DType cpu_dtype(mx::Dtype dtype) {
-  return dtype == mx::float32 ? cpu::DType::float32
-      : dtype == mx::float16  ? cpu::DType::float16
-                              : cpu::DType::bfloat16;
+  return dtype == mx::float32 ? cpu::DType::float32 : dtype == mx::float16 ? cpu::DType::float16 : cpu::DType::bfloat16;
 }
 
 inline cpu::Config cpu_config(const KernelConfig& config) {
@@ -52,10 +50,9 @@ inline void require_ids(const char* op, const uint32_t* ids, int64_t count, int 
   const int64_t bad = cpu::find_bad_id(ids, count, experts);
   if (bad >= 0) {
     throw std::invalid_argument(
-        std::string("[") + op + "] expert index " + std::to_string(static_cast<int32_t>(ids[bad])) +
-        " at position " + std::to_string(bad) + " is out of range: the layer has " +
-        std::to_string(experts) + " experts.");
+        std::string("[") + op + "] expert index " + std::to_string(static_cast<int32_t>(ids[bad])) + " at position " +
+        std::to_string(bad) + " is out of range: the layer has " + std::to_string(experts) + " experts.");
   }
 }
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

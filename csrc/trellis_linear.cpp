@@ -19,22 +19,18 @@ mx::Shape linear_shape(const mx::array& x, const LinearCall& call) {
   return shape;
 }
 
-} // namespace
+}  // namespace
 
 mx::array trellis_linear(
-    const mx::array& x,
-    const std::optional<mx::array>& ids,
-    const std::vector<mx::array>& stack,
-    const LinearCall& call,
-    mx::StreamOrDevice s) {
+    const mx::array& x, const std::optional<mx::array>& ids, const std::vector<mx::array>& stack,
+    const LinearCall& call, mx::StreamOrDevice s) {
   const mx::Stream stream = mx::to_stream(s);
   std::vector<mx::array> inputs = {mx::contiguous(x, false, stream)};
   inputs.insert(inputs.end(), stack.begin(), stack.end());
   if (ids) {
     inputs.push_back(mx::contiguous(*ids, false, stream));
   }
-  return mx::array(
-      linear_shape(x, call), x.dtype(), std::make_shared<TrellisLinear>(stream, call), std::move(inputs));
+  return mx::array(linear_shape(x, call), x.dtype(), std::make_shared<TrellisLinear>(stream, call), std::move(inputs));
 }
 
 void TrellisLinear::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -71,9 +67,7 @@ std::vector<mx::Shape> TrellisLinear::output_shapes(const std::vector<mx::array>
 // x -> x W is linear, so its vjp is the product with W^T (or back), with the bias dropped. Rows that
 // shared one row of x add up.
 std::vector<mx::array> TrellisLinear::vjp(
-    const std::vector<mx::array>& primals,
-    const std::vector<mx::array>& cotangents,
-    const std::vector<int>& argnums,
+    const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
     const std::vector<mx::array>&) {
   if (argnums.size() != 1 || argnums[0] != 0) {
     throw std::invalid_argument(
@@ -92,4 +86,4 @@ std::vector<mx::array> TrellisLinear::vjp(
   return {mx::reshape(grad, primals[0].shape(), stream())};
 }
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

@@ -54,12 +54,7 @@ struct Slots {
   mx::Stream stream;
 
   mx::array product(
-      const mx::array& x,
-      const StackInfo& info,
-      size_t first,
-      int in_features,
-      int out_features,
-      int x_divisor,
+      const mx::array& x, const StackInfo& info, size_t first, int in_features, int out_features, int x_divisor,
       bool transposed) const {
     LinearCall linear{in_features, out_features, x_divisor, true, transposed, info, call.config};
     linear.stack.bias = info.bias && !transposed;
@@ -92,7 +87,7 @@ void check_values(const std::string& op, const mx::array& indices, int experts) 
   }
 }
 
-} // namespace
+}  // namespace
 
 void check_indices(const std::string& op, const mx::array& indices, int experts) {
   if (indices.status() != mx::array::Status::available || !indices.flags().row_contiguous) {
@@ -121,12 +116,8 @@ void check_indices(const std::string& op, const mx::array& indices, int experts)
 }
 
 mx::array trellis_swiglu(
-    const mx::array& x,
-    const mx::array& indices,
-    const std::optional<mx::array>& scores,
-    const std::vector<mx::array>& bank,
-    const SwigluCall& call,
-    mx::StreamOrDevice s) {
+    const mx::array& x, const mx::array& indices, const std::optional<mx::array>& scores,
+    const std::vector<mx::array>& bank, const SwigluCall& call, mx::StreamOrDevice s) {
   const mx::Stream stream = mx::to_stream(s);
   std::vector<mx::array> inputs = {mx::contiguous(x, false, stream), mx::contiguous(indices, false, stream)};
   inputs.insert(inputs.end(), bank.begin(), bank.end());
@@ -176,9 +167,7 @@ std::vector<mx::Shape> TrellisSwiglu::output_shapes(const std::vector<mx::array>
 // Recomputes gate and up by gathered products, then walks back through down, the activation, gate and up.
 // Every product decodes tile by tile; nothing of the size of a weight matrix is made.
 std::vector<mx::array> TrellisSwiglu::vjp(
-    const std::vector<mx::array>& primals,
-    const std::vector<mx::array>& cotangents,
-    const std::vector<int>& argnums,
+    const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
     const std::vector<mx::array>&) {
   const int scores_argnum = call_.combine ? static_cast<int>(primals.size()) - 1 : -1;
   for (const int argnum : argnums) {
@@ -207,8 +196,7 @@ std::vector<mx::array> TrellisSwiglu::vjp(
   mx::array slot_ct = mx::reshape(ct, {-1, hidden}, s);
   if (call_.combine) {
     const mx::array scores = mx::reshape(primals.back(), {-1, top_k, 1}, s);
-    slot_ct = mx::reshape(
-        mx::multiply(mx::reshape(ct, {-1, 1, hidden}, s), scores, s), {-1, hidden}, s);
+    slot_ct = mx::reshape(mx::multiply(mx::reshape(ct, {-1, 1, hidden}, s), scores, s), {-1, hidden}, s);
   }
 
   std::vector<mx::array> grads;
@@ -216,8 +204,8 @@ std::vector<mx::array> TrellisSwiglu::vjp(
     if (argnum == scores_argnum) {
       const mx::array h = act(gate_up)[0];
       const mx::array y = slots.product(h, call_.down, slots.down_first(), inter, hidden, 1, false);
-      const mx::array terms = mx::multiply(
-          mx::reshape(y, {-1, top_k, hidden}, s), mx::reshape(ct, {-1, 1, hidden}, s), s);
+      const mx::array terms =
+          mx::multiply(mx::reshape(y, {-1, top_k, hidden}, s), mx::reshape(ct, {-1, 1, hidden}, s), s);
       grads.push_back(mx::reshape(mx::sum(terms, 2, false, s), primals.back().shape(), s));
       continue;
     }
@@ -225,12 +213,11 @@ std::vector<mx::array> TrellisSwiglu::vjp(
     const auto act_ct = mx::vjp(act, gate_up, {h_ct}).second;
     const mx::array slot_grad = mx::add(
         slots.product(act_ct[0], call_.gate, slots.gate_first(), hidden, inter, 1, true),
-        slots.product(act_ct[1], call_.up, slots.up_first(), hidden, inter, 1, true),
-        s);
+        slots.product(act_ct[1], call_.up, slots.up_first(), hidden, inter, 1, true), s);
     const mx::array grad = mx::sum(mx::reshape(slot_grad, {-1, top_k, hidden}, s), 1, false, s);
     grads.push_back(mx::reshape(mx::astype(grad, x.dtype(), s), x.shape(), s));
   }
   return grads;
 }
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

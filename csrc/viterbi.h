@@ -20,16 +20,10 @@ namespace mlx_marlin::viterbi {
 //   bits    1 .. 8
 //   states  [count, 256]
 //   threads >= 1
-void search(
-    const float* tiles,
-    int64_t count,
-    const float* values,
-    int bits,
-    uint16_t* states,
-    int threads);
+void search(const float* tiles, int64_t count, const float* values, int bits, uint16_t* states, int threads);
 
-std::vector<std::string> instruction_sets();  // those that this machine can run, best last
-std::string instruction_set();                // the one in use: the best, unless set
+std::vector<std::string> instruction_sets();        // those that this machine can run, best last
+std::string instruction_set();                      // the one in use: the best, unless set
 void set_instruction_set(const std::string& name);  // "auto" or one of instruction_sets(); throws
 
-} // namespace mlx_marlin::viterbi
+}  // namespace mlx_marlin::viterbi

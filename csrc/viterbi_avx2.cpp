@@ -10,12 +10,24 @@ struct Avx2 {
   using Type = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kTiles = 2;  // 16 registers: accumulators, targets and one value
-  static __m256 load(const float* p) { return _mm256_load_ps(p); }
-  static __m256 broadcast(float x) { return _mm256_set1_ps(x); }
-  static void store(float* p, __m256 x) { _mm256_store_ps(p, x); }
-  static __m256 sub(__m256 a, __m256 b) { return _mm256_sub_ps(a, b); }
-  static __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
-  static __m256 min(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+  static __m256 load(const float* p) {
+    return _mm256_load_ps(p);
+  }
+  static __m256 broadcast(float x) {
+    return _mm256_set1_ps(x);
+  }
+  static void store(float* p, __m256 x) {
+    _mm256_store_ps(p, x);
+  }
+  static __m256 sub(__m256 a, __m256 b) {
+    return _mm256_sub_ps(a, b);
+  }
+  static __m256 fma(__m256 a, __m256 b, __m256 c) {
+    return _mm256_fmadd_ps(a, b, c);
+  }
+  static __m256 min(__m256 a, __m256 b) {
+    return _mm256_min_ps(a, b);
+  }
   // a0 b0 a1 b1 ...
   static void zip(__m256 a, __m256 b, __m256& low, __m256& high) {
     const __m256 even = _mm256_unpacklo_ps(a, b);
@@ -25,11 +37,11 @@ struct Avx2 {
   }
 };
 
-} // namespace
+}  // namespace
 
 const Encoder* encoders_avx2() {
   return encoders<Avx2>();
 }
 
-} // namespace mlx_marlin::viterbi
+}  // namespace mlx_marlin::viterbi
 #endif

@@ -49,35 +49,44 @@ struct Search {
 
   static void arrange(const float* values, float* table) {
     if constexpr (kBroadcast) {
-      for (int j = 0; j < kGroups; j += kLanes)
-        for (int h = 0; h < kBranches; ++h, table += kLanes)
+      for (int j = 0; j < kGroups; j += kLanes) {
+        for (int h = 0; h < kBranches; ++h, table += kLanes) {
           std::copy_n(values + h * kGroups + j, kLanes, table);
+        }
+      }
     } else {
-      for (int q = 0; q < kHigh; q += kLanes)
-        for (int h = 0; h < kBranches; ++h)
-          for (int low = 0; low < kBranches; ++low)
-            for (int i = 0; i < kLanes; ++i)
+      for (int q = 0; q < kHigh; q += kLanes) {
+        for (int h = 0; h < kBranches; ++h) {
+          for (int low = 0; low < kBranches; ++low) {
+            for (int i = 0; i < kLanes; ++i) {
               *table++ = values[h * kGroups + (q + i) * kBranches + low];
+            }
+          }
+        }
+      }
     }
   }
 
   // One step for kTiles tiles: out = G_t from in = G_{t-1}.
   static void step(const float* table, const float* x, const float* in, float* out) {
-    if constexpr (kBroadcast)
+    if constexpr (kBroadcast) {
       step_broadcast(table, x, in, out);
-    else
+    } else {
       step_interleave(table, x, in, out);
+    }
   }
 
   static void step_broadcast(const float* table, const float* x, const float* in, float* out) {
     typename V::Type target[kTiles];
-    for (int t = 0; t < kTiles; ++t)
+    for (int t = 0; t < kTiles; ++t) {
       target[t] = V::broadcast(x[t]);
+    }
     for (int j = 0; j < kGroups; j += kLanes) {
       const float* base = in + (j >> K);
       typename V::Type best[kTiles];
-      for (int t = 0; t < kTiles; ++t)
+      for (int t = 0; t < kTiles; ++t) {
         best[t] = V::broadcast(std::numeric_limits<float>::infinity());
+      }
       for (int h = 0; h < kBranches; ++h, table += kLanes) {
         const auto value = V::load(table);
         for (int t = 0; t < kTiles; ++t) {
@@ -86,25 +95,30 @@ struct Search {
           best[t] = V::min(best[t], cost);
         }
       }
-      for (int t = 0; t < kTiles; ++t)
+      for (int t = 0; t < kTiles; ++t) {
         V::store(out + j + t * kPitch, best[t]);
+      }
     }
   }
 
   static void step_interleave(const float* table, const float* x, const float* in, float* out) {
     typename V::Type target[kTiles];
-    for (int t = 0; t < kTiles; ++t)
+    for (int t = 0; t < kTiles; ++t) {
       target[t] = V::broadcast(x[t]);
+    }
     for (int q = 0; q < kHigh; q += kLanes) {
       typename V::Type best[kTiles][kBranches];
-      for (int t = 0; t < kTiles; ++t)
-        for (int low = 0; low < kBranches; ++low)
+      for (int t = 0; t < kTiles; ++t) {
+        for (int low = 0; low < kBranches; ++low) {
           best[t][low] = V::broadcast(std::numeric_limits<float>::infinity());
+        }
+      }
 #pragma GCC unroll 1
       for (int h = 0; h < kBranches; ++h) {
         typename V::Type before[kTiles];
-        for (int t = 0; t < kTiles; ++t)
+        for (int t = 0; t < kTiles; ++t) {
           before[t] = V::load(in + t * kPitch + h * kHigh + q);
+        }
 #pragma GCC unroll 8
         for (int low = 0; low < kBranches; ++low, table += kLanes) {
           const auto value = V::load(table);
@@ -114,8 +128,9 @@ struct Search {
           }
         }
       }
-      for (int t = 0; t < kTiles; ++t)
+      for (int t = 0; t < kTiles; ++t) {
         interleave(best[t], out + t * kPitch + (q << K));
+      }
     }
   }
 
@@ -123,35 +138,30 @@ struct Search {
   static void interleave(typename V::Type (&rows)[kBranches], float* out) {
     for (int level = 0; level < K; ++level) {
       typename V::Type next[kBranches];
-      for (int i = 0; i < kBranches / 2; ++i)
+      for (int i = 0; i < kBranches / 2; ++i) {
         V::zip(rows[i], rows[i + kBranches / 2], next[2 * i], next[2 * i + 1]);
+      }
       std::copy_n(next, kBranches, rows);
     }
-    for (int low = 0; low < kBranches; ++low)
+    for (int low = 0; low < kBranches; ++low) {
       V::store(out + low * kLanes, rows[low]);
+    }
   }
 
   // The state at step t - 1, ..., first, given the one at step t, where `group` holds G_{first-1}:
   // a full tree of predecessors, evaluated from the oldest step on.
   static void walk_back(
-      const float* values,
-      const float* x,
-      const float* group,
-      int first,
-      int t,
-      uint32_t state,
-      uint16_t* path) {
+      const float* values, const float* x, const float* group, int first, int t, uint32_t state, uint16_t* path) {
     constexpr int kLeaves = 1 << (K * kStride);
     std::array<float, kLeaves> cost;
     std::array<std::array<uint8_t, kLeaves>, kStride> choice;
     const int depth = t - first;
     // Node b of level d: the state d steps before t whose d fields of K bits above state >> (d * K)
     // are b; its low field is the choice made at the youngest step.
-    auto state_at = [&](int d, uint32_t b) {
-      return ((b << (16 - K * d)) & 0xffffu) | (state >> (K * d));
-    };
-    for (uint32_t b = 0; b < 1u << (K * depth); ++b)
+    auto state_at = [&](int d, uint32_t b) { return ((b << (16 - K * d)) & 0xffffu) | (state >> (K * d)); };
+    for (uint32_t b = 0; b < 1u << (K * depth); ++b) {
       cost[b] = group[state_at(depth, b) >> K];
+    }
     for (int d = depth; d >= 1; --d) {
       const float target = x[t - d];
       const uint32_t nodes = 1u << (K * (d - 1));
@@ -179,13 +189,7 @@ struct Search {
   }
 
   // States of steps [stop, t) of one tile, given the state at step t.
-  static void trace(
-      const float* values,
-      const float* x,
-      const float* history,
-      int t,
-      int stop,
-      uint16_t* path) {
+  static void trace(const float* values, const float* x, const float* history, int t, int stop, uint16_t* path) {
     while (t > stop) {
       const int slot = (t - 1) / kStride;
       const float* group = history + int64_t(slot) * kTiles * kPitch;
@@ -199,8 +203,9 @@ struct Search {
     const float least = *std::min_element(last, last + kGroups);
     uint32_t result = kStates;
     for (int j = 0; j < kGroups; ++j) {
-      if (last[j] != least)
+      if (last[j] != least) {
         continue;
+      }
       for (uint32_t s = uint32_t(j); s < result; s += kGroups) {
         const float e = x - values[s];
         if (std::fma(e, e, before[s >> K]) == least) {
@@ -230,12 +235,7 @@ struct Search {
   }
 
   static void run(
-      const float* tiles,
-      int count,
-      const float* values,
-      const float* table,
-      float* scratch,
-      uint16_t* states) {
+      const float* tiles, int count, const float* values, const float* table, float* scratch, uint16_t* states) {
     float x[kTiles][kSteps];  // a missing tile repeats the last one
     alignas(64) float columns[kSteps * kTiles];
     uint16_t path[kSteps];
@@ -245,25 +245,28 @@ struct Search {
       std::rotate_copy(tile, tile + kSteps / 2, tile + kSteps, x[i]);
     }
     auto transpose = [&] {
-      for (int t = 0; t < kSteps; ++t)
-        for (int i = 0; i < kTiles; ++i)
+      for (int t = 0; t < kSteps; ++t) {
+        for (int i = 0; i < kTiles; ++i) {
           columns[t * kTiles + i] = x[i][t];
+        }
+      }
     };
     transpose();
     std::fill_n(scratch, int64_t(kTiles) * kPitch, 0.0f);
     auto ends = forward(table, columns, scratch);
     for (int i = 0; i < count; ++i) {
-      path[kSteps - 1] = cheapest(
-          values, x[i][kSteps - 1], ends[0] + i * kPitch, ends[1] + i * kPitch);
+      path[kSteps - 1] = cheapest(values, x[i][kSteps - 1], ends[0] + i * kPitch, ends[1] + i * kPitch);
       trace(values, x[i], scratch + i * kPitch, kSteps - 1, kSteps / 2 - 1, path);
       seam[i] = path[kSteps / 2 - 1];
     }
-    for (int i = 0; i < kTiles; ++i)
+    for (int i = 0; i < kTiles; ++i) {
       std::rotate(x[i], x[i] + kSteps / 2, x[i] + kSteps);
+    }
     transpose();
     std::fill_n(scratch, int64_t(kTiles) * kPitch, std::numeric_limits<float>::infinity());
-    for (int i = 0; i < kTiles; ++i)
+    for (int i = 0; i < kTiles; ++i) {
       scratch[i * kPitch + (seam[std::min(i, count - 1)] & (kGroups - 1))] = 0.0f;
+    }
     forward(table, columns, scratch);
     for (int i = 0; i < count; ++i) {
       uint16_t* result = states + i * kSteps;
@@ -279,12 +282,11 @@ struct Search {
 
 template <class V>
 const Encoder* encoders() {
-  static constexpr Encoder table[8] = {
-      Search<V, 1>::encoder(), Search<V, 2>::encoder(), Search<V, 3>::encoder(),
-      Search<V, 4>::encoder(), Search<V, 5>::encoder(), Search<V, 6>::encoder(),
-      Search<V, 7>::encoder(), Search<V, 8>::encoder()};
+  static constexpr Encoder table[8] = {Search<V, 1>::encoder(), Search<V, 2>::encoder(), Search<V, 3>::encoder(),
+                                       Search<V, 4>::encoder(), Search<V, 5>::encoder(), Search<V, 6>::encoder(),
+                                       Search<V, 7>::encoder(), Search<V, 8>::encoder()};
   return table;
 }
 
-} // namespace
-} // namespace mlx_marlin::viterbi
+}  // namespace
+}  // namespace mlx_marlin::viterbi

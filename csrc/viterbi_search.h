@@ -12,13 +12,7 @@ struct Encoder {
   // Puts the 65536 values in the order in which a step reads them.
   void (*arrange)(const float* values, float* table);
   // Searches count <= tiles tiles.
-  void (*run)(
-      const float* tiles,
-      int count,
-      const float* values,
-      const float* table,
-      float* scratch,
-      uint16_t* states);
+  void (*run)(const float* tiles, int count, const float* values, const float* table, float* scratch, uint16_t* states);
 };
 
 // Encoders for K = 1 .. 8. Those that the target's architecture lacks are not defined.
@@ -27,4 +21,4 @@ const Encoder* encoders_avx2();
 const Encoder* encoders_avx512();
 const Encoder* encoders_neon();
 
-} // namespace mlx_marlin::viterbi
+}  // namespace mlx_marlin::viterbi

@@ -26,13 +26,8 @@ METAL_FUNC float4 finish(float4 sums, device const half* svh, device const float
 }
 
 // A 128-block of gate and up sums -> the same block of down's rotated input.
-METAL_FUNC float4 activate_block(
-    float4 gate,
-    float4 up,
-    device const half* down_suh,
-    float alpha,
-    float limit,
-    ushort lane) {
+METAL_FUNC float4
+activate_block(float4 gate, float4 up, device const half* down_suh, float alpha, float limit, ushort lane) {
   float4 v;
   MARLIN_UNROLL
   for (int j = 0; j < 4; ++j) {

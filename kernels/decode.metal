@@ -38,7 +38,6 @@ struct DecodeTile {
   if (tile >= args.tiles) {
     return;
   }
-  DecodeTile body = {
-      (device const ushort*)(codes + offsets[args.expert]), out, tile, args.n, lane, args.zero};
+  DecodeTile body = {(device const ushort*)(codes + offsets[args.expert]), out, tile, args.n, lane, args.zero};
   for_format<1>(body, formats[args.expert], down_widths, down_codebooks);
 }

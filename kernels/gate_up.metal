@@ -36,9 +36,7 @@ struct GateUpFinish {
       const uint first = task % blocks * MARLIN_HADAMARD_SIZE;
       const uint position = rows.first + first_row + row;
       store(
-          position,
-          first_column + first,
-          items.block(sums, 0, first, row, lane),
+          position, first_column + first, items.block(sums, 0, first, row, lane),
           items.block(sums, 1, first, row, lane));
     }
   }
@@ -154,13 +152,11 @@ template <int Rows, int T, bool Matrix>
     threadgroup_barrier(mem_flags::mem_threadgroup);
     threadgroup const float4* first_x = local_x;
     const Operands<threadgroup const float4*> operands = gate_up_operands(gate, up, first_x, ulong(copy));
-    row_slices<Rows, T, 2>(
-        args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
+    row_slices<Rows, T, 2>(args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
   } else {
     device const float4* first_x = (device const float4*)(rotated + ulong(rows.first) * args.k);
     const ulong copy = ulong(args.positions) * (args.k / 4);
     const Operands<device const float4*> operands = gate_up_operands(gate, up, first_x, copy);
-    row_slices<Rows, T, 2>(
-        args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
+    row_slices<Rows, T, 2>(args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
   }
 }

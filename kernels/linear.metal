@@ -154,15 +154,13 @@ template <int Rows, int T, bool Matrix>
     operands.x[0] = local_x;
     operands.widths = down_widths;
     operands.codebooks = down_codebooks;
-    row_slices<Rows, T, 1>(
-        args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
+    row_slices<Rows, T, 1>(args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
   } else {
     Operands<device const float4*> operands;
     operands.weights[0] = weights;
     operands.x[0] = (device const float4*)(rotated + ulong(rows.first) * args.k);
     operands.widths = down_widths;
     operands.codebooks = down_codebooks;
-    row_slices<Rows, T, 1>(
-        args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
+    row_slices<Rows, T, 1>(args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
   }
 }

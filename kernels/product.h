@@ -33,11 +33,8 @@ struct ExpertWeights {
   uint format;
 };
 
-METAL_FUNC ExpertWeights find_expert(
-    device const uint* codes,
-    device const long* offsets,
-    device const uint* formats,
-    uint expert) {
+METAL_FUNC ExpertWeights
+find_expert(device const uint* codes, device const long* offsets, device const uint* formats, uint expert) {
   return {codes + offsets[expert], formats[expert]};
 }
 
@@ -45,7 +42,7 @@ METAL_FUNC ExpertWeights find_expert(
 struct Items {
   uint column_groups;  // per projection
   uint k_splits;
-  uint columns;        // per item
+  uint columns;  // per item
   uint slice_rows;
 
   METAL_FUNC uint count(uint projections) const {
@@ -157,20 +154,14 @@ METAL_FUNC bool place_item(
 
 // What only products of single rows need to know.
 template <int R, int T, typename X>
-METAL_FUNC void place_rows(
-    thread RowProduct<R, T, X>& product,
-    constant MarlinProductArgs& args,
-    uint rows) {
+METAL_FUNC void place_rows(thread RowProduct<R, T, X>& product, constant MarlinProductArgs& args, uint rows) {
   product.tiles_per_row = args.n / MARLIN_TILE;
   product.row_stride = args.k / 4;
   product.last_row = rows - 1;
 }
 
 template <int R, int T, typename X>
-METAL_FUNC void place_rows(
-    thread TransposedProduct<R, T, X>& product,
-    constant MarlinProductArgs& args,
-    uint rows) {
+METAL_FUNC void place_rows(thread TransposedProduct<R, T, X>& product, constant MarlinProductArgs& args, uint rows) {
   product.depth = args.k / MARLIN_TILE;
   product.row_stride = args.k / 4;
   product.last_row = rows - 1;

@@ -7,12 +7,8 @@ struct RotateSource {
   device const uint* indices;
   device const uint* order;
 
-  METAL_FUNC float4 block(
-      constant MarlinRotateArgs& args,
-      device const half* suh,
-      uint position,
-      uint first,
-      ushort lane) const {
+  METAL_FUNC float4
+  block(constant MarlinRotateArgs& args, device const half* suh, uint position, uint first, ushort lane) const {
     uint slot = position;
     if (routed) {
       slot = position < args.positions ? order[position] : ~0u;

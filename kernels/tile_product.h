@@ -12,9 +12,9 @@ struct RowProduct {
   uint first_tile;             // column tile
   uint tiles_per_row;
   X x;
-  uint row_stride;             // of x, in float4
-  uint last_row;               // rows from here on repeat this one: they are not stored
-  uint k_begin;                // in tiles
+  uint row_stride;  // of x, in float4
+  uint last_row;    // rows from here on repeat this one: they are not stored
+  uint k_begin;     // in tiles
   uint k_end;
   ushort lane;
   uint zero;
@@ -166,7 +166,7 @@ struct MatrixProduct {
   uint units;             // that have rows
   uint k_begin;
   uint k_end;
-  ushort lane;            // trellis lane
+  ushort lane;  // trellis lane
   uint zero;
   simdgroup_float8x8 sums[M][T][2];
 

@@ -110,11 +110,7 @@ struct LaneWeights {
 // Window c of a lane ends at bit (c + 1) * K of its own bits: it is the top half of two joined pieces shifted
 // left by 1 to 16. Windows of the same pieces are reached by walking; a shift by 16 is the low piece.
 template <int K, int Codebook, int C>
-METAL_FUNC void decode_window(
-    thread LaneWeights& weights,
-    const thread LaneCodes<K>& codes,
-    uint walked,
-    uint zero) {
+METAL_FUNC void decode_window(thread LaneWeights& weights, const thread LaneCodes<K>& codes, uint walked, uint zero) {
   if constexpr (C < kLaneWeights) {
     constexpr int end = (C + 1) * K;
     constexpr int piece = (end - 1) / 16;

@@ -76,8 +76,11 @@ class Case:
 
     def __str__(self) -> str:
         name = f"{self.codebook}-{self.bits}bit-{self.dtype}-{self.rows}x{self.dims}-{self.activation}"
-        options = [str(getattr(self, o)) if type(values[0]) is str else f"{o}{getattr(self, o):d}"
-                   for o, values in OPTIONS.items() if getattr(self, o) != values[0]]
+        options = [
+            str(getattr(self, o)) if type(values[0]) is str else f"{o}{getattr(self, o):d}"
+            for o, values in OPTIONS.items()
+            if getattr(self, o) != values[0]
+        ]
         return "-".join([name, *options])
 
     @property
@@ -108,13 +111,37 @@ class Case:
         """The case as the kernels see it."""
         hidden, intermediate = DIMS[self.dims]
         if self.linear:
-            return Problem("linear", self.rows, 1, hidden, intermediate, 1, ((self.bits,),), (self.codebook,),
-                           "none", self.dtype, device, bias=self.bias)
+            return Problem(
+                "linear",
+                self.rows,
+                1,
+                hidden,
+                intermediate,
+                1,
+                ((self.bits,),),
+                (self.codebook,),
+                "none",
+                self.dtype,
+                device,
+                bias=self.bias,
+            )
         bank = self.bank()
         codebooks = sorted({c for s in (bank.gate, bank.up, bank.down) for c in s.codebooks})
-        return Problem("swiglu", self.rows, self.top_k, hidden, bank.intermediate, EXPERTS,
-                       tuple(sorted(set(bank.triples))), tuple(codebooks), self.activation, self.dtype, device,
-                       combine=self.scores, bias=self.bias)
+        return Problem(
+            "swiglu",
+            self.rows,
+            self.top_k,
+            hidden,
+            bank.intermediate,
+            EXPERTS,
+            tuple(sorted(set(bank.triples))),
+            tuple(codebooks),
+            self.activation,
+            self.dtype,
+            device,
+            combine=self.scores,
+            bias=self.bias,
+        )
 
     def inputs(self) -> tuple[mx.array, mx.array | None, mx.array | None]:
         """x [rows, hidden] in the case's dtype, indices uint32 and scores float32 [rows, top_k] (or None)."""
@@ -134,8 +161,15 @@ class Case:
         x = np.array(x.astype(mx.float32)).astype(np.float64)
         if self.linear:
             return reference_linear(x, self.weight())
-        return reference_swiglu(x, np.array(indices), self.experts(), None if scores is None else np.array(scores),
-                                self.activation, self.alpha, self.limit)
+        return reference_swiglu(
+            x,
+            np.array(indices),
+            self.experts(),
+            None if scores is None else np.array(scores),
+            self.activation,
+            self.alpha,
+            self.limit,
+        )
 
 
 def _rng(purpose: str, key) -> np.random.Generator:
@@ -155,8 +189,15 @@ def random_rows(rng: np.random.Generator, rows: int, size: int, dtype: str = "fl
     return mx.array(x).astype(getattr(mx, dtype))
 
 
-def random_weight(rng: np.random.Generator, in_features: int, out_features: int, bits: int, codebook: str = "mul1",
-                  bias: bool = False, gain: float = 1.0) -> TrellisWeight:
+def random_weight(
+    rng: np.random.Generator,
+    in_features: int,
+    out_features: int,
+    bits: int,
+    codebook: str = "mul1",
+    bias: bool = False,
+    gain: float = 1.0,
+) -> TrellisWeight:
     """A weight of random trellis words.
 
     Args:
@@ -174,14 +215,19 @@ def random_weight(rng: np.random.Generator, in_features: int, out_features: int,
         return (magnitude * rng.uniform(0.5, 1.5, size) * rng.choice([-1.0, 1.0], size)).astype(np.float16)
 
     return TrellisWeight(
-        words, scales(k, 1.0), scales(n, gain / in_features**0.5), codebook,
+        words,
+        scales(k, 1.0),
+        scales(n, gain / in_features**0.5),
+        codebook,
         bias=rng.standard_normal(n).astype(np.float16) if bias else None,
-        in_features=in_features, out_features=out_features,
+        in_features=in_features,
+        out_features=out_features,
     )
 
 
-def random_experts(rng: np.random.Generator, hidden: int, intermediate: int, formats, bias: bool = False,
-                   gain: float = _GAIN) -> dict[str, list[TrellisWeight]]:
+def random_experts(
+    rng: np.random.Generator, hidden: int, intermediate: int, formats, bias: bool = False, gain: float = _GAIN
+) -> dict[str, list[TrellisWeight]]:
     """Gate, up and down weights.
 
     Args:
@@ -191,7 +237,11 @@ def random_experts(rng: np.random.Generator, hidden: int, intermediate: int, for
         bias: Whether every projection has one.
         gain: Standard deviation of the gate and up outputs.
     """
-    sizes = {"gate": (hidden, intermediate, gain), "up": (hidden, intermediate, gain), "down": (intermediate, hidden, 1.0)}
+    sizes = {
+        "gate": (hidden, intermediate, gain),
+        "up": (hidden, intermediate, gain),
+        "down": (intermediate, hidden, 1.0),
+    }
     return {
         name: [random_weight(rng, m, n, *expert[i], bias, g) for expert in formats]
         for i, (name, (m, n, g)) in enumerate(sizes.items())
@@ -205,13 +255,15 @@ def expert_formats(bits: int, codebook: str, mix: str, experts: int = EXPERTS) -
     for e in range(experts):
         # 3 and 2 steps per expert: gate, up and down of one expert differ, and so do the experts.
         steps = [3 * e + 2 * p for p in range(3)]
-        formats.append(tuple(
-            (
-                (bits - 1 + step) % codec.MAX_BITS + 1 if mix in ("bits", "both") else bits,
-                codec.CODEBOOKS[(first + e + p) % 3] if mix in ("codebooks", "both") else codebook,
+        formats.append(
+            tuple(
+                (
+                    (bits - 1 + step) % codec.MAX_BITS + 1 if mix in ("bits", "both") else bits,
+                    codec.CODEBOOKS[(first + e + p) % 3] if mix in ("codebooks", "both") else codebook,
+                )
+                for p, step in enumerate(steps)
             )
-            for p, step in enumerate(steps)
-        ))
+        )
     return formats
 
 
@@ -323,6 +375,7 @@ def covering_array(axes: dict[str, tuple], legal=lambda values: True) -> list[di
     while open_pairs:
         row = dict(next(iter(open_pairs)))
         for axis in sorted(set(axes) - set(row), key=list(axes).index):
+
             def gain(value, axis=axis):
                 return sum(_pair(axes, axis, value, a, v) in open_pairs for a, v in row.items())
 

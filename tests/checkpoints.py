@@ -63,9 +63,7 @@ class Checkpoint:
         bits = int(rng.integers(1, 7)) if bits is None else bits
         codebook = codec.CODEBOOKS[rng.integers(3)]
         trellis = rng.integers(-(2**15), 2**15, (kp // 16, np_ // 16, 16 * bits), dtype=np.int16)
-        suh, svh = (
-            (rng.choice([-1, 1], size) * rng.uniform(0.5, 1.5, size)).astype(np.float32) for size in (kp, np_)
-        )
+        suh, svh = ((rng.choice([-1, 1], size) * rng.uniform(0.5, 1.5, size)).astype(np.float32) for size in (kp, np_))
         suh = (suh / np.sqrt(k)).astype(np.float16)
         svh = svh.astype(np.float16)
         if zero_padding:
@@ -101,15 +99,11 @@ class Checkpoint:
         self.norm(f"{model}.norm", HIDDEN, norm_mean)
         self.linear(head, HIDDEN, VOCAB, bits=6)
 
-    def block_norms(
-        self, layer: str, mean=1.0, names=("input_layernorm", "post_attention_layernorm")
-    ) -> None:
+    def block_norms(self, layer: str, mean=1.0, names=("input_layernorm", "post_attention_layernorm")) -> None:
         for name in names:
             self.norm(f"{layer}.{name}", HIDDEN, mean)
 
-    def attention(
-        self, layer: str, *, bias=False, o_bias=False, norms=None, gated=False, norm_mean=1.0
-    ) -> None:
+    def attention(self, layer: str, *, bias=False, o_bias=False, norms=None, gated=False, norm_mean=1.0) -> None:
         attn = f"{layer}.self_attn"
         sizes = {"q": HEADS * HEAD_DIM, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM}
         for name, size in sizes.items():
@@ -125,9 +119,7 @@ class Checkpoint:
         self.linear(f"{attn}.q_b_proj", q_rank, HEADS * (nope + rope))
         self.linear(f"{attn}.kv_a_proj_with_mqa", HIDDEN, rank + rope)
         self.norm(f"{attn}.kv_a_layernorm", rank)
-        self.plain(
-            f"{attn}.kv_b_proj.weight", HEADS * (nope + value), rank, spread=rank**-0.5, dtype=mx.float16
-        )
+        self.plain(f"{attn}.kv_b_proj.weight", HEADS * (nope + value), rank, spread=rank**-0.5, dtype=mx.float16)
         self.linear(f"{attn}.o_proj", HEADS * value, HIDDEN)
 
     def gated_mlp(self, name: str, width: int = DENSE_WIDTH) -> None:
@@ -135,9 +127,7 @@ class Checkpoint:
         self.linear(f"{name}.up_proj", HIDDEN, width, zero_padding=True)
         self.linear(f"{name}.down_proj", width, HIDDEN)
 
-    def experts(
-        self, block: str, names=("gate_proj", "up_proj", "down_proj"), *, router="gate", bias=False
-    ) -> None:
+    def experts(self, block: str, names=("gate_proj", "up_proj", "down_proj"), *, router="gate", bias=False) -> None:
         self.plain(f"{block}.{router}.weight", EXPERTS, HIDDEN, spread=HIDDEN**-0.5, dtype=mx.float16)
         for e in range(EXPERTS):
             for projection, name in enumerate(names):
@@ -149,9 +139,7 @@ class Checkpoint:
         leaf = "weight"
 
         def take(name: str, leaf: str) -> np.ndarray:
-            return np.stack(
-                [np.array(self.dense.pop(f"{block}.experts.{e}.{name}.{leaf}")) for e in range(EXPERTS)]
-            )
+            return np.stack([np.array(self.dense.pop(f"{block}.experts.{e}.{name}.{leaf}")) for e in range(EXPERTS)])
 
         for leaf in ("weight", "bias") if bias else ("weight",):
             gate, up, down = (take(name, leaf) for name in ("gate_proj", "up_proj", "down_proj"))
@@ -194,13 +182,10 @@ def write_directory(directory: Path, config: dict, tensors: dict[str, mx.array],
         mx.save_safetensors(str(directory / "model.safetensors"), tensors)
         return directory
     files = {
-        name: f"model-{1 + i * shards // len(names):05}-of-{shards:05}.safetensors"
-        for i, name in enumerate(names)
+        name: f"model-{1 + i * shards // len(names):05}-of-{shards:05}.safetensors" for i, name in enumerate(names)
     }
     for file in sorted(set(files.values())):
-        mx.save_safetensors(
-            str(directory / file), {name: tensors[name] for name in names if files[name] == file}
-        )
+        mx.save_safetensors(str(directory / file), {name: tensors[name] for name in names if files[name] == file})
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return directory
 
@@ -214,9 +199,7 @@ def qwen3_moe(**config) -> Checkpoint:
     }
     # mlx-lm 0.31 (for Python 3.10) stacks no experts unless layer 0 has some.
     dense = [0] if sys.version_info >= (3, 11) else [1]
-    c = Checkpoint(
-        {"model_type": "qwen3_moe", **moe, "decoder_sparse_step": 1, "mlp_only_layers": dense, **config}
-    )
+    c = Checkpoint({"model_type": "qwen3_moe", **moe, "decoder_sparse_step": 1, "mlp_only_layers": dense, **config})
     c.ends()
     for i in range(c.config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
@@ -227,8 +210,16 @@ def qwen3_moe(**config) -> Checkpoint:
 
 
 def mixtral() -> Checkpoint:
-    c = Checkpoint({"model_type": "mixtral", "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": WIDTH,
-                    "num_attention_heads": 3, "num_key_value_heads": 3})  # fmt: skip
+    c = Checkpoint(
+        {
+            "model_type": "mixtral",
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "intermediate_size": WIDTH,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+        }
+    )
     c.ends()
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
@@ -240,8 +231,15 @@ def mixtral() -> Checkpoint:
 
 
 def olmoe() -> Checkpoint:
-    c = Checkpoint({"model_type": "olmoe", "num_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": WIDTH,
-                    "tie_word_embeddings": True})  # fmt: skip
+    c = Checkpoint(
+        {
+            "model_type": "olmoe",
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "intermediate_size": WIDTH,
+            "tie_word_embeddings": True,
+        }
+    )
     c.ends()
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
@@ -252,8 +250,17 @@ def olmoe() -> Checkpoint:
 
 
 def qwen2_moe() -> Checkpoint:
-    c = Checkpoint({"model_type": "qwen2_moe", "num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": WIDTH,
-                    "shared_expert_intermediate_size": 128, "num_attention_heads": 3, "num_key_value_heads": 3})  # fmt: skip
+    c = Checkpoint(
+        {
+            "model_type": "qwen2_moe",
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": WIDTH,
+            "shared_expert_intermediate_size": 128,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+        }
+    )
     c.ends()
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
@@ -267,9 +274,19 @@ def qwen2_moe() -> Checkpoint:
     return c
 
 
-_DELTA = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 64,
-          "linear_conv_kernel_dim": 4, "full_attention_interval": 2, "num_experts": EXPERTS, "num_experts_per_tok": 2,
-          "moe_intermediate_size": WIDTH, "shared_expert_intermediate_size": 128, "norm_topk_prob": True}  # fmt: skip
+_DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 2,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": WIDTH,
+    "shared_expert_intermediate_size": 128,
+    "norm_topk_prob": True,
+}
 
 
 def _delta_layer(c: Checkpoint, layer: str, *, fused: bool) -> None:
@@ -306,8 +323,15 @@ def _delta_model(c: Checkpoint, model: str, *, fused: bool) -> None:
 
 
 def qwen3_next() -> Checkpoint:
-    c = Checkpoint({"model_type": "qwen3_next", **_DELTA, "decoder_sparse_step": 1, "mlp_only_layers": [],
-                    "partial_rotary_factor": 0.25})  # fmt: skip
+    c = Checkpoint(
+        {
+            "model_type": "qwen3_next",
+            **_DELTA,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "partial_rotary_factor": 0.25,
+        }
+    )
     _delta_model(c, "model", fused=True)
     return c
 
@@ -338,11 +362,26 @@ def _glm_moe(c: Checkpoint, attention) -> Checkpoint:
     return c
 
 
-_GLM = {"moe_intermediate_size": WIDTH, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "n_routed_experts": EXPERTS,
-        "num_experts_per_tok": 2, "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5,
-        "partial_rotary_factor": 0.5}  # fmt: skip
-_LATENT = {"kv_lora_rank": 128, "q_lora_rank": 128, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64,
-           "num_key_value_heads": HEADS}  # fmt: skip
+_GLM = {
+    "moe_intermediate_size": WIDTH,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+    "partial_rotary_factor": 0.5,
+}
+_LATENT = {
+    "kv_lora_rank": 128,
+    "q_lora_rank": 128,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "num_key_value_heads": HEADS,
+}
 
 
 def glm4_moe() -> Checkpoint:
@@ -361,9 +400,17 @@ def deepseek_v3() -> Checkpoint:
 
 
 def gpt_oss() -> Checkpoint:
-    c = Checkpoint({"model_type": "gpt_oss", "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": WIDTH,
-                    "sliding_window": 16, "attention_bias": True,
-                    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}})  # fmt: skip
+    c = Checkpoint(
+        {
+            "model_type": "gpt_oss",
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "intermediate_size": WIDTH,
+            "sliding_window": 16,
+            "attention_bias": True,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        }
+    )
     c.ends()
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
@@ -377,8 +424,17 @@ def gpt_oss() -> Checkpoint:
 
 
 def minimax() -> Checkpoint:
-    c = Checkpoint({"model_type": "minimax", "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "intermediate_size": WIDTH,
-                    "shared_intermediate_size": 0, "rotary_dim": 32, "use_qk_norm": True})  # fmt: skip
+    c = Checkpoint(
+        {
+            "model_type": "minimax",
+            "num_local_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "intermediate_size": WIDTH,
+            "shared_intermediate_size": 0,
+            "rotary_dim": 32,
+            "use_qk_norm": True,
+        }
+    )
     c.ends()
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
@@ -441,16 +497,35 @@ def gemma3() -> Checkpoint:
 
 
 def gemma4() -> Checkpoint:
-    text = {**COMMON, "model_type": "gemma4_text", "enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": 2,
-            "moe_intermediate_size": WIDTH, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0,
-            "use_double_wide_mlp": False, "global_head_dim": HEAD_DIM, "num_global_key_value_heads": KV_HEADS,
-            "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True}  # fmt: skip
+    text = {
+        **COMMON,
+        "model_type": "gemma4_text",
+        "enable_moe_block": True,
+        "num_experts": EXPERTS,
+        "top_k_experts": 2,
+        "moe_intermediate_size": WIDTH,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "use_double_wide_mlp": False,
+        "global_head_dim": HEAD_DIM,
+        "num_global_key_value_heads": KV_HEADS,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    }
     c = Checkpoint({"model_type": "gemma4", "text_config": text, "tie_word_embeddings": True})
     model = "model.language_model"
     c.ends(model)
     c.dense["language_model.lm_head.weight"] = c.dense.pop("lm_head.weight")
-    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
-             "post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "pre_feedforward_layernorm_2")  # fmt: skip
+    norms = (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+        "post_feedforward_layernorm_1",
+        "post_feedforward_layernorm_2",
+        "pre_feedforward_layernorm_2",
+    )
     for i in range(LAYERS):
         layer = f"{model}.layers.{i}"
         c.block_norms(layer, names=norms)
@@ -466,8 +541,15 @@ def gemma4() -> Checkpoint:
 
 def gemma2() -> Checkpoint:
     """A model without a head of its own: mlx-lm always uses the embeddings, EXL3 has a head all the same."""
-    c = Checkpoint({"model_type": "gemma2", "tie_word_embeddings": True, "query_pre_attn_scalar": 64,
-                    "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0})  # fmt: skip
+    c = Checkpoint(
+        {
+            "model_type": "gemma2",
+            "tie_word_embeddings": True,
+            "query_pre_attn_scalar": 64,
+            "final_logit_softcapping": 30.0,
+            "attn_logit_softcapping": 50.0,
+        }
+    )
     c.ends(norm_mean=0.0)
     norms = (
         "input_layernorm",
@@ -486,7 +568,20 @@ def gemma2() -> Checkpoint:
 ARCHITECTURES = {
     make.__name__: make
     for make in (
-        qwen3_moe, mixtral, olmoe, qwen2_moe, qwen3_next, qwen3_5_moe, glm4_moe, glm4_moe_lite, deepseek_v3, gpt_oss,
-        minimax, llama, qwen3, gemma3, gemma4,
+        qwen3_moe,
+        mixtral,
+        olmoe,
+        qwen2_moe,
+        qwen3_next,
+        qwen3_5_moe,
+        glm4_moe,
+        glm4_moe_lite,
+        deepseek_v3,
+        gpt_oss,
+        minimax,
+        llama,
+        qwen3,
+        gemma3,
+        gemma4,
     )
-}  # fmt: skip
+}

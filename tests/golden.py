@@ -24,11 +24,14 @@ def load(name: str) -> dict[str, np.ndarray]:
 
 def weight(arrays: dict[str, np.ndarray], prefix: str = "") -> TrellisWeight:
     """The weight whose tensors carry a prefix; packed sign words as older checkpoints have them."""
+
     def get(*keys):
         return next((arrays[prefix + key] for key in keys if prefix + key in arrays), None)
 
-    sizes = {f"{side}_features": None if get(key) is None else int(get(key))
-             for side, key in (("in", "k_logical"), ("out", "n_logical"))}
+    sizes = {
+        f"{side}_features": None if get(key) is None else int(get(key))
+        for side, key in (("in", "k_logical"), ("out", "n_logical"))
+    }
     return TrellisWeight(get("trellis"), get("suh", "su"), get("svh", "sv"), str(get("cb")), get("bias"), **sizes)
 
 

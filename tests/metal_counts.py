@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from metal_executor import ROOT, SHADERS, stem
@@ -13,7 +13,7 @@ from mlx_marlin import codec, ops
 from mlx_marlin.kernels import KernelConfig, Problem
 
 
-@lru_cache(maxsize=None)
+@cache
 def library(kernel: str, constants: tuple):
     return compile_counted(
         str(SHADERS / f"{stem(kernel)}.metal"),
@@ -57,8 +57,13 @@ def run(problem: Problem, config: KernelConfig | None, library, **simulator) -> 
         lib = library(dispatch["kernel"], tuple(dispatch["constants"].items()))
         shared = {0: dispatch["threadgroup_bytes"]} if dispatch["threadgroup_bytes"] else None
         result = lib.run(
-            dispatch["kernel"], buffers, grid=dispatch["grid"], threads=dispatch["threads"], threadgroup_memory=shared,
-            **simulator)
+            dispatch["kernel"],
+            buffers,
+            grid=dispatch["grid"],
+            threads=dispatch["threads"],
+            threadgroup_memory=shared,
+            **simulator,
+        )
         found.append((dispatch, result))
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,7 +22,7 @@ def stem(kernel: str) -> str:
     return kernel.removeprefix("trellis_").split("<")[0]
 
 
-@lru_cache(maxsize=None)
+@cache
 def library(kernel: str, constants: tuple, directory: Path = SHADERS):
     """The compiled shader of a dispatch; its only kernel is called by the function's full name."""
     return compile(
@@ -34,7 +34,9 @@ def library(kernel: str, constants: tuple, directory: Path = SHADERS):
     )
 
 
-def execute(plan: dict, inputs: dict[str, np.ndarray], y_bytes: int, directory: Path = SHADERS, **simulator) -> tuple[np.ndarray, dict]:
+def execute(
+    plan: dict, inputs: dict[str, np.ndarray], y_bytes: int, directory: Path = SHADERS, **simulator
+) -> tuple[np.ndarray, dict]:
     """Run a plan's dispatches in order.
 
     Args:
@@ -97,14 +99,21 @@ def decode(stack: ops.Stack, expert: int = 0, **simulator) -> np.ndarray:
 def linear(
     x: mx.array, stack: ops.Stack, config=None, indices=None, x_divisor: int = 1, transposed: bool = False, **simulator
 ) -> np.ndarray:
-    """x [rows, in] -> float32 [rows, out]; with indices, [rows * x_divisor, out]; transposed, [rows, out] -> [rows, in]."""
+    """x [rows, in] -> float32 [rows, out]; indices: [rows * x_divisor, out]; transposed: [rows, out] -> [rows, in]."""
     source = stack.source
     slots = x.shape[0] * x_divisor
     problem = ops.linear_problem(source, slots, x.dtype, "gpu")
     native = ops.resolve("test", problem, config)
     plan = _ext.plan_linear(
-        x.shape[0], kernels.DTYPES.index(problem.dtype), stack.info, source.in_features, source.out_features, x_divisor,
-        indices is not None, transposed, native,
+        x.shape[0],
+        kernels.DTYPES.index(problem.dtype),
+        stack.info,
+        source.in_features,
+        source.out_features,
+        x_divisor,
+        indices is not None,
+        transposed,
+        native,
     )
     inputs = {"x": _to_numpy(x), **stack_arrays("weight", stack)}
     if indices is not None:
@@ -135,8 +144,16 @@ def swiglu(
         bank.gate, bank.up, bank.down, rows, top_k, activation, x.dtype, "gpu", scores is not None
     )
     plan = _ext.plan_swiglu(
-        rows, top_k, kernels.DTYPES.index(problem.dtype), *(s.info for s in stacks.values()), hidden,
-        kernels.ACTIVATIONS.index(activation), alpha, limit, scores is not None, ops.resolve("test", problem, config),
+        rows,
+        top_k,
+        kernels.DTYPES.index(problem.dtype),
+        *(s.info for s in stacks.values()),
+        hidden,
+        kernels.ACTIVATIONS.index(activation),
+        alpha,
+        limit,
+        scores is not None,
+        ops.resolve("test", problem, config),
     )
     inputs = {"x": _to_numpy(x), "indices": np.array(indices).astype(np.uint32)}
     for name, stack in stacks.items():

@@ -13,8 +13,6 @@ from mlx_marlin.lm.sharding import sharded_load
 directory, output, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 mlx_lm_utils.load_tokenizer = lambda *_, **__: None  # the checkpoints of the tests have none
 group = mx.distributed.init(strict=True)
-model, _ = sharded_load(
-    str(directory), group if kind == "pipeline" else None, group if kind == "tensor" else None
-)
+model, _ = sharded_load(str(directory), group if kind == "pipeline" else None, group if kind == "tensor" else None)
 ids = np.random.default_rng(7).integers(0, checkpoints.VOCAB, (2, 24))
 np.save(output / f"{group.rank()}.npy", np.array(model(mx.array(ids)).astype(mx.float32)))

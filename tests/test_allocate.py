@@ -65,7 +65,9 @@ def test_widths_that_lose_are_never_taken():
     assert allocate(items, 3.0).widths == {"a": 3}
 
 
-@pytest.mark.parametrize("bits, mode, message", [(0.5, "per-expert", "cannot be met"), (2.0, "per-tensor", "per-tensor")])
+@pytest.mark.parametrize(
+    "bits, mode, message", [(0.5, "per-expert", "cannot be met"), (2.0, "per-tensor", "per-tensor")]
+)
 def test_bad_input(bits, mode, message):
     with pytest.raises(ValueError, match=message):
         allocate(make_items(3, 0), bits, mode)

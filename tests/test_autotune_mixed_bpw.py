@@ -6,12 +6,12 @@ import random
 import time
 from dataclasses import replace
 
+import cases
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import cases
-from mlx_marlin import device, kernels, profile, profile_io, workload
+from mlx_marlin import device, kernels, profile, workload
 from mlx_marlin.autotune import AutotuneConfig, BenchmarkResult, KernelConfig, MixedBPWAutoTuner
 from mlx_marlin.kernels import Problem
 from mlx_marlin.layers import TrellisLinear, TrellisSwitchGLU
@@ -135,8 +135,21 @@ def test_bytes_touched_are_those_of_the_active_experts():
 
 
 def test_synthetic_workload_has_the_problem():
-    problem = Problem("swiglu", 3, 2, 200, 128, 6, ((2, 3, 4), (3, 3, 3)), ("3inst", "mul1"), "gelu_tanh", "float32",
-                      "cpu", combine=True, bias=True)
+    problem = Problem(
+        "swiglu",
+        3,
+        2,
+        200,
+        128,
+        6,
+        ((2, 3, 4), (3, 3, 3)),
+        ("3inst", "mul1"),
+        "gelu_tanh",
+        "float32",
+        "cpu",
+        combine=True,
+        bias=True,
+    )
     w = Workload.synthetic(problem)
     gate, up, down = (s.source for s in w.sets[0])
     assert sorted(set(zip(gate.bits, up.bits, down.bits))) == [(2, 3, 4), (3, 3, 3)]
@@ -182,18 +195,21 @@ def table():
     }
 
 
-@pytest.mark.parametrize("batch, hidden, widths, expected", [
-    (4, 256, [2, 4], PREFILL),  # exact
-    (4, 256, [4, 2, 4], PREFILL),  # in any order
-    (4, 1024, [2, 4], LARGE),
-    (6, 256, [2, 4], PREFILL),  # nearest batch
-    (10, 256, [2, 4], PREFILL),  # as far from 4 as from 16: the smaller
-    (100, 256, [2, 4], BASE),
-    (4, 600, [2, 4], PREFILL),  # nearest hidden
-    (4, 640, [2, 4], PREFILL),  # as far: the smaller
-    (4, 641, [2, 4], LARGE),
-    (16, 1024, [2, 4], LARGE),  # nearest batch before nearest hidden
-])
+@pytest.mark.parametrize(
+    "batch, hidden, widths, expected",
+    [
+        (4, 256, [2, 4], PREFILL),  # exact
+        (4, 256, [4, 2, 4], PREFILL),  # in any order
+        (4, 1024, [2, 4], LARGE),
+        (6, 256, [2, 4], PREFILL),  # nearest batch
+        (10, 256, [2, 4], PREFILL),  # as far from 4 as from 16: the smaller
+        (100, 256, [2, 4], BASE),
+        (4, 600, [2, 4], PREFILL),  # nearest hidden
+        (4, 640, [2, 4], PREFILL),  # as far: the smaller
+        (4, 641, [2, 4], LARGE),
+        (16, 1024, [2, 4], LARGE),  # nearest batch before nearest hidden
+    ],
+)
 def test_select_kernel(batch, hidden, widths, expected):
     assert tuner_with(table()).select_kernel(batch, hidden, widths, fallback_to_default=False) == expected
 
@@ -210,18 +226,37 @@ def test_infeasible_neighbours_are_passed_over(monkeypatch):
     assert tuner.select_kernel(5, 256, [2, 4]) == BASE
 
 
-@pytest.mark.parametrize("widths, tile, simdgroups", [
-    ([2], 128, 16), ([3], 96, 12), ([4], 64, 8), ([8], 64, 4), ([2, 3], 96, 12), ([2, 4, 8], 64, 4),
-    ([5], 64, 8), ([6], 64, 8), ([7], 64, 4), ([1], 128, 16),
-])
+@pytest.mark.parametrize(
+    "widths, tile, simdgroups",
+    [
+        ([2], 128, 16),
+        ([3], 96, 12),
+        ([4], 64, 8),
+        ([8], 64, 4),
+        ([2, 3], 96, 12),
+        ([2, 4, 8], 64, 4),
+        ([5], 64, 8),
+        ([6], 64, 8),
+        ([7], 64, 4),
+        ([1], 128, 16),
+    ],
+)
 def test_default_is_that_of_the_widest_bit_width(widths, tile, simdgroups):
     config = MixedBPWAutoTuner(device_name="Quantum 9").select_kernel(1, 4096, widths)
     assert (config.tile_size_m, config.tile_size_n, config.simdgroups) == (tile, tile, simdgroups)
 
 
-@pytest.mark.parametrize("rows, variant", [
-    (1, "decode"), (2, "prefill4"), (16, "prefill4"), (17, "base"), (32, "base"), (33, "large_batch"),
-])
+@pytest.mark.parametrize(
+    "rows, variant",
+    [
+        (1, "decode"),
+        (2, "prefill4"),
+        (16, "prefill4"),
+        (17, "base"),
+        (32, "base"),
+        (33, "large_batch"),
+    ],
+)
 def test_default_variant_and_accumulation(rows, variant):
     config = MixedBPWAutoTuner(device_name="Quantum 9").select_kernel(rows, 4096, [4])
     assert config.kernel_variant == variant and config.use_fp32_acc
@@ -366,7 +401,10 @@ def test_export_and_load(tmp_path):
 
 
 def test_export_without_a_path_writes_nothing(tmp_path):
-    assert json.loads(tuner_with(table()).export_config())["lookup_table"]["1"]["256"]["(3,)"]["kernel_variant"] == "decode"
+    assert (
+        json.loads(tuner_with(table()).export_config())["lookup_table"]["1"]["256"]["(3,)"]["kernel_variant"]
+        == "decode"
+    )
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -423,7 +461,9 @@ def write_profile(path, entries, **changes):
 
 
 def test_lookup_exact_then_nearest_rows_of_the_same_variant():
-    write_profile(profile.default_path("cpu"), {layer_problem(1): DECODE, layer_problem(4): PREFILL, layer_problem(64): LARGE})
+    write_profile(
+        profile.default_path("cpu"), {layer_problem(1): DECODE, layer_problem(4): PREFILL, layer_problem(64): LARGE}
+    )
     assert profile.lookup(layer_problem(4)) == PREFILL
     assert profile.lookup(layer_problem(2)) == PREFILL and profile.lookup(layer_problem(16)) == PREFILL
     assert profile.lookup(layer_problem(500)) == LARGE
@@ -577,7 +617,9 @@ def test_config_beyond_the_memory_limit_is_skipped_with_its_reason(monkeypatch):
     tuner.benchmark_layer(linear(), 1, [greedy], 1, 3)
     (entry,) = tuner.config.problems.values()
     assert entry.config == default
-    assert [(r.config, r.reason) for r in entry.rejected] == [(greedy, "MemoryError: a call takes 9999 MB, the memory limit is 1 MB")]
+    assert [(r.config, r.reason) for r in entry.rejected] == [
+        (greedy, "MemoryError: a call takes 9999 MB, the memory limit is 1 MB")
+    ]
 
 
 class PlantedClock(ConfigClock):
@@ -647,7 +689,9 @@ def test_objective_weighs_memory(planted, monkeypatch):
     default = kernels.default(layer.problem(1, mx.float32, "cpu"))
     fast = replace(default, tile_size_n=64)
     planted.mean = {fast: 0.8}
-    monkeypatch.setattr(planted, "warm_up", lambda self, calls: setattr(self, "memory_bytes", 10**6 * (9 if self.config == fast else 1)))
+    monkeypatch.setattr(
+        planted, "warm_up", lambda self, calls: setattr(self, "memory_bytes", 10**6 * (9 if self.config == fast else 1))
+    )
 
     def winner(**objective):
         tuner = MixedBPWAutoTuner(device="cpu", objective=objective)
@@ -668,7 +712,11 @@ def test_stored_times_are_times_whatever_the_objective(planted, monkeypatch):
     layer = TrellisLinear(linear())
     monkeypatch.setattr(planted, "__call__", lambda self: 2.0)
     other = replace(kernels.default(layer.problem(1, mx.float32, "cpu")), tile_size_n=64)
-    monkeypatch.setattr(planted, "warm_up", lambda self, calls: setattr(self, "memory_bytes", 10**6 * (9 if self.config == other else 1)))
+    monkeypatch.setattr(
+        planted,
+        "warm_up",
+        lambda self, calls: setattr(self, "memory_bytes", 10**6 * (9 if self.config == other else 1)),
+    )
     tuner = MixedBPWAutoTuner(device="cpu", objective={"memory": 1.0})
     results = tuner.benchmark_layer(layer, 1, [other])
     assert results[0].latency_ms == pytest.approx(2000.0)

@@ -5,11 +5,11 @@ import json
 import sys
 from pathlib import Path
 
+import cases
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import cases
 from mlx_marlin import _ext
 
 RATES = {"clock_ghz": 1.0, "fma_gflops": 1.0, "read_gbs": 1.0}
@@ -45,8 +45,10 @@ def test_the_affine_peer_is_a_quantized_switch_glu(shape, bits):
     peer = AffinePeer(shape, bits, rng)
     x, routing = shape.inputs(rng, 3), shape.routings(rng, 3, 1)[0]
     y = np.array(peer.layer(mx.array(x), mx.array(routing)))
-    dense = [np.array(mx.dequantize(p.weight, p.scales, p.biases, group_size=64, bits=bits))
-             for p in (peer.layer.gate_proj, peer.layer.up_proj, peer.layer.down_proj)]
+    dense = [
+        np.array(mx.dequantize(p.weight, p.scales, p.biases, group_size=64, bits=bits))
+        for p in (peer.layer.gate_proj, peer.layer.up_proj, peer.layer.down_proj)
+    ]
     assert [d.shape for d in dense] == [(4, 512, 256), (4, 512, 256), (4, 256, 512)]
     for row, slots in enumerate(routing):
         for slot, e in enumerate(slots):
@@ -55,7 +57,9 @@ def test_the_affine_peer_is_a_quantized_switch_glu(shape, bits):
     peer.prepare(x, [routing])[0]()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed: ggml's peer needs it")
+@pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed: ggml's peer needs it"
+)
 @pytest.mark.parametrize("type_name", ("Q2_K", "Q3_K", "Q4_K"))
 def test_the_ggml_peer_computes_the_layer(shape, type_name):
     from peers import GgmlPeer
@@ -92,7 +96,9 @@ def test_ours_is_measured_and_stored(shape, bits, tmp_path, monkeypatch):
     layer.save(path, {**stored, "ceilings": {"2": slower, "1": RATES}}, [{**run, **other}])
     read = json.loads(path.read_text())
     assert [r["rows"] for r in read["results"]] == [4, 16] and read["ceilings"] == {
-        "2": {**RATES, "read_gbs": 2.0}, "1": RATES}
+        "2": {**RATES, "read_gbs": 2.0},
+        "1": RATES,
+    }
     stored["machine"]["chip"] = "another"
     with pytest.raises(ValueError, match="holds results of .*, this is 'another'; choose another file"):
         layer.save(path, stored, [])

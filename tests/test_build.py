@@ -64,7 +64,11 @@ def test_a_missing_extension_is_explained():
 def test_import_is_quiet_and_light():
     """Nothing printed, and none of the optional packages imported."""
     done = subprocess.run(
-        [sys.executable, "-c", "import sys, mlx_marlin; print(sorted({'mlx_lm', 'scipy', 'matplotlib'} & set(sys.modules)))"],
+        [
+            sys.executable,
+            "-c",
+            "import sys, mlx_marlin; print(sorted({'mlx_lm', 'scipy', 'matplotlib'} & set(sys.modules)))",
+        ],
         capture_output=True,
         text=True,
         check=True,

@@ -2,13 +2,12 @@
 
 from itertools import combinations, product
 
+import cases
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import cases
 from mlx_marlin import codec
-
 
 AXES = {**cases.AXES, **cases.OPTIONS}
 

@@ -2,15 +2,15 @@
 
 from types import SimpleNamespace
 
+import cases
+import golden
 import mlx.core as mx
 import numpy as np
 import pytest
+from planted import PLANTED, PLANTED_FLOAT32
 
-import cases
-import golden
 from mlx_marlin import codec
 from mlx_marlin.weights import TrellisWeight
-from planted import PLANTED, PLANTED_FLOAT32
 
 KS = range(1, codec.MAX_BITS + 1)
 FORMATS = [(k, codebook) for k in KS for codebook in codec.CODEBOOKS]
@@ -68,8 +68,9 @@ def test_tile_order_is_a_permutation_and_undone():
     assert sorted(tiles.reshape(-1)) == list(range(matrix.size))
     np.testing.assert_array_equal(codec.tiles_to_matrix(tiles), matrix)
     # Storage positions 0..7 of a tile, from the format's description.
-    np.testing.assert_array_equal(tiles[0, 0, :8], [r * 32 + c for r, c in
-                                  ((0, 0), (1, 0), (8, 0), (9, 0), (0, 8), (1, 8), (8, 8), (9, 8))])
+    np.testing.assert_array_equal(
+        tiles[0, 0, :8], [r * 32 + c for r, c in ((0, 0), (1, 0), (8, 0), (9, 0), (0, 8), (1, 8), (8, 8), (9, 8))]
+    )
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-14), (np.float32, 1e-6), (np.float16, 1e-3)])
@@ -134,8 +135,11 @@ def test_a_planted_decoder_is_above_the_tolerance_of_every_case(name, dtype, mon
 @pytest.mark.parametrize("name", PLANTED_FLOAT32)
 def test_a_decoder_without_the_rounding_is_above_the_float32_tolerance(name, monkeypatch):
     function, planted, codebooks = PLANTED_FLOAT32[name]
-    selected = [c for c in cases.pairwise() if c.rows and c.dtype == "float32" and c.codebook in codebooks
-                and c.mix in ("uniform", "bits")]
+    selected = [
+        c
+        for c in cases.pairwise()
+        if c.rows and c.dtype == "float32" and c.codebook in codebooks and c.mix in ("uniform", "bits")
+    ]
     assert selected
     for case in selected:
         inputs = case.inputs()

@@ -54,7 +54,11 @@ def moe_shapes():
 
 
 def dense_shapes():
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, 192), "lm_head.weight": (VOCABULARY, 192), "model.norm.weight": (192,)}
+    shapes = {
+        "model.embed_tokens.weight": (VOCABULARY, 192),
+        "lm_head.weight": (VOCABULARY, 192),
+        "model.norm.weight": (192,),
+    }
     layer = "model.layers.0"
     for name, out in (("q", 192), ("k", 64), ("v", 64)):
         shapes[f"{layer}.self_attn.{name}_proj.weight"] = (out, 192)
@@ -143,7 +147,12 @@ def test_configuration(converted):
     assert {k: config[k] for k in MOE} == MOE
     assert ours.keys() == reference.keys()
     assert config["quantization_config"] == {k: v for k, v in ours.items() if k != "tensor_storage"}
-    assert (ours["quant_method"], ours["head_bits"], ours["codebook"], ours["out_scales"]) == ("exl3", 4, "mul1", "always")
+    assert (ours["quant_method"], ours["head_bits"], ours["codebook"], ours["out_scales"]) == (
+        "exl3",
+        4,
+        "mul1",
+        "always",
+    )
     assert ours["bits"] == pytest.approx(allocation.bits, abs=1e-4)
     name = "model.layers.0.mlp.experts.0.down_proj"
     entry, wanted = ours["tensor_storage"][name], reference["tensor_storage"][name]
@@ -181,7 +190,10 @@ def test_weights_decode_to_the_source(moe, converted):
         assert 0.9 * 4.0**-w.bits < error < 3 * 4.0**-w.bits, name
     for name in loader.unquantized:
         kept = read_header(output / "model.safetensors")[name]
-        np.testing.assert_array_equal(values(kept).astype(np.float32), values(source[name]).astype(np.float16 if kept.dtype == "F16" else np.float32))
+        np.testing.assert_array_equal(
+            values(kept).astype(np.float32),
+            values(source[name]).astype(np.float16 if kept.dtype == "F16" else np.float32),
+        )
     assert loader.unquantized["model.layers.0.mlp.gate.weight"].dtype == "F16"
 
 
@@ -218,7 +230,9 @@ def test_interrupted_and_resumed_with_other_threads(moe, converted, calibration,
 def test_dense_model_with_biases_and_padding(calibration, tmp_path):
     """Sizes that are no multiples of 128, fp32 source, untied head left in half precision, 3INST."""
     source = make_source(tmp_path / "source", DENSE, dense_shapes(), "F32")
-    convert(source, tmp_path / "exl3", bits=3.5, head_bits=16, codebook="3inst", calibration=calibration, mixed="uniform")
+    convert(
+        source, tmp_path / "exl3", bits=3.5, head_bits=16, codebook="3inst", calibration=calibration, mixed="uniform"
+    )
     tensors, original = read_header(tmp_path / "exl3/model.safetensors"), read_header(source / "model.safetensors")
     assert not any(n.endswith((".mul1", ".mcg")) for n in tensors)
     assert tensors["lm_head.weight"].dtype == "F16" and tensors["model.norm.weight"].dtype == "F16"
@@ -322,5 +336,7 @@ def test_short_calibration(moe, tmp_path):
 
 
 def test_bundled_text_does_not_overlap_the_held_out_text():
-    held = {line.strip() for line in (MODELS / "docs-moe/heldout.txt").read_text().splitlines() if len(line.strip()) > 40}
+    held = {
+        line.strip() for line in (MODELS / "docs-moe/heldout.txt").read_text().splitlines() if len(line.strip()) > 40
+    }
     assert not held & {line.strip() for line in BUNDLED.read_text().splitlines()}

@@ -7,9 +7,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import metal_sim
 import pytest
 
-import metal_sim
 from mlx_marlin import kernels, profile_io
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -118,9 +118,7 @@ def test_a_prediction_is_what_the_model_gives():
     times = committed["bits"]["3"]["chips"]
     for name in times:
         now = metal_predict._time(problem, kernels.default(problem), CHIPS[name])
-        assert now == pytest.approx(times[name]["predicted us, default"], rel=0.1), (
-            "run bench/metal_cost.py predict"
-        )
+        assert now == pytest.approx(times[name]["predicted us, default"], rel=0.1), "run bench/metal_cost.py predict"
 
 
 def test_first_run_collects_a_report(tmp_path):

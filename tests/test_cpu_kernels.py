@@ -70,8 +70,10 @@ def test_linear(instruction_set, dtype, rows):
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "swiglu_oai"])
 def test_swiglu(instruction_set, activation):
     rng = np.random.default_rng(2)
+
     def experts(k, n):
         return [make_weight(rng, k, n, 1 + e, codec.CODEBOOKS[e % 3], bias=True) for e in range(4)]
+
     weights = {"gate": experts(256, 384), "up": experts(256, 384), "down": experts(384, 256)}
     bank = ExpertBank(**weights)
     for rows in (1, 40):
@@ -79,9 +81,7 @@ def test_swiglu(instruction_set, activation):
         indices = rng.permuted(np.tile(np.arange(4), (rows, 1)), axis=1)[:, :3].astype(np.uint32)
         scores = rng.dirichlet(np.ones(3), rows).astype(np.float32)
         exact = reference_swiglu(np.array(x).astype(np.float64), indices, weights, scores, activation)
-        y = trellis_swiglu(
-            x, mx.array(indices), bank, scores=mx.array(scores), activation=activation, config=config()
-        )
+        y = trellis_swiglu(x, mx.array(indices), bank, scores=mx.array(scores), activation=activation, config=config())
         assert row_error(np.array(y), exact) <= TOLERANCE["float32"]
 
 

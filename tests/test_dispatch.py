@@ -42,11 +42,7 @@ def test_output_and_metadata(bank, dispatcher):
     y, metadata = dispatcher.dispatch(x, ids, probs)
     expected = TrellisSwitchGLU(bank=bank)(x, ids, scores=probs)
     np.testing.assert_allclose(np.array(y), np.array(expected), rtol=2e-5, atol=2e-4)
-    assert (
-        metadata["kernel_name"]
-        == "moe_trellis_swiglu_prefill4"
-        == metadata["selection_metadata"]["kernel_name"]
-    )
+    assert metadata["kernel_name"] == "moe_trellis_swiglu_prefill4" == metadata["selection_metadata"]["kernel_name"]
     assert metadata["batch_size"] == 5 and metadata["active_bits"] == [2, 3] and metadata["latency_ms"] > 0
     assert 0 < metadata["memory_pressure"] < 1 and metadata["pattern_metrics"]["num_activated_experts"] == 2
     assert set(metadata) == {
@@ -76,12 +72,9 @@ def test_one_row_of_one_triple_takes_the_specialised_kernel(bank):
         x, ids, probs = call(1, [0, 1])
         y, metadata = dispatcher.dispatch(x, ids, probs)
         assert metadata["kernel_name"] == "moe_trellis_swiglu_decode_6_2_3" + suffix
-        np.testing.assert_allclose(
-            np.array(y), np.array(dispatcher.layer(x, ids, scores=probs)), rtol=2e-5, atol=2e-4
-        )
+        np.testing.assert_allclose(np.array(y), np.array(dispatcher.layer(x, ids, scores=probs)), rtol=2e-5, atol=2e-4)
         assert (
-            dispatcher.dispatch(x, mx.array([[0, 2]]), probs)[1]["kernel_name"]
-            == "moe_trellis_swiglu_decode" + suffix
+            dispatcher.dispatch(x, mx.array([[0, 2]]), probs)[1]["kernel_name"] == "moe_trellis_swiglu_decode" + suffix
         )
 
 
@@ -103,9 +96,7 @@ def test_latencies_are_recorded_per_problem(dispatcher):
         and statistics["selection_accuracy"] == 1.0
     )
     assert (
-        dispatcher.dispatch(*call(4, [1]))[1]["selection_metadata"]["candidates"][metadata["kernel_name"]][
-            "samples"
-        ]
+        dispatcher.dispatch(*call(4, [1]))[1]["selection_metadata"]["candidates"][metadata["kernel_name"]]["samples"]
         == 0
     )
 
@@ -173,9 +164,7 @@ def test_available_kernels_are_all_names():
 def test_expert_bits():
     metadata = dict(enumerate(TRIPLES))
     assert get_expert_bits(mx.array([[3, 0], [2, 0]]), metadata) == [2, 3, 4]
-    assert (
-        get_expert_bits([1], metadata) == [2] and get_expert_bits(np.zeros((0, 2), np.int32), metadata) == []
-    )
+    assert get_expert_bits([1], metadata) == [2] and get_expert_bits(np.zeros((0, 2), np.int32), metadata) == []
     with pytest.raises(ValueError, match=r"active experts \[9\]"):
         get_expert_bits([[1, 9]], metadata)
 

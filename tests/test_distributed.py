@@ -113,9 +113,7 @@ def test_a_split_is_planned_without_reading_weights(tmp_path, monkeypatch, no_re
         ("deepseek_v3", True, 3, "mlx_lm.models.deepseek_v3 cannot be split into 3 stages"),
     ],
 )
-def test_unsupported_splits_are_refused_before_anything_is_read(
-    name, pipeline, ranks, message, tmp_path, no_reading
-):
+def test_unsupported_splits_are_refused_before_anything_is_read(name, pipeline, ranks, message, tmp_path, no_reading):
     directory = checkpoints.ARCHITECTURES[name]().write(tmp_path / "model")
     group = Rank(0, ranks)
     with pytest.raises(ValueError, match=message):

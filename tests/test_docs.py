@@ -49,9 +49,7 @@ def test_shell_examples(place):
     assert len(commands) >= 4
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in commands:
-        done = subprocess.run(
-            command, shell=True, capture_output=True, text=True, env=os.environ | {"PATH": path}
-        )
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ | {"PATH": path})
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert done.stdout, command
 
@@ -64,12 +62,8 @@ def test_notebook(place):
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     parameters.source += "\nbatch_sizes = [1, 8]\nnum_iter, num_warmup = 2, 1"
     folder = ROOT / "bench/notebooks"
-    nbclient.NotebookClient(
-        notebook, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    ).execute()
-    figures = [
-        o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})
-    ]
+    nbclient.NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    figures = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(figures) == 3
     assert not (folder / "configs").exists()
 

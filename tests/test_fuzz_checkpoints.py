@@ -46,9 +46,7 @@ def originals(tmp_path_factory):
         checkpoints.qwen3_moe(num_hidden_layers=1, mlp_only_layers=[]).write(root / "moe", shards=2),
         checkpoints.llama(num_hidden_layers=1).write(root / "dense"),
     ]
-    return [
-        Files((path.name, path.read_bytes()) for path in directory.iterdir()) for directory in directories
-    ]
+    return [Files((path.name, path.read_bytes()) for path in directory.iterdir()) for directory in directories]
 
 
 @pytest.fixture(autouse=True)
@@ -120,15 +118,13 @@ def test_entries_of_headers(originals, tmp_path, data):
     if change == "entry":
         header[tensor] = data.draw(json_values)
     elif change == "field":
-        header[tensor][data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))] = data.draw(
-            json_values
-        )
+        header[tensor][data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))] = data.draw(json_values)
     elif change == "remove":
         del header[tensor]
     elif change == "rename":
-        header[
-            data.draw(st.text(max_size=12) | st.sampled_from(["a.trellis", "x.weight", "lm_head.weight"]))
-        ] = header.pop(tensor)
+        header[data.draw(st.text(max_size=12) | st.sampled_from(["a.trellis", "x.weight", "lm_head.weight"]))] = (
+            header.pop(tensor)
+        )
     elif change == "swap":
         header[tensor], header[other] = header[other], header[tensor]
     else:

@@ -4,9 +4,10 @@ import cases
 import mlx.core as mx
 import numpy as np
 import pytest
+from test_metal_kernels import FORMATS, SMALL, _selection, config
+
 from mlx_marlin import codec, kernels, ops, selftest
 from mlx_marlin.weights import TrellisWeight
-from test_metal_kernels import FORMATS, SMALL, _selection, config
 
 pytestmark = pytest.mark.skipif(not mx.is_available(mx.Device(mx.gpu)), reason="no GPU that MLX can use here")
 
@@ -45,9 +46,7 @@ def test_decode_is_bit_exact(bits, codebook):
     np.testing.assert_array_equal(decoded.view(np.uint16), codec.inner(w).view(np.uint16))
 
 
-@pytest.mark.parametrize(
-    "tiles", [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 8, 128, 16)], ids=str
-)
+@pytest.mark.parametrize("tiles", [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 8, 128, 16)], ids=str)
 def test_repeated_runs_give_the_same_bits(tiles):
     inputs = SMALL.inputs()
     first, *others = (np.array(run(SMALL, inputs, config(*tiles)).astype(mx.float32)) for _ in range(5))

@@ -20,9 +20,7 @@ MIXED = [2, 2, 3, 4]
 
 
 def problem(rows=1, top_k=2, hidden=128):
-    return Problem(
-        "swiglu", rows, top_k, hidden, 128, 4, ((2, 2, 2), (3, 3, 3)), ("mul1",), "silu", "float32", "cpu"
-    )
+    return Problem("swiglu", rows, top_k, hidden, 128, 4, ((2, 2, 2), (3, 3, 3)), ("mul1",), "silu", "float32", "cpu")
 
 
 @pytest.fixture
@@ -59,10 +57,7 @@ def test_a_triple_takes_its_own_decode_kernel_at_one_row(selector):
     widths = dict(gate_bits=6, up_bits=2, down_bits=3)
     name, metadata = selector.select_kernel(1, MIXED, **widths)
     assert name == "moe_trellis_swiglu_decode_6_2_3" and metadata["reason"].startswith("specialized_decode")
-    assert (
-        selector.select_kernel(1, MIXED, **widths, use_fp32_acc=True)[0]
-        == "moe_trellis_swiglu_decode_6_2_3_fp32acc"
-    )
+    assert selector.select_kernel(1, MIXED, **widths, use_fp32_acc=True)[0] == "moe_trellis_swiglu_decode_6_2_3_fp32acc"
     assert selector.select_kernel(2, MIXED, **widths)[0] == PREFILL4
     assert selector.select_kernel(1, MIXED, gate_bits=6, up_bits=2)[0] == DECODE
 
@@ -118,31 +113,22 @@ def test_top_k_of_the_problem_counts_for_the_pattern(selector):
 def test_a_kernel_that_is_not_available_is_replaced(selector):
     name, metadata = selector.select_kernel(1, MIXED, available_kernels={BASE})
     assert name == BASE
-    assert (
-        metadata["reason"]
-        == f"fallback_availability: Selected kernel {DECODE} not available, using {BASE} instead"
-    )
+    assert metadata["reason"] == f"fallback_availability: Selected kernel {DECODE} not available, using {BASE} instead"
     assert selector.select_kernel(1, MIXED, available_kernels={DECODE, BASE})[0] == DECODE
 
 
-@pytest.mark.parametrize(
-    "only", [DECODE, LARGE, PREFILL4 + "_fp32acc", "moe_trellis_mixed_swiglu_decode_1_2_3"]
-)
+@pytest.mark.parametrize("only", [DECODE, LARGE, PREFILL4 + "_fp32acc", "moe_trellis_mixed_swiglu_decode_1_2_3"])
 def test_the_only_available_kernel_is_taken(only):
     for exploration, rows, pressure, fp32 in product((0.0, 1.0), (1, 4, 20, 64), (0.0, 0.99), (False, True)):
         selector = MixedKernelSelector(exploration_rate=exploration, seed=1)
-        name, metadata = selector.select_kernel(
-            rows, MIXED, pressure, use_fp32_acc=fp32, available_kernels={only}
-        )
+        name, metadata = selector.select_kernel(rows, MIXED, pressure, use_fp32_acc=fp32, available_kernels={only})
         assert name == only == metadata["kernel_name"]
 
 
 def test_the_nearest_available_kernel_is_taken(selector):
     other_triple = "moe_trellis_swiglu_decode_6_3_4"
     widths = dict(gate_bits=6, up_bits=2, down_bits=3)
-    assert (
-        selector.select_kernel(1, [2], **widths, available_kernels={other_triple, DECODE, BASE})[0] == DECODE
-    )
+    assert selector.select_kernel(1, [2], **widths, available_kernels={other_triple, DECODE, BASE})[0] == DECODE
     assert selector.select_kernel(1, [2], **widths, available_kernels={other_triple, LARGE})[0] == LARGE
     twin = "moe_trellis_mixed_swiglu_prefill4"
     assert selector.select_kernel(4, [2], available_kernels={twin, DECODE, BASE})[0] == twin
@@ -212,9 +198,7 @@ def test_significantly_faster_replaces_the_rules(selector):
     assert metadata["candidates"][LARGE] == {"samples": 0}
     statistics = selector.get_statistics()
     assert (
-        statistics["switches"] == 1
-        and statistics["selection_accuracy"] == 1.0
-        and statistics["tracked_kernels"] == 2
+        statistics["switches"] == 1 and statistics["selection_accuracy"] == 1.0 and statistics["tracked_kernels"] == 2
     )
 
 
@@ -358,10 +342,7 @@ def test_the_shared_instance():
     selection.reset_history()
     selection.set_exploration_rate(0.0)
     try:
-        assert (
-            selection.get_mixed_kernel(1, MIXED, 0.3, 6, 2, 3, False, None)[0]
-            == "moe_trellis_swiglu_decode_6_2_3"
-        )
+        assert selection.get_mixed_kernel(1, MIXED, 0.3, 6, 2, 3, False, None)[0] == "moe_trellis_swiglu_decode_6_2_3"
         for name, latency in ((PREFILL4, 1.0), (BASE, 0.5)):
             for _ in range(20):
                 selection.record_kernel_latency(name, 8, latency)
@@ -437,9 +418,7 @@ def runs_that_switch(seeds, draw) -> int:
 @pytest.mark.parametrize("draw", ["normal", "exponential"])
 def test_equal_kernels_are_switched_in_at_most_50_of_1000_runs(draw):
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        parts = [
-            pool.submit(runs_that_switch, range(start, start + 50), draw) for start in range(0, 1000, 50)
-        ]
+        parts = [pool.submit(runs_that_switch, range(start, start + 50), draw) for start in range(0, 1000, 50)]
         assert sum(part.result() for part in parts) <= 50
 
 

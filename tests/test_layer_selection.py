@@ -50,9 +50,7 @@ def glu(experts):
 def resolved(monkeypatch):
     """The configs that reach the primitives, in order."""
     seen, resolve = [], ops.resolve
-    monkeypatch.setattr(
-        ops, "resolve", lambda op, problem, config: seen.append(config) or resolve(op, problem, config)
-    )
+    monkeypatch.setattr(ops, "resolve", lambda op, problem, config: seen.append(config) or resolve(op, problem, config))
     return seen
 
 
@@ -146,9 +144,7 @@ def test_a_profile_is_used_and_explained(glu, resolved, tmp_path):
     profile.use_profile(path, allow_foreign=True)
     glu(*rows_of(1))
     assert resolved == [KernelConfig(**entry)] and str(path) in str(glu.explain(1)) and glu.explain(1).tuned
-    name, metadata = MixedKernelSelector(exploration_rate=0.0).select_kernel(
-        1, [2, 3], problem=glu.explain(1).problem
-    )
+    name, metadata = MixedKernelSelector(exploration_rate=0.0).select_kernel(1, [2, 3], problem=glu.explain(1).problem)
     assert name == "moe_trellis_swiglu" and metadata["reason"].startswith("tuned_table: ")
     profile.use_profile(None)
     glu(*rows_of(1))
@@ -176,9 +172,7 @@ def test_compile_fixes_the_config_at_trace_time(glu, feedback, resolved):
 
 def test_new_weights_are_a_new_problem(experts, resolved):
     glu = TrellisSwitchGLU(**experts)
-    other = TrellisSwitchGLU(
-        **random_experts(np.random.default_rng(1), 128, 256, expert_formats(4, "mcg", "uniform"))
-    )
+    other = TrellisSwitchGLU(**random_experts(np.random.default_rng(1), 128, 256, expert_formats(4, "mcg", "uniform")))
     glu(*rows_of(1))
     before = glu.explain(1).problem
     glu.update(other.parameters())

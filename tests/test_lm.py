@@ -36,9 +36,7 @@ def test_the_shipped_random_models_give_the_expected_logits(name):
     assert (got.argmax(-1) == expected["logits"].argmax(-1)).all()
 
 
-@pytest.mark.parametrize(
-    "name, perplexity", [("docs-moe-exl3-3.0bpw", 11.487), ("docs-moe-exl3-mixed", 11.565)]
-)
+@pytest.mark.parametrize("name, perplexity", [("docs-moe-exl3-3.0bpw", 11.487), ("docs-moe-exl3-mixed", 11.565)])
 def test_perplexity_of_the_shipped_models(name, perplexity):
     # The numbers were measured with an independent implementation, in float32.
     model, tokenizer = mlx_marlin.load(MODELS / name)
@@ -132,9 +130,7 @@ def broken(tmp_path: Path, edit=None, config=None, make=checkpoints.qwen3_moe) -
 
 
 def remove(*names: str):
-    return lambda tensors: [
-        tensors.pop(key) for key in list(tensors) if any(key.startswith(name) for name in names)
-    ]
+    return lambda tensors: [tensors.pop(key) for key in list(tensors) if any(key.startswith(name) for name in names)]
 
 
 def quantize_as(name: str, like: str):
@@ -142,9 +138,7 @@ def quantize_as(name: str, like: str):
 
     def edit(tensors):
         tensors.pop(f"{name}.weight", None)
-        tensors.update(
-            {name + key.removeprefix(like): v for key, v in tensors.items() if key.startswith(f"{like}.")}
-        )
+        tensors.update({name + key.removeprefix(like): v for key, v in tensors.items() if key.startswith(f"{like}.")})
 
     return edit
 
@@ -296,9 +290,7 @@ def test_rows_that_a_model_takes_apart():
     with pytest.raises(ValueError, match=f"{name}.* has its outputs reordered"):
         placeholders.read("a", codes[::-1], 512)
     other = placeholder(loader, "lm_head")[1]
-    with pytest.raises(
-        ValueError, match=f"joins .*{name}.*; linears that are quantized separately cannot be joined"
-    ):
+    with pytest.raises(ValueError, match=f"joins .*{name}.*; linears that are quantized separately cannot be joined"):
         placeholders.read("a", np.concatenate([codes, other]), 1024)
 
 
@@ -337,9 +329,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_generate():
-    result = run(
-        "generate", "--model", str(EXL3), "--prompt", "The list of", "-m", "8", "--ignore-chat-template"
-    )
+    result = run("generate", "--model", str(EXL3), "--prompt", "The list of", "-m", "8", "--ignore-chat-template")
     assert result.returncode == 0, result.stderr
     assert "Generation: 8 tokens" in result.stdout
     assert "Loaded 4 groups of weights" in result.stderr and "Loaded" not in result.stdout
@@ -383,10 +373,7 @@ def test_commands_refuse_a_broken_directory_before_anything_runs(tmp_path, comma
     directory = broken(tmp_path, remove(f"{LAYER}.input_layernorm"))
     result = run(*command, "--model", str(directory))
     assert result.returncode == 1 and not result.stdout.replace("Running warmup..", "").strip()
-    assert (
-        f"mlx_marlin: {directory}: the checkpoint has no tensor for {LAYER}.input_layernorm.weight"
-        in result.stderr
-    )
+    assert f"mlx_marlin: {directory}: the checkpoint has no tensor for {LAYER}.input_layernorm.weight" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -44,9 +44,7 @@ def write_header(directory: Path, header: bytes, data: bytes = b"\0" * 64, lengt
 
 
 def entry(dtype="F16", shape=(4,), offsets=(0, 8), **more) -> bytes:
-    return json.dumps(
-        {"a.trellis": {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}}
-    ).encode()
+    return json.dumps({"a.trellis": {"dtype": dtype, "shape": shape, "data_offsets": offsets, **more}}).encode()
 
 
 def test_names_are_in_numerical_order(tmp_path):
@@ -230,9 +228,7 @@ def test_missing_shards_are_named(checkpoint, tmp_path):
 
 def test_an_index_must_tell_the_truth(checkpoint, tmp_path):
     directory = checkpoint.write(tmp_path / "m", shards=2)
-    rewrite_index(
-        directory, lambda c: {"weight_map": {**c["weight_map"], "ghost": "model-00001-of-00002.safetensors"}}
-    )
+    rewrite_index(directory, lambda c: {"weight_map": {**c["weight_map"], "ghost": "model-00001-of-00002.safetensors"}})
     with pytest.raises(ValueError, match=r"model-00001-of-00002\.safetensors does not hold tensor 'ghost'"):
         TrellisModelLoader(directory)
     rewrite_index(directory, lambda c: {"weight_map": []})

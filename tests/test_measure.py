@@ -189,8 +189,11 @@ def test_the_right_one_of_many_wins():
 def test_crashing_candidates_never_win():
     results = outcomes([1.0, 1.1], 0.03, [crashing, lambda: 1 / 0])
     assert share(results, 0) == 1.0
-    assert all(r.failures == {"other0": "RuntimeError: kernel failed to compile", "other1": "ZeroDivisionError: division by zero"}
-               for r in results)
+    assert all(
+        r.failures
+        == {"other0": "RuntimeError: kernel failed to compile", "other1": "ZeroDivisionError: division by zero"}
+        for r in results
+    )
 
 
 def test_candidates_that_crash_later_never_win():
@@ -278,7 +281,9 @@ def test_interrupts_do_not_hide_a_difference():
     # Every tenth sample takes three times as long: 10 % are still found, mostly.
     def winner(mean, seed):
         rng = random.Random(seed)
-        clocks = [lambda m=m: m * math.exp(rng.gauss(0.0, 0.03)) * (3.0 if rng.random() < 0.1 else 1.0) for m in (1.0, mean)]
+        clocks = [
+            lambda m=m: m * math.exp(rng.gauss(0.0, 0.03)) * (3.0 if rng.random() < 0.1 else 1.0) for m in (1.0, mean)
+        ]
         return race(dict(enumerate(clocks)), 0, Rules(seed=seed)).winner
 
     assert sum(winner(0.9, seed) for seed in range(RUNS)) >= 60
@@ -297,13 +302,15 @@ def test_false_alarms_stay_below_alpha():
 
 
 def test_hopeless_candidates_leave_early():
-    calls = {key: 0 for key in "abcd"}
+    calls = dict.fromkeys("abcd", 0)
 
     def clock(key, mean, rng=random.Random(0)):
         calls[key] += 1
         return mean * math.exp(rng.gauss(0.0, 0.03))
 
-    result = race({key: lambda key=key, mean=mean: clock(key, mean) for key, mean in zip("abcd", (1.0, 1.4, 3.0, 0.9))}, "a")
+    result = race(
+        {key: lambda key=key, mean=mean: clock(key, mean) for key, mean in zip("abcd", (1.0, 1.4, 3.0, 0.9))}, "a"
+    )
     assert result.winner == "d" and calls["c"] == 1 and calls["b"] <= 5
 
 

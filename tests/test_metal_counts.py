@@ -1,9 +1,9 @@
 """What the Metal kernels' inner loops cost, counted in the compiled code."""
 
-import pytest
-
 import metal_sim
+import pytest
 from metal_counts import count
+
 from mlx_marlin import codec, kernels, metal_rules
 from mlx_marlin.kernels import KernelConfig, Problem, make_name
 

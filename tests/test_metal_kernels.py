@@ -3,13 +3,13 @@
 All of the simulator's checks are on: bounds, races, divergence, address spaces, poisoned memory, 32 KB.
 """
 
+import cases
+import metal_executor as metal
+import metal_sim
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import cases
-import metal_executor as metal
-import metal_sim
 from mlx_marlin import codec, kernels, metal_rules, ops
 from mlx_marlin.kernels import KernelConfig, make_name
 from mlx_marlin.weights import ExpertStack, TrellisWeight
@@ -40,8 +40,17 @@ def run(case: cases.Case, inputs: tuple, config: KernelConfig | None = None, **s
     x, indices, scores = inputs
     if case.linear:
         return metal.linear(x, ops._prepare_weight("test", case.weight()), config, **simulator)
-    return metal.swiglu(x, indices, case.bank(), scores=scores, activation=case.activation, alpha=case.alpha,
-                        limit=case.limit, config=config, **simulator)
+    return metal.swiglu(
+        x,
+        indices,
+        case.bank(),
+        scores=scores,
+        activation=case.activation,
+        alpha=case.alpha,
+        limit=case.limit,
+        config=config,
+        **simulator,
+    )
 
 
 def check(case: cases.Case, config: KernelConfig | None, **simulator) -> np.ndarray:
@@ -83,11 +92,26 @@ def _selection() -> list:
         tiles = (FUSED if row["epilogue"] == "fused" else SEPARATE)[row["variant"]]
         linear = row["kernel"] == "linear"
         dims = list(cases.DIMS)[i % len(cases.DIMS)]
-        options = {} if linear else {
-            "mix": ("uniform", "uniform", "both")[i % 3], "top_k": (1, 2, 5)[i % 3], "scores": i % 2 == 0,
-            "routing": "one_expert" if i % 7 == 3 else "random"}
-        case = cases.Case(row["bits"], row["codebook"], row["dtype"], row["rows"], dims,
-                          "none" if linear else others[i % len(others)], bias=i % 4 == 1, **options)
+        options = (
+            {}
+            if linear
+            else {
+                "mix": ("uniform", "uniform", "both")[i % 3],
+                "top_k": (1, 2, 5)[i % 3],
+                "scores": i % 2 == 0,
+                "routing": "one_expert" if i % 7 == 3 else "random",
+            }
+        )
+        case = cases.Case(
+            row["bits"],
+            row["codebook"],
+            row["dtype"],
+            row["rows"],
+            dims,
+            "none" if linear else others[i % len(others)],
+            bias=i % 4 == 1,
+            **options,
+        )
         chosen.append(pytest.param(case, config(row["variant"], *tiles[i % len(tiles)]), id=f"{row['variant']}-{case}"))
     return chosen
 
@@ -122,15 +146,15 @@ def test_every_tile(tiles):
 @pytest.mark.parametrize("tiles", [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 8, 128, 16)], ids=str)
 def test_schedules_give_the_same_bits(tiles):
     inputs = SMALL.inputs()
-    first, *others = (
-        run(SMALL, inputs, config(*tiles), order=order) for order in ("forward", "reverse", "random:5"))
+    first, *others = (run(SMALL, inputs, config(*tiles), order=order) for order in ("forward", "reverse", "random:5"))
     for other in others:
         np.testing.assert_array_equal(first, other)
 
 
 @pytest.mark.parametrize("scores", [False, True])
-@pytest.mark.parametrize("tiles", [("decode", 1, 128, 16), ("decode", 1, 64, 8), ("prefill4", 4, 128, 16),
-                                   ("base", 8, 64, 8)], ids=str)
+@pytest.mark.parametrize(
+    "tiles", [("decode", 1, 128, 16), ("decode", 1, 64, 8), ("prefill4", 4, 128, 16), ("base", 8, 64, 8)], ids=str
+)
 def test_index_out_of_range_makes_its_slot_nan(tiles, scores):
     case = cases.Case(2, "mul1", "float32", 3, "block", "silu", top_k=2, scores=scores)
     x, indices, weights = case.inputs()

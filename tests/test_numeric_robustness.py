@@ -4,11 +4,11 @@ import subprocess
 import sys
 import threading
 
+import cases
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import cases
 from mlx_marlin import _ext, kernels, trellis_linear, trellis_swiglu
 
 ROWS = (2, 17)
@@ -38,6 +38,7 @@ def instruction_set(request):
 
 
 # Values of x.
+
 
 @pytest.mark.parametrize("value", (np.nan, np.inf, -np.inf))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -92,6 +93,7 @@ def test_zero_rows_give_zeros(activation):
 
 # Indices.
 
+
 @pytest.mark.parametrize("bad", (cases.EXPERTS, -1, 1 << 31, (1 << 32) - 1, 1 << 32, (1 << 32) + 1, -(1 << 32)))
 @pytest.mark.parametrize("known", ("numpy", "evaluated", "lazy"))
 def test_an_index_out_of_range_is_refused(known, bad):
@@ -102,7 +104,9 @@ def test_an_index_out_of_range_is_refused(known, bad):
     if known == "lazy":
         lazy = mx.array(wrong) + 0
         y = trellis_swiglu(x, lazy, case.bank(), stream=mx.cpu)
-        with pytest.raises((ValueError, RuntimeError), match=r"expert index -?\d+ at position 7 is out of range.* 5 experts"):
+        with pytest.raises(
+            (ValueError, RuntimeError), match=r"expert index -?\d+ at position 7 is out of range.* 5 experts"
+        ):
             mx.eval(y)
     else:
         given = wrong if known == "numpy" else mx.array(wrong)
@@ -140,6 +144,7 @@ def test_a_legal_index_is_read_from_any_layout():
 
 # Sizes.
 
+
 @pytest.mark.parametrize("activation", ("none", "silu"))
 def test_more_rows_than_16_bits_count(activation):
     case = cases.Case(3, "mul1", "float32", 70_000, "block", activation)
@@ -173,6 +178,7 @@ def test_no_weight_matrix_is_made(rows):
 
 # Layouts of x.
 
+
 @pytest.mark.parametrize("activation", ("none", "silu"))
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_x_of_any_layout(activation, dtype):
@@ -199,6 +205,7 @@ def test_a_broadcast_row():
 
 
 # Transforms.
+
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shapeless", (False, True))
@@ -301,6 +308,7 @@ def test_other_transforms_say_that_they_are_not_supported():
 
 
 # Gradients.
+
 
 @pytest.mark.parametrize("dims", cases.DIMS)
 @pytest.mark.parametrize("dtype", cases.DTYPES)

@@ -45,9 +45,7 @@ class Clock:
     def spend(self, run):
         def spending(layer, *inputs, config=None):
             if config is not None:
-                self.now += (
-                    1e-3 * self.cost[config.kernel_variant] * (1 + self.noise * self.rng.standard_normal())
-                )
+                self.now += 1e-3 * self.cost[config.kernel_variant] * (1 + self.noise * self.rng.standard_normal())
             return run(layer, *inputs, config=config)
 
         return spending
@@ -84,9 +82,7 @@ def test_equal_configs_stay(model, clock):
     for _ in range(300):
         model(mx.ones((4, 128)))
     report = adaptation.stop(forget=True)
-    assert (
-        report["switches"] == 0 and report["timed_calls"] == 600 and model.experts.explain(4).config == base
-    )
+    assert report["switches"] == 0 and report["timed_calls"] == 600 and model.experts.explain(4).config == base
 
 
 def test_the_overhead_is_bounded_and_reported(model, clock):

@@ -1,15 +1,24 @@
 """The ops on the CPU against the float64 reference, on every instruction set that this machine has."""
 
+import cases
+import golden
 import mlx.core as mx
 import numpy as np
 import pytest
-
-import cases
-import golden
-from mlx_marlin import (ExpertBank, KernelConfig, TrellisWeight, codec, kernels, set_num_threads, trellis_decode,
-                        trellis_linear, trellis_swiglu)
-from mlx_marlin import _ext
 from planted import PLANTED
+
+from mlx_marlin import (
+    ExpertBank,
+    KernelConfig,
+    TrellisWeight,
+    _ext,
+    codec,
+    kernels,
+    set_num_threads,
+    trellis_decode,
+    trellis_linear,
+    trellis_swiglu,
+)
 
 INSTRUCTION_SETS = _ext.instruction_sets()
 FORMATS = [(bits, codebook) for bits in range(1, codec.MAX_BITS + 1) for codebook in codec.CODEBOOKS]
@@ -33,8 +42,17 @@ def run(case: cases.Case, inputs: tuple, config: KernelConfig | str | None = Non
     x, indices, scores = inputs
     if case.linear:
         return trellis_linear(x, case.weight(), config=config, stream=mx.cpu)
-    return trellis_swiglu(x, indices, case.bank(), scores=scores, activation=case.activation, alpha=case.alpha,
-                          limit=case.limit, config=config, stream=mx.cpu)
+    return trellis_swiglu(
+        x,
+        indices,
+        case.bank(),
+        scores=scores,
+        activation=case.activation,
+        alpha=case.alpha,
+        limit=case.limit,
+        config=config,
+        stream=mx.cpu,
+    )
 
 
 def bits_of(a: mx.array) -> bytes:
@@ -83,8 +101,11 @@ def test_moe_vectors(name, dtype, tolerance, instruction_set):
     z = golden.load(name)
     experts = golden.experts(z)
     x = mx.array(z["x"]).astype(getattr(mx, dtype))
-    expected = z["y64"] if dtype != "bfloat16" else cases.reference_swiglu(
-        np.array(x.astype(mx.float32)).astype(np.float64), z["ids"], experts, z["probs"])
+    expected = (
+        z["y64"]
+        if dtype != "bfloat16"
+        else cases.reference_swiglu(np.array(x.astype(mx.float32)).astype(np.float64), z["ids"], experts, z["probs"])
+    )
     y = trellis_swiglu(x, z["ids"], ExpertBank(**experts), scores=mx.array(z["probs"]))
     assert cases.row_error(y, expected) <= tolerance
 
@@ -155,19 +176,23 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_in_value():
 
 # Bad input: every message says what was given and what is wanted.
 
+
 def good():
     case = cases.Case(2, "mul1", "float32", 3, "block", "silu", top_k=2)
     x, indices, _ = case.inputs()
     return x, indices, case.bank()
 
 
-@pytest.mark.parametrize("x, message", [
-    (mx.zeros((3, 127)), r"\[trellis_swiglu\] x must have shape \[..., 128\], got \[3, 127\]"),
-    (mx.zeros((3, 128), mx.int32), r"x must be float32, float16 or bfloat16, got .*int32"),
-    (mx.zeros((3, 128), mx.complex64), r"x must be float32, float16 or bfloat16, got .*complex64"),
-    (np.zeros((3, 128), np.float32), r"x must be an mx.array, got ndarray"),
-    (mx.array(1.0), r"x must have shape \[..., 128\], got \[\]"),
-])
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (mx.zeros((3, 127)), r"\[trellis_swiglu\] x must have shape \[..., 128\], got \[3, 127\]"),
+        (mx.zeros((3, 128), mx.int32), r"x must be float32, float16 or bfloat16, got .*int32"),
+        (mx.zeros((3, 128), mx.complex64), r"x must be float32, float16 or bfloat16, got .*complex64"),
+        (np.zeros((3, 128), np.float32), r"x must be an mx.array, got ndarray"),
+        (mx.array(1.0), r"x must have shape \[..., 128\], got \[\]"),
+    ],
+)
 def test_bad_x(x, message):
     _, indices, bank = good()
     with pytest.raises(ValueError, match=message):
@@ -176,14 +201,17 @@ def test_bad_x(x, message):
         trellis_linear(x, cases.Case(2, "mul1", "float32", 3, "block", "none").weight())
 
 
-@pytest.mark.parametrize("indices, message", [
-    (mx.zeros((2, 2), mx.uint32), r"shape \[..., k\] .* leading dimensions of x \[3\], got \[2, 2\]"),
-    (mx.zeros((3,), mx.uint32), r"indices must have shape .*got \[3\]"),
-    (mx.zeros((3, 0), mx.uint32), r"k >= 1.*got \[3, 0\]"),
-    (mx.zeros((3, 2)), r"indices must be integers, got .*float32"),
-    (np.zeros((3, 2)), r"indices must be integers, got float64"),
-    (mx.zeros((3, 2), mx.bool_), r"indices must be integers, got .*bool"),
-])
+@pytest.mark.parametrize(
+    "indices, message",
+    [
+        (mx.zeros((2, 2), mx.uint32), r"shape \[..., k\] .* leading dimensions of x \[3\], got \[2, 2\]"),
+        (mx.zeros((3,), mx.uint32), r"indices must have shape .*got \[3\]"),
+        (mx.zeros((3, 0), mx.uint32), r"k >= 1.*got \[3, 0\]"),
+        (mx.zeros((3, 2)), r"indices must be integers, got .*float32"),
+        (np.zeros((3, 2)), r"indices must be integers, got float64"),
+        (mx.zeros((3, 2), mx.bool_), r"indices must be integers, got .*bool"),
+    ],
+)
 def test_bad_indices(indices, message):
     x, _, bank = good()
     with pytest.raises(ValueError, match=message):
@@ -208,14 +236,20 @@ def test_other_bad_arguments():
         trellis_decode(None)
 
 
-@pytest.mark.parametrize("config, message", [
-    ("moe_trellis", "no kernel is called 'moe_trellis'"),
-    (7, "config must be a KernelConfig or a kernel name, got int"),
-    (KernelConfig("moe_trellis_swiglu", 7, 128, 1), "a base panel on the CPU has 8 or 16 rows, got tile_size_m=7"),
-    (KernelConfig("moe_trellis_swiglu", 8, 100, 1), "16, 32, 64, 128 or 256 columns, got tile_size_n=100"),
-    (KernelConfig("moe_trellis_swiglu", 8, 128, 0), "simdgroups is the number of worker threads"),
-    (KernelConfig("moe_trellis_swiglu", 8, 128, 1, True, "decode"), "is a base kernel, but kernel_variant is 'decode'"),
-])
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("moe_trellis", "no kernel is called 'moe_trellis'"),
+        (7, "config must be a KernelConfig or a kernel name, got int"),
+        (KernelConfig("moe_trellis_swiglu", 7, 128, 1), "a base panel on the CPU has 8 or 16 rows, got tile_size_m=7"),
+        (KernelConfig("moe_trellis_swiglu", 8, 100, 1), "16, 32, 64, 128 or 256 columns, got tile_size_n=100"),
+        (KernelConfig("moe_trellis_swiglu", 8, 128, 0), "simdgroups is the number of worker threads"),
+        (
+            KernelConfig("moe_trellis_swiglu", 8, 128, 1, True, "decode"),
+            "is a base kernel, but kernel_variant is 'decode'",
+        ),
+    ],
+)
 def test_bad_configs(config, message):
     x, indices, bank = good()
     with pytest.raises(ValueError, match=message):

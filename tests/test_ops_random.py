@@ -1,10 +1,10 @@
 """Layers of random sizes, formats, routings and configs, beyond the classes of the case list."""
 
+import cases
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import cases
 from mlx_marlin import ExpertBank, Problem, TrellisSwitchGLU, _ext, codec, kernels, trellis_linear, trellis_swiglu
 
 
@@ -34,12 +34,20 @@ def check_random_layer(seed: int) -> None:
     scores = rng.standard_normal((rows, top_k)).astype(np.float32) if rng.integers(2) else None
     problem = TrellisSwitchGLU(bank=bank, activation=activation).problem(rows, x.dtype, "cpu", top_k=top_k)
     y = trellis_swiglu(
-        x, indices, bank, scores=None if scores is None else mx.array(scores), activation=activation,
-        config=random_config(rng, problem), stream=mx.cpu,
+        x,
+        indices,
+        bank,
+        scores=None if scores is None else mx.array(scores),
+        activation=activation,
+        config=random_config(rng, problem),
+        stream=mx.cpu,
     )
     x64 = np.array(x.astype(mx.float32)).astype(np.float64)
     if scores is None:
-        assert cases.row_error(y, cases.reference_swiglu(x64, indices, weights, None, activation)) <= cases.TOLERANCE[dtype]
+        assert (
+            cases.row_error(y, cases.reference_swiglu(x64, indices, weights, None, activation))
+            <= cases.TOLERANCE[dtype]
+        )
         return
     # Scores of both signs may cancel: the error is measured against the slots that were added.
     slots = cases.reference_swiglu(x64, indices, weights, None, activation) * scores[..., None]
@@ -49,11 +57,25 @@ def check_random_layer(seed: int) -> None:
 
 def check_random_linear(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    w = cases.random_weight(rng, *(int(v) for v in rng.integers(1, 900, 2)), *random_format(rng), bias=bool(rng.integers(2)))
+    w = cases.random_weight(
+        rng, *(int(v) for v in rng.integers(1, 900, 2)), *random_format(rng), bias=bool(rng.integers(2))
+    )
     rows, dtype = int(rng.integers(1, 140)), cases.DTYPES[rng.integers(3)]
     x = cases.random_rows(rng, rows, w.in_features, dtype)
-    problem = Problem("linear", rows, 1, w.in_features, w.out_features, 1, ((w.bits,),), (w.codebook,), "none", dtype, "cpu",
-                      bias=w.bias is not None)
+    problem = Problem(
+        "linear",
+        rows,
+        1,
+        w.in_features,
+        w.out_features,
+        1,
+        ((w.bits,),),
+        (w.codebook,),
+        "none",
+        dtype,
+        "cpu",
+        bias=w.bias is not None,
+    )
     y = trellis_linear(x, w, config=random_config(rng, problem), stream=mx.cpu)
     expected = cases.reference_linear(np.array(x.astype(mx.float32)), w)
     # One output may be near zero by chance; a row of many is not.

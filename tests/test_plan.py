@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
+import cases
 import pytest
 
-import cases
 from mlx_marlin import codec, kernels, metal_rules, ops, shaders
 from mlx_marlin.kernels import KernelConfig, Problem, make_name
 
@@ -26,8 +26,21 @@ TRIPLES = ((3, 3, 3),), ((6, 2, 3),), ((1, 8, 5), (2, 4, 6))
 
 def swiglu(size: str, bits=((3, 3, 3),), dtype="float16", combine=True, bias=False) -> Problem:
     rows, top_k, hidden, intermediate, experts = SIZES[size]
-    return Problem("swiglu", rows, top_k, hidden, intermediate, experts, bits, ("mcg",), "silu", dtype, "gpu",
-                   combine=combine, bias=bias)
+    return Problem(
+        "swiglu",
+        rows,
+        top_k,
+        hidden,
+        intermediate,
+        experts,
+        bits,
+        ("mcg",),
+        "silu",
+        dtype,
+        "gpu",
+        combine=combine,
+        bias=bias,
+    )
 
 
 def linear(size: str, bits: int = 3, dtype="float16", bias=False) -> Problem:
@@ -66,12 +79,17 @@ def sizes(problem: Problem, plan: dict) -> dict[str, int]:
         "y": (problem.rows if problem.combine else slots) * out * element,
         **plan["scratch"],
     }
-    shapes = {"weight": (k, n, 0)} if problem.kind == "linear" else {"gate": (k, n, 0), "up": (k, n, 1), "down": (n, k, 2)}
+    shapes = (
+        {"weight": (k, n, 0)} if problem.kind == "linear" else {"gate": (k, n, 0), "up": (k, n, 1), "down": (n, k, 2)}
+    )
     for name, (rows, columns, index) in shapes.items():
         known |= {
             f"{name}.codes": e * rows * columns * max(group[index] for group in problem.bits) // 8,
-            f"{name}.offsets": e * 8, f"{name}.formats": e * 4, f"{name}.suh": e * rows * 2,
-            f"{name}.svh": e * columns * 2, f"{name}.bias": e * columns * 4,
+            f"{name}.offsets": e * 8,
+            f"{name}.formats": e * 4,
+            f"{name}.suh": e * rows * 2,
+            f"{name}.svh": e * columns * 2,
+            f"{name}.bias": e * columns * 4,
         }
     return known
 
@@ -141,9 +159,11 @@ def test_feasible_is_what_the_plan_accepts(problem):
         def make():
             if problem.kind == "linear":
                 return ops._ext.plan_linear(
-                    problem.rows, 0, info, problem.hidden, problem.intermediate, 1, False, False, native)
+                    problem.rows, 0, info, problem.hidden, problem.intermediate, 1, False, False, native
+                )
             return ops._ext.plan_swiglu(
-                problem.rows, problem.top_k, 0, info, info, back, problem.hidden, 0, 1.0, 1.0, False, native)
+                problem.rows, problem.top_k, 0, info, info, back, problem.hidden, 0, 1.0, 1.0, False, native
+            )
 
         if reason is None:
             assert make()["dispatches"]
@@ -183,7 +203,12 @@ def test_dependencies_follow_the_data():
     plan = ops.plan(swiglu("qwen3-30b prefill"))
     first = plan["dispatches"][:5]
     assert [d["kernel"].split("<")[0].removeprefix("trellis_") for d in first] == [
-        "route", "rotate", "gate_up", "linear", "combine"]
+        "route",
+        "rotate",
+        "gate_up",
+        "linear",
+        "combine",
+    ]
     assert [d["after"] for d in first] == [[], [0], [0, 1], [0, 2], [3]]
 
 

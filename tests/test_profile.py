@@ -50,8 +50,17 @@ def problem(rows=1, hidden=256, bits=((2, 3, 4),), dtype="float32", on="cpu"):
 
 
 def entry(config=DECODE, ms=1.0, default=NARROW, baseline=2.0, stamp=1.0, **more):
-    return Entry(config, Timing(20, ms, 0.02), default, Timing(20, baseline, 0.02), (ms / baseline, 0.4, 0.6),
-                 "faster", "correct", stamp, **more)
+    return Entry(
+        config,
+        Timing(20, ms, 0.02),
+        default,
+        Timing(20, baseline, 0.02),
+        (ms / baseline, 0.4, 0.6),
+        "faster",
+        "correct",
+        stamp,
+        **more,
+    )
 
 
 def cpu_profile(**problems):
@@ -75,20 +84,38 @@ def cache(tmp_path, monkeypatch):
 @st.composite
 def profiles(draw, stamps=st.integers(1, 3)):
     configs = st.builds(
-        KernelConfig, st.sampled_from(["moe_trellis_swiglu", "moe_trellis_swiglu_decode_6_2_3"]), st.integers(1, 64),
-        st.integers(1, 256), st.integers(1, 16), st.booleans(), st.sampled_from(kernels.VARIANTS),
+        KernelConfig,
+        st.sampled_from(["moe_trellis_swiglu", "moe_trellis_swiglu_decode_6_2_3"]),
+        st.integers(1, 64),
+        st.integers(1, 256),
+        st.integers(1, 16),
+        st.booleans(),
+        st.sampled_from(kernels.VARIANTS),
     )
     times = st.builds(Timing, st.integers(0, 50), st.floats(0, 1e6), st.floats(0, 1))
     made = AutotuneConfig.of_machine("cpu")
     for _ in range(draw(st.integers(0, 4))):
         p = problem(
-            draw(st.sampled_from([1, 4, 64])), draw(st.sampled_from([128, 256])),
-            draw(st.sampled_from([((2, 2, 2),), ((2, 3, 4), (3, 3, 3))])), draw(st.sampled_from(kernels.DTYPES)),
+            draw(st.sampled_from([1, 4, 64])),
+            draw(st.sampled_from([128, 256])),
+            draw(st.sampled_from([((2, 2, 2),), ((2, 3, 4), (3, 3, 3))])),
+            draw(st.sampled_from(kernels.DTYPES)),
         )
-        made.add(p, Entry(
-            draw(configs), draw(times), draw(configs), draw(times), (0.5, 0.25, 1.5), "faster", "correct",
-            float(draw(stamps)), (Measured(draw(configs), draw(times), 1e-6, 3.5),), (Rejected(draw(configs), "wrong"),),
-        ))
+        made.add(
+            p,
+            Entry(
+                draw(configs),
+                draw(times),
+                draw(configs),
+                draw(times),
+                (0.5, 0.25, 1.5),
+                "faster",
+                "correct",
+                float(draw(stamps)),
+                (Measured(draw(configs), draw(times), 1e-6, 3.5),),
+                (Rejected(draw(configs), "wrong"),),
+            ),
+        )
     made.benchmark_count = len(made.problems)
     return made
 
@@ -162,7 +189,9 @@ def _save_one(path, rows):
 
 def test_concurrent_saves_lose_nothing(tmp_path):
     path = tmp_path / "profile.json"
-    workers = [multiprocessing.get_context("spawn").Process(target=_save_one, args=(path, rows)) for rows in range(1, 5)]
+    workers = [
+        multiprocessing.get_context("spawn").Process(target=_save_one, args=(path, rows)) for rows in range(1, 5)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -186,7 +215,9 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("change", [{"chip": "M4 Max"}, {"cores": 999}, {"kernel_hash": "0123"}, {"instruction_set": "neon"}])
+@pytest.mark.parametrize(
+    "change", [{"chip": "M4 Max"}, {"cores": 999}, {"kernel_hash": "0123"}, {"instruction_set": "neon"}]
+)
 def test_foreign_file_is_never_overwritten(tmp_path, change):
     path = tmp_path / "profile.json"
     other = cpu_profile(entries={problem(): entry()})
@@ -210,42 +241,63 @@ def _edited(path, value):
     return json.dumps(root).encode()
 
 
-@pytest.mark.parametrize("path, value, where", [
-    (["device_family"], "M9", "$.device_family"),
-    (["tile_size_mapping", "2"], 0, '$.tile_size_mapping["2"]'),
-    (["tile_size_mapping", "nine"], 64, "$.tile_size_mapping"),
-    (["simdgroup_mapping", "3"], "12", '$.simdgroup_mapping["3"]'),
-    (["lookup_table"], [], "$.lookup_table"),
-    (["lookup_table", "1", "256"], None, '$.lookup_table["1"]["256"]'),
-    (["lookup_table", "1", "256", "(4, 2)"], {}, '$.lookup_table["1"]["256"]["(4, 2)"]'),
-    (["lookup_table", "1", "256", "__import__('os')"], {}, '$.lookup_table["1"]["256"]'),
-    (["lookup_table", "9" * 5000], {}, "$.lookup_table"),
-    (["lookup_table", "1", "256", "(2, 3, 4)", "tile_size_m"], 1 << 40, '$.lookup_table["1"]["256"]["(2, 3, 4)"].tile_size_m'),
-    (["lookup_table", "1", "256", "(2, 3, 4)", "kernel_name"], "../x", '$.lookup_table["1"]["256"]["(2, 3, 4)"].kernel_name'),
-    (["adaptation_history_len"], 0, "$.adaptation_history_len"),
-    (["benchmark_count"], -1, "$.benchmark_count"),
-    (["fingerprint", "cores"], 1.5, "$.fingerprint.cores"),
-    (["fingerprint", "kernel_hash"], "xyz", "$.fingerprint.kernel_hash"),
-    (["source"], "guessed", "$.source"),
-    (["extra"], 1, "$"),
-    (["problems", 0, "problem", "rows"], -1, "$.problems[0].problem.rows"),
-    (["problems", 0, "problem", "bits"], [[2, 3]], "$.problems[0].problem"),
-    (["problems", 0, "problem", "bits"], [[2, 3, 99]], "$.problems[0].problem.bits[0][2]"),
-    (["problems", 0, "problem", "codebooks"], ["mul1", "mcg"], "$.problems[0].problem"),
-    (["problems", 0, "config", "kernel_name"], "moe_rm_rf", "$.problems[0]"),
-    (["problems", 0, "samples", "median_ms"], "fast", "$.problems[0].samples.median_ms"),
-    (["problems", 0, "ratio"], [1.0], "$.problems[0].ratio"),
-    (["problems", 0, "timings", 0, "config", "simdgroups"], True, "$.problems[0].timings[0].config.simdgroups"),
-])
+@pytest.mark.parametrize(
+    "path, value, where",
+    [
+        (["device_family"], "M9", "$.device_family"),
+        (["tile_size_mapping", "2"], 0, '$.tile_size_mapping["2"]'),
+        (["tile_size_mapping", "nine"], 64, "$.tile_size_mapping"),
+        (["simdgroup_mapping", "3"], "12", '$.simdgroup_mapping["3"]'),
+        (["lookup_table"], [], "$.lookup_table"),
+        (["lookup_table", "1", "256"], None, '$.lookup_table["1"]["256"]'),
+        (["lookup_table", "1", "256", "(4, 2)"], {}, '$.lookup_table["1"]["256"]["(4, 2)"]'),
+        (["lookup_table", "1", "256", "__import__('os')"], {}, '$.lookup_table["1"]["256"]'),
+        (["lookup_table", "9" * 5000], {}, "$.lookup_table"),
+        (
+            ["lookup_table", "1", "256", "(2, 3, 4)", "tile_size_m"],
+            1 << 40,
+            '$.lookup_table["1"]["256"]["(2, 3, 4)"].tile_size_m',
+        ),
+        (
+            ["lookup_table", "1", "256", "(2, 3, 4)", "kernel_name"],
+            "../x",
+            '$.lookup_table["1"]["256"]["(2, 3, 4)"].kernel_name',
+        ),
+        (["adaptation_history_len"], 0, "$.adaptation_history_len"),
+        (["benchmark_count"], -1, "$.benchmark_count"),
+        (["fingerprint", "cores"], 1.5, "$.fingerprint.cores"),
+        (["fingerprint", "kernel_hash"], "xyz", "$.fingerprint.kernel_hash"),
+        (["source"], "guessed", "$.source"),
+        (["extra"], 1, "$"),
+        (["problems", 0, "problem", "rows"], -1, "$.problems[0].problem.rows"),
+        (["problems", 0, "problem", "bits"], [[2, 3]], "$.problems[0].problem"),
+        (["problems", 0, "problem", "bits"], [[2, 3, 99]], "$.problems[0].problem.bits[0][2]"),
+        (["problems", 0, "problem", "codebooks"], ["mul1", "mcg"], "$.problems[0].problem"),
+        (["problems", 0, "config", "kernel_name"], "moe_rm_rf", "$.problems[0]"),
+        (["problems", 0, "samples", "median_ms"], "fast", "$.problems[0].samples.median_ms"),
+        (["problems", 0, "ratio"], [1.0], "$.problems[0].ratio"),
+        (["problems", 0, "timings", 0, "config", "simdgroups"], True, "$.problems[0].timings[0].config.simdgroups"),
+    ],
+)
 def test_bad_field_is_named_by_its_path(path, value, where):
     with pytest.raises(ProfileError, match=re.escape(f" at {where}. Correct")):
         profile_io.decode(_edited(path, value))
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"{", b"null", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"device_name": NaN}', b"1e999",
-    json.dumps({k: v for k, v in DOCUMENT.items() if k != "lookup_table"}).encode(),
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"device_name": NaN}',
+        b"1e999",
+        json.dumps({k: v for k, v in DOCUMENT.items() if k != "lookup_table"}).encode(),
+    ],
+)
 def test_not_a_profile(data):
     with pytest.raises(ProfileError, match=r" at \$"):
         profile_io.decode(data)
@@ -276,10 +328,21 @@ def test_oversized_file(tmp_path, monkeypatch):
 # Devices
 
 
-@pytest.mark.parametrize("name, family", [
-    ("M4 Max", "M4"), ("Apple M4 Max", "M4"), ("Apple M1", "M1"), ("M5", "M5"), ("M10", "Unknown"), ("M6", "Unknown"),
-    ("CPU", "CPU"), ("Intel Xeon Processor 6-143 (avx512)", "CPU"), ("Apple M4 (neon)", "CPU"), ("RTX 4090", "Unknown"),
-])
+@pytest.mark.parametrize(
+    "name, family",
+    [
+        ("M4 Max", "M4"),
+        ("Apple M4 Max", "M4"),
+        ("Apple M1", "M1"),
+        ("M5", "M5"),
+        ("M10", "Unknown"),
+        ("M6", "Unknown"),
+        ("CPU", "CPU"),
+        ("Intel Xeon Processor 6-143 (avx512)", "CPU"),
+        ("Apple M4 (neon)", "CPU"),
+        ("RTX 4090", "Unknown"),
+    ],
+)
 def test_device_family(name, family):
     assert device.device_family(name) == family
 

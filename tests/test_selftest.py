@@ -6,13 +6,12 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from mlx_marlin import choices, kernels, ops, selftest
 from mlx_marlin.kernels import Problem
 from mlx_marlin.weights import ExpertBank
 
-SWIGLU = Problem(
-    "swiglu", 1, 8, 2048, 768, 128, ((2, 3, 2), (3, 3, 4)), ("3inst", "mcg"), "silu", "float32", "gpu"
-)
+SWIGLU = Problem("swiglu", 1, 8, 2048, 768, 128, ((2, 3, 2), (3, 3, 4)), ("3inst", "mcg"), "silu", "float32", "gpu")
 LINEAR = Problem("linear", 4, 1, 1024, 1024, 1, ((3,),), ("mul1",), "none", "float32", "gpu")
 
 
@@ -120,9 +119,7 @@ def test_verdicts_are_kept(tmp_path):
     assert (first.runs, again.runs) == (2, 0)
 
 
-@pytest.mark.parametrize(
-    "change", [{"machine": {"kernels": "other"}}, {"verdicts": [1]}, {"verdicts": {"a": 1}}, None]
-)
+@pytest.mark.parametrize("change", [{"machine": {"kernels": "other"}}, {"verdicts": [1]}, {"verdicts": {"a": 1}}, None])
 def test_foreign_or_malformed_verdicts_are_not_believed(tmp_path, change):
     self_test(tmp_path, right).select(LINEAR)
     path = tmp_path / "verdicts.json"

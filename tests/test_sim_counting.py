@@ -1,9 +1,8 @@
 """Counted kernels: operations against counts made by hand, and bytes of every buffer."""
 
+import metal_sim
 import numpy as np
 import pytest
-
-import metal_sim
 from metal_sim.counting import compile_counted
 
 pytestmark = pytest.mark.skipif(metal_sim.unavailable() is not None, reason=str(metal_sim.unavailable()))

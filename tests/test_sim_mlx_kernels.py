@@ -24,9 +24,7 @@ DT = {
 
 def lib(heads, inst, **kw):
     src = (
-        "#include <metal_stdlib>\n#include <metal_simdgroup>\n"
-        + "".join(f'#include "{K}{h}"\n' for h in heads)
-        + "\n"
+        "#include <metal_stdlib>\n#include <metal_simdgroup>\n" + "".join(f'#include "{K}{h}"\n' for h in heads) + "\n"
     )
     return metal_sim.compile(src, include_dirs=[INC], instantiate=inst, kernels=list(inst), **kw)
 
@@ -36,19 +34,13 @@ def to_np(a):  # mx array -> numpy bits
 
 
 def to_f(a, dtype):
-    return (
-        np.array(mx.array(a).view(mx.bfloat16).astype(mx.float32))
-        if dtype == "bfloat16_t"
-        else a.astype(np.float32)
-    )
+    return np.array(mx.array(a).view(mx.bfloat16).astype(mx.float32)) if dtype == "bfloat16_t" else a.astype(np.float32)
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("T,n", [("float", 1000), ("half", 512), ("bfloat16_t", 777)])
 def test_softmax(T, n, order):
-    L = lib(
-        ["utils.h", "softmax.h"], {"s": f"softmax_single_row<{T}, float>", "l": f"softmax_looped<{T}, float>"}
-    )
+    L = lib(["utils.h", "softmax.h"], {"s": f"softmax_single_row<{T}, float>", "l": f"softmax_looped<{T}, float>"})
     x = mx.array(rng.standard_normal((3, n)).astype(np.float32) * 4).astype(DT[T][1])
     want = np.array(mx.softmax(x, axis=-1, precise=True).astype(mx.float32))
     for k, th in (("s", (n // 4 + 32) // 32 * 32), ("l", 1024)):
@@ -71,9 +63,7 @@ def test_hadamard(N, order):
     mr = 16
     stand_in = "METAL_FUNC void hadamard_radix_m(thread float* x) {}"  # MLX generates it for other sizes
     src = f'#include <metal_stdlib>\n{stand_in}\n#include "{K}hadamard.h"\n'
-    L = metal_sim.compile(
-        src, include_dirs=[INC], instantiate={"h": f"hadamard_n<float, {N}, {mr}, 2>"}, kernels=["h"]
-    )
+    L = metal_sim.compile(src, include_dirs=[INC], instantiate={"h": f"hadamard_n<float, {N}, {mr}, 2>"}, kernels=["h"])
     x = rng.standard_normal((5, N)).astype(np.float32)
     s = np.float32(1 / np.sqrt(N))
     r = L.run(
@@ -126,9 +116,7 @@ def test_qmv(T, bits, kern, N, Kd):
     races = (
         "threadgroup" if N % 8 else True
     )  # the last group recomputes rows of the one before: same values, but a race
-    want = np.array(
-        (x.astype(mx.float32) @ mx.dequantize(q, s, b, group_size=64, bits=bits).astype(mx.float32).T)
-    )
+    want = np.array(x.astype(mx.float32) @ mx.dequantize(q, s, b, group_size=64, bits=bits).astype(mx.float32).T)
     for order in ORDERS:
         r = L.run(
             "k",
@@ -156,9 +144,7 @@ def test_qmm_t(T, M, N, Kd):
     q, s, b, x = affine(T, M, N, Kd, 64, 4)
     al = N % 32 == 0
     L = lib(QH, {"k": f"affine_qmm_t<{T}, 64, 4, {str(al).lower()}, 0>"}, function_constants=FC)
-    want = np.array(
-        (x.astype(mx.float32) @ mx.dequantize(q, s, b, group_size=64, bits=4).astype(mx.float32).T)
-    )
+    want = np.array(x.astype(mx.float32) @ mx.dequantize(q, s, b, group_size=64, bits=4).astype(mx.float32).T)
     for order in ORDERS:
         r = L.run(
             "k",

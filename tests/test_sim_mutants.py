@@ -31,8 +31,7 @@ def overlay(tmp_path, header, text):
 
 def hadamard(inc):
     L = metal_sim.compile(
-        f"#include <metal_stdlib>\nMETAL_FUNC void hadamard_radix_m(thread float* x) {{}}\n#include "
-        f'"{K}hadamard.h"\n',
+        f'#include <metal_stdlib>\nMETAL_FUNC void hadamard_radix_m(thread float* x) {{}}\n#include "{K}hadamard.h"\n',
         include_dirs=inc,
         instantiate={"h": "hadamard_n<float, 512, 16, 2>"},
         kernels=["h"],
@@ -64,8 +63,7 @@ def qmm(inc):  # the shapes reach all four combinations of full and partial tile
     for M, N in ((32, 64), (40, 64), (32, 80), (8, 16)):
         q, s, b, x = affine("half", M, N, 128, 64, 4)
         L = metal_sim.compile(
-            "#include <metal_stdlib>\n#include <metal_simdgroup>\n"
-            + "".join(f'#include "{K}{h}"\n' for h in QH),
+            "#include <metal_stdlib>\n#include <metal_simdgroup>\n" + "".join(f'#include "{K}{h}"\n' for h in QH),
             include_dirs=inc,
             instantiate={
                 "t": "affine_qmm_t<half, 64, 4, true, 0>",

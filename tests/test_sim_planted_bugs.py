@@ -40,13 +40,11 @@ RUNTIME = {  # body, pattern
         "data race on threadgroup",
     ),
     "mem_none barrier": (
-        "threadgroup float s[128]; s[lid] = a[i]; threadgroup_barrier(mem_flags::mem_none); o[i] = s[127 "
-        "- lid];",
+        "threadgroup float s[128]; s[lid] = a[i]; threadgroup_barrier(mem_flags::mem_none); o[i] = s[127 - lid];",
         "data race on threadgroup",
     ),
     "simdgroup barrier across simdgroups": (
-        "threadgroup float s[128]; s[lid] = a[i]; simdgroup_barrier(mem_flags::mem_threadgroup); o[i] = "
-        "s[127 - lid];",
+        "threadgroup float s[128]; s[lid] = a[i]; simdgroup_barrier(mem_flags::mem_threadgroup); o[i] = s[127 - lid];",
         "data race on threadgroup",
     ),
     "same-word writes": (
@@ -95,8 +93,7 @@ RUNTIME = {  # body, pattern
         "divergence",
     ),
     "> 32 KB threadgroup": (
-        "threadgroup float s[8193]; s[lid] = a[i]; threadgroup_barrier(mem_flags::mem_threadgroup); o[i] "
-        "= s[lid];",
+        "threadgroup float s[8193]; s[lid] = a[i]; threadgroup_barrier(mem_flags::mem_threadgroup); o[i] = s[lid];",
         "threadgroup memory: 32772 bytes",
     ),
     "write to const": ("((device float*)a)[i] = 1; o[i] = 0;", "write to buffer 0"),

@@ -78,9 +78,9 @@ def test_simd_functions():
     p[j++] = quad_sum(v); p[j++] = quad_shuffle_xor(v, 1); p[j++] = quad_broadcast(v, 2);
     float2 f = simd_sum(float2(v, 1)); p[j++] = int(f.x) + int(f.y); p[j++] = simd_is_first();"""
     for order in ("forward", "reverse", "random:5"):
-        O = run(
-            "device const int* x, device int* o", body, [x, metal_sim.Out((64, 24), "i4")], 64, order=order
-        )[1].reshape(2, 32, 24)
+        O = run("device const int* x, device int* o", body, [x, metal_sim.Out((64, 24), "i4")], 64, order=order)[
+            1
+        ].reshape(2, 32, 24)
         l = np.arange(32)
         Q = X.reshape(2, 8, 4)
         b = lambda v: np.repeat(np.asarray(v)[:, None], 32, 1)

@@ -77,18 +77,21 @@ def test_model_problems_are_those_of_the_loaded_model():
     assert set(model_problems(path, "float32", "cpu")) == posed
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--shape", "256,128,4"], "hidden,inter,experts,top_k"),
-    (["--shape", "256,128,4,5"], "top_k <= experts"),
-    (["--shape", "256,128,4,2", "--bits", "9"], "widths from 1 to 8"),
-    (["--bits", "2"], "--bits goes with --shape"),
-    (["--batch-sizes", "0"], "at least 1"),
-    (["--batch-sizes", "a"], "must be integers"),
-    (["--iterations", "0"], "must be above 0"),
-    (["--warmup", "-1"], "at least 0"),
-    (["--budget", "nan"], "must be above 0"),
-    (["--model", "x", "--shape", "1,1,1,1"], "not allowed with"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--shape", "256,128,4"], "hidden,inter,experts,top_k"),
+        (["--shape", "256,128,4,5"], "top_k <= experts"),
+        (["--shape", "256,128,4,2", "--bits", "9"], "widths from 1 to 8"),
+        (["--bits", "2"], "--bits goes with --shape"),
+        (["--batch-sizes", "0"], "at least 1"),
+        (["--batch-sizes", "a"], "must be integers"),
+        (["--iterations", "0"], "must be above 0"),
+        (["--warmup", "-1"], "at least 0"),
+        (["--budget", "nan"], "must be above 0"),
+        (["--model", "x", "--shape", "1,1,1,1"], "not allowed with"),
+    ],
+)
 def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
         tune_cli.main(arguments)
@@ -99,11 +102,14 @@ def test_triple():
     assert tune_cli.parser().parse_args(["--shape", "256,128,4,2", "--bits", "6_2_3,4"]).bits == ((4, 4, 4), (6, 2, 3))
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--model", "no/such/dir"], "no/such/dir"),
-    (["--check"], "there is no profile"),
-    ([*SMALL, "--memory-limit", "1e-9"], "memory limit"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "no/such/dir"], "no/such/dir"),
+        (["--check"], "there is no profile"),
+        ([*SMALL, "--memory-limit", "1e-9"], "memory limit"),
+    ],
+)
 def test_errors_exit_with_2(arguments, message, capsys):
     assert tune_cli.main([*arguments, *([] if "--device" in arguments else ["--device", "cpu"])]) == 2
     assert message in capsys.readouterr().err
@@ -172,7 +178,8 @@ def test_terminated_process_keeps_what_it_measured(tmp_path):
     code = "from mlx_marlin.tune_cli import main; raise SystemExit(main())"
     run = subprocess.Popen(
         [sys.executable, "-c", code, *SMALL, "--batch-sizes", ",".join(map(str, range(1, 60))), "--output", str(path)],
-        stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not path.exists():
         assert run.poll() is None, run.stderr.read()
@@ -194,7 +201,7 @@ def edited(change):
     """Change the only entry of the stored profile."""
     path = profile.default_path("cpu")
     stored = profile.load(path)
-    (problem, entry), = stored.problems.items()
+    ((problem, entry),) = stored.problems.items()
     stored.problems[problem] = change(entry)
     path.write_bytes(profile_io.encode(stored))
 
@@ -232,8 +239,20 @@ def test_p_slower(ratio, regressed):
 
 def launch(*arguments):
     """``mlx.launch -n 2 --backend ring -- mlx_marlin-tune ...``"""
-    command = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()", "-n", "2",
-               "--backend", "ring", "--", sys.executable, "-m", "mlx_marlin.autotune", *arguments]
+    command = [
+        sys.executable,
+        "-c",
+        "from mlx._distributed_utils.launch import main; main()",
+        "-n",
+        "2",
+        "--backend",
+        "ring",
+        "--",
+        sys.executable,
+        "-m",
+        "mlx_marlin.autotune",
+        *arguments,
+    ]
     return subprocess.run(command, capture_output=True, text=True)
 
 

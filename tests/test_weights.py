@@ -1,10 +1,10 @@
 """Weights and banks: what they accept, what they hold, and what they say about bad input."""
 
+import cases
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import cases
 from mlx_marlin import codec
 from mlx_marlin.weights import ExpertBank, ExpertStack, TrellisWeight
 
@@ -38,27 +38,33 @@ def test_a_bias_of_logical_size_is_padded():
     assert TrellisWeight(TRELLIS, ONES, ONES, bias=mx.ones((128,), mx.bfloat16), out_features=100).bias.size == 128
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"trellis": TRELLIS.astype(np.int32)}, "trellis must be int16, got mlx.core.int32"),
-    ({"trellis": TRELLIS.astype(np.float16)}, "trellis must be int16, got mlx.core.float16"),
-    ({"trellis": TRELLIS[0]}, r"shape \[k/16, n/16, 16\*K\] with K in 1..8, got \[8, 48\]"),
-    ({"trellis": TRELLIS[..., :40]}, r"K in 1..8, got \[8, 8, 40\]"),
-    ({"trellis": np.zeros((8, 8, 144), np.int16)}, r"K in 1..8, got \[8, 8, 144\]"),
-    ({"trellis": TRELLIS[..., :0]}, r"K in 1..8, got \[8, 8, 0\]"),
-    ({"trellis": TRELLIS[:7]}, r"stands for a \[112, 128\] matrix; both sizes must be positive multiples of 128"),
-    ({"trellis": TRELLIS[:, :0]}, r"stands for a \[128, 0\] matrix"),
-    ({"suh": ONES[:64]}, r"suh must be float16 of shape \[128\] \(or packed int16 signs \[8\]\), got .*float16 \[64\]"),
-    ({"svh": ONES.astype(np.float32)}, r"svh must be float16 of shape \[128\] .*, got .*float32 \[128\]"),
-    ({"suh": np.zeros(16, np.int16)}, r"suh: packed signs must have shape \[8\], got \[16\]"),
-    ({"svh": ONES[None]}, r"svh must be float16 .* got .*float16 \[1, 128\]"),
-    ({"codebook": "mul2"}, "codebook must be one of 3inst, mcg, mul1, got 'mul2'"),
-    ({"codebook": None}, "codebook must be one of 3inst, mcg, mul1, got None"),
-    ({"bias": ONES[:5]}, r"bias must be floating point of shape \[128\] or \[128\], got .*float16 \[5\]"),
-    ({"bias": np.zeros(128, np.int32)}, "bias must be floating point .* got .*int32"),
-    ({"in_features": 129}, r"in_features must lie in \(0, 128\].*got 129"),
-    ({"in_features": 0}, r"in_features must lie in \(0, 128\].*got 0"),
-    ({"out_features": -1}, r"out_features must lie in \(0, 128\].*got -1"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"trellis": TRELLIS.astype(np.int32)}, "trellis must be int16, got mlx.core.int32"),
+        ({"trellis": TRELLIS.astype(np.float16)}, "trellis must be int16, got mlx.core.float16"),
+        ({"trellis": TRELLIS[0]}, r"shape \[k/16, n/16, 16\*K\] with K in 1..8, got \[8, 48\]"),
+        ({"trellis": TRELLIS[..., :40]}, r"K in 1..8, got \[8, 8, 40\]"),
+        ({"trellis": np.zeros((8, 8, 144), np.int16)}, r"K in 1..8, got \[8, 8, 144\]"),
+        ({"trellis": TRELLIS[..., :0]}, r"K in 1..8, got \[8, 8, 0\]"),
+        ({"trellis": TRELLIS[:7]}, r"stands for a \[112, 128\] matrix; both sizes must be positive multiples of 128"),
+        ({"trellis": TRELLIS[:, :0]}, r"stands for a \[128, 0\] matrix"),
+        (
+            {"suh": ONES[:64]},
+            r"suh must be float16 of shape \[128\] \(or packed int16 signs \[8\]\), got .*float16 \[64\]",
+        ),
+        ({"svh": ONES.astype(np.float32)}, r"svh must be float16 of shape \[128\] .*, got .*float32 \[128\]"),
+        ({"suh": np.zeros(16, np.int16)}, r"suh: packed signs must have shape \[8\], got \[16\]"),
+        ({"svh": ONES[None]}, r"svh must be float16 .* got .*float16 \[1, 128\]"),
+        ({"codebook": "mul2"}, "codebook must be one of 3inst, mcg, mul1, got 'mul2'"),
+        ({"codebook": None}, "codebook must be one of 3inst, mcg, mul1, got None"),
+        ({"bias": ONES[:5]}, r"bias must be floating point of shape \[128\] or \[128\], got .*float16 \[5\]"),
+        ({"bias": np.zeros(128, np.int32)}, "bias must be floating point .* got .*int32"),
+        ({"in_features": 129}, r"in_features must lie in \(0, 128\].*got 129"),
+        ({"in_features": 0}, r"in_features must lie in \(0, 128\].*got 0"),
+        ({"out_features": -1}, r"out_features must lie in \(0, 128\].*got -1"),
+    ],
+)
 def test_bad_weights(change, message):
     arguments = {"trellis": TRELLIS, "suh": ONES, "svh": ONES, "codebook": "mul1"} | change
     with pytest.raises(ValueError, match=message):

@@ -60,4 +60,4 @@ static void activate(float* gate, const float* up, int count, int activation, fl
   }
 }
 
-} // namespace mlx_marlin::cpu::MARLIN_TIER
+}  // namespace mlx_marlin::cpu::MARLIN_TIER

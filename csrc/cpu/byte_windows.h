@@ -41,4 +41,4 @@ struct alignas(32) ByteWindows {
 
 inline constexpr ByteWindows kByteWindows[MARLIN_MAX_BITS] = {1, 2, 3, 4, 5, 6, 7, 8};
 
-} // namespace mlx_marlin::cpu
+}  // namespace mlx_marlin::cpu

@@ -40,8 +40,7 @@ static void store_row(const float* x, int count, void* out) {
     alignas(64) char converted[kLanes * 4];
     std::memcpy(tail, x + i, (count - i) * sizeof(float));
     store_as<T>(converted, 0, load(tail));
-    std::memcpy(static_cast<char*>(out) + static_cast<int64_t>(i) * bytes(T), converted,
-                (count - i) * bytes(T));
+    std::memcpy(static_cast<char*>(out) + static_cast<int64_t>(i) * bytes(T), converted, (count - i) * bytes(T));
   }
 }
 
@@ -67,4 +66,4 @@ static void add_scaled(float* y, const float* x, float score, int count) {
   }
 }
 
-} // namespace mlx_marlin::cpu::MARLIN_TIER
+}  // namespace mlx_marlin::cpu::MARLIN_TIER

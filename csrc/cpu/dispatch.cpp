@@ -43,8 +43,8 @@ struct Entry {
 #if defined(__x86_64__)
 bool has_avx2() {
   unsigned a, b, c, d;  // __builtin_cpu_supports knows f16c from GCC 11 and clang 17 on only
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+      (c >> 29 & 1);
 }
 
 bool has_avx512() {
@@ -104,7 +104,7 @@ std::atomic<const Tier*>& current() {
   return tier;
 }
 
-} // namespace
+}  // namespace
 
 const Tier& tier() {
   return *current().load(std::memory_order_acquire);
@@ -140,8 +140,7 @@ void set_instruction_set(const std::string& name) {
     }
     known += std::string(", ") + entry.name;
   }
-  throw std::invalid_argument(
-      "this machine runs the instruction sets " + known + "; got \"" + name + "\"");
+  throw std::invalid_argument("this machine runs the instruction sets " + known + "; got \"" + name + "\"");
 }
 
-} // namespace mlx_marlin::cpu
+}  // namespace mlx_marlin::cpu

@@ -44,15 +44,18 @@ MARLIN_INLINE void prefetch_tile(const uint8_t* tile, int64_t stride, int64_t by
 
 // Groups whose accumulators stay in registers while ROWS rows share a decoded group.
 template <int ROWS>
-constexpr int kSweepGroups = ROWS == 1 ? 8 : ROWS == 2 ? 4 : ROWS <= 4 ? 2 : 1;
+constexpr int kSweepGroups = ROWS <= 2 ? 8 / ROWS
+    : ROWS <= 4                        ? 2
+                                       : 1;
 
 // sums[row * kChains + chain] += x * tiles for chains of groups [first, first + kSweepGroups).
 //
 // Eight groups are packed before the first of them is unpacked and multiplied: the chain from the codes
 // to a weight is some 40 cycles long, and a scheduler full of waiting multiplications sees no further.
 template <int CODEBOOK, int ROWS, bool FIRST>
-static void sweep(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride, int tiles,
-                  const float* x, int first, V* sums) {
+static void sweep(
+    const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride, int tiles, const float* x, int first,
+    V* sums) {
   constexpr int groups = kSweepGroups<ROWS>;
   constexpr int depth = kGroups / groups;  // divides the number of tiles, a multiple of 8
   constexpr int chains = groups * kGroupChains;
@@ -93,8 +96,8 @@ static void sweep(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t
 }
 
 template <int CODEBOOK, int ROWS>
-static void sweep_tile(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride,
-                       int tiles, const float* x, V* sums) {
+static void sweep_tile(
+    const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride, int tiles, const float* x, V* sums) {
   sweep<CODEBOOK, ROWS, true>(decoder, tile, stride, tiles, x, 0, sums);
   if constexpr (kSweepGroups<ROWS> < kGroups) {
     for (int g = kSweepGroups<ROWS>; g < kGroups; g += kSweepGroups<ROWS>) {
@@ -105,8 +108,9 @@ static void sweep_tile(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, in
 
 // rows in [1, ROWS].
 template <int CODEBOOK, int ROWS>
-static void sweep_rows(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride,
-                       int tiles, const float* x, int rows, V* sums) {
+static void sweep_rows(
+    const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride, int tiles, const float* x, int rows,
+    V* sums) {
   if constexpr (ROWS > 0) {
     if (rows < ROWS) {
       return sweep_rows<CODEBOOK, ROWS - 1>(decoder, tile, stride, tiles, x, rows, sums);
@@ -117,8 +121,7 @@ static void sweep_rows(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, in
 
 // panel[tile][step][chain]
 template <int CODEBOOK>
-static void decode_panel(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride,
-                         int tiles, V* panel) {
+static void decode_panel(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride, int tiles, V* panel) {
   Packed<CODEBOOK> packed[kGroups];
   for (int t = 0; t < tiles; ++t, tile += stride, panel += kTileVectors) {
     prefetch_tile(tile, stride, decoder.bytes());
@@ -148,9 +151,8 @@ static void multiply_panel(const V* panel, int tiles, const float* x, V* sums) {
       unroll<kPanelChains>([&](auto c) MARLIN_LAMBDA { w[c] = panel[s * kChains + c]; });
       unroll<ROWS>([&](auto r) MARLIN_LAMBDA {
         V value = load_step(x + r * MARLIN_TILE, s);
-        unroll<kPanelChains>([&](auto c) MARLIN_LAMBDA {
-          acc[r * kPanelChains + c] = fma(w[c], value, acc[r * kPanelChains + c]);
-        });
+        unroll<kPanelChains>(
+            [&](auto c) MARLIN_LAMBDA { acc[r * kPanelChains + c] = fma(w[c], value, acc[r * kPanelChains + c]); });
       });
     });
   }
@@ -179,8 +181,7 @@ static void multiply_panel_tail(const V* panel, int tiles, const float* x, int r
 }
 
 // x: the segment's rows; tile_row: the first tile of the sweep.
-static void multiply_panel_rows(const V* panel, int tile_row, int tiles, const float* x, int k, int rows,
-                                V* sums) {
+static void multiply_panel_rows(const V* panel, int tile_row, int tiles, const float* x, int k, int rows, V* sums) {
   int r = 0;
   for (; r + kPanelBlock <= rows; r += kPanelBlock, sums += kPanelBlock * kChains) {
     multiply_panel_block<kPanelBlock>(panel, tiles, block_at(x, r, kPanelBlock, k, tile_row), sums);
@@ -196,8 +197,8 @@ static void write_sums(const V* sums, int rows, float* y, int64_t ldy) {
 
 // Few rows: the weights go from the decoder's registers straight into the sums.
 template <int CODEBOOK>
-static void multiply_few(const Codes& codes, const float* x, int rows, int column, int columns,
-                         float* y, int64_t ldy, V* sums) {
+static void multiply_few(
+    const Codes& codes, const float* x, int rows, int column, int columns, float* y, int64_t ldy, V* sums) {
   Decoder<CODEBOOK> decoder(codes);
   const int64_t bytes = tile_bytes(codes.bits);
   const int64_t stride = codes.n / MARLIN_TILE * bytes;
@@ -207,9 +208,8 @@ static void multiply_few(const Codes& codes, const float* x, int rows, int colum
   for (int t = 0; t < tile_rows; t += kSweep, block += kSweep * stride) {
     int tiles = tile_rows - t < kSweep ? tile_rows - t : kSweep;
     for (int c = 0; c < tile_columns; ++c) {
-      sweep_rows<CODEBOOK, kPanelRows - 1>(decoder, block + c * bytes, stride, tiles,
-                                           block_at(x, 0, rows, codes.k, t), rows,
-                                           sums + c * rows * kChains);
+      sweep_rows<CODEBOOK, kPanelRows - 1>(
+          decoder, block + c * bytes, stride, tiles, block_at(x, 0, rows, codes.k, t), rows, sums + c * rows * kChains);
     }
   }
   for (int c = 0; c < tile_columns; ++c) {
@@ -219,8 +219,8 @@ static void multiply_few(const Codes& codes, const float* x, int rows, int colum
 
 // Many rows: a sweep of one tile column is decoded once, into the L1 cache, for all rows.
 template <int CODEBOOK>
-static void multiply_many(const Codes& codes, const float* x, int rows, int column, int columns,
-                          float* y, int64_t ldy, V* sums) {
+static void multiply_many(
+    const Codes& codes, const float* x, int rows, int column, int columns, float* y, int64_t ldy, V* sums) {
   Decoder<CODEBOOK> decoder(codes);
   const int64_t bytes = tile_bytes(codes.bits);
   const int64_t stride = codes.n / MARLIN_TILE * bytes;
@@ -239,8 +239,9 @@ static void multiply_many(const Codes& codes, const float* x, int rows, int colu
 }
 
 template <int CODEBOOK>
-static void multiply_codebook(const Codes& codes, const float* x, int rows, int column, int columns,
-                              int panel_rows, float* y, int64_t ldy, V* sums) {
+static void multiply_codebook(
+    const Codes& codes, const float* x, int rows, int column, int columns, int panel_rows, float* y, int64_t ldy,
+    V* sums) {
   if (panel_rows >= kPanelRows && rows >= kPanelRows) {
     return multiply_many<CODEBOOK>(codes, x, rows, column, columns, y, ldy, sums);
   }
@@ -258,20 +259,18 @@ static int64_t multiply_scratch(int rows, int columns) {
   return (vectors > many ? vectors : many) * kLanes;
 }
 
-static void multiply(const Codes& codes, const float* x, int rows, int column, int columns,
-                     int panel_rows, float* y, int64_t ldy, float* scratch) {
+static void multiply(
+    const Codes& codes, const float* x, int rows, int column, int columns, int panel_rows, float* y, int64_t ldy,
+    float* scratch) {
   V* sums = reinterpret_cast<V*>(scratch);
   switch (codes.codebook) {
     case MARLIN_CODEBOOK_3INST:
-      return multiply_codebook<MARLIN_CODEBOOK_3INST>(codes, x, rows, column, columns, panel_rows, y,
-                                                      ldy, sums);
+      return multiply_codebook<MARLIN_CODEBOOK_3INST>(codes, x, rows, column, columns, panel_rows, y, ldy, sums);
     case MARLIN_CODEBOOK_MCG:
-      return multiply_codebook<MARLIN_CODEBOOK_MCG>(codes, x, rows, column, columns, panel_rows, y,
-                                                    ldy, sums);
+      return multiply_codebook<MARLIN_CODEBOOK_MCG>(codes, x, rows, column, columns, panel_rows, y, ldy, sums);
     case MARLIN_CODEBOOK_MUL1:
-      return multiply_codebook<MARLIN_CODEBOOK_MUL1>(codes, x, rows, column, columns, panel_rows, y,
-                                                     ldy, sums);
+      return multiply_codebook<MARLIN_CODEBOOK_MUL1>(codes, x, rows, column, columns, panel_rows, y, ldy, sums);
   }
 }
 
-} // namespace mlx_marlin::cpu::MARLIN_TIER
+}  // namespace mlx_marlin::cpu::MARLIN_TIER

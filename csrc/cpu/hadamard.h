@@ -35,8 +35,7 @@ MARLIN_INLINE void hadamard(V* v) {
 }
 
 template <DType T>
-static void rotate_block(const void* x, int64_t begin, const uint16_t* scale, int64_t tile_stride,
-                         float* out) {
+static void rotate_block(const void* x, int64_t begin, const uint16_t* scale, int64_t tile_stride, float* out) {
   V v[kBlockVectors];
   for (int i = 0; i < kBlockVectors; ++i) {
     v[i] = load_as<T>(x, begin + i * kLanes) * load_half(scale + begin + i * kLanes);
@@ -55,8 +54,7 @@ static void rotate_block(const void* x, int64_t begin, const uint16_t* scale, in
 }
 
 template <DType T>
-static void rotate_row(const void* x, int count, const uint16_t* scale, int size, int64_t tile_stride,
-                       float* out) {
+static void rotate_row(const void* x, int count, const uint16_t* scale, int size, int64_t tile_stride, float* out) {
   const int64_t block = tile_stride ? MARLIN_HADAMARD_SIZE / MARLIN_TILE * tile_stride : MARLIN_HADAMARD_SIZE;
   int64_t whole = count / MARLIN_HADAMARD_SIZE * MARLIN_HADAMARD_SIZE;
   for (int64_t begin = 0; begin < whole; begin += MARLIN_HADAMARD_SIZE, out += block) {
@@ -69,8 +67,8 @@ static void rotate_row(const void* x, int count, const uint16_t* scale, int size
   }
 }
 
-static void rotate(DType dtype, const void* x, int count, const uint16_t* scale, int size,
-                   int64_t tile_stride, float* out) {
+static void rotate(
+    DType dtype, const void* x, int count, const uint16_t* scale, int size, int64_t tile_stride, float* out) {
   switch (dtype) {
     case DType::float32:
       return rotate_row<DType::float32>(x, count, scale, size, tile_stride, out);
@@ -93,4 +91,4 @@ static void finish(float* y, const uint16_t* scale, const float* bias) {
   }
 }
 
-} // namespace mlx_marlin::cpu::MARLIN_TIER
+}  // namespace mlx_marlin::cpu::MARLIN_TIER

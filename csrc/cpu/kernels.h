@@ -14,11 +14,11 @@ enum class DType { float32, float16, bfloat16 };
 // One projection of all experts (python: weights.ExpertStack). k and n are the padded sizes.
 struct Stack {
   const uint32_t* codes;
-  const int64_t* offsets;    // [experts], in words
-  const uint32_t* formats;   // [experts], bits | codebook << 8
-  const uint16_t* suh;       // [experts, k], half
-  const uint16_t* svh;       // [experts, n], half
-  const float* bias;         // [experts, n] or null
+  const int64_t* offsets;   // [experts], in words
+  const uint32_t* formats;  // [experts], bits | codebook << 8
+  const uint16_t* suh;      // [experts, k], half
+  const uint16_t* svh;      // [experts, n], half
+  const float* bias;        // [experts, n] or null
   int experts;
   int k;
   int n;
@@ -34,12 +34,12 @@ struct Config {
 // y[r] = x[r] W(id[r]) + bias for r in [0, rows). With `transposed`, y[r] = x[r] W(id[r])^T (no
 // bias): x rows then have out_features elements and y rows in_features.
 struct ProductArgs {
-  DType dtype;             // of x and y
-  const void* x;           // [x_rows, in]; in <= k, zero-extended to k
-  void* y;                 // [rows, out]; out <= n, the rest is not written
+  DType dtype;    // of x and y
+  const void* x;  // [x_rows, in]; in <= k, zero-extended to k
+  void* y;        // [rows, out]; out <= n, the rest is not written
   int64_t rows;
-  const uint32_t* ids;     // [rows] expert of each row, or null: all rows use expert 0
-  int64_t x_divisor;       // row r reads x row r / x_divisor (top_k, or 1)
+  const uint32_t* ids;  // [rows] expert of each row, or null: all rows use expert 0
+  int64_t x_divisor;    // row r reads x row r / x_divisor (top_k, or 1)
   int in_features;
   int out_features;
   bool transposed;
@@ -50,16 +50,16 @@ void product(const ProductArgs& args, const Config& config);
 // out[r, s] = down(act(gate(x[r]), up(x[r]))) of expert ids[r, s]; with scores,
 // out[r] = sum over s in slot order of scores[r, s] * (that), summed in float32.
 struct SwigluArgs {
-  DType dtype;             // of x and out
-  const void* x;           // [rows, hidden]
-  const uint32_t* ids;     // [rows, top_k]
-  const float* scores;     // [rows, top_k] or null
-  void* out;               // [rows, top_k, hidden], or [rows, hidden] with scores
+  DType dtype;          // of x and out
+  const void* x;        // [rows, hidden]
+  const uint32_t* ids;  // [rows, top_k]
+  const float* scores;  // [rows, top_k] or null
+  void* out;            // [rows, top_k, hidden], or [rows, hidden] with scores
   int64_t rows;
   int top_k;
-  int hidden;              // logical; gate.k is the padded size
-  int activation;          // MARLIN_ACTIVATION_*
-  float alpha;             // swiglu_oai only
+  int hidden;      // logical; gate.k is the padded size
+  int activation;  // MARLIN_ACTIVATION_*
+  float alpha;     // swiglu_oai only
   float limit;
   Stack gate, up, down;
 };
@@ -80,4 +80,4 @@ void set_instruction_set(const std::string&);  // "auto" or one of instruction_s
 void set_threads(int n);  // n >= 1
 int threads();
 
-} // namespace mlx_marlin::cpu
+}  // namespace mlx_marlin::cpu

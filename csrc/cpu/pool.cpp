@@ -154,8 +154,7 @@ class Pool {
   void serve(uint64_t seen) {
     while (true) {
       auto start = std::chrono::steady_clock::now();
-      while (generation_.load(std::memory_order_acquire) == seen &&
-             std::chrono::steady_clock::now() - start < kSpin) {
+      while (generation_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() - start < kSpin) {
         for (int i = 0; i < kPausesPerCheck && generation_.load() == seen; ++i) {
           pause();
         }
@@ -206,7 +205,7 @@ Pool& pool() {
   return *instance.load();
 }
 
-} // namespace
+}  // namespace
 
 void run_phases(const std::vector<Phase>& phases, int threads) {
   Job job{&phases, std::make_unique<Counter[]>(phases.size()), 0};
@@ -231,7 +230,7 @@ namespace {
 constexpr std::align_val_t kAlignment{64};
 // A layer's scratch for a few hundred rows stays; more is given back after the call.
 constexpr int64_t kKeepFloats = 16 << 20;
-} // namespace
+}  // namespace
 
 Scratch::~Scratch() {
   ::operator delete[](data_, kAlignment);
@@ -261,4 +260,4 @@ Scratch& task_scratch() {
   return scratch;
 }
 
-} // namespace mlx_marlin::cpu
+}  // namespace mlx_marlin::cpu

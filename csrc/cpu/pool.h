@@ -35,4 +35,4 @@ class Scratch {
 // The calling thread's own scratch, for use inside one task.
 Scratch& task_scratch();
 
-} // namespace mlx_marlin::cpu
+}  // namespace mlx_marlin::cpu

@@ -47,26 +47,26 @@ struct Product {
         ? RowPlace{static_cast<int64_t>(index) * in, 0}
         : row_place(index, segment.rows, tier.block_rows(segment.rows, config.panel_rows), in);
     const char* x = static_cast<const char*>(args.x) + row * in_features * dtype_bytes(args.dtype);
-    tier.rotate(args.dtype, x, in_features, expert_row(in_scale, segment.expert, in), in,
-                place.tile_stride, rotated + place.begin);
+    tier.rotate(
+        args.dtype, x, in_features, expert_row(in_scale, segment.expert, in), in, place.tile_stride,
+        rotated + place.begin);
   }
 
   // Columns [column, column + columns) of a segment's rows.
-  void columns(const Segment& segment, const int64_t* order, const float* rotated, int column,
-               int columns) const {
+  void columns(const Segment& segment, const int64_t* order, const float* rotated, int column, int columns) const {
     const Stack& stack = args.stack;
     Codes codes = expert_codes(stack, segment.expert);
-    float* y = task_scratch().floats(static_cast<int64_t>(segment.rows) * columns +
-                                     tier.multiply_scratch(segment.rows, columns));
+    float* y = task_scratch().floats(
+        static_cast<int64_t>(segment.rows) * columns + tier.multiply_scratch(segment.rows, columns));
     if (args.transposed) {
       tier.multiply_transposed(codes, rotated, segment.rows, column, columns, y, columns);
     } else {
-      tier.multiply(codes, rotated, segment.rows, column, columns, config.panel_rows, y, columns,
-                    y + static_cast<int64_t>(segment.rows) * columns);
+      tier.multiply(
+          codes, rotated, segment.rows, column, columns, config.panel_rows, y, columns,
+          y + static_cast<int64_t>(segment.rows) * columns);
     }
-    const float* bias = args.transposed || !stack.bias
-        ? nullptr
-        : stack.bias + static_cast<int64_t>(segment.expert) * out + column;
+    const float* bias =
+        args.transposed || !stack.bias ? nullptr : stack.bias + static_cast<int64_t>(segment.expert) * out + column;
     const uint16_t* scale = expert_row(out_scale, segment.expert, out) + column;
     int written = std::min(columns, out_features - column);
     for (int r = 0; r < segment.rows; ++r, y += columns) {
@@ -79,7 +79,7 @@ struct Product {
   }
 };
 
-} // namespace
+}  // namespace
 
 void product(const ProductArgs& args, const Config& config) {
   if (args.rows == 0) {
@@ -102,15 +102,15 @@ void product(const ProductArgs& args, const Config& config) {
     phases.push_back({batch.rows, [&, batch](int64_t task) {
                         int64_t at = batch.begin + task;
                         const Segment& segment = segments.list[segments.segment[at]];
-                        product.rotate(segment, at, segments.order[at],
-                                       rotated + (segment.begin - batch.begin) * product.in);
+                        product.rotate(
+                            segment, at, segments.order[at], rotated + (segment.begin - batch.begin) * product.in);
                       }});
     phases.push_back({(batch.last - batch.first) * blocks, [&, batch](int64_t task) {
                         const Segment& segment = segments.list[batch.first + task / blocks];
                         int column = static_cast<int>(task % blocks) * block;
                         const float* x = rotated + (segment.begin - batch.begin) * product.in;
-                        product.columns(segment, segments.order.data(), x, column,
-                                        std::min(block, product.out - column));
+                        product.columns(
+                            segment, segments.order.data(), x, column, std::min(block, product.out - column));
                       }});
   }
   run_phases(phases, config.threads);
@@ -121,9 +121,9 @@ void decode(const Stack& stack, int expert, uint16_t* out, int threads) {
   const Tier& tier = cpu::tier();
   Codes codes = expert_codes(stack, expert);
   int64_t row = static_cast<int64_t>(MARLIN_TILE) * codes.n;
-  run_phases({{codes.k / MARLIN_TILE,
-               [&](int64_t task) { tier.decode(codes, static_cast<int>(task), out + task * row); }}},
-             threads);
+  run_phases(
+      {{codes.k / MARLIN_TILE, [&](int64_t task) { tier.decode(codes, static_cast<int>(task), out + task * row); }}},
+      threads);
 }
 
 int64_t find_bad_id(const uint32_t* ids, int64_t count, int experts) {
@@ -136,4 +136,4 @@ int64_t find_bad_id(const uint32_t* ids, int64_t count, int experts) {
   return bad;
 }
 
-} // namespace mlx_marlin::cpu
+}  // namespace mlx_marlin::cpu

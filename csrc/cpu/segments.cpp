@@ -6,8 +6,7 @@
 
 namespace mlx_marlin::cpu {
 
-Segments::Segments(const uint32_t* ids, int64_t slots, int experts, int segment_rows)
-    : order(slots), segment(slots) {
+Segments::Segments(const uint32_t* ids, int64_t slots, int experts, int segment_rows) : order(slots), segment(slots) {
   std::vector<int64_t> starts(experts + 1, 0);
   for (int64_t s = 0; s < slots; ++s) {
     ++starts[(ids ? ids[s] : 0) + 1];
@@ -47,4 +46,4 @@ int block_columns(const Config& config, int n) {
   return std::min(blocks * MARLIN_HADAMARD_SIZE, n);
 }
 
-} // namespace mlx_marlin::cpu
+}  // namespace mlx_marlin::cpu

@@ -43,4 +43,4 @@ int block_columns(const Config& config, int n);
 // Bytes of rotated activations that one batch may hold.
 constexpr int64_t kBatchBytes = 32 << 20;
 
-} // namespace mlx_marlin::cpu
+}  // namespace mlx_marlin::cpu

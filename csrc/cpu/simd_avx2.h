@@ -42,8 +42,7 @@ MARLIN_INLINE V load_half(const uint16_t* p) {
 }
 
 MARLIN_INLINE void store_half(uint16_t* p, V v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 MARLIN_INLINE V load_bfloat(const uint16_t* p) {
@@ -57,11 +56,10 @@ MARLIN_INLINE void store_bfloat(uint16_t* p, V v) {
   __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
   __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
   __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  rounded = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16),
-                               _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm_packus_epi32(_mm256_castsi256_si128(rounded),
-                                    _mm256_extracti128_si256(rounded, 1)));
+  rounded = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(p),
+      _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
 }
 
 // Butterfly of lanes S apart: the lower lane gets a + b, the upper a - b.
@@ -72,8 +70,7 @@ MARLIN_INLINE V butterfly(V v) {
   } else if constexpr (S == 2) {
     return _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1), _mm256_permute_ps(v, 0x4e));
   } else {
-    return _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1),
-                           _mm256_permute2f128_ps(v, v, 0x01));
+    return _mm256_fmadd_ps(v, _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1), _mm256_permute2f128_ps(v, v, 0x01));
   }
 }
 
@@ -120,8 +117,7 @@ MARLIN_INLINE void store_tile_order(const V* natural, float* out) {
 // y[0..16) = the sums of the chains, per column.
 MARLIN_INLINE void sum_chains(const V* chains, float* y) {
   for (int c = 0; c < kChains; c += 4) {
-    V sums = _mm256_hadd_ps(_mm256_hadd_ps(chains[c], chains[c + 1]),
-                            _mm256_hadd_ps(chains[c + 2], chains[c + 3]));
+    V sums = _mm256_hadd_ps(_mm256_hadd_ps(chains[c], chains[c + 1]), _mm256_hadd_ps(chains[c + 2], chains[c + 3]));
     _mm_storeu_ps(y + c, _mm256_castps256_ps128(sums));
     _mm_storeu_ps(y + c + 8, _mm256_extractf128_ps(sums, 1));
   }
@@ -167,8 +163,10 @@ struct Decoder {
 
   explicit Decoder(const Codes& codes)
       : step(4 * codes.bits),
-        last(codes.tiles + (static_cast<int64_t>(codes.k) / MARLIN_TILE * (codes.n / MARLIN_TILE) - 1) *
-                 MARLIN_TILE_WORDS(codes.bits) * 4) {
+        last(
+            codes.tiles +
+            (static_cast<int64_t>(codes.k) / MARLIN_TILE * (codes.n / MARLIN_TILE) - 1) *
+                MARLIN_TILE_WORDS(codes.bits) * 4) {
     windows = kByteWindows[codes.bits - 1];
   }
 
@@ -194,8 +192,7 @@ struct Decoder {
         // Both are exact before the rounding: all terms are short multiples of 2^-18.
         constexpr float scale = kMul1Scale, offset = kMul1Offset - 1024 * kMul1Scale;
         V sum = packed.get(0, s);
-        out[s] = round_to_half(fma(sum, set1(scale), set1(offset)),
-                               fma(sum, set1(8193 * scale), set1(8193 * offset)));
+        out[s] = round_to_half(fma(sum, set1(scale), set1(offset)), fma(sum, set1(8193 * scale), set1(8193 * offset)));
       } else {
         V v = packed.get(0, s) + packed.get(1, s);  // exact: the exponents differ by 3 at most
         out[s] = round_to_half(v, v * set1(8193.0f));
@@ -223,13 +220,11 @@ struct Decoder {
 
   // A state is 16 bits of three bytes: the upper two, shifted left, and what the third adds.
   MARLIN_INLINE __m256i states(__m256i words, int pair) const {
-    auto table = [](const auto& t) {
-      return _mm256_load_si256(reinterpret_cast<const __m256i*>(t));
-    };
+    auto table = [](const auto& t) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(t)); };
     __m256i upper = _mm256_shuffle_epi8(words, table(windows.upper[pair]));
     __m256i third = _mm256_shuffle_epi8(words, table(windows.third[pair]));
-    return _mm256_or_si256(_mm256_mullo_epi16(upper, table(windows.left)),
-                           _mm256_mulhi_epu16(third, table(windows.right)));
+    return _mm256_or_si256(
+        _mm256_mullo_epi16(upper, table(windows.left)), _mm256_mulhi_epu16(third, table(windows.right)));
   }
 
   static MARLIN_INLINE __m256i set1_word(uint32_t x) {
@@ -239,8 +234,8 @@ struct Decoder {
   static MARLIN_INLINE void put(__m256i state, int pair, Packed<CODEBOOK>& packed) {
     __m256i multiplier = set1_word(kMultiplier);
     __m256i low = _mm256_mullo_epi16(state, multiplier);
-    __m256i high = _mm256_add_epi16(_mm256_mulhi_epu16(state, multiplier),
-                                    _mm256_mullo_epi16(state, set1_word(kMultiplier >> 16)));
+    __m256i high = _mm256_add_epi16(
+        _mm256_mulhi_epu16(state, multiplier), _mm256_mullo_epi16(state, set1_word(kMultiplier >> 16)));
     if constexpr (kMul1) {
       __m256i ones = _mm256_set1_epi8(1);
       __m256i sum = _mm256_add_epi16(_mm256_maddubs_epi16(low, ones), _mm256_maddubs_epi16(high, ones));
@@ -264,4 +259,4 @@ struct Decoder {
   ByteWindows windows;
 };
 
-} // namespace mlx_marlin::cpu::MARLIN_TIER
+}  // namespace mlx_marlin::cpu::MARLIN_TIER

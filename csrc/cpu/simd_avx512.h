@@ -124,12 +124,9 @@ MARLIN_INLINE void sum_chains(const V* chains, float* y) {
       return _mm512_castps_pd(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
     };
     __m512d ab = pair(4 * q), cd = pair(4 * q + 2);
-    quads[q] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) +
-        _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+    quads[q] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
   });
-  auto fold = [](V a, V b) {
-    return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
-  };
+  auto fold = [](V a, V b) { return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd); };
   store(y, fold(fold(quads[0], quads[1]), fold(quads[2], quads[3])));
 }
 
@@ -277,8 +274,7 @@ struct Decoder {
         // Both are exact before the rounding: all terms are short multiples of 2^-18.
         constexpr float scale = kMul1Scale, offset = kMul1Offset - 1024 * kMul1Scale;
         V s = packed.get(0, half);
-        out[half] = round_to_half(fma(s, set1(scale), set1(offset)),
-                                  fma(s, set1(8193 * scale), set1(8193 * offset)));
+        out[half] = round_to_half(fma(s, set1(scale), set1(offset)), fma(s, set1(8193 * scale), set1(8193 * offset)));
       } else {
         V v = packed.get(0, half) + packed.get(1, half);  // exact: the exponents differ by 3 at most
         out[half] = round_to_half(v, v * set1(8193.0f));
@@ -318,8 +314,8 @@ struct Decoder {
 
   MARLIN_INLINE Product hash(__m512i state) const {
     __m512i low = _mm512_mullo_epi16(state, constants.low_multiplier);
-    __m512i high = _mm512_add_epi16(_mm512_mulhi_epu16(state, constants.low_multiplier),
-                                    _mm512_mullo_epi16(state, constants.high_multiplier));
+    __m512i high = _mm512_add_epi16(
+        _mm512_mulhi_epu16(state, constants.low_multiplier), _mm512_mullo_epi16(state, constants.high_multiplier));
     if constexpr (CODEBOOK == MARLIN_CODEBOOK_3INST) {
       constexpr uint32_t increment = kHalvesIncrement<CODEBOOK>;
       low = _mm512_add_epi16(low, set1_word(increment));
@@ -332,12 +328,13 @@ struct Decoder {
 
   MARLIN_INLINE void put(Product x, Packed<CODEBOOK>& packed) const {
     if constexpr (CODEBOOK == MARLIN_CODEBOOK_MUL1) {
-      __m512i sum = _mm512_add_epi16(_mm512_maddubs_epi16(x.low, constants.c),
-                                     _mm512_maddubs_epi16(x.high, constants.c));
+      __m512i sum =
+          _mm512_add_epi16(_mm512_maddubs_epi16(x.low, constants.c), _mm512_maddubs_epi16(x.high, constants.c));
 #if defined(__AVX512FP16__)
-      packed.put(0, _mm512_castph_si512(_mm512_fmadd_ph(_mm512_castsi512_ph(sum),
-                                                        _mm512_castsi512_ph(constants.a),
-                                                        _mm512_castsi512_ph(constants.b))));
+      packed.put(
+          0,
+          _mm512_castph_si512(_mm512_fmadd_ph(
+              _mm512_castsi512_ph(sum), _mm512_castsi512_ph(constants.a), _mm512_castsi512_ph(constants.b))));
 #else
       packed.put(0, _mm512_or_si512(sum, constants.a));
 #endif
@@ -346,8 +343,7 @@ struct Decoder {
       __m512i low = _mm512_ternarylogic_epi32(constants.b, x.low, constants.a, xor_and);
       __m512i high = _mm512_ternarylogic_epi32(constants.c, x.high, constants.a, xor_and);
 #if defined(__AVX512FP16__)
-      packed.put(0, _mm512_castph_si512(
-                        _mm512_add_ph(_mm512_castsi512_ph(low), _mm512_castsi512_ph(high))));
+      packed.put(0, _mm512_castph_si512(_mm512_add_ph(_mm512_castsi512_ph(low), _mm512_castsi512_ph(high))));
 #else
       packed.put(0, low);
       packed.put(1, high);
@@ -365,4 +361,4 @@ struct Decoder {
 #endif
 };
 
-} // namespace mlx_marlin::cpu::MARLIN_TIER
+}  // namespace mlx_marlin::cpu::MARLIN_TIER

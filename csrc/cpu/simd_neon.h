@@ -104,8 +104,10 @@ MARLIN_INLINE V load_column(const float* x, int chain) {
 MARLIN_INLINE void store_tile_order(const V* natural, float* out) {
   unroll<4>([&](auto i) MARLIN_LAMBDA {  // rows 2i, 2i + 1, 2i + 8, 2i + 9
     V low = natural[i / 2], high = natural[i / 2 + 2];
-    store(out + 4 * i, i % 2 ? vcombine_f32(vget_high_f32(low), vget_high_f32(high))
-                             : vcombine_f32(vget_low_f32(low), vget_low_f32(high)));
+    store(
+        out + 4 * i,
+        i % 2 ? vcombine_f32(vget_high_f32(low), vget_high_f32(high))
+              : vcombine_f32(vget_low_f32(low), vget_low_f32(high)));
   });
 }
 
@@ -143,8 +145,10 @@ struct Decoder {
 
   explicit Decoder(const Codes& codes)
       : step(4 * codes.bits),
-        last(codes.tiles + (static_cast<int64_t>(codes.k) / MARLIN_TILE * (codes.n / MARLIN_TILE) - 1) *
-                 MARLIN_TILE_WORDS(codes.bits) * 4),
+        last(
+            codes.tiles +
+            (static_cast<int64_t>(codes.k) / MARLIN_TILE * (codes.n / MARLIN_TILE) - 1) *
+                MARLIN_TILE_WORDS(codes.bits) * 4),
         windows(kByteWindows[codes.bits - 1]) {
     uint16x8_t factor = vld1q_u16(windows.left);
     // left is 2^f: the shift counts are f and f - 8.
@@ -203,19 +207,20 @@ struct Decoder {
     constexpr uint32_t multiplier = kMul1 ? kMul1Multiplier : kHalvesMultiplier<CODEBOOK>;
     constexpr uint32_t increment = kMul1 ? 0 : kHalvesIncrement<CODEBOOK>;
     uint32x4_t factor = vdupq_n_u32(multiplier), start = vdupq_n_u32(increment);
-    return {vmlaq_u32(start, vmovl_u16(vget_low_u16(state)), factor),
-            vmlaq_u32(start, vmovl_u16(vget_high_u16(state)), factor)};
+    return {
+        vmlaq_u32(start, vmovl_u16(vget_low_u16(state)), factor),
+        vmlaq_u32(start, vmovl_u16(vget_high_u16(state)), factor)};
   }
 
   static MARLIN_INLINE void values(uint16x8_t state, V* out) {
     Products x = hash(state);
     if constexpr (kMul1) {
-      uint16x8_t sum = vpaddq_u16(vpaddlq_u8(vreinterpretq_u8_u32(x.first)),
-                                  vpaddlq_u8(vreinterpretq_u8_u32(x.second)));
+      uint16x8_t sum =
+          vpaddq_u16(vpaddlq_u8(vreinterpretq_u8_u32(x.first)), vpaddlq_u8(vreinterpretq_u8_u32(x.second)));
 #if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
       float16x8_t s = vreinterpretq_f16_u16(vorrq_u16(sum, vdupq_n_u16(0x6400)));  // 1024 + sum
-      float16x8_t value = vfmaq_f16(vreinterpretq_f16_u16(vdupq_n_u16(0xc931)), s,
-                                    vreinterpretq_f16_u16(vdupq_n_u16(0x1eee)));
+      float16x8_t value =
+          vfmaq_f16(vreinterpretq_f16_u16(vdupq_n_u16(0xc931)), s, vreinterpretq_f16_u16(vdupq_n_u16(0x1eee)));
       out[0] = vcvt_f32_f16(vget_low_f16(value));
       out[1] = vcvt_high_f32_f16(value);
 #else
@@ -250,4 +255,4 @@ struct Decoder {
   int16x8_t left, right;
 };
 
-} // namespace mlx_marlin::cpu::MARLIN_TIER
+}  // namespace mlx_marlin::cpu::MARLIN_TIER

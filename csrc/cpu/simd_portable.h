@@ -181,9 +181,7 @@ MARLIN_INLINE V codebook_value(U state) {
   } else {
     U x = state * kHalvesMultiplier<CODEBOOK> + kHalvesIncrement<CODEBOOK>;
     x = (x & kHalvesMask) ^ kHalvesXor;
-    auto half = [](U h) {
-      return from_bits((h & 0x8000) << 16 | (((h & 0x7fff) << 13) + (112 << 23)));
-    };
+    auto half = [](U h) { return from_bits((h & 0x8000) << 16 | (((h & 0x7fff) << 13) + (112 << 23))); };
     return round_to_half(half(x & 0xffff) + half(x >> 16));
   }
 }
@@ -228,4 +226,4 @@ struct Decoder {
   int bits;
 };
 
-} // namespace mlx_marlin::cpu::MARLIN_TIER
+}  // namespace mlx_marlin::cpu::MARLIN_TIER

@@ -37,26 +37,27 @@ struct Swiglu {
   int64_t first_slot = 0;   // of the rows that `slots` holds
 
   RowPlace place(const Segment& segment, int64_t row, int size) const {
-    return row_place(static_cast<int>(row), segment.rows,
-                     tier.block_rows(segment.rows, config.panel_rows), size);
+    return row_place(static_cast<int>(row), segment.rows, tier.block_rows(segment.rows, config.panel_rows), size);
   }
 
   // Row `row` of a segment whose rows begin at `at` in gate_x and up_x.
   void rotate(const Segment& segment, int64_t row, int64_t slot, int64_t at) const {
-    const char* x = static_cast<const char*>(args.x) +
-        slot / args.top_k * args.hidden * dtype_bytes(args.dtype);
+    const char* x = static_cast<const char*>(args.x) + slot / args.top_k * args.hidden * dtype_bytes(args.dtype);
     RowPlace to = place(segment, row, hidden);
-    tier.rotate(args.dtype, x, args.hidden, expert_row(args.gate.suh, segment.expert, hidden), hidden,
-                to.tile_stride, gate_x + at * hidden + to.begin);
-    tier.rotate(args.dtype, x, args.hidden, expert_row(args.up.suh, segment.expert, hidden), hidden,
-                to.tile_stride, up_x + at * hidden + to.begin);
+    tier.rotate(
+        args.dtype, x, args.hidden, expert_row(args.gate.suh, segment.expert, hidden), hidden, to.tile_stride,
+        gate_x + at * hidden + to.begin);
+    tier.rotate(
+        args.dtype, x, args.hidden, expert_row(args.up.suh, segment.expert, hidden), hidden, to.tile_stride,
+        up_x + at * hidden + to.begin);
   }
 
   // `columns` columns of one projection of a segment, in the original basis.
-  void project(const Stack& stack, const Segment& segment, const float* x, int column, int columns,
-               float* y, float* scratch) const {
-    tier.multiply(expert_codes(stack, segment.expert), x, segment.rows, column, columns,
-                  config.panel_rows, y, columns, scratch);
+  void project(
+      const Stack& stack, const Segment& segment, const float* x, int column, int columns, float* y,
+      float* scratch) const {
+    tier.multiply(
+        expert_codes(stack, segment.expert), x, segment.rows, column, columns, config.panel_rows, y, columns, scratch);
     const uint16_t* scale = expert_row(stack.svh, segment.expert, stack.n) + column;
     const float* bias = expert_bias(stack, segment.expert, column);
     for (int64_t r = 0; r < segment.rows; ++r) {
@@ -78,8 +79,9 @@ struct Swiglu {
       float* act = gate + r * columns;
       tier.activate(act, up + r * columns, columns, args.activation, args.alpha, args.limit);
       RowPlace to = place(segment, r, inner);
-      tier.rotate(DType::float32, act, columns, scale, columns, to.tile_stride,
-                  down_x + at * inner + to.begin + column / MARLIN_TILE * to.tile_stride);
+      tier.rotate(
+          DType::float32, act, columns, scale, columns, to.tile_stride,
+          down_x + at * inner + to.begin + column / MARLIN_TILE * to.tile_stride);
     }
   }
 
@@ -94,8 +96,7 @@ struct Swiglu {
         std::copy_n(y, written, slots + (slot - first_slot) * args.hidden + column);
       } else {
         char* out = static_cast<char*>(args.out);
-        tier.store(args.dtype, y, written,
-                   out + (slot * args.hidden + column) * dtype_bytes(args.dtype));
+        tier.store(args.dtype, y, written, out + (slot * args.hidden + column) * dtype_bytes(args.dtype));
       }
     }
   }
@@ -104,11 +105,11 @@ struct Swiglu {
     alignas(64) float sum[kCombineColumns] = {};
     for (int s = 0; s < args.top_k; ++s) {
       int64_t slot = row * args.top_k + s;
-      tier.add_scaled(sum, slots + (slot - first_slot) * args.hidden + column, args.scores[slot],
-                      columns);
+      tier.add_scaled(sum, slots + (slot - first_slot) * args.hidden + column, args.scores[slot], columns);
     }
-    tier.store(args.dtype, sum, columns,
-               static_cast<char*>(args.out) + (row * args.hidden + column) * dtype_bytes(args.dtype));
+    tier.store(
+        args.dtype, sum, columns,
+        static_cast<char*>(args.out) + (row * args.hidden + column) * dtype_bytes(args.dtype));
   }
 };
 
@@ -116,13 +117,11 @@ struct Swiglu {
 void swiglu_rows(Swiglu& job, int64_t begin, int64_t rows) {
   const SwigluArgs& args = job.args;
   job.first_slot = begin * args.top_k;
-  Segments segments(args.ids + job.first_slot, rows * args.top_k, args.gate.experts,
-                    segment_rows(job.config));
+  Segments segments(args.ids + job.first_slot, rows * args.top_k, args.gate.experts, segment_rows(job.config));
   for (int64_t& slot : segments.order) {
     slot += job.first_slot;
   }
-  auto batches = make_batches(segments.list,
-                              std::max<int64_t>(1, kBatchBytes / (8 * job.hidden + 4 * job.inner)));
+  auto batches = make_batches(segments.list, std::max<int64_t>(1, kBatchBytes / (8 * job.hidden + 4 * job.inner)));
   int64_t most = 0;
   for (const Batch& batch : batches) {
     most = std::max(most, batch.rows);
@@ -143,34 +142,33 @@ void swiglu_rows(Swiglu& job, int64_t begin, int64_t rows) {
     phases.push_back({batch.rows, [&, batch](int64_t task) {
                         int64_t at = batch.begin + task;
                         const Segment& segment = segments.list[segments.segment[at]];
-                        job.rotate(segment, at - segment.begin, segments.order[at],
-                                   segment.begin - batch.begin);
+                        job.rotate(segment, at - segment.begin, segments.order[at], segment.begin - batch.begin);
                       }});
     phases.push_back({count * inner_blocks, [&, batch, inner_block, inner_blocks](int64_t task) {
                         const Segment& segment = segments.list[batch.first + task / inner_blocks];
                         int column = static_cast<int>(task % inner_blocks) * inner_block;
-                        job.gate_up(segment, segment.begin - batch.begin, column,
-                                    std::min(inner_block, job.inner - column));
+                        job.gate_up(
+                            segment, segment.begin - batch.begin, column, std::min(inner_block, job.inner - column));
                       }});
     phases.push_back({count * out_blocks, [&, batch, out_block, out_blocks](int64_t task) {
                         const Segment& segment = segments.list[batch.first + task / out_blocks];
                         int column = static_cast<int>(task % out_blocks) * out_block;
-                        job.down(segment, segments.order.data(), segment.begin - batch.begin, column,
-                                 std::min(out_block, job.hidden - column));
+                        job.down(
+                            segment, segments.order.data(), segment.begin - batch.begin, column,
+                            std::min(out_block, job.hidden - column));
                       }});
   }
   if (args.scores) {
     int64_t parts = (args.hidden + kCombineColumns - 1) / kCombineColumns;
     phases.push_back({rows * parts, [&, begin, parts](int64_t task) {
                         int column = static_cast<int>(task % parts) * kCombineColumns;
-                        job.combine(begin + task / parts, column,
-                                    std::min(kCombineColumns, args.hidden - column));
+                        job.combine(begin + task / parts, column, std::min(kCombineColumns, args.hidden - column));
                       }});
   }
   run_phases(phases, job.config.threads);
 }
 
-} // namespace
+}  // namespace
 
 void swiglu(const SwigluArgs& args, const Config& config) {
   Swiglu job{args, config, tier(), args.gate.k, args.gate.n};
@@ -185,4 +183,4 @@ void swiglu(const SwigluArgs& args, const Config& config) {
   call_scratch().trim();
 }
 
-} // namespace mlx_marlin::cpu
+}  // namespace mlx_marlin::cpu

@@ -17,21 +17,30 @@
 #include "simd_neon.h"
 #endif
 
+#include "activation.h"
 #include "convert.h"
 #include "gemm.h"
-#include "transposed.h"
 #include "hadamard.h"
-#include "activation.h"
+#include "transposed.h"
 
 namespace mlx_marlin::cpu::MARLIN_TIER {
 
 static const Tier table = {
-    MARLIN_STRING(MARLIN_TIER), rotate, block_rows, multiply, multiply_scratch,
-    multiply_transposed, finish, activate, add_scaled, store, decode_tile_row};
+    MARLIN_STRING(MARLIN_TIER),
+    rotate,
+    block_rows,
+    multiply,
+    multiply_scratch,
+    multiply_transposed,
+    finish,
+    activate,
+    add_scaled,
+    store,
+    decode_tile_row};
 
 extern const Tier& tier_table();
 const Tier& tier_table() {
   return table;
 }
 
-} // namespace mlx_marlin::cpu::MARLIN_TIER
+}  // namespace mlx_marlin::cpu::MARLIN_TIER

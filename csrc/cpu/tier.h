@@ -27,20 +27,21 @@ struct Tier {
 
   // out = H(x[0..count) * scale), x zero-extended to size. With tile_stride, the 16 values of each
   // tile go to out + tile * tile_stride in tile order; with 0 the row is stored as it is.
-  void (*rotate)(DType dtype, const void* x, int count, const uint16_t* scale, int size,
-                 int64_t tile_stride, float* out);
+  void (*rotate)(
+      DType dtype, const void* x, int count, const uint16_t* scale, int size, int64_t tile_stride, float* out);
 
   int (*block_rows)(int rows, int panel_rows);
 
   // y[r][0..columns) = x[r] W[:, column..column + columns), y with stride ldy. At most panel_rows rows
   // share a decoded tile. `scratch` holds multiply_scratch(rows, columns) floats.
-  void (*multiply)(const Codes& codes, const float* x, int rows, int column, int columns,
-                   int panel_rows, float* y, int64_t ldy, float* scratch);
+  void (*multiply)(
+      const Codes& codes, const float* x, int rows, int column, int columns, int panel_rows, float* y, int64_t ldy,
+      float* scratch);
   int64_t (*multiply_scratch)(int rows, int columns);
 
   // y[r][0..columns) = x[r] W^T[:, column..column + columns): x [rows, n], row major.
-  void (*multiply_transposed)(const Codes& codes, const float* x, int rows, int column, int columns,
-                              float* y, int64_t ldy);
+  void (*multiply_transposed)(
+      const Codes& codes, const float* x, int rows, int column, int columns, float* y, int64_t ldy);
 
   // One block of 128 columns of one row, in place: y = H(y) * scale + bias. bias may be null.
   void (*finish)(float* y, const uint16_t* scale, const float* bias);
@@ -69,19 +70,18 @@ struct RowPlace {
 inline RowPlace row_place(int row, int rows, int block_rows, int size) {
   int block = row / block_rows * block_rows;
   int count = rows - block < block_rows ? rows - block : block_rows;
-  return {static_cast<int64_t>(block) * size + (row - block) * MARLIN_TILE,
-          static_cast<int64_t>(count) * MARLIN_TILE};
+  return {static_cast<int64_t>(block) * size + (row - block) * MARLIN_TILE, static_cast<int64_t>(count) * MARLIN_TILE};
 }
 
 inline Codes expert_codes(const Stack& stack, int expert) {
   uint32_t format = stack.formats[expert];
-  return {reinterpret_cast<const uint8_t*>(stack.codes + stack.offsets[expert]),
-          static_cast<int>(MARLIN_FORMAT_BITS(format)),
-          static_cast<int>(MARLIN_FORMAT_CODEBOOK(format)), stack.k, stack.n};
+  return {
+      reinterpret_cast<const uint8_t*>(stack.codes + stack.offsets[expert]),
+      static_cast<int>(MARLIN_FORMAT_BITS(format)), static_cast<int>(MARLIN_FORMAT_CODEBOOK(format)), stack.k, stack.n};
 }
 
 inline int dtype_bytes(DType dtype) {
   return dtype == DType::float32 ? 4 : 2;
 }
 
-} // namespace mlx_marlin::cpu
+}  // namespace mlx_marlin::cpu

@@ -23,4 +23,4 @@ constexpr uint32_t kHalvesIncrement = CODEBOOK == MARLIN_CODEBOOK_3INST ? 642484
 constexpr uint32_t kHalvesMask = 0x8fff8fff;
 constexpr uint32_t kHalvesXor = 0x3b603b60;
 
-} // namespace mlx_marlin::cpu
+}  // namespace mlx_marlin::cpu

@@ -17,8 +17,8 @@ static void with_decoder(const Codes& codes, F&& f) {
 }
 
 // Here the vectors lie along the result: each decoded vector times its column's x adds to the step's sum.
-static void multiply_transposed(const Codes& codes, const float* x, int rows, int column, int columns,
-                                float* y, int64_t ldy) {
+static void multiply_transposed(
+    const Codes& codes, const float* x, int rows, int column, int columns, float* y, int64_t ldy) {
   const int tile_columns = codes.n / MARLIN_TILE;
   const int64_t bytes = tile_bytes(codes.bits);
   with_decoder(codes, [&](const auto& decoder) {
@@ -34,9 +34,8 @@ static void multiply_transposed(const Codes& codes, const float* x, int rows, in
           const float* values = x + static_cast<int64_t>(r) * codes.n + t * MARLIN_TILE;
           V sums[kSteps] = {};
           unroll<kSteps>([&](auto s) MARLIN_LAMBDA {
-            unroll<kChains>([&](auto i) MARLIN_LAMBDA {
-              sums[s] = fma(panel[s * kChains + i], load_column(values, i), sums[s]);
-            });
+            unroll<kChains>(
+                [&](auto i) MARLIN_LAMBDA { sums[s] = fma(panel[s * kChains + i], load_column(values, i), sums[s]); });
           });
           add_steps(sums, y + r * ldy + c);
         }
@@ -73,4 +72,4 @@ static void decode_tile_row(const Codes& codes, int tile_row, uint16_t* out) {
   });
 }
 
-} // namespace mlx_marlin::cpu::MARLIN_TIER
+}  // namespace mlx_marlin::cpu::MARLIN_TIER

@@ -21,4 +21,4 @@ MARLIN_INLINE void unroll(F&& f) {
   }
 }
 
-} // namespace mlx_marlin::cpu
+}  // namespace mlx_marlin::cpu

@@ -88,18 +88,13 @@ MTL::Library* find_library(mx::metal::Device& device, const Dispatch& d) {
 
 // Metal wants a value for every constant that a function mentions; those that a dispatch does not name
 // are 0.
-MTL::ComputePipelineState* build_kernel(
-    mx::metal::Device& device,
-    const Dispatch& d,
-    const std::string& name) {
+MTL::ComputePipelineState* build_kernel(mx::metal::Device& device, const Dispatch& d, const std::string& name) {
   static constexpr uint32_t zero = 0;
   std::deque<bool> bools;  // a deque does not move its elements
   mx::metal::MTLFCList constants;
   for (const FunctionConstant& entry : kFunctionConstants) {
-    const auto named =
-        std::find_if(d.constants.begin(), d.constants.end(), [&entry](const Constant& c) {
-          return c.name == entry.name;
-        });
+    const auto named = std::find_if(
+        d.constants.begin(), d.constants.end(), [&entry](const Constant& c) { return c.name == entry.name; });
     const uint32_t& value = named == d.constants.end() ? zero : named->value;
     if (entry.is_bool) {
       constants.emplace_back(&bools.emplace_back(value != 0), MTL::DataTypeBool, entry.index);
@@ -110,8 +105,7 @@ MTL::ComputePipelineState* build_kernel(
   try {
     return device.get_kernel(host_name(d), find_library(device, d), name, constants);
   } catch (const std::runtime_error& error) {
-    throw std::runtime_error(
-        "[mlx_marlin] the Metal kernel " + name + " could not be built: " + error.what());
+    throw std::runtime_error("[mlx_marlin] the Metal kernel " + name + " could not be built: " + error.what());
   }
 }
 
@@ -170,10 +164,7 @@ void encode(const Plan& plan, mx::Stream stream, Arrays arrays) {
 
 // Binds a stack's arrays, which begin at inputs[first]; returns where the next begins.
 size_t bind_stack(
-    Arrays& arrays,
-    const std::string& name,
-    const StackInfo& info,
-    const std::vector<mx::array>& inputs,
+    Arrays& arrays, const std::string& name, const StackInfo& info, const std::vector<mx::array>& inputs,
     size_t first) {
   static const char* parts[] = {".codes", ".offsets", ".formats", ".suh", ".svh", ".bias"};
   const size_t count = static_cast<size_t>(info.num_arrays());
@@ -189,7 +180,7 @@ int dtype_id(mx::Dtype dtype) {
                               : MARLIN_DTYPE_BFLOAT16;
 }
 
-} // namespace
+}  // namespace
 
 void set_shaders(std::unordered_map<std::string, std::string> sources) {
   const std::lock_guard lock(pipelines().mutex);
@@ -197,11 +188,7 @@ void set_shaders(std::unordered_map<std::string, std::string> sources) {
   pipelines().by_name.clear();
 }
 
-void encode_linear(
-    const LinearCall& call,
-    mx::Stream stream,
-    const std::vector<mx::array>& inputs,
-    mx::array& out) {
+void encode_linear(const LinearCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {
   out.set_data(mx::allocator::malloc(out.nbytes()));
   Arrays arrays;
   arrays.emplace("x", inputs[0]);
@@ -214,11 +201,7 @@ void encode_linear(
   encode(plan_linear(call, rows, dtype_id(out.dtype())), stream, std::move(arrays));
 }
 
-void encode_swiglu(
-    const SwigluCall& call,
-    mx::Stream stream,
-    const std::vector<mx::array>& inputs,
-    mx::array& out) {
+void encode_swiglu(const SwigluCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {
   out.set_data(mx::allocator::malloc(out.nbytes()));
   Arrays arrays;
   arrays.emplace("x", inputs[0]);
@@ -235,11 +218,7 @@ void encode_swiglu(
   encode(plan_swiglu(call, rows, top_k, dtype_id(out.dtype())), stream, std::move(arrays));
 }
 
-void encode_decode(
-    const DecodeCall& call,
-    mx::Stream stream,
-    const std::vector<mx::array>& inputs,
-    mx::array& out) {
+void encode_decode(const DecodeCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {
   out.set_data(mx::allocator::malloc(out.nbytes()));
   Arrays arrays;
   arrays.emplace("y", out);
@@ -247,4 +226,4 @@ void encode_decode(
   encode(plan_decode(call), stream, std::move(arrays));
 }
 
-} // namespace mlx_marlin::metal
+}  // namespace mlx_marlin::metal

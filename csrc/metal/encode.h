@@ -12,22 +12,10 @@ namespace mlx_marlin::metal {
 
 namespace mx = mlx::core;
 
-void encode_linear(
-    const LinearCall& call,
-    mx::Stream stream,
-    const std::vector<mx::array>& inputs,
-    mx::array& out);
+void encode_linear(const LinearCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out);
 
-void encode_swiglu(
-    const SwigluCall& call,
-    mx::Stream stream,
-    const std::vector<mx::array>& inputs,
-    mx::array& out);
+void encode_swiglu(const SwigluCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out);
 
-void encode_decode(
-    const DecodeCall& call,
-    mx::Stream stream,
-    const std::vector<mx::array>& inputs,
-    mx::array& out);
+void encode_decode(const DecodeCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out);
 
-} // namespace mlx_marlin::metal
+}  // namespace mlx_marlin::metal

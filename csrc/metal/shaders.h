@@ -9,4 +9,4 @@ namespace mlx_marlin::metal {
 // Self-contained source by kernel family. Set before the first call that runs on a GPU.
 void set_shaders(std::unordered_map<std::string, std::string> sources);
 
-} // namespace mlx_marlin::metal
+}  // namespace mlx_marlin::metal

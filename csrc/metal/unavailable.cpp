@@ -11,38 +11,25 @@ namespace mlx_marlin::metal {
 namespace {
 
 [[noreturn]] void refuse(const char* op) {
-  throw std::runtime_error(
-      std::string("[") + op + "] this build of mlx_marlin has no Metal; run it on a CPU stream.");
+  throw std::runtime_error(std::string("[") + op + "] this build of mlx_marlin has no Metal; run it on a CPU stream.");
 }
 
-} // namespace
+}  // namespace
 
 void set_shaders(std::unordered_map<std::string, std::string>) {
   refuse("set_shaders");
 }
 
-void encode_linear(
-    const LinearCall&,
-    mx::Stream,
-    const std::vector<mx::array>&,
-    mx::array&) {
+void encode_linear(const LinearCall&, mx::Stream, const std::vector<mx::array>&, mx::array&) {
   refuse("trellis_linear");
 }
 
-void encode_swiglu(
-    const SwigluCall&,
-    mx::Stream,
-    const std::vector<mx::array>&,
-    mx::array&) {
+void encode_swiglu(const SwigluCall&, mx::Stream, const std::vector<mx::array>&, mx::array&) {
   refuse("trellis_swiglu");
 }
 
-void encode_decode(
-    const DecodeCall&,
-    mx::Stream,
-    const std::vector<mx::array>&,
-    mx::array&) {
+void encode_decode(const DecodeCall&, mx::Stream, const std::vector<mx::array>&, mx::array&) {
   refuse("trellis_decode");
 }
 
-} // namespace mlx_marlin::metal
+}  // namespace mlx_marlin::metal

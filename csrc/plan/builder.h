@@ -102,4 +102,4 @@ class Builder {
   Dispatch dispatch_;
 };
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

@@ -35,12 +35,11 @@ void for_passes(Pass pass, int64_t rows, uint64_t bytes_per_row, const AddPass& 
 void check_route(const Pass& pass) {
   if ((pass.buckets() * 4ull + 1) * 4 > kMaxThreadgroupBytes) {
     throw std::invalid_argument(
-        "[plan] " + std::to_string(pass.experts) +
-        " experts are too many to be sorted in threadgroup memory.");
+        "[plan] " + std::to_string(pass.experts) + " experts are too many to be sorted in threadgroup memory.");
   }
 }
 
-} // namespace
+}  // namespace
 
 Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
   Weights weights{"weight", call.stack, call.transposed};
@@ -106,8 +105,8 @@ Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
   const bool raw = !tiling.whole_blocks();
   const bool to_slots = raw || call.combine;
   const uint32_t hidden = static_cast<uint32_t>(call.hidden);
-  const uint64_t slot_floats = 2ull * rotated * call.gate.k + (raw ? 3ull : 1ull) * call.gate.n +
-      (to_slots ? call.down.n : 0);
+  const uint64_t slot_floats =
+      2ull * rotated * call.gate.k + (raw ? 3ull : 1ull) * call.gate.n + (to_slots ? call.down.n : 0);
   const uint64_t row_bytes = pass.slots_per_row * 4ull * slot_floats;
   Plan plan;
   for_passes(pass, rows, row_bytes, [&](const Pass& p) {
@@ -130,4 +129,4 @@ Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
   return plan;
 }
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

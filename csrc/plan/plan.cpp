@@ -35,4 +35,4 @@ void Plan::reserve(const std::string& name, uint64_t bytes) {
   scratch.emplace_back(name, bytes);
 }
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

@@ -14,16 +14,12 @@ namespace {
 constexpr uint32_t kStageSimdgroups = 8;
 
 std::string product_name(const char* stem, const Tiling& t) {
-  return std::string(stem) + "<" + std::to_string(t.row_parameter()) + ", " +
-      std::to_string(t.tiles_per_simdgroup) + ", " + (t.matrix ? "true" : "false") + ">";
+  return std::string(stem) + "<" + std::to_string(t.row_parameter()) + ", " + std::to_string(t.tiles_per_simdgroup) +
+      ", " + (t.matrix ? "true" : "false") + ">";
 }
 
 MarlinProductArgs product_args(
-    const Pass& pass,
-    const StackInfo& info,
-    const Tiling& t,
-    uint32_t in_columns,
-    uint32_t out_columns) {
+    const Pass& pass, const StackInfo& info, const Tiling& t, uint32_t in_columns, uint32_t out_columns) {
   MarlinProductArgs args{};
   args.k = static_cast<uint32_t>(info.k);
   args.n = static_cast<uint32_t>(info.n);
@@ -41,7 +37,7 @@ uint64_t rotated_bytes(const Pass& pass, int k) {
   return pass.position_rows() * k * 4;
 }
 
-} // namespace
+}  // namespace
 
 uint64_t Pass::element_size() const {
   return dtype == MARLIN_DTYPE_FLOAT32 ? 4 : 2;
@@ -77,12 +73,7 @@ void add_route(Plan& plan, const Pass& pass) {
                .done());
 }
 
-void add_rotate(
-    Plan& plan,
-    const Pass& pass,
-    const Weights* only,
-    const Weights* up,
-    uint32_t columns) {
+void add_rotate(Plan& plan, const Pass& pass, const Weights* only, const Weights* up, uint32_t columns) {
   const int k = only->info.k;
   MarlinRotateArgs args{};
   args.k = static_cast<uint32_t>(k);
@@ -117,12 +108,7 @@ void add_rotate(
   plan.add(b.done());
 }
 
-void add_gate_up(
-    Plan& plan,
-    const Pass& pass,
-    const SwigluCall& call,
-    const Tiling& t,
-    bool rotated) {
+void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Tiling& t, bool rotated) {
   const Weights gate{"gate", call.gate};
   const Weights up{"up", call.up};
   const bool fused = t.whole_blocks();
@@ -172,8 +158,7 @@ void add_gate_up(
     b.bias(17, up);
   }
   const std::string out = fused ? "activated" : "sums";
-  const uint64_t bytes =
-      fused ? rotated_bytes(pass, call.gate.n) : 2ull * pass.positions() * call.gate.n * 4;
+  const uint64_t bytes = fused ? rotated_bytes(pass, call.gate.n) : 2ull * pass.positions() * call.gate.n * 4;
   b.write(19, out, bytes);
   plan.reserve(out, bytes);
   plan.add(b.done());
@@ -325,4 +310,4 @@ Plan plan_decode(const DecodeCall& call) {
   return plan;
 }
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

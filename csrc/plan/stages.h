@@ -23,9 +23,9 @@ struct Pass {
   uint32_t rows;       // of x
   uint32_t slots_per_row;
   uint32_t experts;
-  bool indexed;        // experts come from indices; otherwise expert 0
-  bool routed;         // positions are slots sorted by expert; otherwise they are slots
-  bool matrix;         // rotated activations are fragments of 8 positions
+  bool indexed;  // experts come from indices; otherwise expert 0
+  bool routed;   // positions are slots sorted by expert; otherwise they are slots
+  bool matrix;   // rotated activations are fragments of 8 positions
   uint32_t tile_rows;
 
   uint32_t slots() const {
@@ -72,20 +72,10 @@ struct CombineStage {
 
 void add_route(Plan& plan, const Pass& pass);
 // up: null for a single weight.
-void add_rotate(
-    Plan& plan,
-    const Pass& pass,
-    const Weights* gate_or_only,
-    const Weights* up,
-    uint32_t columns);
-void add_gate_up(
-    Plan& plan,
-    const Pass& pass,
-    const SwigluCall& call,
-    const Tiling& tiling,
-    bool rotated);
+void add_rotate(Plan& plan, const Pass& pass, const Weights* gate_or_only, const Weights* up, uint32_t columns);
+void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Tiling& tiling, bool rotated);
 void add_activate(Plan& plan, const Pass& pass, const SwigluCall& call);
 void add_linear(Plan& plan, const Pass& pass, const LinearStage& stage);
 void add_combine(Plan& plan, const Pass& pass, const CombineStage& stage);
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

@@ -52,21 +52,18 @@ int matrix_tiles(int units, int column_tiles, int projections, int simdgroups) {
     }
   }
   refuse(
-      std::to_string(simdgroups) + " simdgroups cannot hold the sums of " +
-      std::to_string(units * 8) + " rows and " + std::to_string(projections * column_tiles * 16) +
-      " columns");
+      std::to_string(simdgroups) + " simdgroups cannot hold the sums of " + std::to_string(units * 8) + " rows and " +
+      std::to_string(projections * column_tiles * 16) + " columns");
 }
 
-} // namespace
+}  // namespace
 
 Tiling make_tiling(const KernelConfig& config, int projections, int k, int n) {
   if (!legal_rows(config.variant, config.tile_size_m)) {
     refuse("the variant has no tile of " + std::to_string(config.tile_size_m) + " rows");
   }
   if (!legal_columns(config.variant, config.tile_size_n) || config.tile_size_n > n) {
-    refuse(
-        "the variant has no tile of " + std::to_string(config.tile_size_n) + " columns for " +
-        std::to_string(n));
+    refuse("the variant has no tile of " + std::to_string(config.tile_size_n) + " columns for " + std::to_string(n));
   }
   if (config.simdgroups < 4 || config.simdgroups > 16 || config.simdgroups % 4 != 0) {
     refuse("simdgroups must be 4, 8, 12 or 16, got " + std::to_string(config.simdgroups));
@@ -94,4 +91,4 @@ bool rotates_itself(const KernelConfig& config, const Tiling& tiling, int projec
       tiling.sums_bytes + copies <= kMaxThreadgroupBytes;
 }
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

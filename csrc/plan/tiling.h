@@ -11,9 +11,9 @@ namespace mlx_marlin {
 inline constexpr uint32_t kMaxThreadgroupBytes = 32768;
 
 struct Tiling {
-  int rows;           // per row tile
-  bool matrix;        // rows are units of 8 on simdgroup matrices
-  int column_tiles;   // 16-column tiles per threadgroup and projection
+  int rows;          // per row tile
+  bool matrix;       // rows are units of 8 on simdgroup matrices
+  int column_tiles;  // 16-column tiles per threadgroup and projection
   int tiles_per_simdgroup;
   int k_splits;
   int simdgroups;
@@ -39,4 +39,4 @@ Tiling make_tiling(const KernelConfig& config, int projections, int k, int n);
 // sixth of their time on it; and all projections' copies must fit in threadgroup memory.
 bool rotates_itself(const KernelConfig& config, const Tiling& tiling, int projections, int k);
 
-} // namespace mlx_marlin
+}  // namespace mlx_marlin

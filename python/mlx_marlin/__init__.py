@@ -2,7 +2,7 @@
 
 import importlib
 
-from . import _abi  # first: explains a mismatch before anything else fails  # noqa: F401
+from . import _abi  # first: explains a mismatch before anything else fails
 from .dispatch import (
     MixedBpwMoEDispatcher,
     MixedBpwMoEDispatcherExample,

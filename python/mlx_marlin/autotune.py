@@ -1,4 +1,4 @@
-"""The autotuner: times configs on this machine, keeps the tuned table, answers from it, and adapts to run-time timings."""
+"""The autotuner: times configs on this machine, keeps the table, answers from it, adapts to run-time timings."""
 
 from __future__ import annotations
 
@@ -58,9 +58,15 @@ class MixedBPWAutoTuner:
     """
 
     def __init__(
-        self, device_name: str | None = None, config_path=None, *, device: str | None = None,
-        objective: Objective | Mapping[str, float] | None = None, memory_limit: int | None = None,
-        dtype: str | None = None, rules: Rules | None = None,
+        self,
+        device_name: str | None = None,
+        config_path=None,
+        *,
+        device: str | None = None,
+        objective: Objective | Mapping[str, float] | None = None,
+        memory_limit: int | None = None,
+        dtype: str | None = None,
+        rules: Rules | None = None,
     ):
         self._device = machine.check_device(device or machine.default_device())
         self._here = machine.device_name(self._device)
@@ -87,8 +93,16 @@ class MixedBPWAutoTuner:
     # Benchmarks
 
     def benchmark_layer(
-        self, layer, batch_size: int, configs: Sequence[KernelConfig] | None = None, num_warmup: int = 5,
-        num_iter: int = 20, *, top_k: int = 8, deadline: float = math.inf, on_round=None,
+        self,
+        layer,
+        batch_size: int,
+        configs: Sequence[KernelConfig] | None = None,
+        num_warmup: int = 5,
+        num_iter: int = 20,
+        *,
+        top_k: int = 8,
+        deadline: float = math.inf,
+        on_round=None,
     ) -> list[BenchmarkResult]:
         """Time configs on a layer and enter the outcome into the table.
 
@@ -114,9 +128,7 @@ class MixedBPWAutoTuner:
         if isinstance(layer, Problem):
             workload = Workload.synthetic(replace(layer, rows=batch_size), **more)
         else:
-            workload = Workload.of_layer(
-                layer, batch_size, top_k=top_k, dtype=self.dtype, device=self._device, **more
-            )
+            workload = Workload.of_layer(layer, batch_size, top_k=top_k, dtype=self.dtype, device=self._device, **more)
         rules = replace(self.rules, rounds=max(2, num_iter), warmup=num_warmup)
         trial = Trial(workload, rules, self.objective, self.memory_limit, self._checked)
         wanted = configs if configs is not None else kernels.candidates(workload.problem)
@@ -128,15 +140,26 @@ class MixedBPWAutoTuner:
         self.config.benchmark_count += len(entry.timings)
         self.config.add(workload.problem, entry)
         return [
-            BenchmarkResult(m.config, m.timing.median_ms, workload.bytes_touched / m.timing.median_ms / 1e6,
-                            m.memory_mb, entry.timestamp)
-            for m in entry.timings if m.config in wanted
+            BenchmarkResult(
+                m.config,
+                m.timing.median_ms,
+                workload.bytes_touched / m.timing.median_ms / 1e6,
+                m.memory_mb,
+                entry.timestamp,
+            )
+            for m in entry.timings
+            if m.config in wanted
         ]
 
-
     def benchmark_all(
-        self, layers: Mapping | Sequence, batch_sizes: Iterable[int], num_warmup: int = 5, num_iter: int = 20,
-        verbose: bool = True, *, top_k: int = 8,
+        self,
+        layers: Mapping | Sequence,
+        batch_sizes: Iterable[int],
+        num_warmup: int = 5,
+        num_iter: int = 20,
+        verbose: bool = True,
+        *,
+        top_k: int = 8,
     ) -> dict[str, dict[int, list[BenchmarkResult]]]:
         """Benchmark all layers at all batch sizes.
 
@@ -172,7 +195,11 @@ class MixedBPWAutoTuner:
     # Selection
 
     def select_kernel(
-        self, batch_size: int, hidden_dim: int, bit_widths: Iterable[int], use_decode: bool = False,
+        self,
+        batch_size: int,
+        hidden_dim: int,
+        bit_widths: Iterable[int],
+        use_decode: bool = False,
         fallback_to_default: bool = True,
     ) -> KernelConfig | None:
         """The config for a call: exact match, then nearest batch size, then nearest hidden size, then the default.
@@ -192,7 +219,7 @@ class MixedBPWAutoTuner:
         if predicted is not None:
             tables.append(predicted[1])
         for table in tables:
-            for wanted in ((_is_decode, None) if use_decode else (None,)):
+            for wanted in (_is_decode, None) if use_decode else (None,):
                 found = self._search(table, batch_size, hidden_dim, widths, wanted)
                 if found is not None:
                     return found
@@ -212,8 +239,14 @@ class MixedBPWAutoTuner:
     # Adaptation
 
     def record_latency(
-        self, kernel_name: str, batch_size: int, latency_ms: float, hidden_dim: int | None = None,
-        bit_widths: Iterable[int] | None = None, problem: Problem | None = None, config: KernelConfig | None = None,
+        self,
+        kernel_name: str,
+        batch_size: int,
+        latency_ms: float,
+        hidden_dim: int | None = None,
+        bit_widths: Iterable[int] | None = None,
+        problem: Problem | None = None,
+        config: KernelConfig | None = None,
     ) -> None:
         """Record the time of one call.
 
@@ -263,7 +296,11 @@ class MixedBPWAutoTuner:
         known = self._search(self.config, batch_size, hidden_dim, widths, lambda c: c.kernel_name == name)
         if known is not None:
             return known
-        return replace(default_entry(self.config, batch_size, widths), kernel_name=name, kernel_variant=_variant_of(name, batch_size))
+        return replace(
+            default_entry(self.config, batch_size, widths),
+            kernel_name=name,
+            kernel_variant=_variant_of(name, batch_size),
+        )
 
     def clear_adaptation_history(self) -> None:
         """Forget all recorded times."""
@@ -287,7 +324,7 @@ class MixedBPWAutoTuner:
         return profile_io.encode(self.config).decode()
 
     @classmethod
-    def load_config(cls, path) -> "MixedBPWAutoTuner":
+    def load_config(cls, path) -> MixedBPWAutoTuner:
         """A tuner over a profile, of whatever machine.
 
         Raises:
@@ -337,8 +374,17 @@ def _is_decode(config: KernelConfig) -> bool:
 def _stand_in(rows: int, hidden: int, widths: tuple[int, ...], device: str) -> Problem:
     """A problem with the key of a table cell, for asking which configs are feasible."""
     return Problem(
-        "swiglu", rows, 1, hidden, hidden, len(widths), tuple((b, b, b) for b in widths), ("mul1",), "silu",
-        "float32" if device == "cpu" else "float16", device,
+        "swiglu",
+        rows,
+        1,
+        hidden,
+        hidden,
+        len(widths),
+        tuple((b, b, b) for b in widths),
+        ("mul1",),
+        "silu",
+        "float32" if device == "cpu" else "float16",
+        device,
     )
 
 

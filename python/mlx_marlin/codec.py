@@ -52,9 +52,7 @@ def trellis_bits(shape: tuple[int, ...]) -> int:
         ValueError: If no K in 1..8 has this shape.
     """
     if len(shape) != 3 or shape[2] % TILE or not 1 <= shape[2] // TILE <= MAX_BITS:
-        raise ValueError(
-            f"a trellis tensor has shape [k/16, n/16, 16*K] with K in 1..{MAX_BITS}, got {list(shape)}"
-        )
+        raise ValueError(f"a trellis tensor has shape [k/16, n/16, 16*K] with K in 1..{MAX_BITS}, got {list(shape)}")
     return shape[2] // TILE
 
 

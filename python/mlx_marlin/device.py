@@ -10,7 +10,7 @@ import platform
 import re
 import subprocess
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -47,7 +47,7 @@ class Fingerprint:
     mlx_version: str
     kernel_hash: str
 
-    def same_machine(self, other: "Fingerprint") -> bool:
+    def same_machine(self, other: Fingerprint) -> bool:
         """Whether timings of the two may be mixed: same device, chip, cores and instruction set."""
         return self._machine() == other._machine()
 
@@ -89,9 +89,9 @@ def device_family(name: str) -> str:
     return match[1] if match else "Unknown"
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_name(device: str) -> str:
-    """MLX's device name for the GPU ("M4 Max"); model and instruction set for the CPU ("Intel Xeon Processor (avx512)")."""
+    """MLX's device name for the GPU ("M4 Max"); for the CPU model and instruction set ("Intel Xeon (avx512)")."""
     if check_device(device) == "cpu":
         return f"{_cpu_model()} ({instruction_set()})"
     if not mx.is_available(mx.Device(mx.gpu)):
@@ -108,7 +108,7 @@ def instruction_set() -> str:
     return next((name for name, needed in _X86_SETS.items() if needed <= flags), "baseline")
 
 
-@lru_cache(maxsize=None)
+@cache
 def fingerprint(device: str) -> Fingerprint:
     """The fingerprint of this machine for one of its devices.
 
@@ -181,7 +181,9 @@ def _gpu_cores() -> int:
         return 0
     run = subprocess.run(
         ["/usr/sbin/ioreg", "-rc", "AGXAccelerator", "-d1", "-k", "gpu-core-count"],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     match = re.search(r'"gpu-core-count"\s*=\s*(\d+)', run.stdout)
     return int(match[1]) if match else 0

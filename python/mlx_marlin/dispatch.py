@@ -96,11 +96,7 @@ def analyze_expert_activation_pattern(expert_ids, num_experts: int) -> dict[str,
     if ids.size and not 0 <= ids.min() <= ids.max() < num_experts:
         raise ValueError(f"expert_ids must lie in [0, {num_experts}), got {ids.min()} to {ids.max()}")
     rows = _rows_per_expert(ids, num_experts)
-    slots = (
-        np.bincount(ids.reshape(-1).astype(np.int64), minlength=num_experts)
-        if ids.size
-        else np.zeros(num_experts)
-    )
+    slots = np.bincount(ids.reshape(-1).astype(np.int64), minlength=num_experts) if ids.size else np.zeros(num_experts)
     active = int(np.count_nonzero(slots))
     shares = slots[slots > 0] / max(1, ids.size)
     return {
@@ -181,21 +177,14 @@ class ActivationPredictor:
 
 
 @lru_cache(maxsize=4096)
-def _runnable(
-    problem: Problem, triple: Triple | None, fp32acc: bool, generation: int
-) -> dict[str, KernelConfig]:
+def _runnable(problem: Problem, triple: Triple | None, fp32acc: bool, generation: int) -> dict[str, KernelConfig]:
     """The kernels that may run a call whose active experts all have this triple (``None``: differing ones).
 
     generation: :func:`choices.generation`, so that a new profile is seen.
     """
     kinds = [(variant, None) for variant in kernels.VARIANTS] + ([("decode", triple)] if triple else [])
-    names = [
-        kernels.make_name(*kind, mixed=mixed, fp32acc=fp32acc) for kind in kinds for mixed in (False, True)
-    ]
-    configs = {
-        name: replace(config, use_fp32_acc=fp32acc)
-        for name, config in choices.by_name(problem, names).items()
-    }
+    names = [kernels.make_name(*kind, mixed=mixed, fp32acc=fp32acc) for kind in kinds for mixed in (False, True)]
+    configs = {name: replace(config, use_fp32_acc=fp32acc) for name, config in choices.by_name(problem, names).items()}
     return {name: config for name, config in configs.items() if selftest.fault(problem, config) is None}
 
 
@@ -224,9 +213,7 @@ class MixedBpwMoEDispatcher:
         if isinstance(layer_or_bank, ExpertBank):
             layer_or_bank = TrellisSwitchGLU(bank=layer_or_bank)
         if not isinstance(layer_or_bank, TrellisSwitchGLU):
-            raise ValueError(
-                f"wanted a TrellisSwitchGLU or an ExpertBank, got {type(layer_or_bank).__name__}"
-            )
+            raise ValueError(f"wanted a TrellisSwitchGLU or an ExpertBank, got {type(layer_or_bank).__name__}")
         self.layer = layer_or_bank
         self.use_fp32_acc = bool(use_fp32_acc)
         self._bits = dict(enumerate(self.layer.expert_bits))

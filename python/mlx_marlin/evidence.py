@@ -34,7 +34,7 @@ class History:
         length: Samples kept.
     """
 
-    __slots__ = ("count", "logs", "ema_ms", "_total")
+    __slots__ = ("_total", "count", "ema_ms", "logs")
 
     def __init__(self, length: int):
         self.count = 0
@@ -68,7 +68,7 @@ class History:
 class _PairTest:
     """One kernel in charge against one challenger: where its samples begin, and how many looks were taken."""
 
-    __slots__ = ("bases", "looks", "level")
+    __slots__ = ("bases", "level", "looks")
 
     def __init__(self, bases: tuple[int, int]):
         self.bases = bases
@@ -84,7 +84,7 @@ class Ledger:
         level: Probability that this ledger ever replaces a kernel by one that is not faster.
     """
 
-    __slots__ = ("histories", "switches", "_history_len", "_level", "_leaders", "_tests", "_opened")
+    __slots__ = ("_history_len", "_leaders", "_level", "_opened", "_tests", "histories", "switches")
 
     def __init__(self, history_len: int, level: float):
         self.histories: dict[str, History] = {}

@@ -1,4 +1,4 @@
-"""What is asked (:class:`Problem`), how it runs (:class:`KernelConfig`), and which configs are legal. Pure: no device, no MLX.
+"""What is asked (:class:`Problem`), how it runs (:class:`KernelConfig`), and which configs are legal. No MLX.
 
 The default config handles every legal problem; tuning only adds speed.
 """
@@ -73,7 +73,7 @@ class Problem:
         return tuple(sorted({b for group in self.bits for b in group}))
 
     @classmethod
-    def of(cls, layer, rows: int, dtype, device: str, *, combine: bool = False) -> "Problem":
+    def of(cls, layer, rows: int, dtype, device: str, *, combine: bool = False) -> Problem:
         """The problem that a layer (or weight, or bank) poses for a number of rows.
 
         Args:
@@ -135,7 +135,9 @@ def parse_name(name: str) -> KernelName:
     return KernelName("mixed" in match["base"], match["variant"] or "base", triple, bool(match["fp32acc"]))
 
 
-def make_name(variant: str, triple: tuple[int, int, int] | None = None, *, mixed: bool = False, fp32acc: bool = False) -> str:
+def make_name(
+    variant: str, triple: tuple[int, int, int] | None = None, *, mixed: bool = False, fp32acc: bool = False
+) -> str:
     """The kernel name of a variant; the inverse of :func:`parse_name`."""
     parts = [_BASE_NAMES[mixed]]
     if variant != "base":
@@ -207,7 +209,12 @@ def feasible(problem: Problem, config: KernelConfig) -> str | None:
     if name.variant != config.kernel_variant:
         return f"{config.kernel_name} is a {name.variant} kernel, but kernel_variant is {config.kernel_variant!r}"
     # On the CPU a triple names the same code as plain decode, which reads each expert's own widths.
-    if name.triple is not None and problem.device == "gpu" and problem.kind == "swiglu" and problem.bits != (name.triple,):
+    if (
+        name.triple is not None
+        and problem.device == "gpu"
+        and problem.kind == "swiglu"
+        and problem.bits != (name.triple,)
+    ):
         return f"{config.kernel_name} needs all experts at {name.triple}, but the layer has {list(problem.bits)}"
     return metal_rules.infeasible(problem, config) if problem.device == "gpu" else _cpu_infeasible(config)
 
@@ -215,7 +222,9 @@ def feasible(problem: Problem, config: KernelConfig) -> str | None:
 def _cpu_infeasible(config: KernelConfig) -> str | None:
     rows = CPU_PANEL_ROWS[config.kernel_variant]
     if config.tile_size_m not in rows:
-        return f"a {config.kernel_variant} panel on the CPU has {_either(rows)} rows, got tile_size_m={config.tile_size_m}"
+        return (
+            f"a {config.kernel_variant} panel on the CPU has {_either(rows)} rows, got tile_size_m={config.tile_size_m}"
+        )
     if config.tile_size_n not in CPU_TASK_COLUMNS:
         return f"a task on the CPU has {_either(CPU_TASK_COLUMNS)} columns, got tile_size_n={config.tile_size_n}"
     if not 1 <= config.simdgroups <= cpu_threads():

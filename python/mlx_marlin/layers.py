@@ -16,7 +16,7 @@ from . import choices, kernels, ops, selftest
 from .choices import Choice
 from .grid import GridLinear, GridWeight
 from .kernels import KernelConfig, Problem
-from .weights import ExpertBank, ExpertStack, TrellisWeight, check_projections
+from .weights import ExpertBank, ExpertStack, TrellisWeight
 
 
 class _Frozen(nn.Module):
@@ -85,7 +85,8 @@ class TrellisExperts(_Frozen):
     def _extra_repr(self) -> str:
         bits = self.stack.source.bits
         low, high = min(bits), max(bits)
-        return f"{self.num_experts} experts, {self._sizes[0]} -> {self._sizes[1]}, bits={low if low == high else f'{low}..{high}'}"
+        widths = low if low == high else f"{low}..{high}"
+        return f"{self.num_experts} experts, {self._sizes[0]} -> {self._sizes[1]}, bits={widths}"
 
 
 class _Selection:
@@ -96,7 +97,7 @@ class _Selection:
         problem: The layer's ``problem`` method.
     """
 
-    __slots__ = ("_op", "_problem", "_generation", "_stacks", "_table", "top_k", "combine", "dtype")
+    __slots__ = ("_generation", "_op", "_problem", "_stacks", "_table", "combine", "dtype", "top_k")
 
     def __init__(self, op: str, problem: Callable[..., Problem]):
         self._op = op
@@ -107,7 +108,7 @@ class _Selection:
         # Of the latest new kind of call: what explain() assumes where it is not told.
         self.top_k, self.combine, self.dtype = 1, False, mx.float32
 
-    def current(self, *stacks: ops.Stack) -> "_Selection":
+    def current(self, *stacks: ops.Stack) -> _Selection:
         """Itself; forgets everything first if the weights, the profile or the feedback changed."""
         generation = choices.generation()
         if generation != self._generation or not all(map(is_, stacks, self._stacks)):
@@ -204,8 +205,17 @@ class TrellisSwitchGLU(nn.Module):
         name, alpha, limit = self._activation
         select = self._selection.current(gate, up, down) if config is None else None
         return ops.swiglu(
-            x, indices, gate, up, down,
-            scores=scores, activation=name, alpha=alpha, limit=limit, config=config, select=select,
+            x,
+            indices,
+            gate,
+            up,
+            down,
+            scores=scores,
+            activation=name,
+            alpha=alpha,
+            limit=limit,
+            config=config,
+            select=select,
         )
 
     def explain(
@@ -254,11 +264,14 @@ class TrellisLinear(_Frozen):
         self._stacked = ()
         self._selection = _Selection("trellis_linear", self.problem)
         self._adaptation = None
-        self.stack
+        self._collect()
 
     @property
     def stack(self) -> ops.Stack:
         """The parameters as the kernels take them; collected again when a parameter was replaced."""
+        return self._collect()
+
+    def _collect(self) -> ops.Stack:
         get = self.get  # attribute access to a parameter costs a microsecond each
         current = (get("trellis"), get("suh"), get("svh"), get("bias"))
         if len(self._stacked) != len(current) or any(a is not b for a, b in zip(current, self._stacked)):

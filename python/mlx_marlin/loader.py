@@ -54,9 +54,7 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
                 f"{index}: tensor {tensor!r} is said to be in {name!r}, which is not a file of this directory"
             )
         if not (directory / name).is_file():
-            raise FileNotFoundError(
-                f"{directory / name} is missing; {index.name} says that it holds {tensor!r}"
-            )
+            raise FileNotFoundError(f"{directory / name} is missing; {index.name} says that it holds {tensor!r}")
     return [directory / name for name in sorted(first_tensor)], weight_map
 
 
@@ -70,9 +68,7 @@ def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
             tensors[name] = info
     for name, file_name in (weight_map or {}).items():
         if name not in tensors or tensors[name].file.name != file_name:
-            raise ValueError(
-                f"{directory / file_name} does not hold tensor {name!r}, which {INDEX_NAME} says it does"
-            )
+            raise ValueError(f"{directory / file_name} does not hold tensor {name!r}, which {INDEX_NAME} says it does")
     return tensors
 
 
@@ -108,9 +104,7 @@ class QuantizedLinear:
         trellis = self.parts.get("trellis")
         if trellis is None:
             suffix, info = next(iter(self.parts.items()))
-            raise ValueError(
-                f"{info.file}: {self.name}.{suffix} is there, but {self.name}.trellis is missing"
-            )
+            raise ValueError(f"{info.file}: {self.name}.{suffix} is there, but {self.name}.trellis is missing")
         where = f"{trellis.file}: {self.name}"
         if "scale" in self.parts:
             raise ValueError(
@@ -140,24 +134,18 @@ class QuantizedLinear:
                 )
         bias = self.parts.get("bias")
         if bias is not None and (bias.dtype not in ("F16", "BF16", "F32") or bias.shape != (n,)):
-            raise ValueError(
-                f"{where}.bias must be floating point of shape [{n}], got {bias.dtype} {list(bias.shape)}"
-            )
+            raise ValueError(f"{where}.bias must be floating point of shape [{n}], got {bias.dtype} {list(bias.shape)}")
 
     def _check_scales(self, where: str, suffixes: tuple[str, str], size: int) -> None:
         full, packed = suffixes
         wanted = {full: ("F16", (size,)), packed: ("I16", (size // 16,))}
         present = [suffix for suffix in suffixes if suffix in self.parts]
         if len(present) != 1:
-            raise ValueError(
-                f"{where} needs either .{full} or .{packed}, got {' and '.join(present) or 'neither'}"
-            )
+            raise ValueError(f"{where} needs either .{full} or .{packed}, got {' and '.join(present) or 'neither'}")
         part = self.parts[present[0]]
         dtype, shape = wanted[present[0]]
         if (part.dtype, part.shape) != (dtype, shape):
-            raise ValueError(
-                f"{where}.{present[0]} must be {dtype} {list(shape)}, got {part.dtype} {list(part.shape)}"
-            )
+            raise ValueError(f"{where}.{present[0]} must be {dtype} {list(shape)}, got {part.dtype} {list(part.shape)}")
 
     def load(
         self,
@@ -241,16 +229,12 @@ class TrellisModelLoader:
             self.unquantized = {}
             return
         tensors = _read_tensors(self.directory)
-        names = {
-            name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in _QUANTIZED_SUFFIXES
-        }
+        names = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in _QUANTIZED_SUFFIXES}
         self.quantized = {}
         used = set()
         for name in sorted(names, key=_natural_key):
             suffixes = (*_QUANTIZED_SUFFIXES, "bias", "scale")
-            linear = QuantizedLinear(
-                name, {s: tensors[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in tensors}
-            )
+            linear = QuantizedLinear(name, {s: tensors[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in tensors})
             linear.check()
             if f"{name}.weight" in tensors:
                 raise ValueError(f"{tensors[name + '.weight'].file}: {name} has both .weight and .trellis")
@@ -279,9 +263,7 @@ class TrellisModelLoader:
         name = name.removesuffix(".weight")
         linear = self.quantized.get(name) or self.quantized.get(f"model.{name}")
         if linear is None:
-            raise KeyError(
-                f"{self.directory} has no quantized linear {name!r}; see .names for those that it has"
-            )
+            raise KeyError(f"{self.directory} has no quantized linear {name!r}; see .names for those that it has")
         return linear.load(in_features=in_features, out_features=out_features)
 
     def load_layer(self, i: int) -> dict[str, TrellisWeight | GridWeight]:
@@ -305,9 +287,7 @@ class TrellisModelLoader:
         arrays = {}
         for file in sorted({info.file for info in self.unquantized.values()}):
             loaded = mx.load(str(file), format="safetensors")
-            arrays.update(
-                {name: loaded[name] for name, info in self.unquantized.items() if info.file == file}
-            )
+            arrays.update({name: loaded[name] for name, info in self.unquantized.items() if info.file == file})
         return arrays
 
 

@@ -232,7 +232,7 @@ def _timed(make: Callable[[], mx.array]) -> float:
 
 
 class Chain:
-    """A clock for one way to compute something: each call gives the seconds of one evaluation, a median where it is short.
+    """A clock for one way to compute something: each call gives the seconds of one evaluation.
 
     Calls are chained, so that each waits for the one before. Short ones are timed at two lengths, and the slope cancels
     what it costs to launch an evaluation at all.

@@ -78,7 +78,7 @@ class _Contest:
 class _Tap:
     """Stands in a layer's calls while it is adapted."""
 
-    def __init__(self, adaptation: "Adaptation", layer: TrellisLinear | TrellisSwitchGLU):
+    def __init__(self, adaptation: Adaptation, layer: TrellisLinear | TrellisSwitchGLU):
         self._adaptation = adaptation
         self._layer = layer
         self._mean_ms: dict[tuple, float] = {}
@@ -178,7 +178,7 @@ class Adaptation:
                 choices.set_feedback(problem, None)
         return report
 
-    def __enter__(self) -> "Adaptation":
+    def __enter__(self) -> Adaptation:
         return self
 
     def __exit__(self, *_) -> None:

@@ -75,9 +75,7 @@ def device_of(stream) -> str:
 @lru_cache(maxsize=4096)
 def _native(config: KernelConfig) -> _ext.KernelConfig:
     variant = getattr(_ext.Variant, config.kernel_variant)
-    return _ext.KernelConfig(
-        variant, config.tile_size_m, config.tile_size_n, config.simdgroups, config.use_fp32_acc
-    )
+    return _ext.KernelConfig(variant, config.tile_size_m, config.tile_size_n, config.simdgroups, config.use_fp32_acc)
 
 
 @lru_cache(maxsize=4096)
@@ -132,9 +130,13 @@ def _check_indices(op: str, indices, x: mx.array, experts: int) -> mx.array:
 
 def _check_scores(op: str, scores, indices: mx.array) -> mx.array:
     if not isinstance(scores, mx.array) or not mx.issubdtype(scores.dtype, mx.floating):
-        raise ValueError(f"[{op}] scores must be a floating point mx.array, got {getattr(scores, 'dtype', type(scores).__name__)}")
+        raise ValueError(
+            f"[{op}] scores must be a floating point mx.array, got {getattr(scores, 'dtype', type(scores).__name__)}"
+        )
     if scores.shape != indices.shape:
-        raise ValueError(f"[{op}] scores must have the shape of indices {list(indices.shape)}, got {list(scores.shape)}")
+        raise ValueError(
+            f"[{op}] scores must have the shape of indices {list(indices.shape)}, got {list(scores.shape)}"
+        )
     return scores.astype(mx.float32)
 
 
@@ -434,7 +436,9 @@ def set_viterbi_instruction_set(name: str) -> None:
     _ext.set_viterbi_instruction_set(name)
 
 
-def plan(problem: Problem, config: KernelConfig | str | None = None, *, alpha: float = 1.702, limit: float = 7.0) -> dict:
+def plan(
+    problem: Problem, config: KernelConfig | str | None = None, *, alpha: float = 1.702, limit: float = 7.0
+) -> dict:
     """What the GPU would run: the list of dispatches, computed without a GPU.
 
     Args:
@@ -465,10 +469,27 @@ def plan(problem: Problem, config: KernelConfig | str | None = None, *, alpha: f
 
     if problem.kind == "linear":
         return _ext.plan_linear(
-            problem.rows, dtype, stack(0, k, n), problem.hidden, problem.intermediate, 1, False, False,
+            problem.rows,
+            dtype,
+            stack(0, k, n),
+            problem.hidden,
+            problem.intermediate,
+            1,
+            False,
+            False,
             native,
         )
     return _ext.plan_swiglu(
-        problem.rows, problem.top_k, dtype, stack(0, k, n), stack(1, k, n), stack(2, n, k), problem.hidden,
-        kernels.ACTIVATIONS.index(problem.activation), alpha, limit, problem.combine, native,
+        problem.rows,
+        problem.top_k,
+        dtype,
+        stack(0, k, n),
+        stack(1, k, n),
+        stack(2, n, k),
+        problem.hidden,
+        kernels.ACTIVATIONS.index(problem.activation),
+        alpha,
+        limit,
+        problem.combine,
+        native,
     )

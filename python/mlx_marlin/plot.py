@@ -62,10 +62,7 @@ def chosen_configs(config: AutotuneConfig, ax: Axes | None = None) -> Axes:
     layers = sorted({layer for _, layer in cells})
     missing = float("nan")
     grid = [
-        [
-            VARIANTS.index(cells[b, layer].kernel_variant) if (b, layer) in cells else missing
-            for layer in layers
-        ]
+        [VARIANTS.index(cells[b, layer].kernel_variant) if (b, layer) in cells else missing for layer in layers]
         for b in batches
     ]
     ax.imshow(grid, cmap="Pastel1", vmin=-0.5, vmax=len(VARIANTS) - 0.5, aspect="auto")
@@ -98,9 +95,7 @@ def latency_against_memory(results: Sequence[BenchmarkResult], ax: Axes | None =
     """
     ax = _axes(ax)
     for variant in VARIANTS:
-        points = [
-            (r.latency_ms, r.memory_footprint_mb) for r in results if r.config.kernel_variant == variant
-        ]
+        points = [(r.latency_ms, r.memory_footprint_mb) for r in results if r.config.kernel_variant == variant]
         if points:
             ax.scatter(*zip(*points), label=variant, alpha=0.6)
     front = pareto_front((r.latency_ms, r.memory_footprint_mb) for r in results)

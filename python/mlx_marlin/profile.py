@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +18,18 @@ from .profile_data import AutotuneConfig, ProfileError, by_distance, fitted, sea
 from .profile_io import default_path, load, save
 
 __all__ = [
-    "AutotuneConfig", "ProfileError", "Tuned", "default_path", "find", "generation", "load", "lookup", "predicted",
-    "refresh", "save", "use_profile",
+    "AutotuneConfig",
+    "ProfileError",
+    "Tuned",
+    "default_path",
+    "find",
+    "generation",
+    "load",
+    "lookup",
+    "predicted",
+    "refresh",
+    "save",
+    "use_profile",
 ]
 
 _log = logging.getLogger("mlx_marlin")
@@ -77,7 +87,7 @@ class _Active:
 _active = _Active()
 
 
-@lru_cache(maxsize=None)
+@cache
 def predicted(name: str) -> tuple[str, AutotuneConfig] | None:
     """The in-package profile of a device, else of its family."""
     for stem in (name.lower().replace(" ", "_"), device_family(name).lower()):

@@ -73,7 +73,7 @@ class Entry:
         baseline: The default's samples, interleaved with ``samples``.
         ratio: Time of ``config`` over time of ``default``, with its 95 % interval: ``(ratio, low, high)``.
         decision: ``"faster"`` (a challenger won), ``"default"`` (no challenger is faster by the margin) or
-            ``"undecided"`` (one looked faster, but the noise did not allow a decision); the latter two keep the default.
+            ``"undecided"`` (one looked faster, but the noise did not allow a decision); both keep the default.
         verdict: ``"correct"`` if ``config`` was compared with the codec, ``"unchecked"`` in predicted profiles.
         timestamp: Seconds since the epoch.
         timings: Every candidate that was measured.
@@ -123,7 +123,7 @@ class AutotuneConfig:
     problems: dict[Problem, Entry] = field(default_factory=dict)
 
     @classmethod
-    def of_machine(cls, device: str) -> "AutotuneConfig":
+    def of_machine(cls, device: str) -> AutotuneConfig:
         """An empty profile of this machine."""
         name = device_name(device)
         return cls(name, device_family(name), fingerprint=fingerprint(device))
@@ -183,16 +183,12 @@ def fitted(problem: Problem, config: KernelConfig) -> KernelConfig | None:
     if not same:
         return None
     near = min(same, key=lambda c: _tile_distance(c, config))
-    near = replace(
-        config, tile_size_m=near.tile_size_m, tile_size_n=near.tile_size_n, simdgroups=near.simdgroups
-    )
+    near = replace(config, tile_size_m=near.tile_size_m, tile_size_n=near.tile_size_n, simdgroups=near.simdgroups)
     return near if kernels.feasible(problem, near) is None else None
 
 
 def _tile_distance(a: KernelConfig, b: KernelConfig) -> tuple[int, int, int]:
-    return (
-        abs(a.tile_size_m - b.tile_size_m), abs(a.tile_size_n - b.tile_size_n), abs(a.simdgroups - b.simdgroups)
-    )
+    return (abs(a.tile_size_m - b.tile_size_m), abs(a.tile_size_n - b.tile_size_n), abs(a.simdgroups - b.simdgroups))
 
 
 def table_key(problem: Problem) -> tuple[int, int, tuple[int, ...]]:
@@ -225,7 +221,11 @@ def _mean_log_time(config: KernelConfig, entries: list[Entry]) -> tuple[int, flo
     """Sort key: configs timed for every problem first, then by mean log time, then those that more entries chose."""
     logs = []
     for entry in entries:
-        times = {entry.default: entry.baseline, **{m.config: m.timing for m in entry.timings}, entry.config: entry.samples}
+        times = {
+            entry.default: entry.baseline,
+            **{m.config: m.timing for m in entry.timings},
+            entry.config: entry.samples,
+        }
         if config in times:
             logs.append(math.log(max(times[config].median_ms, 1e-9)))
     mean = sum(logs) / len(logs)
@@ -257,9 +257,17 @@ def merge(older: AutotuneConfig, newer: AutotuneConfig) -> AutotuneConfig:
                 table.setdefault(batch, {}).setdefault(hidden, {}).update(cell)
     timed = sum(len(e.timings) for e in problems.values())
     merged = AutotuneConfig(
-        newer.device_name, newer.device_family, dict(newer.tile_size_mapping), dict(newer.simdgroup_mapping), table,
-        newer.adaptation_enabled, newer.adaptation_history_len,
-        max(older.benchmark_count, newer.benchmark_count, timed), newer.fingerprint, newer.source, problems,
+        newer.device_name,
+        newer.device_family,
+        dict(newer.tile_size_mapping),
+        dict(newer.simdgroup_mapping),
+        table,
+        newer.adaptation_enabled,
+        newer.adaptation_history_len,
+        max(older.benchmark_count, newer.benchmark_count, timed),
+        newer.fingerprint,
+        newer.source,
+        problems,
     )
     project(merged)
     return merged

@@ -15,7 +15,7 @@ import platformdirs
 from . import kernels
 from .device import Fingerprint, fingerprint
 from .kernels import KernelConfig, Problem
-from .profile_data import AutotuneConfig, Entry, Measured, ProfileError, Rejected, Timing, describe, merge
+from .profile_data import AutotuneConfig, Entry, Measured, ProfileError, Rejected, Timing, merge
 
 # A profile of a thousand problems with all candidates is about 20 MB.
 MAX_FILE_BYTES = 256 << 20
@@ -128,8 +128,15 @@ class _Entry(_Record):
 
     def value(self) -> Entry:
         return Entry(
-            self.config.value(), self.samples.value(), self.default.value(), self.baseline.value(), self.ratio,
-            self.decision, self.verdict, self.timestamp, tuple(t.value() for t in self.timings),
+            self.config.value(),
+            self.samples.value(),
+            self.default.value(),
+            self.baseline.value(),
+            self.ratio,
+            self.decision,
+            self.verdict,
+            self.timestamp,
+            tuple(t.value() for t in self.timings),
             tuple(r.value() for r in self.rejected),
         )
 
@@ -235,7 +242,9 @@ def _table(where, value) -> dict:
     # 10 digits hold every number of rows that the kernels take; longer keys are refused before int() sees them.
     for batch, row, at_row in _items(where, value, "$.lookup_table", r"\d{1,10}", "a number of tokens"):
         for hidden, cell, at_cell in _items(where, row, at_row, r"[1-9]\d{0,7}", "a hidden size"):
-            widths = _items(where, cell, at_cell, r"\(([1-8](, [1-8])+|[1-8],)\)", 'bit widths such as "(2, 4)" or "(2,)"')
+            widths = _items(
+                where, cell, at_cell, r"\(([1-8](, [1-8])+|[1-8],)\)", 'bit widths such as "(2, 4)" or "(2,)"'
+            )
             for key, config, at in widths:
                 columns = table.setdefault(int(batch), {}).setdefault(int(hidden), {})
                 columns[_widths(where, key, at)] = _convert(where, config, _Config, at).value()
@@ -250,7 +259,7 @@ def decode(data: bytes, where: Path | str = "profile") -> AutotuneConfig:
         where: What to call it in errors.
 
     Raises:
-        ProfileError: If it is not JSON or a field is missing, unknown or out of range; the message has the field's path.
+        ProfileError: If it is not JSON, or a field is missing, unknown or out of range; with the field's path.
     """
     try:
         raw = msgspec.json.decode(data)
@@ -264,13 +273,17 @@ def decode(data: bytes, where: Path | str = "profile") -> AutotuneConfig:
             _fail(where, f"$.problems[{i}].problem", "a second entry for the same problem")
         problems[problem] = record.value()
     return AutotuneConfig(
-        wire.device_name, wire.device_family,
+        wire.device_name,
+        wire.device_family,
         _mapping(where, wire.tile_size_mapping, "$.tile_size_mapping"),
         _mapping(where, wire.simdgroup_mapping, "$.simdgroup_mapping"),
         _table(where, wire.lookup_table),
-        wire.adaptation_enabled, wire.adaptation_history_len, wire.benchmark_count,
+        wire.adaptation_enabled,
+        wire.adaptation_history_len,
+        wire.benchmark_count,
         Fingerprint(**msgspec.structs.asdict(wire.fingerprint)) if wire.fingerprint else None,
-        wire.source, problems,
+        wire.source,
+        problems,
     )
 
 

@@ -12,10 +12,11 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from .measure import Comparison, compare, holm, p_faster, without_drift
 
-# Slower than the best median by these factors after 1, 2 and from 3 rounds on: hopeless. They shrink as noise averages out.
+# Slower than the best median by these factors after 1, 2, and 3 or more rounds: hopeless. Noise averages out.
 HOPELESS = (2.0, 1.5, 1.25)
 # From this many rounds on a candidate that is significantly slower than the best leaves too.
 ROUNDS_TO_TEST = 5
@@ -80,9 +81,9 @@ def race(
 ) -> Race:
     """Whether a challenger beats the incumbent.
 
-    All candidates are sampled once per round, in an order that changes. Those that cannot win leave early. A challenger
-    that passes Welch's test with Holm's correction is sampled afresh, again interleaved, and must pass again. Of several
-    that pass and that the samples cannot tell apart, the first in the order of ``candidates`` wins.
+    All candidates are sampled once per round, in an order that changes. Those that cannot win leave early. A
+    challenger that passes Welch's test with Holm's correction is sampled afresh, again interleaved, and must pass
+    again. Of several that pass and that the samples cannot tell apart, the first in the order of ``candidates`` wins.
 
     Args:
         candidates: Clocks: each call gives one time in seconds. A ``warm_up(calls)`` method is called once if there is
@@ -131,7 +132,7 @@ class _Table:
         for key in list(self.clocks):
             warm = getattr(self.clocks[key], "warm_up", None)
             if warm is not None:
-                self._guarded(key, lambda: warm(self.rules.warmup))
+                self._guarded(key, partial(warm, self.rules.warmup))
 
     def run(self, keys: list, rounds: int, eliminate: bool) -> dict:
         """Sample in rounds; returns the times of every candidate that has any."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from numbers import Real
 
 from . import choices, kernels
@@ -42,9 +42,7 @@ def by_table(problem: Problem | None, fp32acc: bool) -> tuple[str, str] | None:
     if choice is None or not choice.tuned:
         return None
     parts = parse(choice.config.kernel_name)
-    return make(
-        parts.variant, parts.triple, mixed=parts.mixed, fp32acc=fp32acc
-    ), f"tuned_table: {choice.reason}"
+    return make(parts.variant, parts.triple, mixed=parts.mixed, fp32acc=fp32acc), f"tuned_table: {choice.reason}"
 
 
 def by_rules(
@@ -57,9 +55,7 @@ def by_rules(
         return name, f"activation_pattern: one expert has {rows} of {batch_size} rows"
     if batch_size == 1 and triple is not None:
         name = make("decode", triple, fp32acc=use_fp32_acc)
-        return name, "specialized_decode: all active experts have gate {}, up {}, down {} bits".format(
-            *triple
-        )
+        return name, "specialized_decode: all active experts have gate {}, up {}, down {} bits".format(*triple)
     name = make(kernels.default_variant(batch_size), fp32acc=use_fp32_acc)
     return name, f"batch_size: {batch_size} row{'s' * (batch_size > 1)}"
 
@@ -115,7 +111,7 @@ def nearest(name: str, triple: tuple | None, available: Iterable[str]) -> str:
     return min(available, key=unlikeness)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _variant_names(fp32acc: bool) -> tuple[str, ...]:
     return tuple(make(variant, fp32acc=fp32acc) for variant in kernels.VARIANTS)
 

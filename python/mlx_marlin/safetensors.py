@@ -119,9 +119,7 @@ def _read_entry(file: Path, name: str, entry, data_start: int, data_bytes: int) 
     if end - begin != nbytes:
         raise wrong(f"is {dtype} {shape}, which is {nbytes} bytes, but its data_offsets span {end - begin}")
     if end > data_bytes:
-        raise wrong(
-            f"ends at byte {end} of the data, but the file holds {data_bytes} bytes of data: it is truncated"
-        )
+        raise wrong(f"ends at byte {end} of the data, but the file holds {data_bytes} bytes of data: it is truncated")
     return TensorInfo(file, dtype, tuple(shape), data_start + begin, nbytes)
 
 
@@ -146,24 +144,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     with open(file, "rb") as stream:
         prefix = stream.read(8)
         if len(prefix) < 8:
-            raise ValueError(
-                f"{file} has {size} bytes; a safetensors file begins with 8 bytes of header length"
-            )
+            raise ValueError(f"{file} has {size} bytes; a safetensors file begins with 8 bytes of header length")
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{file} announces a header of {length} bytes; the limit is {MAX_HEADER_BYTES}")
         if length > size - 8:
-            raise ValueError(
-                f"{file} announces a header of {length} bytes but holds {size - 8}: it is truncated"
-            )
+            raise ValueError(f"{file} announces a header of {length} bytes but holds {size - 8}: it is truncated")
         header = parse_json(stream.read(length), f"the header of {file}")
     metadata = header.pop("__metadata__", None)
-    if metadata is not None and not (
-        isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
-    ):
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise ValueError(f"{file}: __metadata__ must map names to strings")
-    tensors = {
-        name: _read_entry(file, name, entry, 8 + length, size - 8 - length) for name, entry in header.items()
-    }
+    tensors = {name: _read_entry(file, name, entry, 8 + length, size - 8 - length) for name, entry in header.items()}
     _check_overlap(file, tensors)
     return tensors

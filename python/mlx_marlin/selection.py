@@ -129,9 +129,7 @@ class MixedKernelSelector:
                 )
             if available is not None and name not in available:
                 substitute = rules.nearest(name, triple, available)
-                reason = (
-                    f"fallback_availability: Selected kernel {name} not available, using {substitute} instead"
-                )
+                reason = f"fallback_availability: Selected kernel {name} not available, using {substitute} instead"
                 name = substitute
             # Before the decision: a switch restarts the histories that led to it.
             histories = {} if ledger is None else ledger.histories
@@ -167,9 +165,7 @@ class MixedKernelSelector:
         rules.parse(kernel_name)
         _check_rows(batch_size)
         if not (type(latency_ms) is float or isinstance(latency_ms, Real)) or not 0.0 < latency_ms < math.inf:
-            raise ValueError(
-                f"latency_ms must be a finite number of milliseconds above 0, got {latency_ms!r}"
-            )
+            raise ValueError(f"latency_ms must be a finite number of milliseconds above 0, got {latency_ms!r}")
         key = problem, rules.batch_bucket(batch_size)
         with self._lock:
             ledger = self._ledgers.get(key)
@@ -286,9 +282,7 @@ def get_mixed_kernel(
     )
 
 
-def record_kernel_latency(
-    kernel_name: str, batch_size: int, latency_ms: float, problem: Problem | None = None
-) -> None:
+def record_kernel_latency(kernel_name: str, batch_size: int, latency_ms: float, problem: Problem | None = None) -> None:
     """:meth:`MixedKernelSelector.record_latency` of the instance that the process shares."""
     _shared.record_latency(kernel_name, batch_size, latency_ms, problem)
 

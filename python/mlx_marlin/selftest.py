@@ -50,9 +50,7 @@ def small_problem(problem: Problem, config: KernelConfig) -> Problem:
     experts = max(len(problem.bits), _EXPERTS) if problem.kind == "swiglu" else 1
     top_k = min(problem.top_k, experts, 2)
     for hidden in _SIZES:
-        small = replace(
-            problem, rows=rows, top_k=top_k, hidden=hidden, intermediate=max(hidden, 256), experts=experts
-        )
+        small = replace(problem, rows=rows, top_k=top_k, hidden=hidden, intermediate=max(hidden, 256), experts=experts)
         if kernels.feasible(small, config) is None:
             return small
     raise ValueError(f"{config} runs at none of the sizes {_SIZES} that the self-test knows")
@@ -61,9 +59,7 @@ def small_problem(problem: Problem, config: KernelConfig) -> Problem:
 def _weight(rng, k: int, n: int, bits: int, codebook: str, bias: bool) -> TrellisWeight:
     words = rng.integers(-(1 << 15), 1 << 15, (k // 16, n // 16, 16 * bits), np.int16)
     suh, svh = (rng.choice([-1.0, 1.0], size).astype(np.float16) for size in (k, n))
-    return TrellisWeight(
-        words, suh, svh, codebook, rng.standard_normal(n).astype(np.float32) if bias else None
-    )
+    return TrellisWeight(words, suh, svh, codebook, rng.standard_normal(n).astype(np.float32) if bias else None)
 
 
 def make_case(problem: Problem) -> dict:
@@ -147,8 +143,7 @@ def _error(got: np.ndarray, want: np.ndarray) -> float:
 def _key(problem: Problem, config: KernelConfig) -> str:
     """What decides which code runs: all of the config, and of the problem all but its sizes."""
     what = {
-        name: getattr(problem, name)
-        for name in ("kind", "bits", "codebooks", "activation", "dtype", "combine", "bias")
+        name: getattr(problem, name) for name in ("kind", "bits", "codebooks", "activation", "dtype", "combine", "bias")
     }
     return json.dumps(what | asdict(config), sort_keys=True)
 
@@ -224,9 +219,7 @@ class SelfTest:
             ValueError,
         ) as failure:  # what MLX raises for kernels that do not compile or run
             return f"it does not run: {str(failure)[:500]}"
-        return (
-            "" if error <= LIMIT else f"its error against the codec is {error:.3g}, at most {LIMIT} is right"
-        )
+        return "" if error <= LIMIT else f"its error against the codec is {error:.3g}, at most {LIMIT} is right"
 
     def select(self, problem: Problem) -> Choice:
         """The first choice for a problem whose kernels are right. Warns about every one that is refused.

@@ -1,4 +1,4 @@
-"""Tuning one problem: every config checked against the codec, the right ones raced, the outcome as a profile's entry."""
+"""Tuning one problem: every config checked against the codec, the right ones raced, the outcome an entry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
 from . import kernels
-from .kernels import KernelConfig, Problem
+from .kernels import KernelConfig
 from .measure import launch_floor, spread
 from .profile_data import Entry, Measured, Rejected, Timing
 from .race import Race, Rules, race
@@ -47,12 +47,14 @@ class Objective:
 
 def steps(a: KernelConfig, b: KernelConfig) -> int:
     """In how many things two configs differ: rows (with the variant), columns, simdgroups, sums."""
-    return sum((
-        (a.kernel_variant, a.tile_size_m) != (b.kernel_variant, b.tile_size_m),
-        a.tile_size_n != b.tile_size_n,
-        a.simdgroups != b.simdgroups,
-        a.use_fp32_acc != b.use_fp32_acc,
-    ))
+    return sum(
+        (
+            (a.kernel_variant, a.tile_size_m) != (b.kernel_variant, b.tile_size_m),
+            a.tile_size_n != b.tile_size_n,
+            a.simdgroups != b.simdgroups,
+            a.use_fp32_acc != b.use_fp32_acc,
+        )
+    )
 
 
 class Trial:
@@ -104,9 +106,11 @@ class Trial:
         for item in rejected:
             _log.info("rejected %s: %s", item.config, item.reason)
         timings = tuple(
-            Measured(c, _timing(outcome.samples[c] + outcome.fresh.get(c, []), cost(c)),
-                     self._verdict(c), footprint(c) / 1e6)
-            for c in runnable if c in outcome.samples
+            Measured(
+                c, _timing(outcome.samples[c] + outcome.fresh.get(c, []), cost(c)), self._verdict(c), footprint(c) / 1e6
+            )
+            for c in runnable
+            if c in outcome.samples
         )
         return _entry(outcome, default, timings, tuple(rejected), cost)
 
@@ -142,9 +146,16 @@ def _entry(outcome: Race, default: KernelConfig, timings, rejected, cost) -> Ent
         return _timing(outcome.fresh.get(config) or outcome.samples[config], cost(config))
 
     return Entry(
-        config=outcome.winner, samples=timing(outcome.winner), default=default, baseline=timing(default),
-        ratio=tuple(outcome.comparison[:3]), decision=outcome.decision, verdict="correct", timestamp=time.time(),
-        timings=timings, rejected=rejected,
+        config=outcome.winner,
+        samples=timing(outcome.winner),
+        default=default,
+        baseline=timing(default),
+        ratio=tuple(outcome.comparison[:3]),
+        decision=outcome.decision,
+        verdict="correct",
+        timestamp=time.time(),
+        timings=timings,
+        rejected=rejected,
     )
 
 

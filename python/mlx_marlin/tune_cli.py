@@ -26,7 +26,11 @@ BATCH_SIZES = (1, 4, 8, 16, 32, 64)
 # --quick: one size per variant that serving meets most, and samples enough to tell 20 % apart at 5 % noise.
 QUICK_BATCH_SIZES, QUICK_ITERATIONS = (1, 16, 64), 8
 # Without --model or --shape: the experts of Qwen3-30B-A3B, uniform and mixed, and its largest attention projection.
-DEFAULT_SHAPE, DEFAULT_MIXES, DEFAULT_LINEAR = (2048, 768, 128, 8), (((3, 3, 3),), ((2, 2, 2), (3, 3, 3), (4, 4, 4))), (2048, 4096)
+DEFAULT_SHAPE, DEFAULT_MIXES, DEFAULT_LINEAR = (
+    (2048, 768, 128, 8),
+    (((3, 3, 3),), ((2, 2, 2), (3, 3, 3), (4, 4, 4))),
+    (2048, 4096),
+)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -47,7 +51,9 @@ def _batch_sizes(text: str) -> tuple[int, ...]:
 def _shape(text: str) -> tuple[int, ...]:
     shape = _integers(text)
     if len(shape) != 4 or min(shape) < 1 or shape[3] > shape[2]:
-        raise argparse.ArgumentTypeError(f"must be hidden,inter,experts,top_k, each at least 1, top_k <= experts; got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be hidden,inter,experts,top_k, each at least 1, top_k <= experts; got {text!r}"
+        )
     return shape
 
 
@@ -77,27 +83,45 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of ``mlx_marlin-tune``."""
     p = argparse.ArgumentParser(
         prog="mlx_marlin-tune",
-        description="Measure the kernels of mlx_marlin on this machine and write the profile that its layers select from.",
-        epilog="Interrupted runs are continued by the same command. mlx.launch -n 2 --backend ring -- mlx_marlin-tune ... "
-        "splits the problems over machines of one kind; processes on one machine take turns at the clock.",
+        description="Measure the kernels of mlx_marlin on this machine and write the profile that layers select from.",
+        epilog="Interrupted runs are continued by the same command. "
+        "mlx.launch -n 2 --backend ring -- mlx_marlin-tune ... splits the problems over machines of one kind; "
+        "processes on one machine take turns at the clock.",
     )
     what = p.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="DIR", help="tune for the problems of this EXL3 directory")
     what.add_argument("--shape", type=_shape, metavar="HIDDEN,INTER,EXPERTS,TOP_K", help="tune for an expert layer")
-    p.add_argument("--bits", type=_bits, metavar="2,3,4", help="with --shape: widths of the experts, in equal shares "
-                   "(or gate_up_down such as 6_2_3); default 4")
+    p.add_argument(
+        "--bits",
+        type=_bits,
+        metavar="2,3,4",
+        help="with --shape: widths of the experts, in equal shares (or gate_up_down such as 6_2_3); default 4",
+    )
     p.add_argument("--quick", action="store_true", help="3 batch sizes, fewer candidates and iterations")
     p.add_argument("--batch-sizes", type=_batch_sizes, metavar="1,4,8", help="rows; default 1,4,8,16,32,64")
     p.add_argument("--iterations", type=_positive(int), metavar="N", help="samples per candidate; default 20")
     p.add_argument("--warmup", type=int, default=5, metavar="N", help="calls before the first sample; default 5")
     p.add_argument("--budget", type=_positive(float), metavar="SECONDS", help="stop after this time")
-    p.add_argument("--memory-limit", type=_positive(float), metavar="GB", help="for weight copies and scratch; default "
-                   "half of the device's memory")
+    p.add_argument(
+        "--memory-limit",
+        type=_positive(float),
+        metavar="GB",
+        help="for weight copies and scratch; default half of the device's memory",
+    )
     p.add_argument("--output", type=Path, metavar="FILE", help="profile to write; default where the layers look")
-    p.add_argument("--check", action="store_true", help="re-measure the stored profile; exit code 1 if a tuned config "
-                   "has become slower than it was, or slower than the default")
-    p.add_argument("--tolerance", type=_positive(float), default=0.25, metavar="PART", help="with --check: slowdown "
-                   "that is put down to the machine's state; default 0.25")
+    p.add_argument(
+        "--check",
+        action="store_true",
+        help="re-measure the stored profile; exit code 1 if a tuned config "
+        "has become slower than it was, or slower than the default",
+    )
+    p.add_argument(
+        "--tolerance",
+        type=_positive(float),
+        default=0.25,
+        metavar="PART",
+        help="with --check: slowdown that is put down to the machine's state; default 0.25",
+    )
     p.add_argument("--device", choices=kernels.DEVICES, help="default: MLX's default device")
     p.add_argument("--dtype", choices=kernels.DTYPES, help="of the activations; default float32 on cpu, float16 on gpu")
     p.add_argument("--json", action="store_true", help="results as JSON on stdout")
@@ -120,9 +144,7 @@ def _problems(args, device: str, dtype: str) -> list[Problem]:
             for bits in mixes
         ]
         if not args.shape:
-            problems.append(
-                Problem("linear", 1, 1, *DEFAULT_LINEAR, 1, ((4,),), ("mul1",), "none", dtype, device)
-            )
+            problems.append(Problem("linear", 1, 1, *DEFAULT_LINEAR, 1, ((4,),), ("mul1",), "none", dtype, device))
     return tuning_run.at_rows(problems, args.batch_sizes)
 
 
@@ -181,15 +203,20 @@ def _run(args) -> int:
     return 0
 
 
-def _check(args, run: "tuning_run.Run") -> int:
+def _check(args, run: tuning_run.Run) -> int:
     if not run.path.exists():
         raise ProfileError(f"there is no profile {run.path} to check; tune first")
     with Progress(0, enabled=True, lines=True) as bar:
         findings = run.check(args.tolerance, args.budget, bar)
     rows = [
         {
-            "problem": _label(f.problem), "rows": f.problem.rows, "config": config_label(f.config),
-            "stored_ms": f.stored_ms, "now_ms": f.now_ms, "default_ms": f.default_ms, "regression": f.regression,
+            "problem": _label(f.problem),
+            "rows": f.problem.rows,
+            "config": config_label(f.config),
+            "stored_ms": f.stored_ms,
+            "now_ms": f.now_ms,
+            "default_ms": f.default_ms,
+            "regression": f.regression,
         }
         for f in findings
     ]
@@ -204,12 +231,20 @@ def _report(args, entries: dict[Problem, Entry]) -> None:
     rows = []
     for problem, e in entries.items():
         gain, low, high = (100 * (1 / r - 1) for r in (e.ratio[0], e.ratio[2], e.ratio[1]))
-        rows.append({
-            "problem": _label(problem), "rows": problem.rows, "best": config_label(e.config),
-            "default": config_label(e.default), "best_ms": e.samples.median_ms, "default_ms": e.baseline.median_ms,
-            "gain": f"{gain:+.1f} % ({low:+.1f} to {high:+.1f})" if e.decision == "faster" else "0",
-            "decision": e.decision, "measured": len(e.timings), "rejected": len(e.rejected),
-        })
+        rows.append(
+            {
+                "problem": _label(problem),
+                "rows": problem.rows,
+                "best": config_label(e.config),
+                "default": config_label(e.default),
+                "best_ms": e.samples.median_ms,
+                "default_ms": e.baseline.median_ms,
+                "gain": f"{gain:+.1f} % ({low:+.1f} to {high:+.1f})" if e.decision == "faster" else "0",
+                "decision": e.decision,
+                "measured": len(e.timings),
+                "rejected": len(e.rejected),
+            }
+        )
     if args.json:
         print(json.dumps(rows, indent=2))
     else:
@@ -233,7 +268,9 @@ def _print_table(rows: list[dict]) -> None:
     if not rows:
         print("nothing was measured")
         return
-    cells = [list(rows[0])] + [[f"{v:.3f}" if isinstance(v, float) else str(v or "") for v in row.values()] for row in rows]
+    cells = [list(rows[0])] + [
+        [f"{v:.3f}" if isinstance(v, float) else str(v or "") for v in row.values()] for row in rows
+    ]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     numeric = [not isinstance(v, str) for v in rows[0].values()]
     with contextlib.suppress(BrokenPipeError):

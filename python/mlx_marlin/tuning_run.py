@@ -124,7 +124,13 @@ class Run:
         with self._turn:
             configs = one_step(problem) if self.quick else None
             self.tuner.benchmark_layer(
-                problem, problem.rows, configs, self.rules.warmup, self.rules.rounds, deadline=deadline, on_round=bar.round
+                problem,
+                problem.rows,
+                configs,
+                self.rules.warmup,
+                self.rules.rounds,
+                deadline=deadline,
+                on_round=bar.round,
             )
         self._save()
 
@@ -143,10 +149,13 @@ class Run:
         for text in _gather(group, profile_io.encode(self.tuner.config)):
             theirs = profile_io.decode(text, "the profile of another process")
             if same_origin(self.tuner.config, theirs):
-                self.tuner.config.problems.update({
-                    p: e for p, e in theirs.problems.items()
-                    if p not in self.tuner.config.problems or e.timestamp > self.tuner.config.problems[p].timestamp
-                })
+                self.tuner.config.problems.update(
+                    {
+                        p: e
+                        for p, e in theirs.problems.items()
+                        if p not in self.tuner.config.problems or e.timestamp > self.tuner.config.problems[p].timestamp
+                    }
+                )
         self._save()
 
     def check(self, tolerance: float, budget: float | None, bar: Progress) -> list[Finding]:
@@ -179,7 +188,11 @@ class Run:
         significant = measure.holm(p_values, CHECK_ALPHA)
         return [
             Finding(
-                problem, entry.config, entry.samples.median_ms, _median_ms(now), _median_ms(default),
+                problem,
+                entry.config,
+                entry.samples.median_ms,
+                _median_ms(now),
+                _median_ms(default),
                 " and ".join(what for j, what in sorted(significant) if j == i),
             )
             for i, (problem, entry, now, default) in enumerate(measured)

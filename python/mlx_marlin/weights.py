@@ -134,7 +134,7 @@ class ExpertStack:
         self.offsets = mx.array(np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64))
 
     @classmethod
-    def of(cls, name: str, weights: Sequence[TrellisWeight]) -> "ExpertStack":
+    def of(cls, name: str, weights: Sequence[TrellisWeight]) -> ExpertStack:
         """Stack one weight per expert; ``name`` is used in errors."""
         first = _same_sizes(name, weights)
         formats = [w.bits | codec.CODEBOOKS.index(w.codebook) << 8 for w in weights]
@@ -203,7 +203,9 @@ class ExpertBank:
 
     def __init__(self, gate: Sequence[TrellisWeight], up: Sequence[TrellisWeight], down: Sequence[TrellisWeight]):
         if not len(gate) == len(up) == len(down):
-            raise ValueError(f"gate, up and down must have one weight per expert, got {len(gate)}, {len(up)}, {len(down)}")
+            raise ValueError(
+                f"gate, up and down must have one weight per expert, got {len(gate)}, {len(up)}, {len(down)}"
+            )
         self.gate, self.up, self.down = (
             ExpertStack.of(name, weights) for name, weights in (("gate", gate), ("up", up), ("down", down))
         )

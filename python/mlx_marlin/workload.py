@@ -44,7 +44,9 @@ class Workload:
         MemoryError: If the weights alone exceed the limit.
     """
 
-    def __init__(self, problem: Problem, stacks: Projections, activation=("silu", 1.702, 7.0), memory_limit=None, seed=0):
+    def __init__(
+        self, problem: Problem, stacks: Projections, activation=("silu", 1.702, 7.0), memory_limit=None, seed=0
+    ):
         if problem.rows < 1:
             raise ValueError(f"a timing needs at least 1 row, got {problem.rows}")
         self.problem, self.activation = problem, activation
@@ -59,7 +61,9 @@ class Workload:
         self._references: dict[int, tuple] = {}
 
     @classmethod
-    def of_layer(cls, layer, rows: int, *, top_k=8, dtype="float32", device="cpu", memory_limit=None, seed=0) -> "Workload":
+    def of_layer(
+        cls, layer, rows: int, *, top_k=8, dtype="float32", device="cpu", memory_limit=None, seed=0
+    ) -> Workload:
         """The workload of a layer.
 
         Args:
@@ -87,15 +91,13 @@ class Workload:
         )
 
     @classmethod
-    def synthetic(cls, problem: Problem, *, memory_limit=None, seed=0) -> "Workload":
+    def synthetic(cls, problem: Problem, *, memory_limit=None, seed=0) -> Workload:
         """The workload of a problem on random weights: every bit pattern is a legal trellis."""
         rng = np.random.default_rng(seed)
         sizes = [(problem.hidden, problem.intermediate)]
         if problem.kind == "swiglu":
             sizes = [*sizes, *sizes, (problem.intermediate, problem.hidden)]
-        stacks = tuple(
-            _random_stack(rng, problem, part, *size) for part, size in enumerate(sizes)
-        )
+        stacks = tuple(_random_stack(rng, problem, part, *size) for part, size in enumerate(sizes))
         return cls(problem, stacks, (problem.activation, 1.702, 7.0), memory_limit, seed)
 
     def run(self, config: KernelConfig, x: mx.array, i: int) -> mx.array:
@@ -129,7 +131,14 @@ class Workload:
         indices, scores = routing
         name, alpha, limit = self.activation
         return ops.swiglu(
-            x, indices, *stacks, scores=scores, activation=name, alpha=alpha, limit=limit, config=config,
+            x,
+            indices,
+            *stacks,
+            scores=scores,
+            activation=name,
+            alpha=alpha,
+            limit=limit,
+            config=config,
             stream=self._stream,
         )
 
@@ -240,7 +249,8 @@ def _random_stack(rng: np.random.Generator, problem: Problem, part: int, rows: i
     bits = [problem.bits[e % len(problem.bits)][part] for e in range(experts)]
     # Each codebook meets each mix of widths: the codebook steps once per round of the widths.
     ids = [
-        codec.CODEBOOKS.index(problem.codebooks[e // len(problem.bits) % len(problem.codebooks)]) for e in range(experts)
+        codec.CODEBOOKS.index(problem.codebooks[e // len(problem.bits) % len(problem.codebooks)])
+        for e in range(experts)
     ]
     words = sum(bits) * (k * n // 32)
     signs = [np.where(rng.random((experts, size)) < 0.5, -1.0, 1.0) for size in (k, n)]
@@ -251,7 +261,8 @@ def _random_stack(rng: np.random.Generator, problem: Problem, part: int, rows: i
         # Outputs of standard deviation 1 for such inputs.
         mx.array((signs[1] / math.sqrt(k)).astype(np.float16)),
         mx.array(rng.standard_normal((experts, n)).astype(np.float32)) if problem.bias else None,
-        rows, columns,
+        rows,
+        columns,
     )
     return ops.prepare(stack)
 

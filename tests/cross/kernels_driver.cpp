@@ -57,8 +57,8 @@ struct OwnedStack {
         bias(in.array<float>()) {}
 
   Stack view() const {
-    return {codes.data(), offsets.data(), formats.data(), suh.data(), svh.data(),
-            bias.empty() ? nullptr : bias.data(), sizes[0], sizes[1], sizes[2]};
+    return {codes.data(), offsets.data(), formats.data(), suh.data(), svh.data(), bias.empty() ? nullptr : bias.data(),
+            sizes[0],     sizes[1],       sizes[2]};
   }
 };
 
@@ -67,7 +67,7 @@ void write(FILE* file, const std::vector<T>& items) {
   std::fwrite(items.data(), sizeof(T), items.size(), file);
 }
 
-} // namespace
+}  // namespace
 
 int main(int argc, char** argv) {
   if (argc != 4) {
@@ -103,9 +103,10 @@ int main(int argc, char** argv) {
     auto scores = in.array<float>();
     int hidden = gate.sizes[1];
     std::vector<float> y(static_cast<size_t>(p[0]) * hidden);
-    swiglu({DType::float32, x.data(), ids.data(), scores.data(), y.data(), p[0], p[1], hidden, p[2],
-            1.702f, 7.0f, gate.view(), up.view(), down.view()},
-           config);
+    swiglu(
+        {DType::float32, x.data(), ids.data(), scores.data(), y.data(), p[0], p[1], hidden, p[2], 1.702f, 7.0f,
+         gate.view(), up.view(), down.view()},
+        config);
     write(out, y);
   }
   return std::fclose(out) == 0 ? 0 : 1;

@@ -37,9 +37,7 @@ def pointer_warnings(unit: str, flags: list[str]) -> list[str]:
     path = CACHE / f"pointers_{digest(text)}.{os.getpid()}.clcpp"
     path.write_text(text)
     kept = [
-        x
-        for i, x in enumerate(flags)
-        if not x.startswith(("-fsan", "-O", "-W")) and "-mllvm" not in (x, flags[i - 1])
+        x for i, x in enumerate(flags) if not x.startswith(("-fsan", "-O", "-W")) and "-mllvm" not in (x, flags[i - 1])
     ]
     extra = ["-w", "-ferror-limit=0", "-fsyntax-only", "-DMSL_POINTER_PASS"]
     lines = subprocess.run([*CLANG, *kept, *extra, str(path)], capture_output=True, text=True).stderr

@@ -35,8 +35,7 @@ DIALECT = [
     *("-x", "clcpp", "-cl-std=CLC++2021", "-cl-no-stdinc", "-cl-single-precision-constant"),
     *("-target", "x86_64-linux-gnu", *ISA, *PRECISION),
     "-Xclang",
-    "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space,+__cl_clang_function_pointers,"
-    "+__cl_clang_bitfields",
+    "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space,+__cl_clang_function_pointers,+__cl_clang_bitfields",
     # The memory callbacks see at most 16 bytes: nothing may be vectorised.
     *("-fno-vectorize", "-fno-slp-vectorize", "-fno-strict-aliasing"),
 ]
@@ -49,9 +48,7 @@ CHECKS = [
     *("-Wno-parentheses", "-Wno-implicit-const-int-float-conversion"),
 ]
 # Warnings of clang that are errors in Metal.
-_HARD = re.compile(
-    r"address space|precision: .* to '(bfloat|__bf16)|to 'bfloat16_t'|sizeof\(|vla|return type"
-)
+_HARD = re.compile(r"address space|precision: .* to '(bfloat|__bf16)|to 'bfloat16_t'|sizeof\(|vla|return type")
 
 
 @dataclass(frozen=True)
@@ -106,9 +103,7 @@ def _entry_points(source, kernels, wanted):
             source.errors.append(f"two kernels are called {instance.host_name}")
         kernel = kernels[base]
         arguments = ", ".join(
-            f"msl_idarg<S::at<{i}>>(t->{p.id_field})"
-            if p.kind == "id"
-            else f"msl_barg<S::at<{i}>>::get(b[{i}])"
+            f"msl_idarg<S::at<{i}>>(t->{p.id_field})" if p.kind == "id" else f"msl_barg<S::at<{i}>>::get(b[{i}])"
             for i, p in enumerate(kernel.parameters)
         )
         symbol = f"msl_k{number}"
@@ -168,9 +163,7 @@ def _build(unit, flags):
         source, object_file = beside.with_suffix(".clcpp"), beside.with_suffix(".o")
         source.write_text(unit.text)
         include = f"-I{HERE / 'shim'}"
-        built = run_tool(
-            [*CLANG, *flags, include, "-c", "-o", str(object_file), str(source)], f"compiling {unit.name}"
-        )
+        built = run_tool([*CLANG, *flags, include, "-c", "-o", str(object_file), str(source)], f"compiling {unit.name}")
         warnings = built.stderr.splitlines() + pointer_warnings(unit.text, [*flags, include])
         run_tool([*LINKER, "-shared", "-o", str(beside), str(object_file)], "linking")
         object_file.unlink()
@@ -185,9 +178,7 @@ def _build(unit, flags):
     return library, found
 
 
-def compile(
-    source: str, *, fp_contract: str = "off", strict: bool = True, optimise: str = "-O2", **options
-) -> Library:
+def compile(source: str, *, fp_contract: str = "off", strict: bool = True, optimise: str = "-O2", **options) -> Library:
     """Compile Metal source with every check on.
 
     Args:

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 # A multiply by one of these decodes one weight: 3INST, MCG and MUL1 (csrc/format.h).
 CODEBOOK_MULTIPLIERS = {89226354, 0xCBAC1FED, 0x83DCD12D}
 _NAME = r'[%@](?:[\w.$-]+|"[^"]*")'
-_INSTRUCTION = re.compile(
-    rf"\s+(?:(?P<result>{_NAME}) = )?(?:(?:tail|musttail|notail) )?(?P<op>[a-z]\w*)(?P<rest>.*)"
-)
+_INSTRUCTION = re.compile(rf"\s+(?:(?P<result>{_NAME}) = )?(?:(?:tail|musttail|notail) )?(?P<op>[a-z]\w*)(?P<rest>.*)")
 _LABEL = re.compile(r'^(?P<label>[\w.$-]+|"[^"]*"):')
 _DEFINE = re.compile(r"^define .*?(?P<name>@(?:[\w.$-]+|\"[^\"]*\"))\((?P<rest>.*)\{")
 _VECTOR = re.compile(r"<(\d+) x ([\w*]+)>")
@@ -119,11 +117,7 @@ class Block:
     @property
     def successors(self) -> list[str]:
         last = self.instructions[-1] if self.instructions else None
-        return (
-            re.findall(r'label %([\w.$-]+|"[^"]*")', last.rest)
-            if last and last.op in ("br", "switch")
-            else []
-        )
+        return re.findall(r'label %([\w.$-]+|"[^"]*")', last.rest) if last and last.op in ("br", "switch") else []
 
 
 @dataclass
@@ -176,9 +170,7 @@ class Module:
                 if found["op"][0] == "i" and "label" in line:  # a line of the switch's table
                     blocks[-1].instructions[-1].rest += " " + line.strip()
                     return
-            blocks[-1].instructions.append(
-                Instruction(found["result"], found["op"], found["rest"].split(", !")[0])
-            )
+            blocks[-1].instructions.append(Instruction(found["result"], found["op"], found["rest"].split(", !")[0]))
             blocks[-1].lines.append(number)
         elif "label %" in line and blocks[-1].instructions:
             blocks[-1].instructions[-1].rest += " " + line.strip()
@@ -206,17 +198,13 @@ def _classify(function):
     for block in function.blocks:
         for i in block.instructions:
             name, times = _cost(i, users.get(i.result, []))
-            if name == "integer" and (
-                _joins_a_multiply(i, definitions, users) or _pairs_registers(i, definitions)
-            ):
+            if name == "integer" and (_joins_a_multiply(i, definitions, users) or _pairs_registers(i, definitions)):
                 continue
             if name:
                 block.operations[name] += times
             if i.op == "mul":
                 constants = {c & 0xFFFFFFFF for c in _constants(i)}
-                block.weights += _used_lanes(i, users.get(i.result, [])) * bool(
-                    constants & CODEBOOK_MULTIPLIERS
-                )
+                block.weights += _used_lanes(i, users.get(i.result, [])) * bool(constants & CODEBOOK_MULTIPLIERS)
 
 
 def _joins_a_multiply(i, definitions, users):
@@ -276,9 +264,7 @@ def _cost(i, users):
 
 
 def _is_contracted(i, users):
-    return (
-        i.op == "fmul" and len(users) == 1 and users[0].op in ("fadd", "fsub") and "contract" in users[0].rest
-    )
+    return i.op == "fmul" and len(users) == 1 and users[0].op in ("fadd", "fsub") and "contract" in users[0].rest
 
 
 def _shift(i, users, wide):
@@ -288,9 +274,7 @@ def _shift(i, users, wide):
         return ("wide_variable_shift" if wide > 1 else "variable_shift"), i.lanes
     if amount * 2 == i.bits:  # half of a register, or one register of a pair
         return None, 0
-    sums = all(
-        u.op in ("add", "sub", "getelementptr") or (u.op == "or" and "disjoint" in u.rest) for u in users
-    )
+    sums = all(u.op in ("add", "sub", "getelementptr") or (u.op == "or" and "disjoint" in u.rest) for u in users)
     if i.op == "shl" and 1 <= amount <= 4 and sums:
         return None, 0
     return "shift", i.lanes * wide

@@ -116,11 +116,7 @@ def _triple(value):
 
 
 def _poisoned(out):
-    return (
-        np.full(int(np.prod(out.shape)) * out.dtype.itemsize, 0xFF, np.uint8)
-        .view(out.dtype)
-        .reshape(out.shape)
-    )
+    return np.full(int(np.prod(out.shape)) * out.dtype.itemsize, 0xFF, np.uint8).view(out.dtype).reshape(out.shape)
 
 
 def _aligned(array, alive):
@@ -145,9 +141,7 @@ class Library:
         diagnostics: Findings that were not errors.
     """
 
-    def __init__(
-        self, path: Path, kernels: dict[str, Kernel], symbols: dict[str, str], diagnostics, blocks=0
-    ):
+    def __init__(self, path: Path, kernels: dict[str, Kernel], symbols: dict[str, str], diagnostics, blocks=0):
         self.path, self.kernels, self.diagnostics = path, kernels, diagnostics
         self._symbols, self._blocks = symbols, blocks
         runtime()
@@ -240,8 +234,7 @@ class Library:
         wanted = {p.index for p in by_kind["threadgroup"]}
         if set(threadgroup_memory) != wanted:
             raise KernelError(
-                f"{name}: threadgroup memory indices {sorted(wanted)} needed, "
-                f"{sorted(threadgroup_memory)} given"
+                f"{name}: threadgroup memory indices {sorted(wanted)} needed, {sorted(threadgroup_memory)} given"
             )
         binding = _Binding((ctypes.c_uint64 * max(1, len(kernel.parameters)))(), [], [], {}, [])
         for position, parameter in enumerate(kernel.parameters):
@@ -264,8 +257,7 @@ class Library:
             array, target = np.asarray(value), value
         else:
             raise TypeError(
-                f"{name}: buffer {parameter.index}: NumPy array or scalar, bytes or Out expected, "
-                f"not {type(value)}"
+                f"{name}: buffer {parameter.index}: NumPy array or scalar, bytes or Out expected, not {type(value)}"
             )
         if parameter.read_only:
             return _aligned(array, binding.alive)

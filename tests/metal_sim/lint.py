@@ -85,8 +85,7 @@ def _parameters(source, i):
         elif "[" in tokens:
             source.warn(
                 a,
-                "array parameter without an address space (Apple's compiler may reject it): "
-                + source.text(a, b),
+                "array parameter without an address space (Apple's compiler may reject it): " + source.text(a, b),
             )
 
 

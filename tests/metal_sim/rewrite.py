@@ -211,9 +211,7 @@ def _threadgroup_variables(source, i, count):
         while equals < b and t[equals] != "=":
             equals = source.close(equals) + 1 if t[equals] == "[" else equals + 1
         if equals < b:
-            source.warn(
-                i, f"initialiser of threadgroup variable {t[name]} is ignored (memory stays poisoned)"
-            )
+            source.warn(i, f"initialiser of threadgroup variable {t[name]} is ignored (memory stays poisoned)")
         extents = source.output(name + 1, equals) if equals > name + 1 else ""
         text += f"typedef {type_name} msl_t{count} {extents}; "
         text += f"__local msl_t{count}& {t[name]} = msl_tgvar<msl_t{count}>({count}); "

@@ -12,9 +12,7 @@ ADDRESS_SPACES = {
     "thread": "",
 }
 VECTORS = {
-    f"{t}{n}"
-    for t in "bool char uchar short ushort int uint long ulong half float bfloat".split()
-    for n in (2, 3, 4)
+    f"{t}{n}" for t in "bool char uchar short ushort int uint long ulong half float bfloat".split() for n in (2, 3, 4)
 } | {f"packed_{t}{n}" for t in "char uchar short ushort int uint half float bfloat".split() for n in (2, 4)}
 KEPT_ATTRIBUTES = ("maybe_unused", "nodiscard", "fallthrough", "clang", "likely", "unlikely", "unroll")
 
@@ -109,7 +107,7 @@ class Source:
 
     def place(self, i: int) -> str:
         """file:line of token i."""
-        return "%s:%d" % self._where[min(i, self.n - 1)]
+        return "{}:{}".format(*self._where[min(i, self.n - 1)])
 
     def error(self, i: int, message: str) -> None:
         self.errors.append(f"{self.place(i)}: {message}")

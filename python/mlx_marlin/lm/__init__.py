@@ -9,9 +9,7 @@ import mlx.core as mx
 try:
     from mlx_lm import utils as mlx_lm_utils
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "loading models needs mlx-lm: pip install 'mlx_marlin[lm]'", name=error.name
-    ) from error
+    raise ModuleNotFoundError("loading models needs mlx-lm: pip install 'mlx_marlin[lm]'", name=error.name) from error
 
 from .model import Progress, is_exl3, load_exl3_model
 
@@ -52,7 +50,5 @@ def load(
     if adapter_path is not None:
         model = mlx_lm_utils.load_adapters(model, adapter_path)
         model.eval()
-    tokenizer = mlx_lm_utils.load_tokenizer(
-        model_path, tokenizer_config, eos_token_ids=config.get("eos_token_id")
-    )
+    tokenizer = mlx_lm_utils.load_tokenizer(model_path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
     return (model, tokenizer, config) if return_config else (model, tokenizer)

@@ -102,7 +102,7 @@ class _Placeholders:
         if start % HADAMARD_SIZE or count != logical or (count % HADAMARD_SIZE and start + count != padded):
             raise ValueError(
                 f"{where} gives outputs {start} to {start + count} of {padded} where the model wants {logical}; "
-                f"EXL3 pads the model's size to the next multiple of {HADAMARD_SIZE} and can be cut at such multiples only"
+                f"EXL3 pads a model's size to the next multiple of {HADAMARD_SIZE} and can be cut there only"
             )
         first = start // HADAMARD_SIZE
         return LinearSource(linear, tuple(range(first, first + -(-count // HADAMARD_SIZE))))
@@ -132,17 +132,11 @@ def check_experts(loader: TrellisModelLoader) -> None:
             continue
         name = f"{block}.experts.{min(missing)}.{projection}"
         if f"{name}.weight" in loader.unquantized:
-            raise ValueError(
-                f"{loader.directory}: {name} is not quantized, but other experts of the layer are"
-            )
-        raise ValueError(
-            f"{loader.directory}: {name}.trellis is missing, but other experts of the layer are there"
-        )
+            raise ValueError(f"{loader.directory}: {name} is not quantized, but other experts of the layer are")
+        raise ValueError(f"{loader.directory}: {name}.trellis is missing, but other experts of the layer are there")
 
 
-def sanitize(
-    model: nn.Module, loader: TrellisModelLoader, placeholders: _Placeholders
-) -> dict[str, mx.array]:
+def sanitize(model: nn.Module, loader: TrellisModelLoader, placeholders: _Placeholders) -> dict[str, mx.array]:
     """The checkpoint as the model's own ``sanitize`` leaves it, experts stacked and names adjusted."""
     weights = {**loader.load_unquantized(), **placeholders.make()}
     if hasattr(model, "sanitize"):
@@ -155,7 +149,8 @@ def sanitize(
             ) from error
         except MODEL_ERRORS as error:
             raise ValueError(
-                f"{loader.directory}: {type(model).__module__} cannot take these tensors: {type(error).__name__}: {error}"
+                f"{loader.directory}: {type(model).__module__} cannot take these tensors: "
+                f"{type(error).__name__}: {error}"
             ) from error
     return _move_leftovers(model, _stack_experts(model, weights))
 
@@ -239,9 +234,7 @@ def _place(mapping: Mapping, placeholders: _Placeholders, modules: dict, key: st
             raise ValueError(
                 f"{where}, where the model has {module.weight.shape[0]} experts; the checkpoint has {len(codes)}"
             )
-        sources = [
-            placeholders.read(f"{key}[{e}]", c[:, 0], module.weight.shape[1]) for e, c in enumerate(codes)
-        ]
+        sources = [placeholders.read(f"{key}[{e}]", c[:, 0], module.weight.shape[1]) for e, c in enumerate(codes)]
         mapping.experts.setdefault(parent, {})[projection] = sources
     elif isinstance(module, nn.Linear) and codes.ndim == 2 and codes.shape[1] == 1:
         mapping.linears[path] = placeholders.read(key, codes[:, 0], module.weight.shape[0])
@@ -261,9 +254,7 @@ def _place_head(mapping: Mapping, placeholders: _Placeholders, modules: dict) ->
     """EXL3 has a quantized head even where the model ties it to the embeddings; it must not be dropped."""
     used = {source.linear.name for source in mapping.linears.values()}
     heads = [
-        linear
-        for linear in placeholders.linears
-        if f".{linear.name}".endswith(".lm_head") and linear.name not in used
+        linear for linear in placeholders.linears if f".{linear.name}".endswith(".lm_head") and linear.name not in used
     ]
     if not heads:
         return
@@ -314,9 +305,7 @@ def _check_complete(model: nn.Module, loader: TrellisModelLoader, mapping: Mappi
         *(f"{path}.{projection}" for path in mapping.experts for projection in PROJECTIONS),
     }
     parameters = {
-        key: value
-        for key, value in tree_flatten(model.parameters())
-        if key.rpartition(".")[0] not in replaced
+        key: value for key, value in tree_flatten(model.parameters()) if key.rpartition(".")[0] not in replaced
     }
     for key, value in parameters.items():
         if key not in mapping.dense:
@@ -325,7 +314,8 @@ def _check_complete(model: nn.Module, loader: TrellisModelLoader, mapping: Mappi
             )
         if mapping.dense[key].shape != value.shape:
             raise ValueError(
-                f"{loader.directory}: {key} has shape {list(mapping.dense[key].shape)}, but the model wants {list(value.shape)}"
+                f"{loader.directory}: {key} has shape {list(mapping.dense[key].shape)}, "
+                f"but the model wants {list(value.shape)}"
             )
     for key in mapping.dense:
         if key not in parameters:

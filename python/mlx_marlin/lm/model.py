@@ -88,8 +88,7 @@ def read_config(model_path: Path, loader: TrellisModelLoader, model_config: dict
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     tensors = len(loader.quantized) + len(loader.unquantized)
     has_head = any(
-        f".{name}".endswith((".lm_head", ".lm_head.weight"))
-        for name in (*loader.quantized, *loader.unquantized)
+        f".{name}".endswith((".lm_head", ".lm_head.weight")) for name in (*loader.quantized, *loader.unquantized)
     )
     for part in parts:
         for key in _LAYER_COUNTS:
@@ -120,9 +119,7 @@ def activation_of(path: str, module: nn.Module) -> dict:
     activation = module.activation
     name = f"{type(activation).__module__}.{type(activation).__qualname__}"
     if name not in _ACTIVATIONS:
-        raise ValueError(
-            f"{path} uses the activation {name}; experts can be quantized with {', '.join(_ACTIVATIONS)}"
-        )
+        raise ValueError(f"{path} uses the activation {name}; experts can be quantized with {', '.join(_ACTIVATIONS)}")
     keywords = {"activation": _ACTIVATIONS[name]}
     if hasattr(activation, "_alpha"):
         keywords.update(alpha=activation._alpha, limit=activation._limit)
@@ -137,9 +134,7 @@ def cast_dense(model: nn.Module, dense: dict[str, mx.array], dtype: mx.Dtype | N
     of all.
     """
     if dtype is None and mx.default_device() == mx.cpu:
-        return {
-            k: v.astype(mx.float32) if mx.issubdtype(v.dtype, mx.floating) else v for k, v in dense.items()
-        }
+        return {k: v.astype(mx.float32) if mx.issubdtype(v.dtype, mx.floating) else v for k, v in dense.items()}
     casts = getattr(model, "cast_predicate", lambda key: True)
     if dtype is None:
         embeddings = [v.dtype for k, v in dense.items() if k.endswith("embed_tokens.weight")]

@@ -38,20 +38,35 @@ def model_problems(model_path, dtype: str, device: str) -> dict[Problem, list[st
         stacks = [[source.linear for source in sources[projection]] for projection in PROJECTIONS]
         experts = len(stacks[0])
         problem = Problem(
-            kind="swiglu", rows=1, top_k=_top_k(config, experts),
-            hidden=module_at(model, path)[PROJECTIONS[0]].weight.shape[2], intermediate=stacks[0][0].padded_shape[1],
-            experts=experts, bits=tuple(sorted(set(zip(*([w.bits for w in stack] for stack in stacks))))),
+            kind="swiglu",
+            rows=1,
+            top_k=_top_k(config, experts),
+            hidden=module_at(model, path)[PROJECTIONS[0]].weight.shape[2],
+            intermediate=stacks[0][0].padded_shape[1],
+            experts=experts,
+            bits=tuple(sorted(set(zip(*([w.bits for w in stack] for stack in stacks))))),
             codebooks=tuple(sorted({w.codebook for stack in stacks for w in stack})),
-            activation=activation_of(path, module_at(model, path))["activation"], dtype=dtype, device=device,
+            activation=activation_of(path, module_at(model, path))["activation"],
+            dtype=dtype,
+            device=device,
             bias=any("bias" in w.parts for stack in stacks for w in stack),
         )
         problems.setdefault(problem, []).append(path)
     for path, source in mapping.linears.items():
         out_features, in_features = module_at(model, path).weight.shape
         problem = Problem(
-            kind="linear", rows=1, top_k=1, hidden=in_features, intermediate=out_features, experts=1,
-            bits=((source.linear.bits,),), codebooks=(source.linear.codebook,), activation="none", dtype=dtype,
-            device=device, bias="bias" in source.linear.parts,
+            kind="linear",
+            rows=1,
+            top_k=1,
+            hidden=in_features,
+            intermediate=out_features,
+            experts=1,
+            bits=((source.linear.bits,),),
+            codebooks=(source.linear.codebook,),
+            activation="none",
+            dtype=dtype,
+            device=device,
+            bias="bias" in source.linear.parts,
         )
         problems.setdefault(problem, []).append(path)
     return problems

@@ -94,11 +94,7 @@ def _blocks(path: str, indices: np.ndarray, total: int) -> tuple[int, ...]:
     for start in range(0, len(indices), HADAMARD_SIZE):
         part = indices[start : start + HADAMARD_SIZE]
         first, size = int(part[0]), min(HADAMARD_SIZE, total - int(part[0]))
-        if (
-            first % HADAMARD_SIZE
-            or len(part) != size
-            or not np.array_equal(part, np.arange(first, first + size))
-        ):
+        if first % HADAMARD_SIZE or len(part) != size or not np.array_equal(part, np.arange(first, first + size)):
             raise ValueError(
                 f"{path}: {total} is split into {len(indices)} per rank here; a trellis can be split at multiples of "
                 f"{HADAMARD_SIZE} only. Use fewer ranks or pipeline parallelism"
@@ -107,9 +103,7 @@ def _blocks(path: str, indices: np.ndarray, total: int) -> tuple[int, ...]:
     return tuple(blocks)
 
 
-def _split_axes(
-    model: nn.Module, targets: dict[str, LinearSource], group: mx.distributed.Group
-) -> dict[str, int]:
+def _split_axes(model: nn.Module, targets: dict[str, LinearSource], group: mx.distributed.Group) -> dict[str, int]:
     """Split the untouched model and see which axis of each weight got shorter: -2 (outputs) or -1 (inputs)."""
     before = {path: module_at(model, path).weight.shape for path in targets}
     _shard(model, group)
@@ -133,9 +127,7 @@ def _put_indices(module: nn.Module, axis: int) -> None:
     module.weight = mx.broadcast_to(index, (*shape[:-2], *index.shape))
 
 
-def split(
-    model: nn.Module, probe: nn.Module, mapping: Mapping, group: mx.distributed.Group
-) -> dict[str, Cut]:
+def split(model: nn.Module, probe: nn.Module, mapping: Mapping, group: mx.distributed.Group) -> dict[str, Cut]:
     """Split a model for this rank, without reading a weight.
 
     Args:
@@ -154,7 +146,7 @@ def split(
     axes = _split_axes(probe, targets, group)
     model.load_weights(list(mapping.dense.items()), strict=False)
     shapes = {path: module_at(model, path).weight.shape[-2:] for path in targets}
-    for path, source in targets.items():
+    for path, _source in targets.items():
         module = module_at(model, path)
         if path in axes:
             _put_indices(module, axes[path])
@@ -220,9 +212,7 @@ def _make_experts(cuts: dict[str, Cut]) -> Callable:
         weights = []
         for projection in PROJECTIONS:
             cut, bias = cuts[f"{path}.{projection}"], module[projection].get("bias")
-            weights.append(
-                [cut.load(s, None if bias is None else bias[e]) for e, s in enumerate(sources[projection])]
-            )
+            weights.append([cut.load(s, None if bias is None else bias[e]) for e, s in enumerate(sources[projection])])
         return TrellisSwitchGLU(*weights, **activation_of(path, module))
 
     return make

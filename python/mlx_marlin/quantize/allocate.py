@@ -108,7 +108,7 @@ def allocate(items: Sequence[Item], bits: float, mode: str = "per-expert") -> Al
     spent = sum(group.bits[group.width] for group in groups)
     if spent > budget:
         raise ValueError(
-            f"{bits} bits per weight cannot be met: the smallest widths already take {spent / total:.4f}, scales included"
+            f"{bits} bits per weight cannot be met: the smallest widths take {spent / total:.4f}, scales included"
         )
     bound = _climb(groups, budget, spent)
     _fill(groups, budget)

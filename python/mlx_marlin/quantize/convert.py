@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
 from .. import codec, kernels
@@ -86,7 +85,9 @@ def _check(bits, head_bits, codebook, mixed, seed) -> _Settings:
     if not 1 <= bits <= codec.MAX_BITS:
         raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {bits}")
     if head_bits not in (*range(1, codec.MAX_BITS + 1), 16):
-        raise ValueError(f"head_bits must be 1..{codec.MAX_BITS}, or 16 to leave the head in half precision, got {head_bits}")
+        raise ValueError(
+            f"head_bits must be 1..{codec.MAX_BITS}, or 16 to leave the head in half precision, got {head_bits}"
+        )
     if codebook not in codec.CODEBOOKS:
         raise ValueError(f"codebook must be one of {', '.join(codec.CODEBOOKS)}, got {codebook!r}")
     if mixed not in MODES:
@@ -193,7 +194,9 @@ class _Conversion:
         hidden = self._quantize(allocation)
         self._head(hidden)
         self.clock.advance("assembling", 1.0)
-        assemble(self.source, self.output, self.work, len(self.model.layers), self.settings, allocation, self.tokens.shape)
+        assemble(
+            self.source, self.output, self.work, len(self.model.layers), self.settings, allocation, self.tokens.shape
+        )
         return allocation
 
     # Stage 1: the effect of every candidate width, along the original model.
@@ -295,13 +298,15 @@ def half_round(values: np.ndarray) -> np.ndarray:
 
 
 def _save_items(path: Path, items: list[Item]) -> None:
-    rows = [[i.name, i.group, i.weights, list(i.bits.items()), [[k, v.hex()] for k, v in i.loss.items()]] for i in items]
+    rows = [
+        [i.name, i.group, i.weights, list(i.bits.items()), [[k, v.hex()] for k, v in i.loss.items()]] for i in items
+    ]
     write_text(path, json.dumps(rows))
 
 
 def _load_items(path: Path) -> list[Item]:
     return [
-        Item(name, group, weights, {k: v for k, v in bits}, {k: float.fromhex(v) for k, v in loss})
+        Item(name, group, weights, dict(bits), {k: float.fromhex(v) for k, v in loss})
         for name, group, weights, bits, loss in json.loads(path.read_text())
     ]
 

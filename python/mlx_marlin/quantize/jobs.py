@@ -141,7 +141,9 @@ def _expert_jobs(full: str, parts: dict[str, str], tap: ExpertsTap, seed: int | 
         middle_prior.add(prior_hidden)
         shared = entry.with_prior(prior.mean(), typical * x.shape[1] / _PRIOR_SHARE)
         down = middle.with_prior(middle_prior.mean(), typical * hidden.shape[1] / _PRIOR_SHARE)
-        sample = np.concatenate([rows[:: max(1, len(rows) // _EFFECT_ROWS)][:_EFFECT_ROWS], prior_x[: 1 + len(prior_x) // 8]])
+        sample = np.concatenate(
+            [rows[:: max(1, len(rows) // _EFFECT_ROWS)][:_EFFECT_ROWS], prior_x[: 1 + len(prior_x) // 8]]
+        )
         for part in ("gate_proj", "up_proj", "down_proj"):
             effect = 1.0
             if seed is not None and part != "down_proj":
@@ -171,4 +173,6 @@ def _expert_job(full: str, stored: str, tap: ExpertsTap, part: str, e: int, h: n
             biases[e] = bias
 
     bias = None if biases is None else biases[e]
-    return Job(f"{full}.{e}.{stored}", f"{full}.{stored}", lambda: weights[e], bias, weights.shape[1:], h, effect, install)
+    return Job(
+        f"{full}.{e}.{stored}", f"{full}.{stored}", lambda: weights[e], bias, weights.shape[1:], h, effect, install
+    )

@@ -193,8 +193,9 @@ class LayeredModel:
     def load(self, index: int) -> None:
         """Bring a layer into memory, as float32."""
         layer = self.layers[index]
-        layer.update(tree_map(lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p,
-                              layer.parameters()))
+        layer.update(
+            tree_map(lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p, layer.parameters())
+        )
         mx.eval(layer.parameters())
 
     def unload(self, index: int) -> None:
@@ -266,7 +267,7 @@ class Taps:
             if block:
                 self._originals.append((block, modules[block], BlockTap(modules[block], tap)))
 
-    def __enter__(self) -> "Taps":
+    def __enter__(self) -> Taps:
         for path, _, tap in self._originals:
             _replace(self.layer, path, tap)
         return self

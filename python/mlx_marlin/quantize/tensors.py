@@ -26,7 +26,7 @@ class Tensor:
     data: bytes
 
     @classmethod
-    def of(cls, array: np.ndarray) -> "Tensor":
+    def of(cls, array: np.ndarray) -> Tensor:
         return cls(_NAMES[array.dtype], array.shape, array.tobytes())
 
 
@@ -84,7 +84,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     write_file(path, [(n, tensors[n].dtype, tensors[n].shape) for n in names], (tensors[n].data for n in names))
 
 
-class beside:  # noqa: N801, used like a function
+class beside:
     """Context manager: a file that takes its name only when it is whole and on the disk."""
 
     def __init__(self, path: Path):

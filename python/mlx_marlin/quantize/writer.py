@@ -66,7 +66,10 @@ def assemble(source: Source, output: Path, work: Path, layers: int, settings, al
         data = (read_bytes(parts[n]) if n in parts else source.kept(n).data for n in names)
         write_file(output / file, [(n, dtypes[n], shapes[n]) for n in names], data)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": {n: f for f, ns in shards.items() for n in ns}}
+        index = {
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {n: f for f, ns in shards.items() for n in ns},
+        }
         write_text(output / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
     for name in SIDE_FILES:
         if (source.path / name).is_file():

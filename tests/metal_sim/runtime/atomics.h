@@ -31,14 +31,15 @@ static u64 rmw(int op, T* p, T v, T e) {
         nv = memcmp(&o, &e, sizeof(T)) ? o : v;
         break;
       default:
-        if constexpr (__is_integral(T))
+        if constexpr (__is_integral(T)) {
           nv = op == MSL_ATOMIC_AND ? o & v : op == MSL_ATOMIC_OR ? o | v : o ^ v;
-        else
+        } else {
           nv = o;
+        }
     }
-    if (op == MSL_ATOMIC_LOAD ||
-        __atomic_compare_exchange(p, &o, &nv, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+    if (op == MSL_ATOMIC_LOAD || __atomic_compare_exchange(p, &o, &nv, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
       break;
+    }
   }
   u64 r = 0;
   memcpy(&r, &o, sizeof(T));

@@ -7,8 +7,12 @@
 struct Lanes {
   F** L;
   u32 mask, n;
-  bool has(int i) const { return i >= 0 && i < (int)n && (mask >> i & 1); }
-  F* first() const { return L[__builtin_ctz(mask)]; }
+  bool has(int i) const {
+    return i >= 0 && i < (int)n && (mask >> i & 1);
+  }
+  F* first() const {
+    return L[__builtin_ctz(mask)];
+  }
 };
 
 template <class T>
@@ -27,8 +31,9 @@ static T combine(int op, T a, T b) {
     case MSL_OP_MIN:
       return b != b ? a : (a != a || b < a) ? b : a;
   }
-  if constexpr (__is_integral(T))
+  if constexpr (__is_integral(T)) {
     return op == MSL_OP_AND ? T(a & b) : op == MSL_OP_OR ? T(a | b) : T(a ^ b);
+  }
   return a;
 }
 
@@ -38,7 +43,9 @@ static void prefix(int op, const Lanes& s, int c) {
   bool inclusive = op == MSL_OP_PREFIX_INCLUSIVE_SUM || op == MSL_OP_PREFIX_INCLUSIVE_PRODUCT;
   T sum = T(product ? 1 : 0);
   for (u32 i = 0; i < s.n; i++) {
-    if (!s.has(i)) continue;
+    if (!s.has(i)) {
+      continue;
+    }
     T v;
     memcpy(&v, (u8*)s.L[i]->in + c * sizeof(T), sizeof(T));
     T next = combine(op, sum, v), r = inclusive ? next : sum;
@@ -54,7 +61,9 @@ static void butterfly(int op, const Lanes& s, int c) {
   bool on[32];
   for (u32 i = 0; i < s.n; i++) {
     on[i] = s.has(i);
-    if (on[i]) memcpy(&v[i], (u8*)s.L[i]->in + c * sizeof(T), sizeof(T));
+    if (on[i]) {
+      memcpy(&v[i], (u8*)s.L[i]->in + c * sizeof(T), sizeof(T));
+    }
   }
   for (u32 m = 1; m < s.n; m <<= 1) {
     T w[32];
@@ -63,19 +72,25 @@ static void butterfly(int op, const Lanes& s, int c) {
     memcpy(was_on, on, sizeof on);
     for (u32 i = 0; i < s.n; i++) {
       u32 j = i ^ m;
-      if (j >= s.n || !was_on[j]) continue;
+      if (j >= s.n || !was_on[j]) {
+        continue;
+      }
       v[i] = !was_on[i] ? w[j] : i < j ? combine(op, w[i], w[j]) : combine(op, w[j], w[i]);
       on[i] = true;
     }
   }
-  for (u32 i = 0; i < s.n; i++)
-    if (s.has(i)) memcpy((u8*)s.L[i]->out + c * sizeof(T), &v[i], sizeof(T));
+  for (u32 i = 0; i < s.n; i++) {
+    if (s.has(i)) {
+      memcpy((u8*)s.L[i]->out + c * sizeof(T), &v[i], sizeof(T));
+    }
+  }
 }
 
 template <class T>
 static void reduce(int op, const Lanes& s) {
-  for (int c = 0; c < s.first()->ncomp; c++)
+  for (int c = 0; c < s.first()->ncomp; c++) {
     op >= MSL_OP_PREFIX_INCLUSIVE_SUM ? prefix<T>(op, s, c) : butterfly<T>(op, s, c);
+  }
 }
 
 static void reduce_any(int op, const Lanes& s) {
@@ -135,22 +150,25 @@ static void shuffle(int op, const Lanes& s) {
   F* a = s.first();
   bool fill = op == MSL_OP_FILL_UP || op == MSL_OP_FILL_DOWN;
   for (u32 i = 0; i < s.n; i++) {
-    if (!s.has(i)) continue;
+    if (!s.has(i)) {
+      continue;
+    }
     F* f = s.L[i];
     bool uniform = f->arg == a->arg && (!fill || f->ncomp == a->ncomp);
     if (op != MSL_OP_SHUFFLE && !uniform) {
       cur = f;
-      fail(a->pc,
-           "simd shuffle/broadcast with a delta, mask or lane that differs between lanes (%u and "
-           "%u)",
-           a->arg, f->arg);
+      fail(
+          a->pc,
+          "simd shuffle/broadcast with a delta, mask or lane that differs between lanes (%u and "
+          "%u)",
+          a->arg, f->arg);
     }
     bool filled = false;
     int from = shuffle_source(op, i, f->arg, s.n, fill ? a->ncomp : (int)s.n, &filled);
     if (!s.has(from)) {
       cur = f;
-      fail(f->pc, "simd shuffle reads lane %d, which is %s", from,
-           from >= 0 && from < 32 ? "inactive" : "out of range");
+      fail(
+          f->pc, "simd shuffle reads lane %d, which is %s", from, from >= 0 && from < 32 ? "inactive" : "out of range");
     }
     memcpy(f->out, (const u8*)s.L[from]->in + (filled ? f->size : 0), f->size);
   }
@@ -158,11 +176,17 @@ static void shuffle(int op, const Lanes& s) {
 
 static void ballot(const Lanes& s) {
   u32 bits = 0;
-  for (u32 i = 0; i < s.n; i++)
-    if (s.has(i) && *(u32*)s.L[i]->in) bits |= 1u << i;
+  for (u32 i = 0; i < s.n; i++) {
+    if (s.has(i) && *(u32*)s.L[i]->in) {
+      bits |= 1u << i;
+    }
+  }
   u64 both = (u64)s.mask << 32 | bits;
-  for (u32 i = 0; i < s.n; i++)
-    if (s.has(i)) memcpy(s.L[i]->out, &both, 8);
+  for (u32 i = 0; i < s.n; i++) {
+    if (s.has(i)) {
+      memcpy(s.L[i]->out, &both, 8);
+    }
+  }
 }
 
 // Lane l holds row ((l/4)&4) + (l/2)%4 and columns ((l/4)&2)*2 + (l%2)*2 + {0, 1}.
@@ -170,12 +194,21 @@ static void matrix_multiply(const Lanes& s) {
   float m[3][8][8];
   auto row = [](u32 l) { return ((l / 4) & 4) + (l / 2) % 4; };
   auto column = [](u32 l) { return ((l / 4) & 2) * 2 + (l % 2) * 2; };
-  for (u32 i = 0; i < 32; i++)
-    for (int k = 0; k < 6; k++) m[k / 2][row(i)][column(i) + k % 2] = ((const float*)s.L[i]->in)[k];
-  for (int r = 0; r < 8; r++)
-    for (int k = 0; k < 8; k++)
-      for (int c = 0; c < 8; c++) m[2][r][c] = __builtin_fmaf(m[0][r][k], m[1][k][c], m[2][r][c]);
-  for (u32 i = 0; i < 32; i++) memcpy(s.L[i]->out, &m[2][row(i)][column(i)], 8);
+  for (u32 i = 0; i < 32; i++) {
+    for (int k = 0; k < 6; k++) {
+      m[k / 2][row(i)][column(i) + k % 2] = ((const float*)s.L[i]->in)[k];
+    }
+  }
+  for (int r = 0; r < 8; r++) {
+    for (int k = 0; k < 8; k++) {
+      for (int c = 0; c < 8; c++) {
+        m[2][r][c] = __builtin_fmaf(m[0][r][k], m[1][k][c], m[2][r][c]);
+      }
+    }
+  }
+  for (u32 i = 0; i < 32; i++) {
+    memcpy(s.L[i]->out, &m[2][row(i)][column(i)], 8);
+  }
 }
 
 static void perform(F** L, u32 mask, u32 n) {
@@ -189,19 +222,30 @@ static void perform(F** L, u32 mask, u32 n) {
     case MSL_OP_BALLOT:
       return ballot(s);
     case MSL_OP_BROADCAST_FIRST:
-      for (u32 i = 0; i < n; i++)
-        if (s.has(i)) memcpy(L[i]->out, a->in, a->size);
+      for (u32 i = 0; i < n; i++) {
+        if (s.has(i)) {
+          memcpy(L[i]->out, a->in, a->size);
+        }
+      }
       return;
     case MSL_OP_IS_FIRST:
-      for (u32 i = 0; i < n; i++)
-        if (s.has(i)) *(u32*)L[i]->out = L[i] == a;
+      for (u32 i = 0; i < n; i++) {
+        if (s.has(i)) {
+          *(u32*)L[i]->out = L[i] == a;
+        }
+      }
       return;
     case MSL_OP_MATRIX_LANE:
     case MSL_OP_MATRIX_MULTIPLY:
-      if (mask != 0xffffffffu)
+      if (mask != 0xffffffffu) {
         fail(a->pc, "simdgroup_matrix operation needs all 32 lanes (active mask %#x)", mask);
-      if (op == MSL_OP_MATRIX_MULTIPLY) return matrix_multiply(s);
-      for (u32 i = 0; i < n; i++) *(u32*)L[i]->out = i;
+      }
+      if (op == MSL_OP_MATRIX_MULTIPLY) {
+        return matrix_multiply(s);
+      }
+      for (u32 i = 0; i < n; i++) {
+        *(u32*)L[i]->out = i;
+      }
       return;
   }
   bool moves = op <= MSL_OP_BROADCAST || op == MSL_OP_FILL_UP || op == MSL_OP_FILL_DOWN;

@@ -35,8 +35,8 @@ enum {
 static const size_t STK = 256 * 1024;  // a thread's stack, of which 4 KB are a guard page
 
 struct Ids {
-  u32 tpig[3], tgpig[3], tpitg[3], tptg[3], dtptg[3], tgpg[3], tpg[3], tiitg[3], lane[3], sg[3],
-      sgptg[3], qlane[3], qg[3], qgptg[3], tps[3], zero[3];
+  u32 tpig[3], tgpig[3], tpitg[3], tptg[3], dtptg[3], tgpg[3], tpg[3], tiitg[3], lane[3], sg[3], sgptg[3], qlane[3],
+      qg[3], qgptg[3], tps[3], zero[3];
 };
 struct Buf {
   u8* p;
