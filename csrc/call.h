@@ -54,6 +54,9 @@ struct LinearCall {
   int y_size() const {
     return transposed ? in_features : out_features;
   }
+  int64_t size() const {
+    return int64_t(stack.k) * stack.n;
+  }
 };
 
 struct SwigluCall {
@@ -68,6 +71,10 @@ struct SwigluCall {
   KernelConfig config;
 
   bool operator==(const SwigluCall&) const = default;
+
+  int64_t size() const {
+    return int64_t(gate.k) * gate.n;
+  }
 };
 
 struct DecodeCall {

@@ -22,16 +22,22 @@ def stem(kernel: str) -> str:
     return kernel.removeprefix("trellis_").split("<")[0]
 
 
+def compile_options(kernel: str, constants: tuple) -> dict:
+    """How the host would build a dispatch's kernel: constants of the source as macros, the others by name."""
+    values = dict(constants)
+    return {
+        "include_dirs": [str(ROOT / "csrc")],
+        "defines": {f"MARLIN_SOURCE_{name}": values.get(name, 0) for name in _ext.SOURCE_CONSTANTS},
+        "function_constants": {name: v for name, v in values.items() if name not in _ext.SOURCE_CONSTANTS},
+        "instantiate": {kernel: kernel} if "<" in kernel else None,
+        "kernels": [kernel],
+    }
+
+
 @cache
 def library(kernel: str, constants: tuple, directory: Path = SHADERS):
     """The compiled shader of a dispatch; its only kernel is called by the function's full name."""
-    return compile(
-        str(directory / f"{stem(kernel)}.metal"),
-        include_dirs=[str(ROOT / "csrc")],
-        function_constants=dict(constants),
-        instantiate={kernel: kernel} if "<" in kernel else None,
-        kernels=[kernel],
-    )
+    return compile(str(directory / f"{stem(kernel)}.metal"), **compile_options(kernel, constants))
 
 
 def execute(
