@@ -82,6 +82,7 @@ ORDER = [
     "codec",
     "safetensors",
     "weights",
+    "reference",
     "grid",
     "metal_marlin",
     "metal_rules",
