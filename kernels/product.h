@@ -33,11 +33,8 @@ struct ExpertWeights {
   uint format;
 };
 
-METAL_FUNC ExpertWeights find_expert(
-    device const uint* codes,
-    device const long* offsets,
-    device const uint* formats,
-    uint expert) {
+METAL_FUNC ExpertWeights
+find_expert(device const uint* codes, device const long* offsets, device const uint* formats, uint expert) {
   return {codes + offsets[expert], formats[expert]};
 }
 
@@ -53,7 +50,7 @@ template <int Projections>
 struct Items {
   uint column_groups;  // per projection
   uint k_splits;
-  uint columns;        // per item
+  uint columns;  // per item
   uint slice_rows;
 
   METAL_FUNC uint count() const {

@@ -81,7 +81,13 @@ METAL_FUNC Operand4 as_operands(float4 v, Scale scale, ushort lane) {
 }
 
 METAL_FUNC void store_rotated(
-    RotatedBuffer layout, uint copy, device float* buffer, uint row, uint first, ushort lane, float4 v) {
+    RotatedBuffer layout,
+    uint copy,
+    device float* buffer,
+    uint row,
+    uint first,
+    ushort lane,
+    float4 v) {
   const uint blocks = layout.k / MARLIN_HADAMARD_SIZE;
   const uint block = first / MARLIN_HADAMARD_SIZE;
   const ulong base = ulong(copy) * layout.rows;
@@ -102,10 +108,15 @@ METAL_FUNC void store_rotated(
 
 // Eight rows of a unit at once, whose fragments are whole.
 METAL_FUNC void store_rotated_unit(
-    RotatedBuffer layout, uint copy, device float* buffer, uint unit, uint first, ushort lane, const thread float4* v) {
+    RotatedBuffer layout,
+    uint copy,
+    device float* buffer,
+    uint unit,
+    uint first,
+    ushort lane,
+    const thread float4* v) {
   const uint blocks = layout.k / MARLIN_HADAMARD_SIZE;
-  device float* scales =
-      buffer + layout.first_scale(copy) + (ulong(unit) * blocks + first / MARLIN_HADAMARD_SIZE) * 8;
+  device float* scales = buffer + layout.first_scale(copy) + (ulong(unit) * blocks + first / MARLIN_HADAMARD_SIZE) * 8;
   device Operand* to = (device Operand*)buffer + (ulong(copy) * layout.rows + unit * 8) * layout.k;
   Operand4 operands[8];
   MARLIN_UNROLL

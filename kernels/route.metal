@@ -7,13 +7,7 @@ static constant constexpr const uint kAhead = 8;
 
 // Calls found(slot) for each slot of a part whose bucket is `bucket`.
 template <typename Found>
-METAL_FUNC void scan(
-    device const uint* indices,
-    uint begin,
-    uint end,
-    uint experts,
-    uint bucket,
-    thread Found& found) {
+METAL_FUNC void scan(device const uint* indices, uint begin, uint end, uint experts, uint bucket, thread Found& found) {
   uint slot = begin;
   for (; slot + kAhead <= end; slot += kAhead) {
     uint ahead[kAhead];

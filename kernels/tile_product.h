@@ -206,15 +206,23 @@ struct MatrixProduct {
     return 4 * f + h;
   }
 
-  // Rows from 8 m on and eight values of k, of the last unit where there are fewer: loads that nothing guards can all
-  // be under way before the first multiplication.
-  METAL_FUNC Fragment load(uint m, uint eight) {
-    device const vec<Operand, 2>* pairs = (device const vec<Operand, 2>*)x.values;
-    const vec<Operand, 2> pair = pairs[(min(m, units - 1) * depth * 2 + eight) * 32 + lane];
-    Fragment found;
-    found.thread_elements()[0] = pair.x;
-    found.thread_elements()[1] = pair.y;
-    return found;
+  typedef vec<Operand, 2> Pair;
+  // Units whose x is loaded before a tile is decoded: more would take the registers that decoding needs.
+  static constant constexpr const uint kEarly = M < 4 ? M : 4;
+
+  // Units [first, last) of x for 16 values of k. Of units without rows the last one that has any: loads that nothing
+  // guards can all be under way at once.
+  METAL_FUNC void load(thread Fragment (&v)[M][2], uint first, uint last, uint k) {
+    MARLIN_UNROLL
+    for (uint m = first; m < last; ++m) {
+      MARLIN_UNROLL
+      for (uint eight = 0; eight < 2; ++eight) {
+        const uint at = ((min(m, units - 1) * depth + k) * 2 + eight) * 32 + lane;
+        const Pair pair = ((device const Pair*)x.values)[at];
+        v[m][eight].thread_elements()[0] = pair.x;
+        v[m][eight].thread_elements()[1] = pair.y;
+      }
+    }
   }
 
   template <int K, int Codebook>
@@ -222,77 +230,64 @@ struct MatrixProduct {
     constexpr uint tile_size = 16 * K;
     device const ushort* tile = codes + (ulong(k_begin) * tiles_per_row + first_tile) * tile_size;
     for (uint k = k_begin; k < k_end; ++k) {
-      Fragment w[T][2][2];
+      Fragment v[M][2];
+      load(v, 0, kEarly, k);
       MARLIN_UNROLL
       for (int t = 0; t < T; ++t) {
         const LaneWeights weights = decode_lane<K, Codebook>(tile + t * tile_size, lane, zero);
+        Fragment w[2][2];
         MARLIN_UNROLL
         for (int c = 0; c < 2; ++c) {
           MARLIN_UNROLL
           for (int eight = 0; eight < 2; ++eight) {
-            w[t][c][eight].thread_elements()[0] = Operand(weights.value[4 * c + 2 * eight]);
-            w[t][c][eight].thread_elements()[1] = Operand(weights.value[4 * c + 2 * eight + 1]);
+            w[c][eight].thread_elements()[0] = Operand(weights.value[4 * c + 2 * eight]);
+            w[c][eight].thread_elements()[1] = Operand(weights.value[4 * c + 2 * eight + 1]);
           }
         }
-      }
-      if constexpr (half_operands != 0) {
-        multiply_halves(w, k);
-      } else {
-        multiply_floats(w, k);
+        if (t == 0) {
+          load(v, kEarly, M, k);
+        }
+        if constexpr (half_operands != 0) {
+          multiply_halves(t, w, v, k);
+        } else {
+          multiply_floats(t, w, v);
+        }
       }
       tile += ulong(tiles_per_row) * tile_size;
     }
   }
 
-  METAL_FUNC void multiply_floats(const thread Fragment (&w)[T][2][2], uint k) {
+  METAL_FUNC void multiply_floats(int t, const thread Fragment (&w)[2][2], const thread Fragment (&v)[M][2]) {
     MARLIN_UNROLL
-    for (uint eight = 0; eight < 2; ++eight) {
-      Fragment v[M];
-      MARLIN_UNROLL
-      for (uint m = 0; m < M; ++m) {
-        v[m] = load(m, 2 * k + eight);
-      }
-      MARLIN_UNROLL
-      for (uint m = 0; m < M; ++m) {
-        if (m < units) {
+    for (uint m = 0; m < M; ++m) {
+      if (m < units) {
+        MARLIN_UNROLL
+        for (int eight = 0; eight < 2; ++eight) {
           MARLIN_UNROLL
-          for (int t = 0; t < T; ++t) {
-            MARLIN_UNROLL
-            for (int c = 0; c < 2; ++c) {
-              simdgroup_multiply_accumulate(sums[m][t][c], w[t][c][eight], v[m], sums[m][t][c]);
-            }
+          for (int c = 0; c < 2; ++c) {
+            simdgroup_multiply_accumulate(sums[m][t][c], w[c][eight], v[m][eight], sums[m][t][c]);
           }
         }
       }
     }
   }
 
-  METAL_FUNC void multiply_halves(const thread Fragment (&w)[T][2][2], uint k) {
-    Fragment v[M][2];
-    float2 scale[M];
-    MARLIN_UNROLL
-    for (uint m = 0; m < M; ++m) {
-      v[m][0] = load(m, 2 * k);
-      v[m][1] = load(m, 2 * k + 1);
-      // [unit][block][row]; the lane's rows are 2 h and 2 h + 1.
-      const uint block = min(m, units - 1) * (depth / kBlockTiles) + k / kBlockTiles;
-      scale[m] = ((device const float2*)x.scales)[block * 4 + lane % 4];
-    }
+  METAL_FUNC void multiply_halves(int t, const thread Fragment (&w)[2][2], const thread Fragment (&v)[M][2], uint k) {
     MARLIN_UNROLL
     for (uint m = 0; m < M; ++m) {
       if (m < units) {
+        // [unit][block][row]; the lane's rows are 2 h and 2 h + 1.
+        const float2 scale =
+            ((device const float2*)x.scales)[(m * (depth / kBlockTiles) + k / kBlockTiles) * 4 + lane % 4];
         MARLIN_UNROLL
-        for (int t = 0; t < T; ++t) {
+        for (int c = 0; c < 2; ++c) {
+          Fragment sum;
+          simdgroup_multiply(sum, w[c][0], v[m][0]);
+          simdgroup_multiply_accumulate(sum, w[c][1], v[m][1], sum);
           MARLIN_UNROLL
-          for (int c = 0; c < 2; ++c) {
-            Fragment sum;
-            simdgroup_multiply(sum, w[t][c][0], v[m][0]);
-            simdgroup_multiply_accumulate(sum, w[t][c][1], v[m][1], sum);
-            MARLIN_UNROLL
-            for (int i = 0; i < 2; ++i) {
-              sums[m][t][c].thread_elements()[i] =
-                  fma(float(sum.thread_elements()[i]), scale[m][i], sums[m][t][c].thread_elements()[i]);
-            }
+          for (int i = 0; i < 2; ++i) {
+            sums[m][t][c].thread_elements()[i] =
+                fma(float(sum.thread_elements()[i]), scale[i], sums[m][t][c].thread_elements()[i]);
           }
         }
       }

@@ -103,9 +103,20 @@ def decode(stack: ops.Stack, expert: int = 0, **simulator) -> np.ndarray:
 
 
 def linear(
-    x: mx.array, stack: ops.Stack, config=None, indices=None, x_divisor: int = 1, transposed: bool = False, **simulator
+    x: mx.array,
+    stack: ops.Stack,
+    config=None,
+    indices=None,
+    x_divisor: int = 1,
+    transposed: bool = False,
+    codes: np.ndarray | None = None,
+    offsets: np.ndarray | None = None,
+    **simulator,
 ) -> np.ndarray:
-    """x [rows, in] -> float32 [rows, out]; indices: [rows * x_divisor, out]; transposed: [rows, out] -> [rows, in]."""
+    """x [rows, in] -> float32 [rows, out]; indices: [rows * x_divisor, out]; transposed: [rows, out] -> [rows, in].
+
+    codes, offsets: in the place of the stack's.
+    """
     source = stack.source
     slots = x.shape[0] * x_divisor
     problem = ops.linear_problem(source, slots, x.dtype, "gpu")
@@ -124,6 +135,10 @@ def linear(
     inputs = {"x": _to_numpy(x), **stack_arrays("weight", stack)}
     if indices is not None:
         inputs["indices"] = np.asarray(indices, np.uint32)
+    if codes is not None:
+        inputs |= {"weight.codes": codes, "weight.offsets": offsets}
+        for b in (b for d in plan["dispatches"] for b in d["buffers"] if b["name"] == "weight.codes"):
+            b["bytes"] = codes.nbytes
     size = 4 if problem.dtype == "float32" else 2
     columns = source.in_features if transposed else source.out_features
     y, _ = execute(plan, inputs, slots * columns * size, **simulator)

@@ -24,8 +24,8 @@ ORDERS = ("forward", "reverse", "random:7")
 SWIGLU = cases.Case(3, "mcg", "float16", 3, "blocks", "silu", top_k=2, scores=True)
 MANY_ROWS = cases.Case(2, "3inst", "float32", 40, "blocks", "silu", top_k=2, routing="one_expert")
 LINEAR = cases.Case(3, "mcg", "float16", 3, "blocks", "none")
-# Between them they reach every barrier: fused and separate prologues and epilogues, row and matrix products with one and
-# with several units of rows, with and without a product for every simdgroup, routed and unrouted rows.
+# Between them they reach every barrier: fused and separate prologues and epilogues, row and matrix products with one
+# and with several units of rows, with and without a product for every simdgroup, routed and unrouted rows.
 PROBES = {
     "fused row products": (SWIGLU, config("decode", 1, 128, 16)),
     "separate row products": (SWIGLU, config("decode", 1, 64, 8)),

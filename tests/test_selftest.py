@@ -220,7 +220,9 @@ def test_several_rows_are_tested_whatever_the_call_has(tmp_path, rows):
         y[-1] *= 1.1
         return y
 
-    assert "error against the codec" in self_test(tmp_path, Planted(lambda config: True, last_row)).fault(problem, config)
+    assert "error against the codec" in self_test(tmp_path, Planted(lambda config: True, last_row)).fault(
+        problem, config
+    )
     assert spoiled == [9]
 
 

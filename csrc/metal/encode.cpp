@@ -73,7 +73,8 @@ std::string library_source(const Dispatch& d) {
   }
   std::string text = d.preamble() + source->second;
   if (d.kernel.find('<') != std::string::npos) {
-    text += "\ntemplate [[host_name(\"" + host_name(d) + "\")]] [[kernel]] decltype(" + d.kernel + ") " + d.kernel + ";\n";
+    text +=
+        "\ntemplate [[host_name(\"" + host_name(d) + "\")]] [[kernel]] decltype(" + d.kernel + ") " + d.kernel + ";\n";
   }
   return text;
 }
@@ -179,8 +180,9 @@ struct KeyHash {
     const KernelConfig& c = key.call.config;
     size_t hash = 0;
     // Calls that agree in all of these are rare, and compared in full.
-    for (const int64_t part : {key.rows, int64_t(key.call.size()), int64_t(key.top_k), int64_t(key.dtype),
-                               int64_t(c.variant), int64_t(c.tile_size_n), int64_t(c.simdgroups)}) {
+    for (const int64_t part :
+         {key.rows, int64_t(key.call.size()), int64_t(key.top_k), int64_t(key.dtype), int64_t(c.variant),
+          int64_t(c.tile_size_n), int64_t(c.simdgroups)}) {
       hash = hash * 1000003 + std::hash<int64_t>{}(part);
     }
     return hash;

@@ -11,9 +11,8 @@ const std::vector<std::string> kSourceConstants = {MARLIN_SOURCE_CONSTANTS(MARLI
 #undef MARLIN_NAME
 
 uint32_t Dispatch::constant(std::string_view name) const {
-  const auto found = std::find_if(constants.begin(), constants.end(), [name](const Constant& c) {
-    return c.name == name;
-  });
+  const auto found =
+      std::find_if(constants.begin(), constants.end(), [name](const Constant& c) { return c.name == name; });
   return found == constants.end() ? 0 : found->value;
 }
 

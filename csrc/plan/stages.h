@@ -60,10 +60,10 @@ struct Pass {
 
 // Where a product's rotated rows come from.
 enum class Input {
-  rotated,     // scratch "rotated"
-  activated,   // scratch "activated"
-  x,           // x, rotated by the product itself
-  sums,        // scratch "sums" of gate and up, activated by the product itself
+  rotated,    // scratch "rotated"
+  activated,  // scratch "activated"
+  x,          // x, rotated by the product itself
+  sums,       // scratch "sums" of gate and up, activated by the product itself
 };
 
 // What a linear product reads and writes.
@@ -73,8 +73,8 @@ struct LinearStage {
   uint32_t in_columns;   // of x
   uint32_t out_columns;  // of y
   Input input;
-  bool raw;              // writes sums before H, to "slots"
-  bool to_y;             // writes rows of y; otherwise to "slots"
+  bool raw;                          // writes sums before H, to "slots"
+  bool to_y;                         // writes rows of y; otherwise to "slots"
   const SwigluCall* call = nullptr;  // for Input::sums
 };
 

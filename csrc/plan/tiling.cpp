@@ -35,21 +35,21 @@ bool legal_columns(Variant variant, int columns) {
   return std::find(std::begin(legal), std::end(legal), columns) != std::end(legal);
 }
 
-// The most adjacent tiles that share one load of x and leave the sums in registers: 2 sums per row and tile. An M1 has
-// 96 registers for each of 512 threads, enough for 16 sums; for 256 threads twice as many.
+// The most adjacent tiles that share one load of x and leave the sums, 2 per row and tile, in registers: an M1 has 96
+// for each of 512 threads, and 128 for each of 256.
 int shared_tiles(int rows, int column_tiles, int simdgroups) {
-  const int most = rows <= 2 || simdgroups <= 8 ? 4 : 2;
-  int tiles = most;
-  while (column_tiles % tiles != 0) {
+  const int most_sums = simdgroups <= 8 ? 24 : 16;
+  int tiles = 4;
+  while (column_tiles % tiles != 0 || 2 * rows * tiles > most_sums) {
     tiles /= 2;
   }
   return tiles;
 }
 
-// A simdgroup keeps its sums until the end, so every tile needs a home: 4 sums per lane, tile and
-// 8 rows, at most 64.
+// A simdgroup keeps its sums until the end, so every tile needs a home: 4 sums per lane, tile and 8 rows, at most 32,
+// beside as many values of x.
 int matrix_tiles(int units, int column_tiles, int projections, int simdgroups) {
-  for (int tiles = 1; tiles <= 4 && tiles * units <= 16; tiles *= 2) {
+  for (int tiles = 1; tiles <= 4 && tiles * units <= 8; tiles *= 2) {
     if (column_tiles % tiles == 0 && projections * column_tiles / tiles <= simdgroups) {
       return tiles;
     }
@@ -96,8 +96,7 @@ uint64_t operand_bytes(uint64_t rows, int k, bool halves) {
 bool makes_input(const KernelConfig& config, const Tiling& tiling, int copies, int k) {
   constexpr uint64_t most = 20 * 1024;  // of 60 KB
   const uint64_t rows = static_cast<uint64_t>(copies) * tiling.rows;
-  return config.variant == Variant::decode &&
-      tiling.sums_bytes + operand_bytes(rows, k, !config.use_fp32_acc) <= most;
+  return config.variant == Variant::decode && tiling.sums_bytes + operand_bytes(rows, k, !config.use_fp32_acc) <= most;
 }
 
 bool rotates_itself(const KernelConfig& config, const Tiling& tiling, int projections, int k) {

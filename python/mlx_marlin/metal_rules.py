@@ -19,8 +19,9 @@ MAX_EXPERTS = 2046
 # A 40-core GPU, the widest that is one die, should have a threadgroup per core.
 _FEW_GROUPS = 40
 
-# Sums of a lane: 4 per tile and 8 rows. At 64 a kernel stays near 96 registers, which 512 threads may have.
-_MATRIX_SUMS = 64
+# Sums of a lane: 4 per tile and 8 rows. With 32 of them and as many values of x a kernel stays near 96 registers, which
+# 512 threads may have on an M1.
+_MATRIX_SUMS = 32
 
 
 def _padded(size: int) -> int:
@@ -74,12 +75,13 @@ def _matrix_infeasible(config, projections: int) -> str | None:
 def default_tiles(problem, variant: str) -> tuple[int, int, int]:
     """(tile_size_m, tile_size_n, simdgroups) that are legal for every problem.
 
-    128 columns and 16 simdgroups: whole Hadamard blocks, and 512 threads whose ranges of k keep a narrow layer's few
-    threadgroups busy. A single weight has too few such blocks for a single row.
+    128 columns: whole Hadamard blocks. 16 simdgroups, whose ranges of k keep a narrow layer's few threadgroups busy; 8
+    for 4 rows, whose sums and x need more than the 96 registers that an M1 has for each of 512 threads. A single weight
+    has too few such blocks for a single row.
     """
     if variant == "decode" and problem.rows * problem.top_k * problem.intermediate < _FEW_GROUPS * 128:
         return 1, 32, 8
-    return TILE_ROWS[variant][0], 128, 16
+    return TILE_ROWS[variant][0], 128, 8 if variant == "prefill4" else 16
 
 
 def tiles(variant: str) -> list[tuple[int, int, int]]:

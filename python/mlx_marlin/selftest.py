@@ -31,8 +31,8 @@ __all__ = ["SelfTest", "fault", "select"]
 
 _log = logging.getLogger("mlx_marlin")
 
-# Largest error of a row over the row's norm: a few roundings of the dtype. The weakest decoder that is known to be wrong
-# (mul1 with offset 510) is off by 1e-2 on the case's rows.
+# Largest error of a row over the row's norm: a few roundings of the dtype. The wrong decoder that is nearest to the
+# right one (mul1 with offset 510) is off by 1e-2 on the case's rows.
 LIMIT = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 8e-3}
 # With half operands and half sums inside a tile: rounding alone reaches 1.5e-3.
 HALF_LIMIT = 6e-3

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="on a Mac the wheel is built natively"),
 ]
 
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     try:
