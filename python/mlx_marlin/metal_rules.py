@@ -76,12 +76,15 @@ def default_tiles(problem, variant: str) -> tuple[int, int, int]:
     """(tile_size_m, tile_size_n, simdgroups) that are legal for every problem.
 
     128 columns: whole Hadamard blocks. 16 simdgroups, whose ranges of k keep a narrow layer's few threadgroups busy; 8
-    for 4 rows, whose sums and x need more than the 96 registers that an M1 has for each of 512 threads. A single weight
-    has too few such blocks for a single row.
+    for 4 rows, whose sums and x need more than the 96 registers that an M1 has for each of 512 threads. 32 columns
+    where 128 would leave cores without a threadgroup, as a single weight and few rows do.
     """
-    if variant == "decode" and problem.rows * problem.top_k * problem.intermediate < _FEW_GROUPS * 128:
-        return 1, 32, 8
-    return TILE_ROWS[variant][0], 128, 8 if variant == "prefill4" else 16
+    rows = TILE_ROWS[variant][0]
+    simdgroups = 8 if variant == "prefill4" else 16
+    row_tiles = -(-problem.rows * problem.top_k // rows)
+    if variant in ("decode", "prefill4") and row_tiles * problem.intermediate < _FEW_GROUPS * 128:
+        return rows, 32, 8
+    return rows, 128, simdgroups
 
 
 def tiles(variant: str) -> list[tuple[int, int, int]]:

@@ -70,7 +70,9 @@ def small_problem(problem: Problem, config: KernelConfig) -> Problem:
 
 def _weight(rng, k: int, n: int, bits: int, codebook: str, bias: bool) -> TrellisWeight:
     words = rng.integers(-(1 << 15), 1 << 15, (k // 16, n // 16, 16 * bits), np.int16)
-    suh, svh = (rng.choice([-1.0, 1.0], size).astype(np.float16) for size in (k, n))
+    suh, svh = (rng.choice([-1.0, 1.0], size) for size in (k, n))
+    svh /= k**0.5  # outputs of the size of inputs: float16 holds them
+    suh, svh = suh.astype(np.float16), svh.astype(np.float16)
     return TrellisWeight(words, suh, svh, codebook, rng.standard_normal(n).astype(np.float32) if bias else None)
 
 
