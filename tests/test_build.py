@@ -1,6 +1,7 @@
 """What a wheel must contain, and the versions that must match."""
 
 import ast
+import graphlib
 import importlib
 import subprocess
 import sys
@@ -76,13 +77,14 @@ def test_import_is_quiet_and_light():
     assert done.stdout == "[]\n" and done.stderr == ""
 
 
-# DESIGN: a module imports only modules above it. `codec`, `measure` and `kernels` import nothing of ours.
+# docs/design.md: a module or package imports only those above it. A package may order its own modules as it likes, as
+# long as there is an order. `ops`, `lm` and `quantize` are packages.
 ORDER = [
     "_abi",
     "codec",
     "safetensors",
-    "weights",
     "grid",
+    "weights",
     "metal_marlin",
     "metal_rules",
     "kernels",
@@ -104,6 +106,8 @@ ORDER = [
     "loader",
     "dispatch",
     "online",
+    "lm",
+    "quantize",
     "cli",
     "workload",
     "trial",
@@ -114,31 +118,58 @@ ORDER = [
     "tune_cli",
     "convert_cli",
 ]
+SOURCES = ROOT / "python/mlx_marlin"
+# Pure modules: neither MLX nor anything of ours beside what is named.
+PURE = {"codec": set(), "safetensors": set(), "measure": {"mlx"}, "kernels": {"metal_rules"}, "metal_rules": set()}
 
-# Built on the modules; only the commands import them.
-PACKAGES = {"lm", "quantize"}
+
+def files_of(module: str) -> list[Path]:
+    """The sources of a module or package of ours."""
+    return sorted((SOURCES / module).glob("*.py")) or [SOURCES / f"{module}.py"]
 
 
-def own_imports(path: Path) -> set[str]:
-    found = set()
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """What a source imports: modules of ours, and modules of its own package."""
+    ours, siblings = set(), set()
+    inside = path.parent != SOURCES
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = (node.module or "").split(".")[0]
-            found |= {base} if base else {alias.name for alias in node.names}
-    return found & {p.stem for p in (ROOT / "python/mlx_marlin").iterdir()}
+            names = {base} if base else {alias.name for alias in node.names}
+            (siblings if inside and node.level == 1 else ours).update(names)
+    return ours & {p.stem for p in SOURCES.iterdir()}, siblings & {p.stem for p in path.parent.iterdir()}
 
 
 @pytest.mark.parametrize("module", ORDER)
 def test_imports_run_one_way(module):
-    path = ROOT / "python/mlx_marlin" / f"{module}.py"
-    allowed = set(ORDER[: ORDER.index(module)]) | (PACKAGES if module in ("cli", "tune_cli", "convert_cli") else set())
-    assert own_imports(path) - {"_ext"} <= allowed
-    if module not in ("_abi", "ops"):
-        assert "_ext" not in own_imports(path), "ops is the only door to the extension"
+    above = set(ORDER[: ORDER.index(module)])
+    for path in files_of(module):
+        ours, _ = imports(path)
+        assert ours - {"_ext"} <= above, path
+        if module not in ("_abi", "ops"):
+            assert "_ext" not in ours, "ops is the only door to the extension"
+
+
+@pytest.mark.parametrize("package", [name for name in ORDER if (SOURCES / name).is_dir()])
+def test_packages_import_one_way(package):
+    graph = {path.stem: imports(path)[1] for path in files_of(package)}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_modules_import_little(module):
+    (path,) = files_of(module)
+    ours, _ = imports(path)
+    assert ours <= PURE[module]
+    tree = ast.parse(path.read_text())
+    absolute = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    absolute |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    if "mlx" not in PURE[module]:
+        assert not {name for name in absolute if name.split(".")[0].startswith("mlx")}
 
 
 def test_every_module_is_ordered():
-    modules = {p.stem for p in (ROOT / "python/mlx_marlin").glob("*.py")} - {"__init__", "__main__"}
-    assert modules == set(ORDER)
+    found = {p.stem for p in SOURCES.glob("*.py")} | {p.parent.name for p in SOURCES.glob("*/__init__.py")}
+    assert found - {"__init__", "__main__", SOURCES.name} == set(ORDER)
     for name in ORDER:
         importlib.import_module(f"mlx_marlin.{name}")

@@ -1,4 +1,4 @@
-"""The ops on the CPU against the float64 reference, on every instruction set that this machine has."""
+"""The ops on the CPU against the float64 reference, on every instruction set."""
 
 import cases
 import golden
@@ -20,15 +20,7 @@ from mlx_marlin import (
     trellis_swiglu,
 )
 
-INSTRUCTION_SETS = _ext.instruction_sets()
 FORMATS = [(bits, codebook) for bits in range(1, codec.MAX_BITS + 1) for codebook in codec.CODEBOOKS]
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
-    _ext.set_instruction_set(request.param)
-    yield request.param
-    _ext.set_instruction_set("auto")
 
 
 @pytest.fixture

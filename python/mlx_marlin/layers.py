@@ -1,26 +1,143 @@
 """Drop-ins for ``nn.Linear`` and mlx-lm's ``SwitchGLU`` over trellis weights.
 
 Trellis words, formats and scales are parameters, so that they survive save and load; they are frozen, and stay so
-when the model is unfrozen.
+when the model is unfrozen. What a layer makes of them (stacks, configs) is made again when a parameter was replaced,
+and by every copy of the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from operator import is_
+from typing import TYPE_CHECKING, overload
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from . import choices, kernels, ops, selftest
+from . import choices, ops, selftest
 from .choices import Choice
 from .grid import GridLinear, GridWeight
 from .kernels import KernelConfig, Problem
-from .weights import ExpertBank, ExpertStack, TrellisWeight
+from .ops import Activation
+from .weights import ExpertBank, ExpertStack, TrellisWeight, check_projections, format_word
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class _Frozen(nn.Module):
-    """A module whose own parameters are never trainable.
+class _Table:
+    """The resolved configs of one layer, by what its calls differ in; valid for one state of the world.
+
+    Args:
+        selection: Whose it is.
+        generation: Of the choices.
+        stacks: The weights.
+    """
+
+    __slots__ = ("_natives", "_selection", "generation", "stacks")
+
+    def __init__(self, selection: _Selection, generation: int, stacks: tuple[ops.Stack, ...]):
+        self._selection, self.generation, self.stacks = selection, generation, stacks
+        self._natives: dict[tuple, object] = {}
+
+    def __call__(self, x: mx.array, rows: int, top_k: int, combine: bool):
+        """The resolved config: a dictionary look-up after the first call of a kind."""
+        dtype = x.dtype
+        key = rows, top_k, dtype, combine, mx.default_device().type
+        native = self._natives.get(key)
+        if native is None:
+            latest = self._selection
+            latest.top_k, latest.combine, latest.dtype = top_k, combine, dtype
+            problem = latest.problem(self.stacks, rows, dtype, ops.device_of(None), combine, top_k)
+            choice, final = selftest.select(problem, ops.is_traced(x))
+            native = ops.resolve(latest.op, problem, choice.config)
+            if final:
+                self._natives[key] = native
+        return native
+
+
+class _Selection:
+    """What runs each kind of call of one layer.
+
+    Args:
+        op: For error messages.
+        problem: Called with (stacks, rows, dtype, device, combine, top_k).
+
+    Attributes:
+        top_k, combine, dtype: Of the latest new kind of call: what explain() assumes where it is not told.
+    """
+
+    __slots__ = ("_table", "combine", "dtype", "op", "problem", "top_k")
+
+    def __init__(self, op: str, problem: Callable[..., Problem]):
+        self.op, self.problem = op, problem
+        self.top_k, self.combine, self.dtype = 1, False, mx.float32
+        self._table = _Table(self, -1, ())
+
+    def current(self, *stacks: ops.Stack) -> _Table:
+        """The table, a new one if the weights, the profile or the feedback changed."""
+        table, generation = self._table, choices.generation()
+        if generation != table.generation or not all(map(is_, stacks, table.stacks)):
+            table = self._table = _Table(self, generation, stacks)
+        return table
+
+
+class _Derived:
+    """What a layer makes of its parameters and settings. Not copied and not pickled.
+
+    Attributes:
+        selection: Its configs.
+        adaptation: Stands in the calls while the layer is adapted, or ``None``.
+        collected: The parameters, and the stack that was made of them; one tuple, so that threads see both or none.
+        checked: The three projections that were found to fit together.
+    """
+
+    __slots__ = ("adaptation", "checked", "collected", "selection")
+
+    def __init__(self, selection: _Selection):
+        self.selection = selection
+        self.adaptation = None
+        self.collected: tuple[tuple, ops.Stack | None] = ((None,) * 5, None)
+        self.checked: tuple[ExpertStack | None, ...] = (None, None, None)
+
+
+def _linear_problem(stacks, rows, dtype, device, combine, top_k) -> Problem:
+    return ops.linear_problem(stacks[0].source, rows, dtype, device)
+
+
+class _Trellis(nn.Module):
+    """A module with derived parts that stay behind when it is copied or pickled."""
+
+    def __init__(self):
+        super().__init__()
+        self._derive()
+
+    def _derive(self) -> None:
+        self._derived = _Derived(_Selection("trellis_linear", _linear_problem))
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_derived"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._derive()
+
+    @property
+    def _selection(self) -> _Selection:
+        return self._derived.selection
+
+    @property
+    def _adaptation(self):
+        return self._derived.adaptation
+
+    @_adaptation.setter
+    def _adaptation(self, tap) -> None:
+        self._derived.adaptation = tap
+
+
+class _Stacked(_Trellis):
+    """A module over one stack, whose parameters are the stack's arrays: never trainable.
 
     ``unfreeze`` of a module above clears ``_no_grad`` of every module below it, without asking them; here it clears
     a copy.
@@ -34,12 +151,45 @@ class _Frozen(nn.Module):
     def _no_grad(self, keys: set[str]) -> None:
         pass
 
+    @property
+    def stack(self) -> ops.Stack:
+        """The parameters as the kernels take them; collected and checked again when one was replaced."""
+        get = self.get  # attribute access to a parameter costs a microsecond each
+        (trellis, formats, suh, svh, bias), stack = self._derived.collected
+        same = get("trellis") is trellis and get("formats") is formats and get("suh") is suh and get("svh") is svh
+        return stack if same and get("bias") is bias and stack is not None else self._collect()
 
-class TrellisExperts(_Frozen):
-    """One projection of all experts: the child of a :class:`TrellisSwitchGLU`.
+    def _collect(self) -> ops.Stack:
+        with ops.BUILD_LOCK:
+            before, stack = self._derived.collected
+            parameters = self._parameters()
+            if stack is not None and all(map(is_, parameters, before)):
+                return stack  # another thread was first
+            if stack is not None and any(p is not None and ops.is_traced(p) for p in parameters):
+                return ops.with_parameters(stack, *self._stack_arrays(traced=True))
+            for name in ("suh", "svh"):
+                original = None if stack is None else getattr(stack.source, name)
+                self[name] = ops.half_scales(name, self[name], original)
+            stack = ops.prepare(ExpertStack(*self._stack_arrays(traced=False), *self._sizes))
+            self._derived.collected = self._parameters(), stack
+            return stack
+
+    def _parameters(self) -> tuple[mx.array | None, ...]:
+        return tuple(self.get(name) for name in ("trellis", "formats", "suh", "svh", "bias"))
+
+    def _stack_arrays(self, traced: bool) -> tuple[mx.array | None, ...]:
+        """Codes, formats, suh, svh and bias as a stack has them; traced: formats that do not change are ``None``."""
+        raise NotImplementedError
+
+
+class TrellisExperts(_Stacked):
+    """One projection of all experts, the child of a :class:`TrellisSwitchGLU`. A drop-in for mlx-lm's ``SwitchLinear``.
 
     Parameters: ``trellis`` (uint32, flat), ``formats`` (uint32 ``[experts]``, bits | codebook id << 8), ``suh``,
     ``svh`` and optionally ``bias``.
+
+    Args:
+        stack: The experts' weights.
     """
 
     def __init__(self, stack: ExpertStack):
@@ -51,20 +201,12 @@ class TrellisExperts(_Frozen):
         self.svh = stack.svh
         if stack.bias is not None:
             self.bias = stack.bias
-        self._stack = ops.prepare(stack)
+        self._derived.collected = self._parameters(), ops.prepare(stack)
 
-    @property
-    def stack(self) -> ops.Stack:
-        """The parameters as the kernels take them; checked again when a parameter was replaced."""
-        source = self._stack.source
-        get = self.get  # attribute access to a parameter costs a microsecond each
-        same = get("trellis") is source.codes and get("formats") is source.formats and get("suh") is source.suh
-        if not (same and get("svh") is source.svh and get("bias") is source.bias):
-            if ops.is_traced(get("trellis")):
-                return ops.with_parameters(self._stack, get("trellis"), get("suh"), get("svh"), get("bias"))
-            parameters = (get(name) for name in ("trellis", "formats", "suh", "svh", "bias"))
-            self._stack = ops.prepare(ExpertStack(*parameters, *self._sizes))
-        return self._stack
+    def _stack_arrays(self, traced: bool) -> tuple[mx.array | None, ...]:
+        bias = self.get("bias")
+        bias = None if bias is None else bias.astype(mx.float32)
+        return self.trellis, self.formats, self.suh, self.svh, bias
 
     @property
     def input_dims(self) -> int:
@@ -78,60 +220,37 @@ class TrellisExperts(_Frozen):
     def num_experts(self) -> int:
         return self.formats.size
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        """``[..., in]`` and ``[..., k]`` -> ``[..., k, out]``."""
-        return ops.gather_linear(x, indices, self.stack)
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """The projection of each row by each of its experts.
+
+        Args:
+            x: Shape ``[..., in]``; or, as ``SwitchGLU`` passes it, ``[..., 1, 1, in]`` or, with a row for each
+                slot, ``[..., k, 1, in]``.
+            indices: Integers, shape ``[..., k]``.
+            sorted_indices: Taken for the sake of ``SwitchLinear``; the kernels group rows by expert themselves.
+
+        Returns:
+            Shape ``[..., k, out]``, or ``[..., k, 1, out]`` where x has the axis; dtype of x.
+        """
+        stack = self.stack
+        select = self._selection.current(stack)
+        if x.ndim != indices.ndim + 2:
+            return ops.gather_linear(x, indices, stack, select=select)
+        if x.shape[-2] != 1:
+            raise ValueError(f"x must have shape [..., 1, {self.input_dims}], got {list(x.shape)}")
+        rows = x.squeeze(-2)
+        shared = rows.shape[-2] == 1 and rows.shape[:-1] != indices.shape
+        y = ops.gather_linear(rows.squeeze(-2) if shared else rows, indices, stack, select=select)
+        return mx.expand_dims(y, -2)
 
     def _extra_repr(self) -> str:
-        bits = self.stack.source.bits
+        bits = (np.array(self.formats) & 0xFF).tolist()
         low, high = min(bits), max(bits)
         widths = low if low == high else f"{low}..{high}"
         return f"{self.num_experts} experts, {self._sizes[0]} -> {self._sizes[1]}, bits={widths}"
 
 
-class _Selection:
-    """What runs each kind of call of one layer, keyed by what the calls differ in.
-
-    Args:
-        op: For error messages.
-        problem: The layer's ``problem`` method.
-    """
-
-    __slots__ = ("_generation", "_op", "_problem", "_stacks", "_table", "combine", "dtype", "top_k")
-
-    def __init__(self, op: str, problem: Callable[..., Problem]):
-        self._op = op
-        self._problem = problem
-        self._generation = -1
-        self._stacks: tuple[ops.Stack, ...] = ()
-        self._table: dict[tuple, object] = {}
-        # Of the latest new kind of call: what explain() assumes where it is not told.
-        self.top_k, self.combine, self.dtype = 1, False, mx.float32
-
-    def current(self, *stacks: ops.Stack) -> _Selection:
-        """Itself; forgets everything first if the weights, the profile or the feedback changed."""
-        generation = choices.generation()
-        if generation != self._generation or not all(map(is_, stacks, self._stacks)):
-            self._table = {}
-            self._generation, self._stacks = generation, stacks
-        return self
-
-    def __call__(self, x: mx.array, rows: int, top_k: int, combine: bool):
-        """The resolved config: a dictionary look-up after the first call of a kind."""
-        dtype = x.dtype
-        key = rows, top_k, dtype, combine, mx.default_device().type
-        native = self._table.get(key)
-        if native is None:
-            self.top_k, self.combine, self.dtype = top_k, combine, dtype
-            problem = self._problem(rows, dtype, ops.device_of(None), combine=combine, top_k=top_k)
-            choice, final = selftest.select(problem, ops.is_traced(x))
-            native = ops.resolve(self._op, problem, choice.config)
-            if final:
-                self._table[key] = native
-        return native
-
-
-class TrellisSwitchGLU(nn.Module):
+class TrellisSwitchGLU(_Trellis):
     """The experts of a mixture-of-experts layer, fused. A drop-in for mlx-lm's ``SwitchGLU``.
 
     Args:
@@ -146,9 +265,9 @@ class TrellisSwitchGLU(nn.Module):
 
     def __init__(
         self,
-        gate: Sequence[TrellisWeight] | None = None,
-        up: Sequence[TrellisWeight] | None = None,
-        down: Sequence[TrellisWeight] | None = None,
+        gate: Iterable[TrellisWeight] | None = None,
+        up: Iterable[TrellisWeight] | None = None,
+        down: Iterable[TrellisWeight] | None = None,
         activation: str = "silu",
         alpha: float = 1.702,
         limit: float = 7.0,
@@ -159,18 +278,29 @@ class TrellisSwitchGLU(nn.Module):
         lists = (gate, up, down)
         if (bank is None) == all(weights is None for weights in lists) or (bank is None and None in lists):
             raise ValueError("pass either gate, up and down (a list of TrellisWeight each) or bank")
-        if activation not in kernels.ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(kernels.ACTIVATIONS)}, got {activation!r}")
+        self._activation = Activation.checked(activation, alpha, limit)
         bank = bank if bank is not None else ExpertBank(*lists)
+        if not isinstance(bank, ExpertBank):
+            raise ValueError(f"bank must be an ExpertBank, got {type(bank).__name__}")
         self.gate_proj = TrellisExperts(bank.gate)
         self.up_proj = TrellisExperts(bank.up)
         self.down_proj = TrellisExperts(bank.down)
-        self._activation = (activation, float(alpha), float(limit))
-        self._selection = _Selection("trellis_swiglu", self.problem)
-        self._adaptation = None
+
+    def _derive(self) -> None:
+        self._derived = _Derived(_Selection("trellis_swiglu", self._problem))
+
+    def _problem(self, stacks, rows, dtype, device, combine, top_k) -> Problem:
+        sources = (stack.source for stack in stacks)
+        return ops.swiglu_problem(*sources, rows, top_k, self.get("_activation").name, dtype, device, combine)
 
     def _stacks(self) -> tuple[ops.Stack, ops.Stack, ops.Stack]:
-        return self.get("gate_proj").stack, self.get("up_proj").stack, self.get("down_proj").stack
+        """Gate, up and down as the kernels take them; whether they fit together is checked when one changed."""
+        gate, up, down = self.get("gate_proj").stack, self.get("up_proj").stack, self.get("down_proj").stack
+        derived, sources = self._derived, (gate.source, up.source, down.source)
+        if not all(map(is_, sources, derived.checked)):
+            check_projections(*sources)
+            derived.checked = sources
+        return gate, up, down
 
     @property
     def expert_bits(self) -> tuple[tuple[int, int, int], ...]:
@@ -179,44 +309,32 @@ class TrellisSwitchGLU(nn.Module):
 
     def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int | None = None) -> Problem:
         """What a call with this many rows asks for. top_k: that of the latest new kind of call by default, or 1."""
-        gate, up, down = (stack.source for stack in self._stacks())
         top_k = self._selection.top_k if top_k is None else top_k
-        return ops.swiglu_problem(gate, up, down, rows, top_k, self._activation[0], dtype, device, combine)
+        return self._problem(self._stacks(), rows, dtype, device, combine, top_k)
 
     def __call__(self, x: mx.array, indices: mx.array, scores: mx.array | None = None) -> mx.array:
         """The experts' outputs.
 
         Args:
             x: Shape ``[..., hidden]``.
-            indices: Integers, shape ``[..., k]``.
+            indices: Integers, shape ``[..., k]``. No gradient flows through them.
             scores: Optional, shape ``[..., k]``: combine inside, in slot order. Default: ``None``.
 
         Returns:
             Shape ``[..., k, hidden]``, or ``[..., hidden]`` with scores; dtype of x.
+
+        Raises:
+            ValueError: If an argument does not fit, or an index is out of range and already known.
         """
-        indices = mx.stop_gradient(indices) if isinstance(indices, mx.array) else indices
-        if self._adaptation is not None:
-            return self._adaptation(x, indices, scores)
-        return self.run(x, indices, scores)
+        tap = self._derived.adaptation
+        return self.run(x, indices, scores) if tap is None else tap(x, indices, scores)
 
     def run(self, x: mx.array, indices, scores=None, config: KernelConfig | None = None) -> mx.array:
         """The call with a given config, or with the one that is selected for it."""
-        gate, up, down = self._stacks()
-        name, alpha, limit = self._activation
-        select = self._selection.current(gate, up, down) if config is None else None
-        return ops.swiglu(
-            x,
-            indices,
-            gate,
-            up,
-            down,
-            scores=scores,
-            activation=name,
-            alpha=alpha,
-            limit=limit,
-            config=config,
-            select=select,
-        )
+        stacks = self._stacks()
+        select = self._derived.selection.current(*stacks) if config is None else None
+        activation = self.get("_activation")
+        return ops.swiglu(x, indices, *stacks, scores=scores, activation=activation, config=config, select=select)
 
     def explain(
         self, rows: int, dtype: mx.Dtype | None = None, *, top_k: int | None = None, combine: bool | None = None
@@ -238,50 +356,47 @@ class TrellisSwitchGLU(nn.Module):
         return choices.choose(self.problem(rows, dtype, ops.device_of(None), combine=combine, top_k=top_k))
 
 
-class TrellisLinear(_Frozen):
+class TrellisLinear(_Stacked):
     """A linear layer over a trellis weight. A drop-in for ``nn.Linear``.
 
     Parameters: ``trellis`` (uint32 ``[k / 16, n / 16, 8 * K]``), ``suh``, ``svh`` and optionally ``bias``.
 
     Args:
-        w: The weight. A :class:`GridWeight` gives a :class:`GridLinear` instead.
+        w: The weight. ``TrellisLinear`` of a :class:`GridWeight` is a :class:`GridLinear`, as ``pathlib.Path`` of a
+            string is a path of the system's kind.
     """
 
-    def __new__(cls, w: TrellisWeight | GridWeight, *args):  # args: a subclass may take more
-        return GridLinear(w) if isinstance(w, GridWeight) else super().__new__(cls)
+    @overload
+    def __new__(cls, w: GridWeight) -> GridLinear: ...
+    @overload
+    def __new__(cls, w: TrellisWeight | None = None, *args, **keywords) -> Self: ...
+
+    def __new__(cls, w=None, *args, **keywords):  # w is None where a copy is made; a subclass may take more
+        return GridLinear(w) if cls is TrellisLinear and isinstance(w, GridWeight) else super().__new__(cls)
 
     def __init__(self, w: TrellisWeight):
         super().__init__()
         stack = ExpertStack.of("w", [w])
         self._sizes = (w.in_features, w.out_features)
-        self._formats = stack.formats
+        self._codebook = w.codebook
         k, n = w.padded_shape
         self.trellis = stack.codes.reshape(k // 16, n // 16, 8 * w.bits)
-        self.suh = w.suh
-        self.svh = w.svh
+        self.suh = stack.suh.reshape(-1)
+        self.svh = stack.svh.reshape(-1)
         if w.bias is not None:
             self.bias = stack.bias.reshape(-1)
-        self._stacked = ()
-        self._selection = _Selection("trellis_linear", self.problem)
-        self._adaptation = None
-        self._collect()
+        mx.eval(self.parameters())
+        self._derived.collected = self._parameters(), ops.prepare(stack)
 
-    @property
-    def stack(self) -> ops.Stack:
-        """The parameters as the kernels take them; collected again when a parameter was replaced."""
-        return self._collect()
-
-    def _collect(self) -> ops.Stack:
-        get = self.get  # attribute access to a parameter costs a microsecond each
-        current = (get("trellis"), get("suh"), get("svh"), get("bias"))
-        if len(self._stacked) != len(current) or any(a is not b for a, b in zip(current, self._stacked)):
-            bias = None if current[3] is None else current[3].astype(mx.float32).reshape(1, -1)
-            codes, suh, svh = self.trellis.reshape(-1), self.suh[None], self.svh[None]
-            if ops.is_traced(self.trellis):
-                return ops.with_parameters(self._stack, codes, suh, svh, bias)
-            source = ExpertStack(codes, self._formats, suh, svh, bias, *self._sizes)
-            self._stack, self._stacked = ops.prepare(source), current
-        return self._stack
+    def _stack_arrays(self, traced: bool) -> tuple[mx.array | None, ...]:
+        trellis, bias = self.trellis, self.get("bias")
+        if trellis.ndim != 3:
+            raise ValueError(f"trellis must have shape [k/16, n/16, 8*K], got {list(trellis.shape)}")
+        formats = None
+        if not traced:  # the bits follow from the shape, which a trace holds fast
+            formats = mx.array([format_word(trellis.shape[2] // 8, self._codebook)], mx.uint32)
+        bias = None if bias is None else bias.astype(mx.float32)[None]
+        return trellis.reshape(-1), formats, self.suh[None], self.svh[None], bias
 
     def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int = 1) -> Problem:
         """What a call with this many rows asks for; combine and top_k mean nothing to a linear."""
@@ -289,12 +404,13 @@ class TrellisLinear(_Frozen):
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[..., in_features]`` -> ``[..., out_features]``, dtype of x."""
-        return self.run(x) if self._adaptation is None else self._adaptation(x)
+        tap = self._derived.adaptation
+        return self.run(x) if tap is None else tap(x)
 
     def run(self, x: mx.array, config: KernelConfig | None = None) -> mx.array:
         """The call with a given config, or with the one that is selected for it."""
         stack = self.stack
-        select = self._selection.current(stack) if config is None else None
+        select = self._derived.selection.current(stack) if config is None else None
         return ops.linear(x, stack, config=config, select=select)
 
     def explain(self, rows: int, dtype: mx.Dtype | None = None) -> Choice:
@@ -319,4 +435,4 @@ class TrellisLinear(_Frozen):
         return lora
 
     def _extra_repr(self) -> str:
-        return f"{self._sizes[0]} -> {self._sizes[1]}, bits={self.trellis.shape[2] // 8}"
+        return f"{self._sizes[0]} -> {self._sizes[1]}, bits={self.trellis.shape[-1] // 8}"
