@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import time
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +13,7 @@ from cases import expert_formats, random_experts, random_weight, reference_linea
 from mlx.utils import tree_flatten
 
 from mlx_marlin import ExpertBank, GridWeight, TrellisLinear, TrellisSwitchGLU, _ext, trellis_linear, trellis_swiglu
+from mlx_marlin.weights import ExpertStack
 
 FORMATS = expert_formats(2, "mcg", "both")
 
@@ -327,6 +329,21 @@ def test_the_first_use_by_several_threads(first):
         for got in results:
             assert not isinstance(got, Exception), got
             assert same_bits(got, expected)
+
+
+def test_a_stack_is_made_once(monkeypatch):
+    """Threads that come while it is made wait for it, rather than make another of the same size."""
+    make, made = ExpertStack.of.__func__, []
+
+    def slow(cls, *arguments):
+        made.append(threading.current_thread())
+        time.sleep(0.05)  # the others come meanwhile
+        return make(cls, *arguments)
+
+    monkeypatch.setattr(ExpertStack, "of", classmethod(slow))
+    w = make_weight()
+    in_threads(lambda: np.array(trellis_linear(X, w)))
+    assert len(made) == 1
 
 
 def test_a_weight_that_was_made_in_another_thread():

@@ -1,5 +1,6 @@
 """Non-finite and huge rows, MLX's transforms, streams and threads, gradients."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -170,12 +171,24 @@ def test_compile_keeps_configs_apart():
         assert bits_of(y) == bits_of(call(case, *inputs, config=name))
 
 
-def test_equal_calls_are_merged_by_compile_and_different_ones_are_not():
-    case, other = make("silu"), make("gelu_tanh")
-    inputs = case.inputs()
-    f = mx.compile(lambda x, i, s: call(case, x, i, s) + call(case, x, i, s) + call(other, x, i, s))
-    expected = 2 * call(case, *inputs) + call(other, *inputs)
-    assert bits_of(f(*inputs)) == bits_of(expected)
+def test_equal_calls_are_merged_by_compile_and_different_ones_are_not(tmp_path):
+    case, other, linear = make("silu"), make("gelu_tanh"), make("none")
+    x, indices, scores = case.inputs()
+
+    def twice_and_once(x, i, s):
+        experts = call(case, x, i, s) + call(case, x, i, s) + call(other, x, i, s)
+        linears = call(linear, x, None, None) + call(linear, x, None, None) + call(linear, x + 1, None, None)
+        return experts, linears
+
+    compiled = mx.compile(twice_and_once)
+    for got, expected in zip(compiled(x, indices, scores), twice_and_once(x, indices, scores)):
+        assert bits_of(got) == bits_of(expected)
+    mx.export_to_dot(str(tmp_path / "graph.dot"), *compiled(x, indices, scores))
+    graph = (tmp_path / "graph.dot").read_text()
+    nodes = [
+        len(set(re.findall(rf'"?(\w+)"? \[label ="{name}"', graph))) for name in ("TrellisSwiglu", "TrellisLinear")
+    ]
+    assert nodes == [2, 2], graph
 
 
 def test_async_eval():
