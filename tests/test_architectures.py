@@ -13,7 +13,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_marlin import TrellisLinear, TrellisSwitchGLU
 from mlx_marlin.layers import TrellisExperts
-from mlx_marlin.lm import load_exl3_model
+from mlx_marlin.lm.model import load_exl3_model
 
 
 def assert_same(got: np.ndarray, wanted: np.ndarray) -> None:

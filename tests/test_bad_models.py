@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from checkpoints import SIZES, Checkpoint
 
-from mlx_marlin.lm import load_exl3_model
+from mlx_marlin.lm.model import load_exl3_model
 
 MODELS = Path(__file__).parent.parent / "models"
 LAYER = f"model.layers.{architectures.MOE_LAYER}"

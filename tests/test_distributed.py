@@ -16,9 +16,9 @@ from generic_checkpoints import logits
 from test_architectures import assert_same
 
 from mlx_marlin import trellis_linear
-from mlx_marlin.lm import load_exl3_model, sharding
+from mlx_marlin.lm import sharding
 from mlx_marlin.lm.mapping import WeightMap
-from mlx_marlin.lm.model import build, open_checkpoint
+from mlx_marlin.lm.model import build, load_exl3_model, open_checkpoint
 from mlx_marlin.lm.sharding import (
     AllToShardedTrellisLinear,
     Cut,

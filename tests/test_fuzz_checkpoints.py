@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_marlin.lm import load_exl3_model
+from mlx_marlin.lm.model import load_exl3_model
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,8 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 import mlx_marlin
 from mlx_marlin import TrellisLinear, TrellisSwitchGLU, codec
-from mlx_marlin.lm import load_exl3_model
 from mlx_marlin.lm.mapping import LinearSource, _Placeholders
-from mlx_marlin.lm.model import activation_of, cast_dense, make_glu, replace_module
+from mlx_marlin.lm.model import activation_of, cast_dense, load_exl3_model, make_glu, replace_module
 from mlx_marlin.lm.problems import model_problems
 from mlx_marlin.loader import TrellisModelLoader
 from mlx_marlin.ops import Activation
@@ -133,7 +132,7 @@ import sys
 from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_marlin.lm import load_exl3_model
+from mlx_marlin.lm.model import load_exl3_model
 
 before = mx.get_active_memory()
 mx.reset_peak_memory()

@@ -6,6 +6,7 @@ import sys
 from typing import NoReturn
 
 from ._abi import VERSION
+from .lm import require_mlx_lm
 
 _USAGE = """usage: mlx_marlin COMMAND [ARGUMENTS]
 
@@ -40,10 +41,12 @@ def main() -> None:
     if command == "convert":
         _fail("mlx-lm's convert makes affine models and is run as mlx_lm.convert; mlx_marlin-convert makes EXL3 models")
     try:
-        from .lm import commands
+        require_mlx_lm()
     except ModuleNotFoundError as error:
         _fail(str(error))
     import mlx.core as mx
+
+    from .lm import commands
 
     if command == "--version":
         print(f"mlx_marlin {VERSION}, mlx-lm {commands.version()}")

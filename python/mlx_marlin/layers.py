@@ -374,7 +374,7 @@ class TrellisLinear(_Stacked):
     def __new__(cls, w=None, *args, **keywords):  # w is None where a copy is made; a subclass may take more
         return GridLinear(w) if cls is TrellisLinear and isinstance(w, GridWeight) else super().__new__(cls)
 
-    def __init__(self, w: TrellisWeight):
+    def __init__(self, w: TrellisWeight | GridWeight):  # type checkers that look here only see both
         super().__init__()
         stack = ExpertStack.of("w", [w])
         self._sizes = (w.in_features, w.out_features)

@@ -1,20 +1,20 @@
-"""EXL3 checkpoints as mlx-lm models. Needs mlx-lm: ``pip install ".[lm]"`` in a clone of the repository."""
+"""EXL3 checkpoints as mlx-lm models: the modules here need mlx-lm, the package itself does not.
+
+- ``hub``: where a checkpoint is.
+- ``mapping``: where its tensors belong in mlx-lm's model.
+- ``model``: that model, made and filled.
+- ``sharding``: the same on several ranks.
+- ``commands``: mlx-lm's commands over all this.
+- ``problems``: what a checkpoint asks of the kernels.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
-try:
-    from mlx_lm import utils as mlx_lm_utils
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "loading models needs mlx-lm; in a clone of mlx_marlin run: pip install '.[lm]'", name=error.name
-    ) from error
-
-from .hub import fetch
-from .model import LayerProgress, activation_dtype, is_exl3, load_exl3_model
-
-__all__ = ["is_exl3", "load", "load_exl3_model"]
+__all__ = ["load"]
 
 
 def load(
@@ -28,7 +28,7 @@ def load(
     return_config: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    progress: LayerProgress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ):
     """Load an EXL3 checkpoint as ``mlx_lm.load`` loads others; the other keywords are its own.
 
@@ -44,8 +44,15 @@ def load(
 
     Raises:
         FileNotFoundError: If there is no such directory or repository, or a file of it is missing.
+        ModuleNotFoundError: If mlx-lm is not installed.
         ValueError: If the directory cannot be loaded, which names file and tensor; or no model runs in the dtype.
     """
+    require_mlx_lm()
+    from mlx_lm import utils as mlx_lm_utils
+
+    from .hub import fetch
+    from .model import activation_dtype, load_exl3_model
+
     dtype = activation_dtype(dtype)
     model_path = fetch(path_or_hf_repo, revision=revision)
     model, config = load_exl3_model(model_path, lazy, model_config, dtype=dtype, progress=progress)
@@ -54,3 +61,13 @@ def load(
         model.eval()
     tokenizer = mlx_lm_utils.load_tokenizer(model_path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
     return (model, tokenizer, config) if return_config else (model, tokenizer)
+
+
+def require_mlx_lm() -> None:
+    """Raise ModuleNotFoundError, saying what to install, unless mlx-lm is there."""
+    try:
+        import mlx_lm  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "loading models needs mlx-lm; in a clone of mlx_marlin run: pip install '.[lm]'", name=error.name
+        ) from error

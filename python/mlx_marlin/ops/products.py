@@ -140,6 +140,7 @@ def swiglu(
 ) -> mx.array:
     """:func:`trellis_swiglu` for prepared stacks; ``select`` as in :func:`linear`."""
     op, source = "trellis_swiglu", gate.source
+    device = device_of(stream) if select is None else None
     hidden = source.in_features
     _check_x(op, x, hidden)
     indices = _check_indices(op, indices, x.shape[:-1], len(source.bits), stream)
@@ -150,7 +151,6 @@ def swiglu(
     if select is not None:
         native = select(x, rows, top_k, combine)
     else:
-        device = device_of(stream)
         problem = swiglu_problem(source, up.source, down.source, rows, top_k, name, x.dtype, device, combine)
         native = resolve(op, problem, config)
     return _ext.trellis_swiglu(
@@ -226,6 +226,7 @@ def trellis_decode(w: TrellisWeight, *, stream=None) -> mx.array:
         float16, shape ``[k, n]``, padded sizes.
     """
     stack = _prepare_weight("trellis_decode", w)
+    device_of(stream)  # raises unless it is one
     return _ext.trellis_decode(stack.arrays, stack.info, 0, stream)
 
 
