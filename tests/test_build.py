@@ -97,6 +97,7 @@ ORDER = [
     "shaders",
     "ops",
     "selftest",
+    "layer_state",
     "layers",
     "loader",
     "dispatch",

@@ -218,7 +218,7 @@ def test_a_running_call_keeps_the_configs_of_its_weights():
     old = layer._selection.current(layer.stack)
     layer.update(TrellisLinear(make_weight(bits=5)).parameters())
     new = layer._selection.current(layer.stack)
-    assert new is not old and (old.stacks[0].source.bits, new.stacks[0].source.bits) == ((3,), (5,))
+    assert new is not old and (old.sources[0].bits, new.sources[0].bits) == ((3,), (5,))
     assert layer._selection.current(layer.stack) is new
 
 

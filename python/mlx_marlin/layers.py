@@ -1,13 +1,12 @@
 """Drop-ins for ``nn.Linear`` and mlx-lm's ``SwitchGLU`` over trellis weights.
 
 Trellis words, formats and scales are parameters, so that they survive save and load; they are frozen, and stay so
-when the model is unfrozen. What a layer makes of them (stacks, configs) is made again when a parameter was replaced,
-and by every copy of the layer.
+when the model is unfrozen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from operator import is_
 from typing import TYPE_CHECKING, overload
 
@@ -15,10 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import choices, ops, selftest
+from . import choices, ops
 from .choices import Choice
 from .grid import GridLinear, GridWeight
 from .kernels import KernelConfig, Problem
+from .layer_state import Derived, Selection, StackedModule, TrellisModule
 from .ops import Activation
 from .weights import ExpertBank, ExpertStack, TrellisWeight, check_projections, format_word
 
@@ -26,163 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class _Table:
-    """The resolved configs of one layer, by what its calls differ in; valid for one state of the world.
-
-    Args:
-        selection: Whose it is.
-        generation: Of the choices.
-        stacks: The weights.
-    """
-
-    __slots__ = ("_natives", "_selection", "generation", "stacks")
-
-    def __init__(self, selection: _Selection, generation: int, stacks: tuple[ops.Stack, ...]):
-        self._selection, self.generation, self.stacks = selection, generation, stacks
-        self._natives: dict[tuple, object] = {}
-
-    def __call__(self, x: mx.array, rows: int, top_k: int, combine: bool):
-        """The resolved config: a dictionary look-up after the first call of a kind."""
-        dtype = x.dtype
-        key = rows, top_k, dtype, combine, mx.default_device().type
-        native = self._natives.get(key)
-        if native is None:
-            latest = self._selection
-            latest.top_k, latest.combine, latest.dtype = top_k, combine, dtype
-            problem = latest.problem(self.stacks, rows, dtype, ops.device_of(None), combine, top_k)
-            choice, final = selftest.select(problem, ops.is_traced(x))
-            native = ops.resolve(latest.op, problem, choice.config)
-            if final:
-                self._natives[key] = native
-        return native
-
-
-class _Selection:
-    """What runs each kind of call of one layer.
-
-    Args:
-        op: For error messages.
-        problem: Called with (stacks, rows, dtype, device, combine, top_k).
-
-    Attributes:
-        top_k, combine, dtype: Of the latest new kind of call: what explain() assumes where it is not told.
-    """
-
-    __slots__ = ("_table", "combine", "dtype", "op", "problem", "top_k")
-
-    def __init__(self, op: str, problem: Callable[..., Problem]):
-        self.op, self.problem = op, problem
-        self.top_k, self.combine, self.dtype = 1, False, mx.float32
-        self._table = _Table(self, -1, ())
-
-    def current(self, *stacks: ops.Stack) -> _Table:
-        """The table, a new one if the weights, the profile or the feedback changed."""
-        table, generation = self._table, choices.generation()
-        if generation != table.generation or not all(map(is_, stacks, table.stacks)):
-            table = self._table = _Table(self, generation, stacks)
-        return table
-
-
-class _Derived:
-    """What a layer makes of its parameters and settings. Not copied and not pickled.
-
-    Attributes:
-        selection: Its configs.
-        adaptation: Stands in the calls while the layer is adapted, or ``None``.
-        collected: The parameters, and the stack that was made of them; one tuple, so that threads see both or none.
-        checked: The three projections that were found to fit together.
-    """
-
-    __slots__ = ("adaptation", "checked", "collected", "selection")
-
-    def __init__(self, selection: _Selection):
-        self.selection = selection
-        self.adaptation = None
-        self.collected: tuple[tuple, ops.Stack | None] = ((None,) * 5, None)
-        self.checked: tuple[ExpertStack | None, ...] = (None, None, None)
-
-
-def _linear_problem(stacks, rows, dtype, device, combine, top_k) -> Problem:
-    return ops.linear_problem(stacks[0].source, rows, dtype, device)
-
-
-class _Trellis(nn.Module):
-    """A module with derived parts that stay behind when it is copied or pickled."""
-
-    def __init__(self):
-        super().__init__()
-        self._derive()
-
-    def _derive(self) -> None:
-        self._derived = _Derived(_Selection("trellis_linear", _linear_problem))
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_derived"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._derive()
-
-    @property
-    def _selection(self) -> _Selection:
-        return self._derived.selection
-
-    @property
-    def _adaptation(self):
-        return self._derived.adaptation
-
-    @_adaptation.setter
-    def _adaptation(self, tap) -> None:
-        self._derived.adaptation = tap
-
-
-class _Stacked(_Trellis):
-    """A module over one stack, whose parameters are the stack's arrays: never trainable.
-
-    ``unfreeze`` of a module above clears ``_no_grad`` of every module below it, without asking them; here it clears
-    a copy.
-    """
-
-    @property
-    def _no_grad(self) -> set[str]:
-        return set(self)
-
-    @_no_grad.setter
-    def _no_grad(self, keys: set[str]) -> None:
-        pass
-
-    @property
-    def stack(self) -> ops.Stack:
-        """The parameters as the kernels take them; collected and checked again when one was replaced."""
-        get = self.get  # attribute access to a parameter costs a microsecond each
-        (trellis, formats, suh, svh, bias), stack = self._derived.collected
-        same = get("trellis") is trellis and get("formats") is formats and get("suh") is suh and get("svh") is svh
-        return stack if same and get("bias") is bias and stack is not None else self._collect()
-
-    def _collect(self) -> ops.Stack:
-        with ops.BUILD_LOCK:
-            before, stack = self._derived.collected
-            parameters = self._parameters()
-            if stack is not None and all(map(is_, parameters, before)):
-                return stack  # another thread was first
-            if stack is not None and any(p is not None and ops.is_traced(p) for p in parameters):
-                return ops.with_parameters(stack, *self._stack_arrays(traced=True))
-            for name in ("suh", "svh"):
-                original = None if stack is None else getattr(stack.source, name)
-                self[name] = ops.half_scales(name, self[name], original)
-            stack = ops.prepare(ExpertStack(*self._stack_arrays(traced=False), *self._sizes))
-            self._derived.collected = self._parameters(), stack
-            return stack
-
-    def _parameters(self) -> tuple[mx.array | None, ...]:
-        return tuple(self.get(name) for name in ("trellis", "formats", "suh", "svh", "bias"))
-
-    def _stack_arrays(self, traced: bool) -> tuple[mx.array | None, ...]:
-        """Codes, formats, suh, svh and bias as a stack has them; traced: formats that do not change are ``None``."""
-        raise NotImplementedError
-
-
-class TrellisExperts(_Stacked):
+class TrellisExperts(StackedModule):
     """One projection of all experts, the child of a :class:`TrellisSwitchGLU`. A drop-in for mlx-lm's ``SwitchLinear``.
 
     Parameters: ``trellis`` (uint32, flat), ``formats`` (uint32 ``[experts]``, bits | codebook id << 8), ``suh``,
@@ -250,7 +94,7 @@ class TrellisExperts(_Stacked):
         return f"{self.num_experts} experts, {self._sizes[0]} -> {self._sizes[1]}, bits={widths}"
 
 
-class TrellisSwitchGLU(_Trellis):
+class TrellisSwitchGLU(TrellisModule):
     """The experts of a mixture-of-experts layer, fused. A drop-in for mlx-lm's ``SwitchGLU``.
 
     Args:
@@ -287,10 +131,9 @@ class TrellisSwitchGLU(_Trellis):
         self.down_proj = TrellisExperts(bank.down)
 
     def _derive(self) -> None:
-        self._derived = _Derived(_Selection("trellis_swiglu", self._problem))
+        self._derived = Derived(Selection("trellis_swiglu", self._problem))
 
-    def _problem(self, stacks, rows, dtype, device, combine, top_k) -> Problem:
-        sources = (stack.source for stack in stacks)
+    def _problem(self, sources, rows, dtype, device, combine, top_k) -> Problem:
         return ops.swiglu_problem(*sources, rows, top_k, self.get("_activation").name, dtype, device, combine)
 
     def _stacks(self) -> tuple[ops.Stack, ops.Stack, ops.Stack]:
@@ -310,7 +153,8 @@ class TrellisSwitchGLU(_Trellis):
     def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int | None = None) -> Problem:
         """What a call with this many rows asks for. top_k: that of the latest new kind of call by default, or 1."""
         top_k = self._selection.top_k if top_k is None else top_k
-        return self._problem(self._stacks(), rows, dtype, device, combine, top_k)
+        sources = (stack.source for stack in self._stacks())
+        return self._problem(sources, rows, dtype, device, combine, top_k)
 
     def __call__(self, x: mx.array, indices: mx.array, scores: mx.array | None = None) -> mx.array:
         """The experts' outputs.
@@ -356,7 +200,7 @@ class TrellisSwitchGLU(_Trellis):
         return choices.choose(self.problem(rows, dtype, ops.device_of(None), combine=combine, top_k=top_k))
 
 
-class TrellisLinear(_Stacked):
+class TrellisLinear(StackedModule):
     """A linear layer over a trellis weight. A drop-in for ``nn.Linear``.
 
     Parameters: ``trellis`` (uint32 ``[k / 16, n / 16, 8 * K]``), ``suh``, ``svh`` and optionally ``bias``.
