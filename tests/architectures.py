@@ -5,12 +5,15 @@ from __future__ import annotations
 from importlib import metadata
 
 import mlx.core as mx
+import pytest
 from architectures_gemma import gemma3, gemma4
 from checkpoints import SIZES, Checkpoint, Sizes
 
-# mlx-lm 0.31, the last one for Python 3.10, stacks no experts unless layer 0 has some.
-_OLD_MLX_LM = metadata.version("mlx-lm").startswith("0.31.")
-MOE_LAYER, DENSE_LAYER = (0, 1) if _OLD_MLX_LM else (1, 0)
+OLD_MLX_LM = metadata.version("mlx-lm").startswith("0.31.")
+"""The last one for Python 3.10."""
+
+# It stacks no experts unless layer 0 has some.
+MOE_LAYER, DENSE_LAYER = (0, 1) if OLD_MLX_LM else (1, 0)
 """Of :func:`qwen3_moe`."""
 
 
@@ -330,3 +333,12 @@ ARCHITECTURES = {
         gemma4,
     )
 }
+
+
+def needs_new_mlx_lm(lacks: str):
+    """Skips a test, or a value of it, where mlx-lm is 0.31.
+
+    Args:
+        lacks: What that version cannot do.
+    """
+    return pytest.mark.skipif(OLD_MLX_LM, reason=f"mlx-lm 0.31 (Python 3.10) {lacks}")

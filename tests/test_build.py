@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -32,6 +33,18 @@ def test_stub_and_marker_are_shipped():
     names = {node.name for node in ast.walk(ast.parse(stub)) if isinstance(node, ast.FunctionDef)}
     assert {"trellis_linear", "trellis_swiglu", "trellis_decode"} <= names
     assert "mlx.core.array" in stub and "mlx::core" not in stub
+
+
+def test_licences_are_shipped_in_full():
+    """The bundled calibration text is Python's: its licence must come with every copy."""
+    assert 'license = "MIT AND PSF-2.0"' in PYPROJECT
+    notices = [PACKAGE / "quantize" / "calibration.LICENSE.txt", ROOT / "models" / "docs-moe" / "heldout.LICENSE.txt"]
+    for notice in notices:
+        text = notice.read_text()
+        assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in text
+        assert "Licensee\nagrees to be bound by the terms and conditions of this License" in text
+    listed = metadata.metadata("mlx_marlin").get_all("License-File")
+    assert [Path(name).name for name in listed] == ["LICENSE", "calibration.LICENSE.txt"]
 
 
 def run(code: str) -> str:
@@ -162,6 +175,12 @@ def test_pure_modules_import_little(module):
     absolute |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
     if "mlx" not in PURE[module]:
         assert not {name for name in absolute if name.split(".")[0].startswith("mlx")}
+
+
+def test_the_design_lists_the_modules_in_this_order():
+    table = (ROOT / "docs/design.md").read_text().partition("## The modules")[2].partition("## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert [name for row in rows for name in re.findall(r"`(\w+)`", row)] == ORDER
 
 
 def test_every_module_is_ordered():

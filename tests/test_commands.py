@@ -228,6 +228,7 @@ def test_convert_is_another_command(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@architectures.needs_new_mlx_lm("takes the gradient of the router with respect to expert indices, and fails")
 def test_lora_trains_beside_the_trellis_and_is_loaded_again(tmp_path):
     for name in ("train", "valid"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "Return a list of the elements of the sequence."}\n' * 4)
