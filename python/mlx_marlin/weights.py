@@ -83,6 +83,8 @@ class TrellisWeight:
         self.in_features = _logical_size("in_features", in_features, k)
         self.out_features = _logical_size("out_features", out_features, n)
         self.bias = None if bias is None else self._padded_bias(bias, n)
+        # MLX's streams belong to threads: what is still to be computed could not be in another one.
+        mx.eval(self.trellis, self.suh, self.svh, [] if self.bias is None else self.bias)
 
     def _padded_bias(self, bias, n: int) -> mx.array:
         bias = _array("bias", bias)
