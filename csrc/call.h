@@ -40,7 +40,7 @@ struct StackInfo {
 struct LinearCall {
   int in_features;  // logical sizes of W
   int out_features;
-  int x_divisor;
+  int x_divisor;  // rows of y per row of x; a primitive sets it at evaluation, from the sizes of its inputs
   bool gathered;  // ids are given; otherwise expert 0
   bool transposed;
   StackInfo stack;

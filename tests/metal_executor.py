@@ -180,7 +180,7 @@ def swiglu(
     for name, stack in stacks.items():
         inputs |= stack_arrays(name, stack)
     if scores is not None:
-        inputs["scores"] = np.array(scores)
+        inputs["scores"] = np.array(scores.astype(mx.float32))  # as ops casts them
     shape = (rows, hidden) if scores is not None else (rows, top_k, hidden)
     size = 4 if problem.dtype == "float32" else 2
     y, _ = execute(plan, inputs, int(np.prod(shape)) * size, **simulator)

@@ -116,6 +116,14 @@ const Tier& tier() {
   return *current().load(std::memory_order_acquire);
 }
 
+std::vector<std::string> compiled_instruction_sets() {
+  std::vector<std::string> names;
+  for (const Entry& entry : kEntries) {
+    names.push_back(entry.name);
+  }
+  return names;
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const Entry& entry : kEntries) {

@@ -129,18 +129,8 @@ class Workload:
         if self.problem.kind == "linear":
             return ops.linear(x, stacks[0], config=config, stream=self._stream)
         indices, scores = routing
-        name, alpha, limit = self.activation
-        return ops.swiglu(
-            x,
-            indices,
-            *stacks,
-            scores=scores,
-            activation=name,
-            alpha=alpha,
-            limit=limit,
-            config=config,
-            stream=self._stream,
-        )
+        activation = ops.Activation(*self.activation)
+        return ops.swiglu(x, indices, *stacks, scores=scores, activation=activation, config=config, stream=self._stream)
 
     def _rows(self, rows: int) -> mx.array:
         x = mx.array(self._rng.standard_normal((rows, self.problem.hidden), np.float32)).astype(self._dtype)
