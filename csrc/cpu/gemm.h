@@ -42,8 +42,8 @@ MARLIN_INLINE void prefetch_tile(const uint8_t* tile, int64_t bytes) {
   }
 }
 
-// Tile columns of a sweep between prefetching and decoding: 0.6 us at 3 bits, several times what memory takes to answer,
-// and a page's address may have to be looked up first.
+// Tile columns between prefetching and decoding. One is not enough: a vector of codes that begins in a tile ends in the
+// next one, and is waited for even where that part is masked out.
 constexpr int kAhead = 2;
 
 // Groups whose accumulators stay in registers while ROWS rows share a decoded group.
@@ -124,12 +124,14 @@ static void sweep_rows(
   }
 }
 
-// panel[tile][step][chain]
+// panel[tile][step][chain]. From each tile on, `ahead` bytes away, `ahead_bytes` are prefetched.
 template <int CODEBOOK>
-static void decode_panel(const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride, int tiles, V* panel) {
+static void decode_panel(
+    const Decoder<CODEBOOK>& decoder, const uint8_t* tile, int64_t stride, int tiles, int64_t ahead,
+    int64_t ahead_bytes, V* panel) {
   Packed<CODEBOOK> packed[kGroups];
   for (int t = 0; t < tiles; ++t, tile += stride, panel += kTileVectors) {
-    prefetch_tile(tile + kSweep * stride, decoder.bytes());
+    prefetch_tile(tile + ahead, ahead_bytes);
     decoder.template pack<true>(tile, 0, packed[0]);
     for (int g = 1; g < kGroups; ++g) {
       decoder.template pack<false>(tile, g, packed[g]);
@@ -240,9 +242,12 @@ static void multiply_many(
   for (int c = 0; c < columns; c += MARLIN_TILE) {
     const uint8_t* tile = codes.tiles + (column + c) / MARLIN_TILE * bytes;
     std::memset(sums, 0, sizeof(V) * rows * kChains);
+    // The first column fetches the next sweep of itself and of those that its own sweeps do not fetch for.
+    const int64_t ahead = c == 0 ? kSweep * stride : kAhead * bytes;
+    const int64_t ahead_bytes = c == 0 ? (kAhead + 1) * bytes : bytes;
     for (int t = 0; t < tile_rows; t += kSweep, tile += kSweep * stride) {
       int tiles = tile_rows - t < kSweep ? tile_rows - t : kSweep;
-      decode_panel(decoder, tile, stride, tiles, panel);
+      decode_panel(decoder, tile, stride, tiles, ahead, ahead_bytes, panel);
       multiply_panel_rows(panel, t, tiles, x, codes.k, rows, sums);
     }
     write_sums(sums, rows, y + c, ldy);

@@ -29,7 +29,7 @@ static void multiply_transposed(
       }
       const uint8_t* tile = codes.tiles + static_cast<int64_t>(column + c) / MARLIN_TILE * tile_columns * bytes;
       for (int t = 0; t < tile_columns; ++t, tile += bytes) {
-        decode_panel(decoder, tile, bytes, 1, panel);
+        decode_panel(decoder, tile, bytes, 1, 0, 0, panel);
         for (int r = 0; r < rows; ++r) {
           const float* values = x + static_cast<int64_t>(r) * codes.n + t * MARLIN_TILE;
           V sums[kSteps] = {};
@@ -58,7 +58,7 @@ static void decode_tile_row(const Codes& codes, int tile_row, uint16_t* out) {
   with_decoder(codes, [&](const auto& decoder) {
     V panel[kTileVectors];
     for (int t = 0; t < tile_columns; ++t, tile += bytes) {
-      decode_panel(decoder, tile, bytes, 1, panel);
+      decode_panel(decoder, tile, bytes, 1, 0, 0, panel);
       for (int i = 0; i < kTileVectors; ++i) {
         uint16_t values[kLanes];
         store_half(values, panel[i]);
