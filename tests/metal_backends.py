@@ -40,13 +40,13 @@ class Gpu:
         source = stack.source
 
         def product(x):
-            problem = ops.linear_problem(source, x.shape[0] * x_divisor, x.dtype, "gpu")
+            problem = ops.linear_problem(source, x.shape[0] * x_divisor, x.dtype, ops.device_of(mx.gpu))
             native = ops.resolve("test", problem, config)
             sizes = source.in_features, source.out_features
             if indices is None:
                 return ops._ext.trellis_linear(x, stack.arrays, stack.info, *sizes, native, mx.gpu)
             ids = mx.array(np.asarray(indices, np.uint32).reshape(-1))
-            return ops._ext.trellis_gather_linear(x, ids, stack.arrays, stack.info, *sizes, x_divisor, native, mx.gpu)
+            return ops._ext.trellis_gather_linear(x, ids, stack.arrays, stack.info, *sizes, native, mx.gpu)
 
         if transposed:
             _, (y,) = mx.vjp(product, [mx.zeros((x.shape[0], source.in_features), x.dtype)], [x])

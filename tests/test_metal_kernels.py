@@ -8,11 +8,11 @@ import cases
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_backends import BACKENDS, run
+from metal_backends import BACKENDS, Gpu, run
 
 from mlx_marlin import codec, kernels, metal_rules, ops
 from mlx_marlin.kernels import KernelConfig, make_name
-from mlx_marlin.weights import ExpertStack, TrellisWeight
+from mlx_marlin.weights import ExpertBank, ExpertStack, TrellisWeight
 
 FORMATS = [(bits, codebook) for bits in range(1, codec.MAX_BITS + 1) for codebook in codec.CODEBOOKS]
 
@@ -277,6 +277,44 @@ def test_transposed_linear(backend, bits, dims, gathered):
     dense = [codec.dequantize(w).astype(np.float64) for w in bank]
     expected = np.stack([np.array(cotangent)[r].astype(np.float64) @ dense[e].T for r, e in enumerate(indices)])
     assert cases.row_error(y, expected) <= cases.TOLERANCE["float32"]
+
+
+def test_the_calls_of_the_gpu_backend_fit_the_extension(monkeypatch):
+    """Without a GPU nothing else runs them; here on the CPU, with its configs."""
+    if Gpu.unavailable():
+        monkeypatch.setattr(mx, "gpu", mx.cpu)
+    case = cases.Case(3, "mcg", "float32", 5, "blocks", "silu", mix="both", top_k=2, scores=True)
+    assert cases.row_error(run(Gpu, case, case.inputs()), case.reference(*case.inputs())) <= case.tolerance
+    bank = case.experts()["gate"]
+    stack = ops.prepare(ExpertStack.of("gate", bank))
+    x, indices, _ = case.inputs()
+    y = Gpu.linear(x, stack, None, np.array(indices), x_divisor=2)
+    pairs = list(enumerate(np.array(indices).flat))
+    expected = np.stack([cases.reference_linear(np.array(x)[[r // 2]], bank[e])[0] for r, e in pairs])
+    assert cases.row_error(y, expected) <= case.tolerance
+    back = Gpu.linear(mx.array(y), stack, None, np.array(indices).reshape(-1), transposed=True)
+    dense = [codec.dequantize(w).astype(np.float64) for w in bank]
+    assert cases.row_error(back, np.stack([y[r].astype(np.float64) @ dense[e].T for r, e in pairs])) <= case.tolerance
+    np.testing.assert_array_equal(Gpu.decode(stack, 1).view(np.uint16), codec.inner(bank[1]).view(np.uint16))
+
+
+@pytest.mark.parametrize("fp32_acc", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_one_row_of_a_wide_layer(backend, fp32_acc):
+    """Two rotated copies are too many for a threadgroup: a decode product that reads them from memory."""
+    rng = np.random.default_rng(0)
+    hidden = 4096 if fp32_acc else 8192
+    experts = cases.random_experts(rng, hidden, 128, cases.expert_formats(3, "mcg", "uniform", 2))
+    x = cases.random_rows(rng, 1, hidden, "float16")
+    indices, scores = mx.array([[1, 0]], mx.uint32), mx.array([[0.25, 0.75]])
+    chosen = config("decode", 1, 128, 16, fp32_acc)
+    bank = ExpertBank(**experts)
+    problem = ops.swiglu_problem(bank.gate, bank.up, bank.down, 1, 2, "silu", x.dtype, "gpu", True)
+    assert [d["kernel"].split("<")[0] for d in ops.plan(problem, chosen)["dispatches"]][0] == "trellis_rotate"
+    y = backend.swiglu(x, indices, bank, scores=scores, config=chosen)
+    expected = cases.reference_swiglu(
+        np.array(x.astype(mx.float32)).astype(np.float64), np.array(indices), experts, np.array(scores)
+    )
+    assert cases.row_error(y, expected) <= (cases.TOLERANCE["float16"] if fp32_acc else HALF_TOLERANCE["float16"])
 
 
 @pytest.mark.parametrize("fp32_acc", [True, False])
