@@ -254,6 +254,14 @@ def test_no_rows_need_no_dispatch():
     assert ops.plan(problem) == {"dispatches": [], "scratch": {}}
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"rows": -1}, {"top_k": 0}, {"hidden": 0}, {"intermediate": -128}, {"experts": 0}], ids=str
+)
+def test_sizes_that_no_call_has_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ops.plan(replace(swiglu("tiny"), **wrong), config("decode", 1, 16, 4))
+
+
 def test_a_cpu_problem_is_refused():
     with pytest.raises(ValueError, match="device is 'cpu'"):
         ops.plan(cases.Case(3, "mcg", "float32", 1, "block", "none").problem("cpu"))
@@ -270,6 +278,21 @@ def test_constants_and_kernels_exist_in_the_sources():
                 function = d["kernel"].split("<")[0]
                 text = shaders.sources(ops.SHADERS)[function.removeprefix("trellis_")]
                 assert re.search(rf"\[\[kernel.*\]\] void {function}\(", text)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_accesses_are_what_the_kernels_declare(problem):
+    """MLX places barriers by what a plan says of each buffer: const ones are read, the others written."""
+    texts = shaders.sources(ops.SHADERS)
+    for chosen in configs(problem)[::5]:
+        for d in ops.plan(problem, chosen)["dispatches"]:
+            function = d["kernel"].split("<")[0]
+            (arguments,) = re.findall(rf"void {function}\((.*?)\) \{{", texts[function.removeprefix("trellis_")], re.S)
+            declared = re.findall(r"device (const )?\w+\* \w+ \[\[buffer\((\d+)\)?", arguments)
+            access = {int(slot): "r" if const else "w" for const, slot in declared}
+            assert len(access) == arguments.count("device ")
+            for b in d["buffers"]:
+                assert b["access"] == access[b["slot"]], (d["kernel"], b)
 
 
 def test_installed_sources_are_self_contained():

@@ -26,12 +26,15 @@ def plan(
         of mixed widths are an upper bound.
 
     Raises:
-        ValueError: If the problem is not for a GPU or the config is not feasible.
+        ValueError: If the problem is not for a GPU or has a size that no call has, or the config is not feasible.
     """
     if not isinstance(problem, Problem):
         raise ValueError(f"[plan] problem must be a Problem, got {type(problem).__name__}")
     if problem.device != "gpu":
         raise ValueError(f"[plan] only a GPU runs plans, but the problem's device is {problem.device!r}")
+    for name, least in ("rows", 0), ("top_k", 1), ("hidden", 1), ("intermediate", 1), ("experts", 1):
+        if getattr(problem, name) < least:
+            raise ValueError(f"[plan] {name} must be at least {least}, got {getattr(problem, name)}")
     native = resolve("plan", problem, config)
     dtype = kernels.DTYPES.index(problem.dtype)
     k, n = codec.padded(problem.hidden), codec.padded(problem.intermediate)
