@@ -29,7 +29,7 @@ import numpy as np
 import peers
 from shape import Shape
 
-from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, _ext, codec, device, measure, set_num_threads
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, _ext, codec, device, set_num_threads, stats
 
 ROWS = (1, 4, 16, 64, 256)
 BITS = ("2", "3", "4", "mixed")
@@ -136,7 +136,7 @@ class Contender:
         seconds = [s for s, _ in own or self.samples]
         return {
             "median_s": statistics.median(seconds),
-            "spread": measure.spread(seconds),
+            "spread": stats.spread(seconds),
             "calls": len(seconds),
             "cores": statistics.median(c for _, c in own or self.samples),
             "disturbed_calls": len(self.samples) - len(own),

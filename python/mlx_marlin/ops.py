@@ -80,7 +80,7 @@ def _native(config: KernelConfig) -> _ext.KernelConfig:
 
 @lru_cache(maxsize=4096)
 def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> _ext.KernelConfig:
-    """A config as the primitives take it; ``None`` stands for the default.
+    """A config as the primitives take it, its sizes fitted to the problem; ``None`` stands for the default.
 
     Raises:
         ValueError: If it cannot run the problem.
@@ -92,9 +92,10 @@ def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> _ex
     elif not isinstance(config, KernelConfig):
         raise ValueError(f"[{op}] config must be a KernelConfig or a kernel name, got {type(config).__name__}")
     else:
-        reason = kernels.feasible(problem, config)
-        if reason is not None:
-            raise ValueError(f"[{op}] {config} cannot run this problem: {reason}")
+        runnable = kernels.fitted(problem, config)
+        if runnable is None:
+            raise ValueError(f"[{op}] {config} cannot run this problem: {kernels.feasible(problem, config)}")
+        config = runnable
     return _native(config)
 
 
@@ -372,6 +373,16 @@ def trellis_decode(w: TrellisWeight, *, stream=None) -> mx.array:
 def is_traced(x: mx.array) -> bool:
     """Whether x belongs to a function that is being traced (``mx.compile``, ``mx.vjp``, ...)."""
     return _ext.is_tracer(x)
+
+
+def instruction_set() -> str:
+    """The best instruction set of this CPU that the kernels have code for, such as avx512vbmi or neon."""
+    return _ext.instruction_sets()[-1]
+
+
+def cpu_digest() -> str:
+    """SHA-256 of what the CPU kernels were built from: sources, compiler and flags."""
+    return _ext.cpu_digest()
 
 
 def set_num_threads(n: int) -> None:

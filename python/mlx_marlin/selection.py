@@ -227,7 +227,11 @@ def _check_width(what: str, bits) -> None:
 
 
 def _check_bits(active_expert_bits) -> list[int]:
-    bits = list(active_expert_bits)
+    # Arrays of MLX and NumPy: their elements are no integers, those of their lists are.
+    bits = active_expert_bits.tolist() if hasattr(active_expert_bits, "tolist") else active_expert_bits
+    if isinstance(bits, str) or not isinstance(bits, Iterable):
+        bits = [bits]
+    bits = list(bits)
     for width in bits:
         _check_width("active_expert_bits", width)
     return bits
