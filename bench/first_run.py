@@ -1,5 +1,4 @@
-"""Collect what a first run on a Mac shows into one JSON file. bench/FIRST_RUN_ON_A_MAC.md says what to look
-at.
+"""Collect what a first run on a Mac shows into one JSON file; bench/FIRST_RUN_ON_A_MAC.md says what to look at.
 
 python bench/first_run.py            # writes first_run_<chip>.json
 """
@@ -21,13 +20,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from metal_chips import CHIPS
+from metal_chips import CHIPS, label
 
 from mlx_marlin import (
     ExpertBank,
     TrellisSwitchGLU,
     TrellisWeight,
     choices,
+    codec,
     device,
     kernels,
     measure,
@@ -42,7 +42,7 @@ PREDICTED = ROOT / "bench" / "results" / "metal_predicted.json"
 SAMPLES = 9
 # Random indices per timing: enough that consecutive calls use other experts.
 ROUTINGS = 16
-TESTS = ("tests/test_gpu.py", "tests/test_ops.py", "tests/test_layers.py", "tests/test_selftest.py")
+TESTS = ("test_metal_kernels.py", "test_gpu.py", "test_ops.py", "test_layers.py", "test_numeric_robustness.py")
 
 
 def machine(where: str) -> dict:
@@ -54,6 +54,7 @@ def machine(where: str) -> dict:
         "python": platform.python_version(),
         "macos": platform.mac_ver()[0],
         "device_info": {k: str(v) for k, v in mx.device_info(stream).items()},
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("MLX_", "MTL_"))},
         "eval floor us": round(1e6 * measure.launch_floor(), 1),
     }
 
@@ -70,7 +71,7 @@ def run_tests(files: tuple[str, ...]) -> dict:
             "-p",
             "no:cacheprovider",
             f"--junitxml={report}",
-            *files,
+            *(f"tests/{name}" for name in files),
         ]
         # Shader validation reports accesses outside buffers, which a GPU otherwise ignores.
         environment = {**os.environ, "MTL_SHADER_VALIDATION": "1", "MTL_DEBUG_LAYER": "1"}
@@ -87,28 +88,40 @@ def run_tests(files: tuple[str, ...]) -> dict:
     return {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")} | {"failed": failures}
 
 
-def self_tests(where: str, rows: tuple[int, ...]) -> dict:
-    """The verdict on every candidate config, by rows."""
-    verdicts = {}
+def self_tests(where: str, small: bool) -> dict:
+    """The verdicts: every config at 3 bits with all codebooks, and each variant's default at all widths and dtypes."""
+    every = replace(_problem(3, 1, "gpu"), codebooks=codec.CODEBOOKS)
+    configs = {c: None for rows in (1, 4, 16, 64) for c in kernels.candidates(replace(every, rows=rows))}
+    calls = [(every, config) for config in (list(configs)[:4] if small else configs)]
+    for bits in (3,) if small else range(1, codec.MAX_BITS + 1):
+        for dtype in kernels.DTYPES:
+            for variant, rows in zip(kernels.VARIANTS, (1, 4, 17, 64)):
+                problem = replace(_problem(bits, rows, "gpu"), dtype=dtype, combine=rows == 1)
+                calls.append((problem, kernels.config_for(problem, kernels.make_name(variant))))
+    wrong = {}
     with tempfile.TemporaryDirectory() as folder:
         execute = selftest.run_on_gpu if where == "gpu" else _run_on_cpu
         test = selftest.SelfTest(where, execute, Path(folder) / "verdicts.json")
-        for count in rows:
-            problem = replace(_problem(3, count, where), codebooks=("3inst", "mcg", "mul1"))
-            wrong = {str(c): f for c in kernels.candidates(problem) if (f := test.fault(problem, c))}
-            verdicts[count] = {"candidates": len(kernels.candidates(problem)), "wrong": wrong}
-    return verdicts
+        for problem, config in calls:
+            fault = test.fault(problem, config)
+            if fault is not None:
+                wrong[f"{config} for {problem}"] = fault
+    return {"calls": len(calls), "wrong": wrong}
 
 
 def _run_on_cpu(problem: Problem, config: KernelConfig, case: dict) -> np.ndarray:
-    bank = ExpertBank(*case["weights"])
-    y = ops.trellis_swiglu(mx.array(case["x"]), mx.array(case["indices"]), bank, config=config, stream=mx.cpu)
+    """Stands in for the GPU where this script is tried without one."""
+    x = mx.array(case["x"]).astype(getattr(mx, problem.dtype))
+    scores = None if case["scores"] is None else mx.array(case["scores"])
+    bank, indices = ExpertBank(*case["weights"]), mx.array(case["indices"])
+    y = ops.trellis_swiglu(x, indices, bank, scores=scores, activation=problem.activation, stream=mx.cpu)
     return np.array(y.astype(mx.float32))
 
 
 def _problem(bits: int, rows: int, where: str, hidden: int = 2048, intermediate: int = 768, experts: int = 128):
     dtype = "float16" if where == "gpu" else "float32"
-    return Problem("swiglu", rows, 8, hidden, intermediate, experts, ((bits,) * 3,), ("mcg",), "silu", dtype, where)
+    bits = ((bits,) * 3,)
+    return Problem("swiglu", rows, 8, hidden, intermediate, experts, bits, ("mcg",), "silu", dtype, where, combine=True)
 
 
 def _bank(rng, problem: Problem) -> ExpertBank:
@@ -150,11 +163,12 @@ def layer_times(where: str, bits: tuple[int, ...], rows: tuple[int, ...], sizes:
             draws = rng.random((ROUTINGS, count, problem.experts)).argpartition(problem.top_k, axis=2)
             routings = [mx.array(d[:, : problem.top_k].astype(np.uint32)) for d in draws]
             x = mx.array(rng.standard_normal((count, problem.hidden))).astype(getattr(mx, problem.dtype))
-            mx.eval(x, routings)
+            scores = mx.full((count, problem.top_k), 1 / problem.top_k)
+            mx.eval(x, routings, scores)
             for config in _configs(problem):
 
-                def step(x, i, layer=layer, config=config, routings=routings):
-                    return layer.run(x, routings[i % ROUTINGS], config=config)[:, 0]
+                def step(x, i, layer=layer, config=config, routings=routings, scores=scores):
+                    return layer.run(x, routings[i % ROUTINGS], scores, config=config)
 
                 clock = measure.Chain(step, x, floor)
                 clock.warm_up(5)
@@ -172,23 +186,24 @@ def layer_times(where: str, bits: tuple[int, ...], rows: tuple[int, ...], sizes:
 
 
 def beside_predictions(times: list[dict], chip: str) -> list[dict]:
-    """The default's measured time of one row beside the prediction, where there is one."""
+    """The measured times of one row, of the default and of the predicted choice, beside their predictions."""
     layers = json.loads(PREDICTED.read_text())["bits"]
-    out, seen = [], set()
+    out = []
     for t in times:
-        row = layers.get(str(t["bits"]), {}).get("chips", {}).get(chip)
-        if row is None or t["rows"] != 1 or t["bits"] in seen:
+        row = layers.get(str(t["bits"]), {}).get("chips", {}).get("mcg", {}).get(chip)
+        if row is None or t["rows"] != 1:
             continue
-        seen.add(t["bits"])
-        predicted = row["predicted us, default"]
-        out.append(
-            {
-                "bits": t["bits"],
-                "measured": t["us"],
-                "predicted": predicted,
-                "ratio": round(t["us"] / predicted, 2),
-            }
-        )
+        config = KernelConfig(**t["config"])
+        default = kernels.default(_problem(t["bits"], 1, "gpu"))
+        for what, matches in (
+            ("predicted us", label(config) == row["config"]),
+            ("predicted us, default", config == default),
+        ):
+            if matches:
+                ratio = round(t["us"] / row[what], 2)
+                out.append(
+                    {"bits": t["bits"], "config": label(config), "measured": t["us"], what: row[what], "ratio": ratio}
+                )
     return out
 
 
@@ -201,7 +216,7 @@ def collect(where: str, small: bool) -> dict:
     report["known chip"] = chip in CHIPS
     if not small:
         report["tests"] = run_tests(TESTS)
-    report["self-tests"] = self_tests(where, rows[:2])
+    report["self-tests"] = self_tests(where, small)
     report["layer"] = layer_times(where, bits, rows, sizes)
     report["beside predictions"] = beside_predictions(report["layer"], chip)
     return report

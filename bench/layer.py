@@ -1,7 +1,8 @@
 """One MoE layer of Qwen3-30B-A3B's shape: mlx_marlin beside mlx-lm's affine SwitchGLU and ggml's K-quants.
 
-All contenders run in one process, interleaved in rounds, each call with another random routing and over
-more weights than the last-level cache holds, so that weights come from DRAM. Reported are medians over single calls.
+All contenders run in one process, interleaved in rounds, each call with another random routing and over more weights
+than the last-level cache holds, so that weights come from DRAM. Reported are medians over single calls. Where MLX has a
+GPU, ours and the affine layer run there too, with float16 activations.
 
     python bench/layer.py --bits 3 --rows 1 16 64 256 --output bench/results/<machine>/layer.json
 """
@@ -12,7 +13,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import math
 import os
 import platform
 import statistics
@@ -27,121 +27,22 @@ import ceilings
 import mlx.core as mx
 import numpy as np
 import peers
+from contenders import Contender, MarlinContender
 from shape import Shape
 
-from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, _ext, codec, device, set_num_threads, stats
+from mlx_marlin import _ext, codec, device, set_num_threads
 
 ROWS = (1, 4, 16, 64, 256)
 BITS = ("2", "3", "4", "mixed")
-# The mix: bits of gate, up and down, expert by expert, 3 on average.
-MIXED = ((2, 3, 4), (3, 4, 2), (4, 2, 3))
+DEVICES = ("cpu", "gpu") if mx.is_available(mx.Device(mx.gpu)) else ("cpu",)
 # What each width is measured beside: affine bits, ggml type.
 PEERS = {"2": (2, "Q2_K"), "3": (3, "Q3_K"), "4": (4, "Q4_K"), "mixed": (3, "Q3_K")}
 # Routings per number of rows: at 64 rows a single one touches nearly every expert.
 FEW_ROUTINGS, MANY_ROUTINGS = 6, 32
-# A first call longer than this needs no warm-up: it is a sample.
-SLOW_SECONDS = 1.0
-# Weights in memory, in units of the last-level cache.
-CACHE_FACTOR = 1.25
 # Calls of one contender in a round: long enough for the scheduler's accounting of CPU time (ticks of 4 ms).
 GROUP_SECONDS, MAX_GROUP = 0.08, 32
 # Idle workers of the contender before spin for some milliseconds.
 SETTLE_SECONDS = 0.02
-# A call had its cores if it used this part of their time.
-OWN_CORES = 0.93
-
-
-class MarlinContender:
-    """TrellisSwitchGLU over random trellis words, with the default kernel config."""
-
-    peer = False
-
-    def __init__(self, shape: Shape, bits: str, codebook: str, instruction_set: str, rng, threads: int):
-        self.name = f"mlx_marlin {codebook} {instruction_set}"
-        self.codebook, self.instruction_set, self.cores = codebook, instruction_set, threads
-        triples = MIXED if bits == "mixed" else ((int(bits),) * 3,)
-        sizes = ((shape.hidden, shape.intermediate),) * 2 + ((shape.intermediate, shape.hidden),)
-        experts = [
-            [self._weight(*size, triples[e % len(triples)][p], codebook, rng) for e in range(shape.experts)]
-            for p, size in enumerate(sizes)
-        ]
-        self.bits = sum(w.bits for weights in experts for w in weights) / (3 * shape.experts)
-        self.layer = TrellisSwitchGLU(bank=ExpertBank(*experts))
-        mx.eval(self.layer.parameters())
-
-    @staticmethod
-    def _weight(k: int, n: int, bits: int, codebook: str, rng) -> TrellisWeight:
-        words = np.frombuffer(rng.bytes(k * n * bits // 8), np.int16).reshape(k // 16, n // 16, 16 * bits)
-        signs = [rng.choice(np.array([-1, 1], np.float16), size) for size in (k, n)]
-        return TrellisWeight(words, signs[0], signs[1] * np.float16(k**-0.5), codebook)
-
-    def prepare(self, x: np.ndarray, routings: list[np.ndarray]) -> list:
-        x = mx.array(x)
-        indices = [mx.array(routing) for routing in routings]
-        mx.eval(x, indices)
-        return [partial(self._run, x, i) for i in indices]
-
-    def _run(self, x: mx.array, indices: mx.array) -> None:
-        if _ext.instruction_set() != self.instruction_set:
-            _ext.set_instruction_set(self.instruction_set)
-        mx.eval(self.layer(x, indices))
-
-
-class Contender:
-    """A layer, as often as it takes to exceed the cache, and its timed calls."""
-
-    def __init__(self, make, shape: Shape, cpu_time: bool = False):
-        self._cpu_time = cpu_time
-        first = make()
-        layer_bytes = first.bits / 8 * shape.experts * shape.weights_per_expert
-        copies = math.ceil(CACHE_FACTOR * device.last_level_cache() / layer_bytes)
-        self.layers = [first] + [make() for _ in range(copies - 1)]
-        self.first, self.name, self.bits = first, first.name, first.bits
-        self.calls, self.samples, self._next = [], [], 0
-
-    def prepare(self, x: np.ndarray, routings: list[np.ndarray]) -> None:
-        """Forget the samples and get ready for other rows; routing i goes to copy i modulo copies."""
-        prepared = [layer.prepare(x, routings) for layer in self.layers]
-        self.calls = [prepared[i % len(prepared)][i % len(routings)] for i in range(len(routings) * len(prepared))]
-        self.samples, self._next = [], 0
-        self.call()
-        if self.samples[0][0] < SLOW_SECONDS:
-            self.call()
-            self.estimate = self.samples[-1][0]
-            self.samples = []
-        else:
-            self.estimate = self.samples[0][0]
-
-    def call(self, count: int = 1) -> None:
-        """Time single calls; the CPU time of the group, whose clock is coarse, tells how many cores they had.
-
-        With ``cpu_time`` the sample is the group's CPU time by call.
-        """
-        seconds, cpu = [], time.process_time()
-        for _ in range(count):
-            work = self.calls[self._next % len(self.calls)]
-            self._next += 1
-            start = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - start)
-        cpu = time.process_time() - cpu
-        if self._cpu_time:
-            self.samples.append((cpu / count, self.first.cores))
-        else:
-            self.samples += [(s, cpu / sum(seconds)) for s in seconds]
-
-    def summary(self) -> dict:
-        """Median, spread and cores of the calls that had their cores, or of all where none had."""
-        own = [s for s in self.samples if s[1] >= OWN_CORES * self.first.cores]
-        seconds = [s for s, _ in own or self.samples]
-        return {
-            "median_s": statistics.median(seconds),
-            "spread": stats.spread(seconds),
-            "calls": len(seconds),
-            "cores": statistics.median(c for _, c in own or self.samples),
-            "disturbed_calls": len(self.samples) - len(own),
-            "samples": [[round(s, 7), round(c, 3)] for s, c in self.samples],
-        }
 
 
 def measure_rows(contenders: list[Contender], shape: Shape, rows: int, rng, rounds: int, seconds: float) -> list[dict]:
@@ -182,8 +83,10 @@ def make_contenders(shape: Shape, bits: str, arguments, rng) -> list[Contender]:
         for codebook in arguments.codebooks
         for instruction_set in arguments.instruction_set
     ]
+    if "gpu" in arguments.devices:
+        makers += [partial(MarlinContender, shape, bits, codebook, None, rng, 0) for codebook in arguments.codebooks]
     if "affine" in arguments.peers:
-        makers.append(partial(peers.AffinePeer, shape, affine_bits, rng))
+        makers += [partial(peers.AffinePeer, shape, affine_bits, rng, where == "gpu") for where in arguments.devices]
     if "ggml" in arguments.peers:
         makers.append(partial(peers.GgmlPeer, shape, ggml_type, rng, arguments.threads))
     return [Contender(make, shape, arguments.cpu_time) for make in makers]
@@ -204,7 +107,7 @@ def print_table(bits: str, results: list[dict], contenders: list[Contender], lim
         shares = []
         if limits:
             shares = [f"read {r['read_gbs'] / limits['read_gbs']:.0%}", f"FMA {r['gflops'] / limits['fma_gflops']:.0%}"]
-            name = getattr(first, "instruction_set", "")
+            name = getattr(first, "instruction_set", None) or ""
             vector_bits = 512 if name.startswith("avx512") else 256 if name == "avx2" else None
             bound = ceilings.decode_bound(limits, first.codebook, vector_bits) if vector_bits else None
             if bound:
@@ -277,6 +180,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--codebooks", nargs="+", choices=codec.CODEBOOKS, default=["mul1"])
     parser.add_argument("--instruction-set", nargs="+", choices=sets, default=sets[-1:], help="default: %(default)s")
+    parser.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES), help="default: %(default)s")
     parser.add_argument("--peers", nargs="*", choices=("affine", "ggml"), default=["affine", "ggml"])
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for ours and ggml; affine has one")
     parser.add_argument("--rounds", type=int, default=12)
@@ -299,7 +203,6 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     arguments = parse_arguments(argv)
     shape, rng = Shape(), np.random.default_rng(0)
-    mx.set_default_device(mx.cpu)
     set_num_threads(arguments.threads)
     threads = str(arguments.threads)
     stored = document(shape, {} if arguments.quick else {threads: ceilings.measure(arguments.threads)})

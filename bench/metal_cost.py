@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from metal_chips import CHANGES, CHIPS, SOURCES
-from metal_model import Work, decode_rate, dispatch_time, scheduler_cycles
+from metal_model import Work, decode_rate, dispatch_time
 
 HERE = Path(__file__).resolve().parent
 CALIBRATION = HERE / "results" / "cost_model_calibration.json"
@@ -32,19 +32,18 @@ RATES = [
     ("escha direct K3", "M4 Max", 794),
     ("escha direct K3", "M5 Pro", 426),
     ("pony K4", "M1 Max", 108),
+    ("pony K4", "M5 Max", 485),
 ]
 # escha on M4, 256 experts, 2048 -> 1024, K = 2: (loop, row groups, measured microseconds). The times are
 # the published ratios 1.21, 1.11, 1.26, 1.19, 1.21 times groups * 8192 tiles * 2c / (cores * GHz) + 174 us,
-# c = max(8, 5 + 1.5 R); 183 and 356 are the expected numbers of groups for Poisson rows, 272 is published.
+# c = max(8, 5 + 1.5 R); 183 and 352 are the expected numbers of groups for Poisson rows, 272 is published.
 POINTS = [
     ("escha direct K2", 64, 854),
     ("escha direct K2", 256, 2553),
     ("escha rows 2 K2", 183, 2135),
-    ("escha rows 4 K2", 356, 5045),
+    ("escha rows 4 K2", 352, 4988),
     ("escha rows 12 K2", 272, 8070),
 ]
-# PonyExl3 on M5 Max, K = 4: a random-index shuffle there has no published cost, so the model cannot hold it.
-OUTSIDE = ("pony K4", "M5 Max", 485)
 
 
 def _loop(name):
@@ -54,17 +53,11 @@ def _loop(name):
 def _peer_rate(name, chip):
     loop = _loop(name)
     operations = {k: 32 * v for k, v in loop["operations"].items()}
-    issue, complex_pipe = scheduler_cycles(operations, loop.get("simd", {}))
-    if not loop.get("simd"):
-        return decode_rate(operations, 32 * loop["weights"], loop["bits"], chip)
-    # A lane-variable shuffle waits for its index, so shift and shuffle follow each other.
-    clocks = complex_pipe + scheduler_cycles({}, loop["simd"])[0]
-    return 32 * loop["weights"] * 4 * chip.cores * chip.ghz * chip.issue / max(issue, clocks)
+    return decode_rate(operations, loop["simd"], 32 * loop["weights"], loop["bits"], chip)
 
 
 def _peer_point(name, groups):
-    """Microseconds of one escha dispatch on M4: groups of rows x (1024 / 128) threadgroups of 8
-    simdgroups."""
+    """Microseconds of one escha dispatch on M4: groups of rows x (1024 / 128) threadgroups of 8 simdgroups."""
     loop, chip, weights = _loop(name), CHIPS["M4"], groups * 2048 * 1024
     operations = {k: v * weights / loop["weights"] for k, v in loop["operations"].items()}
     work = Work(operations, weights * loop["bits"] / 8, groups * 8, 8)
@@ -81,7 +74,7 @@ def calibration() -> dict:
             "measured": rate,
             "model": _peer_rate(kernel, CHIPS[chip]),
         }
-        for kernel, chip, rate in [*RATES, OUTSIDE]
+        for kernel, chip, rate in RATES
     ]
     rows += [
         {
@@ -97,18 +90,17 @@ def calibration() -> dict:
     for row in rows:
         row["model"] = round(row["model"], 1)
         row["measured/model"] = round(row["measured"] / row["model"], 3)
-        row["held to"] = None if (row["kernel"], row["chip"]) == OUTSIDE[:2] else TOLERANCE
+        row["held to"] = TOLERANCE
     constants = {name: vars(chip) for name, chip in CHIPS.items()}
     return {"rows": rows, "chips": constants, "sources": SOURCES, "changes since": list(CHANGES)}
 
 
 def _print_calibration(result) -> None:
     for row in result["rows"]:
-        held = "" if row["held to"] else "   not held: no published cost of a random-index shuffle after M2"
         groups = f"{row['groups']:4d} groups" if "groups" in row else ""
         print(
             f"{row['kernel']:17s} {row['chip']:7s} {groups:11s} measured {row['measured']:7.0f}  "
-            f"model {row['model']:7.0f} {row['unit']:10s}  measured/model {row['measured/model']:.2f}{held}"
+            f"model {row['model']:7.0f} {row['unit']:10s}  measured/model {row['measured/model']:.2f}"
         )
 
 
@@ -126,14 +118,15 @@ def main() -> None:
         _print_calibration(result)
         _write(CALIBRATION, result)
         return
-    import metal_predict  # needs the package and the simulator; the calibration does not
+    import metal_predict  # these need the package and the simulator; the calibration does not
+    import metal_profiles
 
     if command == "predict":
         result = metal_predict.predict()
         metal_predict.show(result)
         _write(PREDICTED, result)
     else:
-        for path in metal_predict.write_profiles():
+        for path in metal_profiles.write():
             print(path)
 
 

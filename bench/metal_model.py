@@ -1,10 +1,11 @@
 """From what a dispatch does to how long it takes on an Apple GPU. Pure; predictions, not measurements.
 
-A scheduler issues one 32-lane instruction per clock. The complex pipe, which runs beside it, takes four
-clocks for each integer multiply, shift or conversion. A dispatch takes as long as the slowest of: issue,
-    the
-complex pipe, memory. Cores that have too few simdgroups to hide latency, or fewer threadgroups than others,
-stretch the first two.
+A scheduler issues one 32-lane instruction per clock. The complex pipe, which runs beside it, takes four clocks for each
+integer multiply, shift or conversion. A dispatch takes as long as the slowest of issue, the complex pipe and memory.
+Cores that have too few simdgroups to hide latency, or fewer threadgroups than others, stretch the first two.
+
+Not in the model: barriers, caches (bytes count once, at the bandwidth of long reads, which reads of a few MB do not
+reach), the width of loads, and registers that spill.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from metal_chips import (
     COMPLEX_CYCLES,
     OTHER_SIMD_CYCLES,
+    RANDOM_SHUFFLE_CYCLES,
     SATURATING_SIMDGROUPS,
     SCHEDULERS,
     SIMD_CYCLES,
@@ -73,13 +75,26 @@ class Time:
         return max(("issue", "complex", "memory"), key=lambda part: getattr(self, part))
 
 
-def scheduler_cycles(operations: dict[str, float], simd: dict[str, float]) -> tuple[float, float]:
-    """(issue, complex pipe) in clocks, summed over schedulers, at one instruction per clock."""
+def scheduler_cycles(operations: dict[str, float], simd: dict[str, float], chip: Chip) -> tuple[float, float]:
+    """(issue, complex pipe) in clocks of a chip, summed over schedulers."""
+    wide = operations.get("wide_variable_shift", 0)
     plain = sum(n for name, n in operations.items() if name not in ("special", "wide_variable_shift"))
-    issue = plain + WIDE_SHIFT_INSTRUCTIONS * operations.get("wide_variable_shift", 0)
-    issue += SPECIAL_CYCLES * operations.get("special", 0)
-    complex_pipe = COMPLEX_CYCLES * sum(n * operations.get(name, 0) for name, n in COMPLEX.items())
-    return issue / 32 + sum(SIMD_CYCLES.get(op, OTHER_SIMD_CYCLES) * n for op, n in simd.items()), complex_pipe / 32
+    plain += SPECIAL_CYCLES * operations.get("special", 0)
+    groups = sum(_simd_cycles(op, chip) * n for op, n in simd.items())
+    complex_pipe = COMPLEX_CYCLES * sum(
+        n * operations.get(name, 0) for name, n in COMPLEX.items() if name != "wide_variable_shift"
+    )
+    wide_complex = COMPLEX_CYCLES * COMPLEX["wide_variable_shift"] * wide
+    return (
+        (plain / 32 + groups) / chip.issue + WIDE_SHIFT_INSTRUCTIONS * wide / 32,
+        complex_pipe / 32 / chip.issue + wide_complex / 32,
+    )
+
+
+def _simd_cycles(op: str, chip: Chip) -> float:
+    if op == "shuffle":
+        return RANDOM_SHUFFLE_CYCLES.get(chip.family, OTHER_SIMD_CYCLES)
+    return SIMD_CYCLES.get(op, OTHER_SIMD_CYCLES)
 
 
 def stretch(chip: Chip, groups: int, simdgroups: int) -> float:
@@ -94,8 +109,8 @@ def stretch(chip: Chip, groups: int, simdgroups: int) -> float:
 
 def dispatch_time(work: Work, chip: Chip) -> Time:
     """Predicted time of one dispatch, without launching it."""
-    issue, complex_pipe = scheduler_cycles(work.operations, work.simd)
-    clocks_per_us = SCHEDULERS * chip.cores * chip.ghz * 1e3 * chip.issue
+    issue, complex_pipe = scheduler_cycles(work.operations, work.simd, chip)
+    clocks_per_us = SCHEDULERS * chip.cores * chip.ghz * 1e3
     factor = stretch(chip, work.groups, work.simdgroups) / clocks_per_us
     return Time(issue * factor, complex_pipe * factor, work.bytes / (chip.read_gbps * 1e3))
 
@@ -115,8 +130,8 @@ def layer_time(work: list[Work], chip: Chip) -> float:
     return total
 
 
-def decode_rate(operations: dict[str, float], weights: float, bits: float, chip: Chip) -> float:
+def decode_rate(operations: dict[str, float], simd: dict[str, float], weights: float, bits: float, chip: Chip) -> float:
     """Weights per second, in 1e9, of a decoding loop that fills the machine."""
-    issue, complex_pipe = scheduler_cycles(operations, {})
-    seconds = max(issue, complex_pipe) / (SCHEDULERS * chip.cores * chip.ghz * 1e9 * chip.issue)
+    clocks = max(scheduler_cycles(operations, simd, chip))
+    seconds = clocks / (SCHEDULERS * chip.cores * chip.ghz * 1e9)
     return min(weights / seconds, chip.read_gbps * 1e9 * 8 / bits) / 1e9

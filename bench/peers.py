@@ -1,8 +1,8 @@
 """The layers that ours is measured beside. Weights are random bits: no peer's time depends on their values.
 
-Every peer has ``name``, ``bits`` (bits per weight, scales included), ``cores`` (that it uses) and
-``prepare(x, routings)``, which returns one callable per routing. A call computes
-``[rows, top_k, hidden]`` and returns when it is done.
+Every peer has ``name``, ``bits`` (bits per weight, scales included), ``cores`` (of the CPU, that it uses), ``gpu``
+(whether it runs there) and ``prepare(x, routings)``, which returns one callable per routing. A call computes
+``[rows, top_k, hidden]`` and returns when it is done; on a GPU it is a chain of calls.
 """
 
 from __future__ import annotations
@@ -14,22 +14,26 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from contenders import run_chain
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 from shape import Shape
 
 
 class AffinePeer:
-    """mlx-lm's own SwitchGLU with MLX's affine quantization, group 64, float32 activations and scales.
+    """mlx-lm's own SwitchGLU with MLX's affine quantization, group 64.
 
-    float32 because MLX's CPU backend converts halves in software: float16 takes 35 times as long.
+    Activations and scales are float16 on a GPU. On the CPU they are float32, because MLX's CPU backend converts halves
+    in software: float16 takes 35 times as long.
     """
 
     group_size = 64
     peer = True
-    cores = 1  # MLX's CPU backend runs a stream on one thread
 
-    def __init__(self, shape: Shape, bits: int, rng: np.random.Generator):
-        self.name = f"mlx-lm affine {bits}-bit"
+    def __init__(self, shape: Shape, bits: int, rng: np.random.Generator, gpu: bool = False):
+        self.gpu = gpu
+        self.cores = 0 if gpu else 1  # MLX's CPU backend runs a stream on one thread
+        self._dtype = mx.float16 if gpu else mx.float32
+        self.name = f"mlx-lm affine {bits}-bit{' gpu' if gpu else ''}"
         self.bits = bits + 2 * 32 / self.group_size
         self.layer = SwitchGLU(shape.hidden, shape.intermediate, shape.experts)
         for projection, (k, n) in {
@@ -41,15 +45,18 @@ class AffinePeer:
             words = rng.integers(0, 1 << 32, (shape.experts, n, k * bits // 32), np.uint32)
             scale = k**-0.5 / 2 ** (bits - 1)
             linear.weight = mx.array(words)
-            linear.scales = mx.full((shape.experts, n, k // self.group_size), scale)
-            linear.biases = mx.full((shape.experts, n, k // self.group_size), -scale * (2**bits - 1) / 2)
+            groups = (shape.experts, n, k // self.group_size)
+            linear.scales = mx.full(groups, scale, self._dtype)
+            linear.biases = mx.full(groups, -scale * (2**bits - 1) / 2, self._dtype)
             setattr(self.layer, projection, linear)
         mx.eval(self.layer.parameters())
 
     def prepare(self, x: np.ndarray, routings: list[np.ndarray]) -> list:
-        x = mx.array(x)
+        x = mx.array(x).astype(self._dtype)
         indices = [mx.array(routing) for routing in routings]
         mx.eval(x, indices)
+        if self.gpu:
+            return [partial(run_chain, self.layer, x, indices, i) for i in range(len(indices))]
         return [partial(lambda i: mx.eval(self.layer(x, i)), i) for i in indices]
 
 
@@ -120,6 +127,7 @@ class GgmlPeer:
     """llama.cpp's CPU backend: mul_mat_id twice, swiglu_split, mul_mat_id; float32 in and out, as llama.cpp runs it."""
 
     peer = True
+    gpu = False
 
     def __init__(self, shape: Shape, type_name: str, rng: np.random.Generator, threads: int):
         self.cores = threads

@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "cpu/kernels.h"
+#include "expert_ids.h"
 #include "trellis.h"
 
 namespace nb = nanobind;
@@ -38,14 +39,22 @@ void bind_ops(nb::module_& m) {
           "experts"_a, "k"_a, "n"_a, "bias"_a, "widths"_a, "codebooks"_a);
 
   m.def(
-      "check_indices", &check_indices, "op"_a, "indices"_a, "experts"_a,
-      "Raise ValueError where an index is out of range, if the indices are known by now.");
+      "expert_ids", &expert_ids, "op"_a, "indices"_a, "experts"_a, "stream"_a = nb::none(),
+      "Integer indices as uint32, outside of gradients. Raises ValueError where one is out of range and known by now.");
 
   m.def(
       "trellis_linear",
       [](const mx::array& x, const std::vector<mx::array>& stack, const StackInfo& info, int in_features,
          int out_features, const KernelConfig& config, mx::StreamOrDevice s) {
-        return trellis_linear(x, std::nullopt, stack, {in_features, out_features, 1, false, false, info, config}, s);
+        const LinearCall call{
+            .in_features = in_features,
+            .out_features = out_features,
+            .x_divisor = 1,
+            .gathered = false,
+            .transposed = false,
+            .stack = info,
+            .config = config};
+        return trellis_linear(x, std::nullopt, stack, call, s);
       },
       "x"_a, "stack"_a, "info"_a, "in_features"_a, "out_features"_a, "config"_a, "stream"_a = nb::none(),
       "x @ W + bias for one trellis weight. See mlx_marlin.trellis_linear, which checks the arguments.");
@@ -53,18 +62,36 @@ void bind_ops(nb::module_& m) {
   m.def(
       "trellis_gather_linear",
       [](const mx::array& x, const mx::array& ids, const std::vector<mx::array>& stack, const StackInfo& info,
-         int in_features, int out_features, int x_divisor, const KernelConfig& config, mx::StreamOrDevice s) {
-        return trellis_linear(x, ids, stack, {in_features, out_features, x_divisor, true, false, info, config}, s);
+         int in_features, int out_features, const KernelConfig& config, mx::StreamOrDevice s) {
+        const LinearCall call{
+            .in_features = in_features,
+            .out_features = out_features,
+            .x_divisor = 1,
+            .gathered = true,
+            .transposed = false,
+            .stack = info,
+            .config = config};
+        return trellis_linear(x, ids, stack, call, s);
       },
-      "x"_a, "ids"_a, "stack"_a, "info"_a, "in_features"_a, "out_features"_a, "x_divisor"_a, "config"_a,
-      "stream"_a = nb::none(), "y[r] = x[r // x_divisor] @ W[ids[r]] + bias[ids[r]] for the experts of one stack.");
+      "x"_a, "ids"_a, "stack"_a, "info"_a, "in_features"_a, "out_features"_a, "config"_a, "stream"_a = nb::none(),
+      "The experts of one stack: uint32 ids [...] -> [..., out]; each row of x serves as many ids as there are per "
+      "row.");
 
   m.def(
       "trellis_swiglu",
       [](const mx::array& x, const mx::array& indices, const std::optional<mx::array>& scores,
          const std::vector<mx::array>& bank, const StackInfo& gate, const StackInfo& up, const StackInfo& down,
          int hidden, int activation, float alpha, float limit, const KernelConfig& config, mx::StreamOrDevice s) {
-        const SwigluCall call{hidden, activation, alpha, limit, scores.has_value(), gate, up, down, config};
+        const SwigluCall call{
+            .hidden = hidden,
+            .activation = activation,
+            .alpha = alpha,
+            .limit = limit,
+            .combine = scores.has_value(),
+            .gate = gate,
+            .up = up,
+            .down = down,
+            .config = config};
         return trellis_swiglu(x, indices, scores, bank, call, s);
       },
       "x"_a, "indices"_a, "scores"_a.none(), "bank"_a, "gate"_a, "up"_a, "down"_a, "hidden"_a, "activation"_a,
@@ -88,6 +115,9 @@ void bind_runtime(nb::module_& m) {
   m.def("set_num_threads", &cpu::set_threads, "n"_a, "Set the number of CPU workers.");
   m.def("num_threads", &cpu::threads, "The number of CPU workers.");
   m.def("instruction_sets", &cpu::instruction_sets, "Instruction sets that this machine can run, best last.");
+  m.def(
+      "compiled_instruction_sets", &cpu::compiled_instruction_sets,
+      "Instruction sets that this build has, whether or not this machine can run them, best last.");
   m.def("instruction_set", &cpu::instruction_set, "The instruction set in use.");
   m.def("set_instruction_set", &cpu::set_instruction_set, "name"_a, "Use one instruction set, or \"auto\".");
 }

@@ -86,6 +86,8 @@ void bind_plan(nb::module_& m) {
       "plan_decode", [](const StackInfo& stack, int expert) { return to_python(plan_decode({expert, stack})); },
       "stack"_a, "expert"_a, "The Metal dispatch of a trellis_decode.");
 
+  m.attr("SOURCE_CONSTANTS") = nb::cast(kSourceConstants);
+
   m.def("set_shaders", &metal::set_shaders, "sources"_a, "Self-contained Metal source by kernel family.");
 }
 

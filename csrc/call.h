@@ -40,7 +40,7 @@ struct StackInfo {
 struct LinearCall {
   int in_features;  // logical sizes of W
   int out_features;
-  int x_divisor;
+  int x_divisor;  // rows of y per row of x; a primitive sets it at evaluation, from the sizes of its inputs
   bool gathered;  // ids are given; otherwise expert 0
   bool transposed;
   StackInfo stack;
@@ -53,6 +53,9 @@ struct LinearCall {
   }
   int y_size() const {
     return transposed ? in_features : out_features;
+  }
+  int64_t size() const {
+    return int64_t(stack.k) * stack.n;
   }
 };
 
@@ -68,6 +71,10 @@ struct SwigluCall {
   KernelConfig config;
 
   bool operator==(const SwigluCall&) const = default;
+
+  int64_t size() const {
+    return int64_t(gate.k) * gate.n;
+  }
 };
 
 struct DecodeCall {

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -13,11 +14,14 @@
 namespace mlx_marlin {
 
 struct Constant {
-  std::string name;  // of MARLIN_FUNCTION_CONSTANTS
+  std::string name;  // of MARLIN_SOURCE_CONSTANTS or MARLIN_FUNCTION_CONSTANTS
   uint32_t value;
 
   bool operator==(const Constant&) const = default;
 };
+
+// Names of MARLIN_SOURCE_CONSTANTS.
+extern const std::vector<std::string> kSourceConstants;
 
 enum class Access { read, write };
 
@@ -42,6 +46,10 @@ struct Dispatch {
 
   // <stem> of the kernel's file.
   std::string stem() const;
+  // The value of a constant, 0 if the dispatch does not name it.
+  uint32_t constant(std::string_view name) const;
+  // What stands before the kernel's source: a definition for each of kSourceConstants.
+  std::string preamble() const;
 };
 
 struct Plan {

@@ -1,5 +1,6 @@
-// The ops and their primitives. Inputs are checked in full by python/mlx_marlin/ops.py; what is checked
-// here is what only the evaluation can know: contiguity and the values of the indices.
+// The ops and their primitives. Inputs are checked in full by python/mlx_marlin/ops; what is checked here is what
+// memory safety rests on (the experts of a layer) and what only the evaluation can know: contiguity and the values of
+// the indices.
 #pragma once
 
 #include <optional>
@@ -16,7 +17,8 @@ namespace mlx_marlin {
 
 namespace mx = mlx::core;
 
-// x [..., in] -> [..., out]. With ids [rows]: x holds rows / x_divisor rows and the result is [rows, out].
+// x [..., in] -> [..., out]. With ids [...]: [..., out] of their shape, and each row of x serves as many
+// consecutive ids as there are per row.
 mx::array trellis_linear(
     const mx::array& x, const std::optional<mx::array>& ids, const std::vector<mx::array>& stack,
     const LinearCall& call, mx::StreamOrDevice s);
@@ -28,9 +30,6 @@ mx::array trellis_swiglu(
 
 // The inner matrix of one expert: float16 [k, n].
 mx::array trellis_decode(const std::vector<mx::array>& stack, const DecodeCall& call, mx::StreamOrDevice s);
-
-// Throws std::invalid_argument where an index is out of [0, experts), if the indices are known by now.
-void check_indices(const std::string& op, const mx::array& indices, int experts);
 
 // Shared by the primitives: no forward-mode or vectorising transform, one comparable call, one output.
 template <class Call>

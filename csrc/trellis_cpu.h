@@ -1,12 +1,15 @@
 // From MLX arrays to the plain pointers of the CPU kernels.
 #pragma once
 
+#include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "call.h"
 #include "cpu/kernels.h"
+#include "expert_ids.h"
 #include "mlx/array.h"
 
 namespace mlx_marlin {
@@ -35,23 +38,31 @@ inline void require_contiguous(const char* op, const std::vector<mx::array>& inp
 // The stack whose arrays begin at inputs[first].
 inline cpu::Stack cpu_stack(const StackInfo& info, const std::vector<mx::array>& inputs, size_t first) {
   return {
-      inputs[first].data<uint32_t>(),
-      inputs[first + 1].data<int64_t>(),
-      inputs[first + 2].data<uint32_t>(),
-      reinterpret_cast<const uint16_t*>(inputs[first + 3].data<mx::float16_t>()),
-      reinterpret_cast<const uint16_t*>(inputs[first + 4].data<mx::float16_t>()),
-      info.bias ? inputs[first + 5].data<float>() : nullptr,
-      info.experts,
-      info.k,
-      info.n};
+      .codes = inputs[first].data<uint32_t>(),
+      .offsets = inputs[first + 1].data<int64_t>(),
+      .formats = inputs[first + 2].data<uint32_t>(),
+      .suh = reinterpret_cast<const uint16_t*>(inputs[first + 3].data<mx::float16_t>()),
+      .svh = reinterpret_cast<const uint16_t*>(inputs[first + 4].data<mx::float16_t>()),
+      .bias = info.bias ? inputs[first + 5].data<float>() : nullptr,
+      .experts = info.experts,
+      .k = info.k,
+      .n = info.n};
 }
 
-inline void require_ids(const char* op, const uint32_t* ids, int64_t count, int experts) {
-  const int64_t bad = cpu::find_bad_id(ids, count, experts);
-  if (bad >= 0) {
-    throw std::invalid_argument(
-        std::string("[") + op + "] expert index " + std::to_string(static_cast<int32_t>(ids[bad])) + " at position " +
-        std::to_string(bad) + " is out of range: the layer has " + std::to_string(experts) + " experts.");
+// Refuses indices that are out of range, and leaves NaN rather than uninitialised memory in the result: MLX lets it
+// be read after the error.
+inline void require_ids_or_nan(
+    const char* op, const uint32_t* ids, int64_t count, int experts, cpu::DType dtype, void* out, int64_t size) {
+  try {
+    require_ids(op, ids, count, experts);
+  } catch (...) {
+    if (dtype == cpu::DType::float32) {
+      std::fill_n(static_cast<float*>(out), size, std::numeric_limits<float>::quiet_NaN());
+    } else {
+      constexpr uint16_t kHalfNan = 0x7e00, kBfloatNan = 0x7fc0;
+      std::fill_n(static_cast<uint16_t*>(out), size, dtype == cpu::DType::float16 ? kHalfNan : kBfloatNan);
+    }
+    throw;
   }
 }
 

@@ -10,13 +10,23 @@ namespace mlx_marlin {
 
 namespace {
 
-mx::Shape linear_shape(const mx::array& x, const LinearCall& call) {
+// leading: x, or the ids where they are given.
+mx::Shape linear_shape(const mx::array& leading, const LinearCall& call) {
+  mx::Shape shape = leading.shape();
   if (call.gathered) {
-    return {static_cast<mx::ShapeElem>(x.size() / call.x_size() * call.x_divisor), call.y_size()};
+    shape.push_back(call.y_size());
+  } else {
+    shape.back() = call.y_size();
   }
-  mx::Shape shape = x.shape();
-  shape.back() = call.y_size();
   return shape;
+}
+
+// The call with what the sizes of its inputs say: how many ids share one row of x.
+LinearCall sized(const LinearCall& call, const mx::array& x, const mx::array& ids) {
+  LinearCall out = call;
+  const auto x_rows = static_cast<int64_t>(x.size()) / call.x_size();
+  out.x_divisor = call.gathered && x_rows > 0 ? static_cast<int>(static_cast<int64_t>(ids.size()) / x_rows) : 1;
+  return out;
 }
 
 }  // namespace
@@ -30,38 +40,41 @@ mx::array trellis_linear(
   if (ids) {
     inputs.push_back(mx::contiguous(*ids, false, stream));
   }
-  return mx::array(linear_shape(x, call), x.dtype(), std::make_shared<TrellisLinear>(stream, call), std::move(inputs));
+  return mx::array(
+      linear_shape(ids.value_or(x), call), x.dtype(), std::make_shared<TrellisLinear>(stream, call), std::move(inputs));
 }
 
 void TrellisLinear::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
   out.set_data(mx::allocator::malloc(out.nbytes()));
   require_contiguous("trellis_linear", inputs);
   const mx::array& x = inputs[0];
-  cpu::ProductArgs args{
-      cpu_dtype(x.dtype()),
-      x.data<void>(),
-      out.data<void>(),
-      static_cast<int64_t>(out.size() / call_.y_size()),
-      call_.gathered ? inputs.back().data<uint32_t>() : nullptr,
-      call_.x_divisor,
-      call_.in_features,
-      call_.out_features,
-      call_.transposed,
-      cpu_stack(call_.stack, inputs, 1)};
-  mx::cpu::get_command_encoder(stream()).dispatch([args, config = cpu_config(call_.config)] {
+  const LinearCall call = sized(call_, x, inputs.back());
+  const cpu::ProductArgs args{
+      .dtype = cpu_dtype(x.dtype()),
+      .x = x.data<void>(),
+      .y = out.data<void>(),
+      .rows = static_cast<int64_t>(out.size() / call.y_size()),
+      .ids = call.gathered ? inputs.back().data<uint32_t>() : nullptr,
+      .x_divisor = call.x_divisor,
+      .in_features = call.in_features,
+      .out_features = call.out_features,
+      .transposed = call.transposed,
+      .stack = cpu_stack(call.stack, inputs, 1)};
+  const auto size = static_cast<int64_t>(out.size());
+  mx::cpu::get_command_encoder(stream()).dispatch([args, size, config = cpu_config(call.config)] {
     if (args.ids) {
-      require_ids("trellis_linear", args.ids, args.rows, args.stack.experts);
+      require_ids_or_nan("trellis_linear", args.ids, args.rows, args.stack.experts, args.dtype, args.y, size);
     }
     cpu::product(args, config);
   });
 }
 
 void TrellisLinear::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  metal::encode_linear(call_, stream(), inputs, out);
+  metal::encode_linear(sized(call_, inputs[0], inputs.back()), stream(), inputs, out);
 }
 
 std::vector<mx::Shape> TrellisLinear::output_shapes(const std::vector<mx::array>& inputs) {
-  return {linear_shape(inputs[0], call_)};
+  return {linear_shape(call_.gathered ? inputs.back() : inputs[0], call_)};
 }
 
 // x -> x W is linear, so its vjp is the product with W^T (or back), with the bias dropped. Rows that
@@ -75,13 +88,13 @@ std::vector<mx::array> TrellisLinear::vjp(
   }
   LinearCall call = call_;
   call.transposed = !call_.transposed;
-  call.x_divisor = 1;
   call.stack.bias = false;
   const std::vector<mx::array> stack(primals.begin() + 1, primals.begin() + 6);
   const auto ids = call_.gathered ? std::optional(primals.back()) : std::nullopt;
   mx::array grad = trellis_linear(cotangents[0], ids, stack, call, stream());
-  if (call_.x_divisor > 1) {
-    grad = mx::sum(mx::reshape(grad, {-1, call_.x_divisor, call_.x_size()}, stream()), 1, false, stream());
+  const int divisor = sized(call_, primals[0], primals.back()).x_divisor;
+  if (divisor > 1) {
+    grad = mx::sum(mx::reshape(grad, {-1, divisor, call_.x_size()}, stream()), 1, false, stream());
   }
   return {mx::reshape(grad, primals[0].shape(), stream())};
 }

@@ -54,9 +54,16 @@ struct Slots {
   mx::Stream stream;
 
   mx::array product(
-      const mx::array& x, const StackInfo& info, size_t first, int in_features, int out_features, int x_divisor,
+      const mx::array& x, const StackInfo& info, size_t first, int in_features, int out_features,
       bool transposed) const {
-    LinearCall linear{in_features, out_features, x_divisor, true, transposed, info, call.config};
+    LinearCall linear{
+        .in_features = in_features,
+        .out_features = out_features,
+        .x_divisor = 1,
+        .gathered = true,
+        .transposed = transposed,
+        .stack = info,
+        .config = call.config};
     linear.stack.bias = info.bias && !transposed;
     const auto begin = primals.begin() + static_cast<std::ptrdiff_t>(first);
     const std::vector<mx::array> stack(begin, begin + linear.stack.num_arrays());
@@ -74,50 +81,28 @@ struct Slots {
   }
 };
 
-template <class T>
-void check_values(const std::string& op, const mx::array& indices, int experts) {
-  const T* values = indices.data<T>();
-  for (size_t i = 0; i < indices.size(); ++i) {
-    const bool negative = std::is_signed_v<T> && values[i] < T(0);
-    if (negative || static_cast<uint64_t>(values[i]) >= static_cast<uint64_t>(experts)) {
-      throw std::invalid_argument(
-          "[" + op + "] expert index " + std::to_string(values[i]) + " at position " + std::to_string(i) +
-          " is out of range: the layer has " + std::to_string(experts) + " experts.");
-    }
+std::string describe(const StackInfo& info) {
+  return std::to_string(info.experts) + " of [" + std::to_string(info.k) + ", " + std::to_string(info.n) + "]";
+}
+
+// One index serves all three projections, and the width of gate and up flows into down.
+void require_one_layer(const SwigluCall& call) {
+  const StackInfo &gate = call.gate, &up = call.up, &down = call.down;
+  const bool experts = gate.experts == up.experts && gate.experts == down.experts;
+  if (!experts || gate.k != up.k || gate.n != up.n || down.k != gate.n || down.n != gate.k) {
+    throw std::invalid_argument(
+        "[trellis_swiglu] gate, up and down must have the same experts, up the sizes of gate, and down its sizes "
+        "exchanged; got gate " +
+        describe(gate) + ", up " + describe(up) + ", down " + describe(down) + ".");
   }
 }
 
 }  // namespace
 
-void check_indices(const std::string& op, const mx::array& indices, int experts) {
-  if (indices.status() != mx::array::Status::available || !indices.flags().row_contiguous) {
-    return;
-  }
-  switch (indices.dtype()) {
-    case mx::int8:
-      return check_values<int8_t>(op, indices, experts);
-    case mx::uint8:
-      return check_values<uint8_t>(op, indices, experts);
-    case mx::int16:
-      return check_values<int16_t>(op, indices, experts);
-    case mx::uint16:
-      return check_values<uint16_t>(op, indices, experts);
-    case mx::int32:
-      return check_values<int32_t>(op, indices, experts);
-    case mx::uint32:
-      return check_values<uint32_t>(op, indices, experts);
-    case mx::int64:
-      return check_values<int64_t>(op, indices, experts);
-    case mx::uint64:
-      return check_values<uint64_t>(op, indices, experts);
-    default:
-      throw std::invalid_argument("[" + op + "] indices must be integers.");
-  }
-}
-
 mx::array trellis_swiglu(
     const mx::array& x, const mx::array& indices, const std::optional<mx::array>& scores,
     const std::vector<mx::array>& bank, const SwigluCall& call, mx::StreamOrDevice s) {
+  require_one_layer(call);
   const mx::Stream stream = mx::to_stream(s);
   std::vector<mx::array> inputs = {mx::contiguous(x, false, stream), mx::contiguous(indices, false, stream)};
   inputs.insert(inputs.end(), bank.begin(), bank.end());
@@ -135,23 +120,25 @@ void TrellisSwiglu::eval_cpu(const std::vector<mx::array>& inputs, mx::array& ou
   const mx::array& indices = inputs[1];
   const size_t up_first = 2 + static_cast<size_t>(call_.gate.num_arrays());
   const size_t down_first = up_first + static_cast<size_t>(call_.up.num_arrays());
-  cpu::SwigluArgs args{
-      cpu_dtype(x.dtype()),
-      x.data<void>(),
-      indices.data<uint32_t>(),
-      call_.combine ? inputs.back().data<float>() : nullptr,
-      out.data<void>(),
-      static_cast<int64_t>(x.size() / call_.hidden),
-      indices.shape(-1),
-      call_.hidden,
-      call_.activation,
-      call_.alpha,
-      call_.limit,
-      cpu_stack(call_.gate, inputs, 2),
-      cpu_stack(call_.up, inputs, up_first),
-      cpu_stack(call_.down, inputs, down_first)};
-  mx::cpu::get_command_encoder(stream()).dispatch([args, config = cpu_config(call_.config)] {
-    require_ids("trellis_swiglu", args.ids, args.rows * args.top_k, args.gate.experts);
+  const cpu::SwigluArgs args{
+      .dtype = cpu_dtype(x.dtype()),
+      .x = x.data<void>(),
+      .ids = indices.data<uint32_t>(),
+      .scores = call_.combine ? inputs.back().data<float>() : nullptr,
+      .out = out.data<void>(),
+      .rows = static_cast<int64_t>(x.size() / call_.hidden),
+      .top_k = indices.shape(-1),
+      .hidden = call_.hidden,
+      .activation = call_.activation,
+      .alpha = call_.alpha,
+      .limit = call_.limit,
+      .gate = cpu_stack(call_.gate, inputs, 2),
+      .up = cpu_stack(call_.up, inputs, up_first),
+      .down = cpu_stack(call_.down, inputs, down_first)};
+  const auto size = static_cast<int64_t>(out.size());
+  mx::cpu::get_command_encoder(stream()).dispatch([args, size, config = cpu_config(call_.config)] {
+    const int64_t slots = args.rows * args.top_k;
+    require_ids_or_nan("trellis_swiglu", args.ids, slots, args.gate.experts, args.dtype, args.out, size);
     cpu::swiglu(args, config);
   });
 }
@@ -185,8 +172,8 @@ std::vector<mx::array> TrellisSwiglu::vjp(
 
   const mx::array x32 = mx::reshape(mx::astype(x, mx::float32, s), {-1, hidden}, s);
   const std::vector<mx::array> gate_up = {
-      slots.product(x32, call_.gate, slots.gate_first(), hidden, inter, top_k, false),
-      slots.product(x32, call_.up, slots.up_first(), hidden, inter, top_k, false)};
+      slots.product(x32, call_.gate, slots.gate_first(), hidden, inter, false),
+      slots.product(x32, call_.up, slots.up_first(), hidden, inter, false)};
   const auto act = [this, s](const std::vector<mx::array>& in) {
     return std::vector<mx::array>{activate(in[0], in[1], call_, s)};
   };
@@ -203,17 +190,17 @@ std::vector<mx::array> TrellisSwiglu::vjp(
   for (const int argnum : argnums) {
     if (argnum == scores_argnum) {
       const mx::array h = act(gate_up)[0];
-      const mx::array y = slots.product(h, call_.down, slots.down_first(), inter, hidden, 1, false);
+      const mx::array y = slots.product(h, call_.down, slots.down_first(), inter, hidden, false);
       const mx::array terms =
           mx::multiply(mx::reshape(y, {-1, top_k, hidden}, s), mx::reshape(ct, {-1, 1, hidden}, s), s);
       grads.push_back(mx::reshape(mx::sum(terms, 2, false, s), primals.back().shape(), s));
       continue;
     }
-    const mx::array h_ct = slots.product(slot_ct, call_.down, slots.down_first(), inter, hidden, 1, true);
+    const mx::array h_ct = slots.product(slot_ct, call_.down, slots.down_first(), inter, hidden, true);
     const auto act_ct = mx::vjp(act, gate_up, {h_ct}).second;
     const mx::array slot_grad = mx::add(
-        slots.product(act_ct[0], call_.gate, slots.gate_first(), hidden, inter, 1, true),
-        slots.product(act_ct[1], call_.up, slots.up_first(), hidden, inter, 1, true), s);
+        slots.product(act_ct[0], call_.gate, slots.gate_first(), hidden, inter, true),
+        slots.product(act_ct[1], call_.up, slots.up_first(), hidden, inter, true), s);
     const mx::array grad = mx::sum(mx::reshape(slot_grad, {-1, top_k, hidden}, s), 1, false, s);
     grads.push_back(mx::reshape(mx::astype(grad, x.dtype(), s), x.shape(), s));
   }

@@ -1,6 +1,7 @@
 // Sums of gate and up -> down's rotated input, where the product has not done it: H, svh, bias, activation,
 // down's suh, H.
 #include "activation.h"
+#include "rotated.h"
 
 // One simdgroup per position and 128-block.
 [[kernel]] void trellis_activate(
@@ -30,7 +31,10 @@
   if (routed) {
     slot = order[position];
   }
-  const uint expert = slot == ~0u ? args.experts : indices[slot];
+  uint expert = args.experts;
+  if (slot != ~0u) {
+    expert = indices[slot];
+  }
   if (expert >= args.experts) {
     return;
   }
@@ -47,5 +51,5 @@
   const float4 gate = finish(load_floats(row, lane), gate_svh + at, gate_b, gate_bias, lane);
   const float4 up = finish(load_floats(row + args.n, lane), up_svh + at, up_b, up_bias, lane);
   const float4 v = activate_block(gate, up, down_suh + at, args.alpha, args.limit, lane);
-  store_rotated(rotated, position, args.n, first, lane, v);
+  store_rotated({position_rows(args.positions), args.n, 1}, 0, rotated, position, first, lane, v);
 }

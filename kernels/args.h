@@ -4,8 +4,7 @@
 
 #define MARLIN_SIMD_SIZE 32  // lanes of a simdgroup, on every Apple GPU
 
-// Threads of the largest threadgroup, 16 simdgroups. Kernels declare it, so that the compiler keeps their registers
-// low enough for an M1 to run it.
+// Most threads of a threadgroup, 16 simdgroups: what an M1 runs of a kernel with up to 96 registers.
 #define MARLIN_MAX_THREADS 512
 
 // Dtype ids of x and y: positions in kernels.DTYPES.
@@ -13,33 +12,41 @@
 #define MARLIN_DTYPE_FLOAT16 1
 #define MARLIN_DTYPE_BFLOAT16 2
 
-// Function constants: index, type, name. `*_widths` has bit K set where an expert has K bits per weight,
-// `*_codebooks` bit c where one has codebook c: other decoders are not compiled. `down_*` also stands for
-// the only weight of a linear.
-#define MARLIN_FUNCTION_CONSTANTS(X)                                                \
-  X(0, uint, gate_widths)                                                           \
-  X(1, uint, gate_codebooks)                                                        \
-  X(2, uint, up_widths)                                                             \
-  X(3, uint, up_codebooks)                                                          \
-  X(4, uint, down_widths)                                                           \
-  X(5, uint, down_codebooks)                                                        \
-  X(6, uint, activation)                                                            \
-  X(7, uint, dtype)                                                                 \
-  X(8, bool, gate_bias)                                                             \
-  X(9, bool, up_bias)                                                               \
-  X(10, bool, down_bias)                                                            \
-  X(11, bool, routed)         /* positions are sorted by expert, see route.metal */ \
-  X(12, bool, indexed)        /* a position's expert is in `indices` */             \
-  X(13, bool, fused_prologue) /* the product rotates x itself */                    \
-  X(14, bool, rotated_input)  /* the product reads rotated activations */           \
-  X(15, bool, fused_epilogue) /* the product applies H and svh itself */            \
-  X(16, bool, raw_output)     /* the product writes sums before H */                \
-  X(17, bool, fragments)      /* rotated activations are in 8x8 fragments */        \
-  X(18, bool, weighted)       /* scores are given */                                \
-  X(19, bool, to_slots)       /* the product's rows go to scratch, not to y */      \
-  X(20, bool, to_y)           /* the product's rows are rows of y */                \
-  X(21, bool, paired)         /* gate and up, not one weight */                     \
-  X(22, bool, transposed)     /* rows times W^T: k and n change places */
+// Constants that decide which code there is at all. They are fixed in the text of a source: the host defines
+// MARLIN_SOURCE_<name> for each, 0 if a dispatch does not name it. As function constants they would make Metal
+// compile all 24 decoders before it drops 23 of them. `*_widths` has bit K set where an expert has K bits per weight,
+// `*_codebooks` bit c where one has codebook c. `down_*` also stands for the only weight of a linear.
+#define MARLIN_SOURCE_CONSTANTS(X)                               \
+  X(gate_widths)                                                 \
+  X(gate_codebooks)                                              \
+  X(up_widths)                                                   \
+  X(up_codebooks)                                                \
+  X(down_widths)                                                 \
+  X(down_codebooks)                                              \
+  X(transposed)    /* rows times W^T: k and n change places */   \
+  X(half_operands) /* x and the sums inside a tile are halves */ \
+  X(max_threads)   /* per threadgroup */
+
+// Function constants: index, type, name.
+#define MARLIN_FUNCTION_CONSTANTS(X)                                                      \
+  X(0, uint, activation)                                                                  \
+  X(1, uint, dtype)                                                                       \
+  X(2, bool, gate_bias)                                                                   \
+  X(3, bool, up_bias)                                                                     \
+  X(4, bool, down_bias)                                                                   \
+  X(5, bool, routed)           /* positions are sorted by expert, see route.metal */      \
+  X(6, bool, indexed)          /* a position's expert is in `indices` */                  \
+  X(7, bool, fused_prologue)   /* the product rotates x itself */                         \
+  X(8, bool, activating_input) /* the product makes its input from sums of gate and up */ \
+  X(9, bool, local_input)      /* either: its input is in threadgroup memory */           \
+  X(10, bool, rotated_input)   /* otherwise: it reads rotated activations */              \
+  X(11, bool, fused_epilogue)  /* the product applies H and svh itself */                 \
+  X(12, bool, raw_output)      /* the product writes sums before H */                     \
+  X(13, bool, fragments)       /* rotated activations are in 8x8 fragments */             \
+  X(14, bool, weighted)        /* scores are given */                                     \
+  X(15, bool, to_slots)        /* the product's rows go to scratch, not to y */           \
+  X(16, bool, to_y)            /* the product's rows are rows of y */                     \
+  X(17, bool, paired)          /* gate and up, not one weight */
 
 // A run of positions of one expert, at most as many as a tile has rows. expert == experts: the indices
 // were out of range. count == 0: unused.
@@ -54,8 +61,9 @@ struct MarlinRouteArgs {
   unsigned int experts;
   unsigned int tile_rows;  // rows of a MarlinRowTile at most
   unsigned int alignment;  // an expert's first position is a multiple of it
-  unsigned int tiles;      // entries of the tile table
-  unsigned int scanners;   // threads that count for one expert
+  unsigned int positions;
+  unsigned int tiles;     // entries of the tile table
+  unsigned int scanners;  // threads that count for one expert
 };
 
 struct MarlinRotateArgs {
@@ -105,7 +113,7 @@ struct MarlinDecodeArgs {
 };
 
 static_assert(sizeof(struct MarlinRowTile) == 12, "layout");
-static_assert(sizeof(struct MarlinRouteArgs) == 24, "layout");
+static_assert(sizeof(struct MarlinRouteArgs) == 28, "layout");
 static_assert(sizeof(struct MarlinRotateArgs) == 20, "layout");
 static_assert(sizeof(struct MarlinProductArgs) == 48, "layout");
 static_assert(sizeof(struct MarlinActivateArgs) == 20, "layout");

@@ -1,4 +1,4 @@
-// Function constants and typed access to x and y.
+// Constants and typed access to x and y.
 #pragma once
 
 #include <metal_stdlib>
@@ -10,6 +10,10 @@ using namespace metal;
 
 // Arrays stay in registers only where every index is known.
 #define MARLIN_UNROLL _Pragma("clang loop unroll(full)")
+
+#define MARLIN_DECLARE(name) constant constexpr uint name = MARLIN_SOURCE_##name;
+MARLIN_SOURCE_CONSTANTS(MARLIN_DECLARE)
+#undef MARLIN_DECLARE
 
 #define MARLIN_DECLARE(index, type, name) constant type name [[function_constant(index)]];
 MARLIN_FUNCTION_CONSTANTS(MARLIN_DECLARE)

@@ -39,5 +39,5 @@ struct DecodeTile {
     return;
   }
   DecodeTile body = {(device const ushort*)(codes + offsets[args.expert]), out, tile, args.n, lane, args.zero};
-  for_format<1>(body, formats[args.expert], down_widths, down_codebooks);
+  for_format<down_widths, down_codebooks>(body, formats[args.expert]);
 }

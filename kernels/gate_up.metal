@@ -3,7 +3,7 @@
 
 struct GateUpFinish {
   constant MarlinProductArgs* args;
-  Items items;
+  Items<2> items;
   RowRange rows;
   uint first_column;
   threadgroup const float* sums;
@@ -54,26 +54,13 @@ struct GateUpFinish {
     gate = finish(gate, gate_svh + at, gate_b, gate_bias, lane);
     up = finish(up, up_svh + at, up_b, up_bias, lane);
     const float4 v = activate_block(gate, up, down_suh + at, args->alpha, args->limit, lane);
-    store_rotated(out, position, args->n, first, lane, v);
+    store_rotated({position_rows(args->positions), args->n, 1}, 0, out, position, first, lane, v);
   }
 };
 
-// Gate and up share a decoder for every width and codebook that either has: half the instructions of two loops.
-template <typename X>
-METAL_FUNC Operands<X> gate_up_operands(ExpertWeights gate, ExpertWeights up, X x, ulong copy) {
-  Operands<X> operands;
-  operands.weights[0] = gate;
-  operands.weights[1] = up;
-  operands.x[0] = x;
-  operands.x[1] = x + copy;
-  operands.widths = gate_widths | up_widths;
-  operands.codebooks = gate_codebooks | up_codebooks;
-  return operands;
-}
-
 // Rows: rows of a row tile, in units of 8 if Matrix. T: adjacent column tiles per simdgroup.
 template <int Rows, int T, bool Matrix>
-[[kernel, max_total_threads_per_threadgroup(MARLIN_MAX_THREADS)]] void trellis_gate_up(
+[[kernel, max_total_threads_per_threadgroup(MARLIN_SOURCE_max_threads)]] void trellis_gate_up(
     constant MarlinProductArgs& args [[buffer(0)]],
     device const uchar* x [[buffer(1), function_constant(fused_prologue)]],
     device const float* rotated [[buffer(2), function_constant(rotated_input)]],
@@ -115,7 +102,7 @@ template <int Rows, int T, bool Matrix>
   if (rows.count == 0 || rows.expert >= args.experts) {
     return;
   }
-  const Items items = {args.column_tiles / T, args.k_splits, T * MARLIN_TILE, Matrix ? 8 : Rows};
+  const Items<2> items = {args.column_tiles / T, args.k_splits, T * MARLIN_TILE, Matrix ? 8 : Rows};
   GateUpFinish finish_slice;
   finish_slice.args = &args;
   finish_slice.items = items;
@@ -140,23 +127,22 @@ template <int Rows, int T, bool Matrix>
   const ExpertWeights gate = find_expert(gate_codes, gate_offsets, gate_formats, rows.expert);
   const ExpertWeights up = find_expert(up_codes, up_offsets, up_formats, rows.expert);
 
+  if constexpr (!Matrix) {
+    if (fused_prologue) {
+      const LocalBuffer<Rows> local = {shared + items.count() * items.item_sums(), args.k, 2};
+      rotate_rows<Rows, 2>(args, rows, x, slots, gate_suh, up_suh, local, simdgroup, simdgroups, lane);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      const Operands<LocalRows> operands = {{gate, up}, {local.rows(0), local.rows(1)}};
+      row_slices<Rows, T>(args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
+      return;
+    }
+  }
+  const RotatedBuffer buffer = {position_rows(args.positions), args.k, 2};
+  const Operands<DeviceRows> operands = {
+      {gate, up}, {buffer.at(rotated, 0, rows.first), buffer.at(rotated, 1, rows.first)}};
   if constexpr (Matrix) {
-    const uint units = (args.positions + 7) / 8;
-    device const float* first_x = rotated + ulong(rows.first) * args.k;
-    const Operands<device const float*> operands = gate_up_operands(gate, up, first_x, ulong(units) * 8 * args.k);
-    matrix_slices<Rows, T, 2>(args, operands, items, rows, group.x, shared, simdgroup, lane, finish_slice);
-  } else if (fused_prologue) {
-    const uint copy = Rows * args.k / 4;
-    threadgroup float4* local_x = (threadgroup float4*)(shared + items.count(2) * items.item_sums());
-    rotate_rows<Rows, 2>(args, rows, x, slots, gate_suh, up_suh, local_x, simdgroup, simdgroups, lane);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    threadgroup const float4* first_x = local_x;
-    const Operands<threadgroup const float4*> operands = gate_up_operands(gate, up, first_x, ulong(copy));
-    row_slices<Rows, T, 2>(args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
+    matrix_slices<Rows, T>(args, operands, items, rows, group.x, shared, simdgroup, lane, finish_slice);
   } else {
-    device const float4* first_x = (device const float4*)(rotated + ulong(rows.first) * args.k);
-    const ulong copy = ulong(args.positions) * (args.k / 4);
-    const Operands<device const float4*> operands = gate_up_operands(gate, up, first_x, copy);
-    row_slices<Rows, T, 2>(args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
+    row_slices<Rows, T>(args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
   }
 }

@@ -1,4 +1,4 @@
-// A block of 128 values in a simdgroup: scales, Hadamard transform, and how it lies in rotated activations.
+// A block of 128 values in a simdgroup: scales and Hadamard transform.
 #pragma once
 
 #include "common.h"
@@ -54,22 +54,5 @@ METAL_FUNC void store_row(device uchar* y, ulong row, uint columns, uint first, 
     if (column < columns) {
       store_element(y, row * columns + column, v[j]);
     }
-  }
-}
-
-// Rotated activations, [positions, k], hold each row in tile order; for the matrix kernels they are 8x8
-// fragments: positions in units of 8, of each unit the columns in units of 8, of these [column][position].
-METAL_FUNC ulong fragment_index(uint position, uint column, uint k) {
-  return (ulong(position / 8) * (k / 8) + column / 8) * 64 + (column % 8) * 8 + position % 8;
-}
-
-METAL_FUNC void store_rotated(device float* rotated, uint position, uint k, uint first, uint lane, float4 v) {
-  if (fragments) {
-    MARLIN_UNROLL
-    for (uint j = 0; j < 4; ++j) {
-      rotated[fragment_index(position, first + lane_column(lane) + value_offset(j), k)] = v[j];
-    }
-  } else {
-    ((device float4*)(rotated + ulong(position) * k + first))[lane] = v;
   }
 }

@@ -1,9 +1,9 @@
-// Rows times one weight: a dense linear, or down with an expert per slot.
+// Rows times one weight: a dense linear, or down with an expert per slot, whose rows may still be sums of gate and up.
 #include "product.h"
 
 struct LinearFinish {
   constant MarlinProductArgs* args;
-  Items items;
+  Items<1> items;
   RowRange rows;
   uint first_column;
   threadgroup const float* sums;
@@ -74,9 +74,53 @@ struct LinearFinish {
   }
 };
 
+// What turns sums of gate and up, [position][projection][k], into down's rotated input.
+struct ActivateSource {
+  device const float* sums;
+  device const half* gate_svh;
+  device const half* up_svh;
+  device const float* gate_biases;
+  device const float* up_biases;
+  device const half* suh;
+};
+
+// Activates the row tile's rows into threadgroup memory, one simdgroup per 128-block. Rows beyond the tile's are zeros.
+template <int R>
+METAL_FUNC void activate_rows(
+    constant MarlinProductArgs& args,
+    RowRange rows,
+    ActivateSource source,
+    LocalBuffer<R> to,
+    uint simdgroup,
+    uint simdgroups,
+    ushort lane) {
+  const uint blocks = args.k / MARLIN_HADAMARD_SIZE;
+  for (uint task = simdgroup; task < R * blocks; task += simdgroups) {
+    const uint r = task / blocks;
+    const uint first = task % blocks * MARLIN_HADAMARD_SIZE;
+    float4 v = float4(0.0f);
+    if (r < rows.count) {
+      const ulong at = ulong(rows.expert) * args.k + first;
+      device const float* row = source.sums + 2 * ulong(rows.first + r) * args.k + first;
+      device const float* gate_b = nullptr;
+      device const float* up_b = nullptr;
+      if (gate_bias) {
+        gate_b = source.gate_biases + at;
+      }
+      if (up_bias) {
+        up_b = source.up_biases + at;
+      }
+      const float4 gate = finish(load_floats(row, lane), source.gate_svh + at, gate_b, gate_bias, lane);
+      const float4 up = finish(load_floats(row + args.k, lane), source.up_svh + at, up_b, up_bias, lane);
+      v = activate_block(gate, up, source.suh + at, args.alpha, args.limit, lane);
+    }
+    to.store(0, task, lane, v);
+  }
+}
+
 // Rows: rows of a row tile, in units of 8 if Matrix. T: adjacent column tiles per simdgroup.
 template <int Rows, int T, bool Matrix>
-[[kernel, max_total_threads_per_threadgroup(MARLIN_MAX_THREADS)]] void trellis_linear(
+[[kernel, max_total_threads_per_threadgroup(MARLIN_SOURCE_max_threads)]] void trellis_linear(
     constant MarlinProductArgs& args [[buffer(0)]],
     device const uchar* x [[buffer(1), function_constant(fused_prologue)]],
     device const float* rotated [[buffer(2), function_constant(rotated_input)]],
@@ -86,11 +130,16 @@ template <int Rows, int T, bool Matrix>
     device const uint* codes [[buffer(6)]],
     device const long* offsets [[buffer(7)]],
     device const uint* formats [[buffer(8)]],
-    device const half* suh [[buffer(9), function_constant(fused_prologue)]],
+    device const half* suh [[buffer(9), function_constant(local_input)]],
     device const half* svh [[buffer(10), function_constant(fused_epilogue)]],
     device const float* biases [[buffer(11), function_constant(down_bias)]],
     device uchar* y [[buffer(12), function_constant(to_y)]],
     device float* slots [[buffer(13), function_constant(to_slots)]],
+    device const float* sums [[buffer(14), function_constant(activating_input)]],
+    device const half* gate_svh [[buffer(15), function_constant(activating_input)]],
+    device const half* up_svh [[buffer(16), function_constant(activating_input)]],
+    device const float* gate_biases [[buffer(17), function_constant(gate_bias)]],
+    device const float* up_biases [[buffer(18), function_constant(up_bias)]],
     threadgroup float* shared [[threadgroup(0)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
@@ -134,33 +183,44 @@ template <int Rows, int T, bool Matrix>
     finish_slice.store_nan();
     return;
   }
-  const Items items = {args.column_tiles / T, args.k_splits, T * MARLIN_TILE, Matrix ? 8 : Rows};
+  const Items<1> items = {args.column_tiles / T, args.k_splits, T * MARLIN_TILE, Matrix ? 8 : Rows};
   finish_slice.items = items;
   const ExpertWeights weights = find_expert(codes, offsets, formats, rows.expert);
 
+  if constexpr (!Matrix) {
+    if (local_input) {
+      const LocalBuffer<Rows> local = {shared + items.count() * items.item_sums(), args.k, 1};
+      if (fused_prologue) {
+        rotate_rows<Rows, 1>(args, rows, x, finish_slice.order, suh, suh, local, simdgroup, simdgroups, lane);
+      } else if (activating_input) {
+        ActivateSource source;
+        source.sums = sums;
+        source.gate_svh = gate_svh;
+        source.up_svh = up_svh;
+        source.suh = suh;
+        if (gate_bias) {
+          source.gate_biases = gate_biases;
+        }
+        if (up_bias) {
+          source.up_biases = up_biases;
+        }
+        activate_rows<Rows>(args, rows, source, local, simdgroup, simdgroups, lane);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      Operands<LocalRows> operands;
+      operands.weights[0] = weights;
+      operands.x[0] = local.rows(0);
+      row_slices<Rows, T>(args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
+      return;
+    }
+  }
+  const RotatedBuffer buffer = {position_rows(args.positions), args.k, 1};
+  Operands<DeviceRows> operands;
+  operands.weights[0] = weights;
+  operands.x[0] = buffer.at(rotated, 0, rows.first);
   if constexpr (Matrix) {
-    Operands<device const float*> operands;
-    operands.weights[0] = weights;
-    operands.x[0] = rotated + ulong(rows.first) * args.k;
-    operands.widths = down_widths;
-    operands.codebooks = down_codebooks;
-    matrix_slices<Rows, T, 1>(args, operands, items, rows, group.x, shared, simdgroup, lane, finish_slice);
-  } else if (fused_prologue) {
-    threadgroup float4* local_x = (threadgroup float4*)(shared + items.count(1) * items.item_sums());
-    rotate_rows<Rows, 1>(args, rows, x, finish_slice.order, suh, suh, local_x, simdgroup, simdgroups, lane);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    Operands<threadgroup const float4*> operands;
-    operands.weights[0] = weights;
-    operands.x[0] = local_x;
-    operands.widths = down_widths;
-    operands.codebooks = down_codebooks;
-    row_slices<Rows, T, 1>(args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
+    matrix_slices<Rows, T>(args, operands, items, rows, group.x, shared, simdgroup, lane, finish_slice);
   } else {
-    Operands<device const float4*> operands;
-    operands.weights[0] = weights;
-    operands.x[0] = (device const float4*)(rotated + ulong(rows.first) * args.k);
-    operands.widths = down_widths;
-    operands.codebooks = down_codebooks;
-    row_slices<Rows, T, 1>(args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
+    row_slices<Rows, T>(args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
   }
 }

@@ -38,21 +38,30 @@ find_expert(device const uint* codes, device const long* offsets, device const u
   return {codes + offsets[expert], formats[expert]};
 }
 
+// Gate and up share a decoder for every width and codebook that either has: half the instructions of two loops.
+template <int Projections>
+struct Formats {
+  static constant constexpr const uint widths = Projections == 2 ? gate_widths | up_widths : down_widths;
+  static constant constexpr const uint codebooks = Projections == 2 ? gate_codebooks | up_codebooks : down_codebooks;
+};
+
 // How a threadgroup's items and their sums are numbered. The sums of an item: [16 * T columns][slice_rows].
+template <int Projections>
 struct Items {
   uint column_groups;  // per projection
   uint k_splits;
   uint columns;  // per item
   uint slice_rows;
 
-  METAL_FUNC uint count(uint projections) const {
-    return projections * column_groups * k_splits;
+  METAL_FUNC uint count() const {
+    return Projections * column_groups * k_splits;
   }
-  METAL_FUNC uint projection(uint item) const {
-    return item / (column_groups * k_splits);
+  METAL_FUNC bool second(uint item) const {
+    return Projections == 2 && item >= column_groups * k_splits;
   }
   METAL_FUNC uint column_group(uint item) const {
-    return item / k_splits % column_groups;
+    const uint group = item / k_splits;
+    return second(item) ? group - column_groups : group;
   }
   METAL_FUNC uint k_split(uint item) const {
     return item % k_splits;
@@ -80,9 +89,33 @@ struct Items {
   }
 };
 
-// Rotates the row tile's rows of x into threadgroup memory, one simdgroup per 128-block; `second` is another
-// projection's copy. Rows beyond the tile's are zeros.
-template <int R, int Projections>
+// Rotated rows of a row tile in threadgroup memory: `copies` times [R, k] operands, then with halves their scales.
+template <int R>
+struct LocalBuffer {
+  threadgroup float* memory;
+  uint k;
+  uint copies;
+
+  METAL_FUNC threadgroup float* scales(uint copy) const {
+    const uint values = copies * R * k * uint(sizeof(Operand)) / uint(sizeof(float));
+    return memory + values + copy * R * (k / MARLIN_HADAMARD_SIZE);
+  }
+  // Block `task` % blocks of row `task` / blocks.
+  METAL_FUNC void store(uint copy, uint task, ushort lane, float4 v) const {
+    threadgroup Operand4* values = (threadgroup Operand4*)memory + copy * R * (k / 4);
+    values[task * MARLIN_SIMD_SIZE + lane] = as_operands(v, scales(copy) + task, lane);
+  }
+  METAL_FUNC LocalRows rows(uint copy) const {
+    LocalRows found;
+    found.values = (threadgroup const Operand4*)memory + copy * R * (k / 4);
+    found.scales = scales(copy);
+    return found;
+  }
+};
+
+// Rotates the row tile's rows of x into threadgroup memory, one simdgroup per 128-block; with two copies also by
+// another projection's scales. Rows beyond the tile's are zeros.
+template <int R, int Copies>
 METAL_FUNC void rotate_rows(
     constant MarlinProductArgs& args,
     RowRange rows,
@@ -90,12 +123,12 @@ METAL_FUNC void rotate_rows(
     device const uint* order,
     device const half* suh,
     device const half* second_suh,
-    threadgroup float4* to,
+    LocalBuffer<R> to,
     uint simdgroup,
     uint simdgroups,
     ushort lane) {
   const uint blocks = args.k / MARLIN_HADAMARD_SIZE;
-  const ulong scales = ulong(rows.expert) * args.k;
+  const ulong expert = ulong(rows.expert) * args.k;
   for (uint task = simdgroup; task < R * blocks; task += simdgroups) {
     const uint r = task / blocks;
     const uint first = task % blocks * MARLIN_HADAMARD_SIZE;
@@ -107,95 +140,84 @@ METAL_FUNC void rotate_rows(
         slot = order[slot];
       }
       const float4 row = load_row(x, slot / args.slots_per_row, args.in_columns, first, lane);
-      v = hadamard(row * load_halves(suh + scales + first, lane), lane);
-      if (Projections == 2) {
-        second = hadamard(row * load_halves(second_suh + scales + first, lane), lane);
+      v = hadamard(row * load_halves(suh + expert + first, lane), lane);
+      if (Copies == 2) {
+        second = hadamard(row * load_halves(second_suh + expert + first, lane), lane);
       }
     }
-    const uint at = task * MARLIN_SIMD_SIZE + lane;
-    to[at] = v;
-    if (Projections == 2) {
-      to[R * blocks * MARLIN_SIMD_SIZE + at] = second;
+    to.store(0, task, lane, v);
+    if (Copies == 2) {
+      to.store(1, task, lane, second);
     }
   }
 }
 
-// The weights of up to two projections and where their x begins.
+// The weights and rotated rows of up to two projections. X: DeviceRows or LocalRows.
 template <typename X>
 struct Operands {
   ExpertWeights weights[2];
   X x[2];
-  uint widths;
-  uint codebooks;
 };
 
 // Fills in what all products of a threadgroup have in common with an item's place.
-template <typename Product, typename X>
+template <int Projections, typename Product, typename X>
 METAL_FUNC bool place_item(
     thread Product& product,
     constant MarlinProductArgs& args,
     const thread Operands<X>& operands,
-    Items items,
+    Items<Projections> items,
     uint item,
     uint column_group,
     ushort lane) {
-  const uint depth = args.k / MARLIN_TILE;
   const uint split = items.k_split(item);
-  const uint projection = items.projection(item);
+  const bool second = items.second(item);
   product.first_tile = column_group * args.column_tiles + items.column_group(item) * (items.columns / MARLIN_TILE);
-  product.codes = (device const ushort*)(projection ? operands.weights[1].codes : operands.weights[0].codes);
-  product.x = projection ? operands.x[1] : operands.x[0];
-  product.k_begin = depth * split / items.k_splits;
-  product.k_end = depth * (split + 1) / items.k_splits;
+  product.codes = (device const ushort*)(second ? operands.weights[1].codes : operands.weights[0].codes);
+  product.x.values = second ? operands.x[1].values : operands.x[0].values;
+  product.x.scales = second ? operands.x[1].scales : operands.x[0].scales;
+  product.depth = args.k / MARLIN_TILE;
+  product.k_begin = product.depth * split / items.k_splits;
+  product.k_end = product.depth * (split + 1) / items.k_splits;
   product.lane = lane;
   product.zero = args.zero;
   return product.first_tile < args.n / MARLIN_TILE;
 }
 
-// What only products of single rows need to know.
-template <int R, int T, typename X>
-METAL_FUNC void place_rows(thread RowProduct<R, T, X>& product, constant MarlinProductArgs& args, uint rows) {
-  product.tiles_per_row = args.n / MARLIN_TILE;
-  product.row_stride = args.k / 4;
-  product.last_row = rows - 1;
-}
-
-template <int R, int T, typename X>
-METAL_FUNC void place_rows(thread TransposedProduct<R, T, X>& product, constant MarlinProductArgs& args, uint rows) {
-  product.depth = args.k / MARLIN_TILE;
-  product.row_stride = args.k / 4;
-  product.last_row = rows - 1;
-}
-
-template <typename Product, int Projections, typename X>
-METAL_FUNC void multiply_rows(
-    constant MarlinProductArgs& args,
+template <int Projections, typename Product, typename X>
+METAL_FUNC void run_item(
+    thread Product& product,
     const thread Operands<X>& operands,
-    Items items,
-    uint rows,
-    uint column_group,
-    threadgroup float* sums,
-    uint simdgroup,
-    uint simdgroups,
-    ushort lane) {
-  for (uint item = simdgroup; item < items.count(Projections); item += simdgroups) {
-    Product product;
-    if (place_item(product, args, operands, items, item, column_group, lane)) {
-      place_rows(product, args, rows);
-      product.clear();
-      const uint format = items.projection(item) ? operands.weights[1].format : operands.weights[0].format;
-      for_format<1>(product, format, operands.widths, operands.codebooks);
-      product.store(sums + item * items.item_sums());
-    }
-  }
+    Items<Projections> items,
+    uint item) {
+  product.clear();
+  const uint format = items.second(item) ? operands.weights[1].format : operands.weights[0].format;
+  for_format<Formats<Projections>::widths, Formats<Projections>::codebooks>(product, format);
 }
 
-// A row tile's products, slice by slice: `finish_slice(first_row, rows)` sees the slice's sums.
+// What only products with W, not with W^T, need to know.
+template <int R, int T, typename X>
+METAL_FUNC void set_tiles_per_row(thread RowProduct<R, T, X>& product, uint tiles) {
+  product.tiles_per_row = tiles;
+}
+
+template <int R, int T, typename X>
+METAL_FUNC void set_tiles_per_row(thread TransposedProduct<R, T, X>&, uint) {}
+
+template <typename X, int R, int T, bool Transposed>
+struct RowProducts {
+  typedef RowProduct<R, T, X> type;
+};
+template <typename X, int R, int T>
+struct RowProducts<X, R, T, true> {
+  typedef TransposedProduct<R, T, X> type;
+};
+
+// A row tile's products, then `finish_slice(first_row, rows)`, which sees their sums.
 template <int R, int T, int Projections, typename X, typename Finish>
 METAL_FUNC void row_slices(
     constant MarlinProductArgs& args,
     const thread Operands<X>& operands,
-    Items items,
+    Items<Projections> items,
     RowRange rows,
     uint column_group,
     threadgroup float* sums,
@@ -203,27 +225,25 @@ METAL_FUNC void row_slices(
     uint simdgroups,
     ushort lane,
     const thread Finish& finish_slice) {
-  bool done = false;
-  if constexpr (Projections == 1) {
-    if (transposed) {
-      multiply_rows<TransposedProduct<R, T, X>, Projections>(
-          args, operands, items, rows.count, column_group, sums, simdgroup, simdgroups, lane);
-      done = true;
+  for (uint item = simdgroup; item < items.count(); item += simdgroups) {
+    typename RowProducts<X, R, T, transposed != 0>::type product;
+    if (place_item(product, args, operands, items, item, column_group, lane)) {
+      set_tiles_per_row(product, args.n / MARLIN_TILE);
+      product.last_row = rows.count - 1;
+      run_item(product, operands, items, item);
+      product.store(sums + item * items.item_sums());
     }
-  }
-  if (!done) {
-    multiply_rows<RowProduct<R, T, X>, Projections>(
-        args, operands, items, rows.count, column_group, sums, simdgroup, simdgroups, lane);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   finish_slice.slice(0, rows.count);
 }
 
+// The same on matrices: a simdgroup has one item, and the sums of 8 rows at a time go through threadgroup memory.
 template <int M, int T, int Projections, typename Finish>
 METAL_FUNC void matrix_slices(
     constant MarlinProductArgs& args,
-    const thread Operands<device const float*>& operands,
-    Items items,
+    const thread Operands<DeviceRows>& operands,
+    Items<Projections> items,
     RowRange rows,
     uint column_group,
     threadgroup float* sums,
@@ -232,15 +252,12 @@ METAL_FUNC void matrix_slices(
     const thread Finish& finish_slice) {
   MatrixProduct<M, T> product;
   product.tiles_per_row = args.n / MARLIN_TILE;
-  product.unit_stride = args.k * 8;
   product.units = (rows.count + 7) / 8;
   const ushort trellis_lane = MatrixProduct<M, T>::trellis_lane(lane);
-  const bool works = simdgroup < items.count(Projections) &&
-      place_item(product, args, operands, items, simdgroup, column_group, trellis_lane);
+  const bool works =
+      simdgroup < items.count() && place_item(product, args, operands, items, simdgroup, column_group, trellis_lane);
   if (works) {
-    product.clear();
-    const uint format = items.projection(simdgroup) ? operands.weights[1].format : operands.weights[0].format;
-    for_format<1>(product, format, operands.widths, operands.codebooks);
+    run_item(product, operands, items, simdgroup);
   }
   for (uint unit = 0; unit < product.units; ++unit) {
     if (unit > 0) {

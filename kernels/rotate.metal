@@ -1,5 +1,5 @@
 // x -> rotated activations: gather, suh, Hadamard transform. One copy per projection, because suh differs.
-#include "hadamard.h"
+#include "rotated.h"
 
 // Position -> slot -> row of x and expert. A position without a valid slot gets zeros.
 struct RotateSource {
@@ -61,21 +61,21 @@ struct RotateSource {
   if (paired) {
     scales = second ? second_suh : suh;
   }
-  device float* out = rotated + (second ? ulong(units) * rows_per_unit * args.k : 0);
+  const RotatedBuffer layout = {units * rows_per_unit, args.k, projections};
   if (!fragments) {
-    store_rotated(out, unit, args.k, first, lane, source.block(args, scales, unit, first, lane));
+    store_rotated(layout, second, rotated, unit, first, lane, source.block(args, scales, unit, first, lane));
     return;
+  }
+  if (routed) {
+    // An expert's first position is the first of a unit: without it the unit is padding, which nobody reads.
+    if (order[unit * 8] == ~0u) {
+      return;
+    }
   }
   float4 v[8];
   MARLIN_UNROLL
   for (uint r = 0; r < 8; ++r) {
     v[r] = source.block(args, scales, unit * 8 + r, first, lane);
   }
-  MARLIN_UNROLL
-  for (uint j = 0; j < 4; ++j) {
-    const uint column = first + lane_column(lane) + value_offset(j);
-    device float4* to = (device float4*)(out + fragment_index(unit * 8, column, args.k));
-    to[0] = float4(v[0][j], v[1][j], v[2][j], v[3][j]);
-    to[1] = float4(v[4][j], v[5][j], v[6][j], v[7][j]);
-  }
+  store_rotated_unit(layout, second, rotated, unit, first, lane, v);
 }

@@ -2,8 +2,53 @@
 // Bucket `experts` holds the slots whose index is out of range.
 #include "common.h"
 
+// Slots that a scanner looks at before it needs the first of their indices: a load takes some 100 cycles on one core.
+static constant constexpr const uint kAhead = 8;
+
+// Calls found(slot) for each slot of a part whose bucket is `bucket`.
+template <typename Found>
+METAL_FUNC void scan(device const uint* indices, uint begin, uint end, uint experts, uint bucket, thread Found& found) {
+  uint slot = begin;
+  for (; slot + kAhead <= end; slot += kAhead) {
+    uint ahead[kAhead];
+    MARLIN_UNROLL
+    for (uint i = 0; i < kAhead; ++i) {
+      ahead[i] = min(indices[slot + i], experts);
+    }
+    MARLIN_UNROLL
+    for (uint i = 0; i < kAhead; ++i) {
+      if (ahead[i] == bucket) {
+        found.add(slot + i);
+      }
+    }
+  }
+  for (; slot < end; ++slot) {
+    if (min(indices[slot], experts) == bucket) {
+      found.add(slot);
+    }
+  }
+}
+
+struct CountSlots {
+  uint count;
+
+  METAL_FUNC void add(uint) {
+    ++count;
+  }
+};
+
+struct PlaceSlots {
+  device uint* order;
+  uint position;
+
+  METAL_FUNC void add(uint slot) {
+    order[position] = slot;
+    ++position;
+  }
+};
+
 // Several threads ("scanners") count one expert's slots, each in its own part of the slots.
-[[kernel, max_total_threads_per_threadgroup(MARLIN_MAX_THREADS)]] void trellis_route(
+[[kernel, max_total_threads_per_threadgroup(MARLIN_SOURCE_max_threads)]] void trellis_route(
     constant MarlinRouteArgs& args [[buffer(0)]],
     device const uint* indices [[buffer(1)]],
     device uint* order [[buffer(2)]],
@@ -23,14 +68,11 @@
     const uint bucket = task / args.scanners;
     const uint begin = min(task % args.scanners * part, args.slots);
     const uint end = min(begin + part, args.slots);
-    uint count = 0;
-    for (uint slot = begin; slot < end; ++slot) {
-      count += min(indices[slot], args.experts) == bucket ? 1 : 0;
-    }
-    counts[task] = count;
+    CountSlots found = {0};
+    scan(indices, begin, end, args.experts, bucket, found);
+    counts[task] = found.count;
   }
-  const uint positions = args.slots + buckets * (args.alignment - 1);
-  for (uint i = thread_index; i < positions; i += threads) {
+  for (uint i = thread_index; i < args.positions; i += threads) {
     order[i] = ~0u;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
@@ -74,14 +116,13 @@
   }
   for (uint task = thread_index; task < tasks; task += threads) {
     const uint bucket = task / args.scanners;
-    const uint begin = min(task % args.scanners * part, args.slots);
-    const uint end = min(begin + part, args.slots);
-    uint position = firsts[bucket] + counts[task];
-    for (uint slot = begin; slot < end; ++slot) {
-      if (min(indices[slot], args.experts) == bucket) {
-        order[position] = slot;
-        ++position;
-      }
+    const uint scanner = task % args.scanners;
+    const uint before = counts[task];
+    const uint after = scanner + 1 < args.scanners ? counts[task + 1] : sizes[bucket];
+    if (before != after) {
+      const uint begin = min(scanner * part, args.slots);
+      PlaceSlots found = {order, firsts[bucket] + before};
+      scan(indices, begin, min(begin + part, args.slots), args.experts, bucket, found);
     }
   }
 }

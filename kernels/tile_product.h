@@ -1,20 +1,30 @@
 // One simdgroup's share of a product: rows times adjacent column tiles over a range of k, sums in registers.
+//
+// With half operands the products of one 16-deep tile are added as halves; the tile's sum, times its block's scale, is
+// added as a float.
 #pragma once
 
-#include "hadamard.h"
+#include "rotated.h"
 #include "trellis.h"
 
+static constant constexpr const uint kBlockTiles = MARLIN_HADAMARD_SIZE / MARLIN_TILE;
+
+// The first tile of k after `k` whose rows have another scale, or the end.
+METAL_FUNC uint same_scale_until(uint k, uint k_end) {
+  return half_operands != 0 ? min((k / kBlockTiles + 1) * kBlockTiles, k_end) : k_end;
+}
+
 // R rows times T adjacent tiles on the float pipes. Lane l sums columns l / 4 and l / 4 + 8 of each tile over the
-// four rows of k that it holds. X: threadgroup or device const float4*.
+// four rows of k that it holds. X: DeviceRows or LocalRows.
 template <int R, int T, typename X>
 struct RowProduct {
   device const ushort* codes;  // of the expert
   uint first_tile;             // column tile
   uint tiles_per_row;
   X x;
-  uint row_stride;  // of x, in float4
-  uint last_row;    // rows from here on repeat this one: they are not stored
-  uint k_begin;     // in tiles
+  uint depth;     // tiles of k
+  uint last_row;  // rows from here on repeat this one: they are not stored
+  uint k_begin;   // in tiles
   uint k_end;
   ushort lane;
   uint zero;
@@ -24,27 +34,45 @@ struct RowProduct {
   METAL_FUNC void run() {
     constexpr uint tile_size = 16 * K;
     device const ushort* tile = codes + (ulong(k_begin) * tiles_per_row + first_tile) * tile_size;
-    for (uint k = k_begin; k < k_end; ++k) {
-      float4 v[R];
-      MARLIN_UNROLL
-      for (int r = 0; r < R; ++r) {
-        v[r] = x[min(uint(r), last_row) * row_stride + k * 4 + lane % 4];
-      }
-      MARLIN_UNROLL
-      for (int t = 0; t < T; ++t) {
-        const LaneWeights w = decode_lane<K, Codebook>(tile + t * tile_size, lane, zero);
+    for (uint k = k_begin; k < k_end;) {
+      float scale[R];
+      if constexpr (half_operands != 0) {
         MARLIN_UNROLL
         for (int r = 0; r < R; ++r) {
+          scale[r] = x.scales[(min(uint(r), last_row) * depth + k) / kBlockTiles];
+        }
+      }
+      for (const uint stop = same_scale_until(k, k_end); k < stop; ++k) {
+        Operand4 v[R];
+        MARLIN_UNROLL
+        for (int r = 0; r < R; ++r) {
+          v[r] = x.values[(min(uint(r), last_row) * depth + k) * 4 + lane % 4];
+        }
+        MARLIN_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const LaneWeights w = decode_lane<K, Codebook>(tile + t * tile_size, lane, zero);
           MARLIN_UNROLL
-          for (int c = 0; c < 2; ++c) {
+          for (int r = 0; r < R; ++r) {
             MARLIN_UNROLL
-            for (int j = 0; j < 4; ++j) {
-              sums[r][t][c] = fma(float(w.value[4 * c + j]), v[r][j], sums[r][t][c]);
+            for (int c = 0; c < 2; ++c) {
+              if constexpr (half_operands != 0) {
+                half sum = w.value[4 * c] * v[r][0];
+                MARLIN_UNROLL
+                for (int j = 1; j < 4; ++j) {
+                  sum = fma(w.value[4 * c + j], v[r][j], sum);
+                }
+                sums[r][t][c] = fma(float(sum), scale[r], sums[r][t][c]);
+              } else {
+                MARLIN_UNROLL
+                for (int j = 0; j < 4; ++j) {
+                  sums[r][t][c] = fma(float(w.value[4 * c + j]), v[r][j], sums[r][t][c]);
+                }
+              }
             }
           }
         }
+        tile += ulong(tiles_per_row) * tile_size;
       }
-      tile += ulong(tiles_per_row) * tile_size;
     }
   }
 
@@ -79,14 +107,13 @@ struct RowProduct {
 };
 
 // The same with W^T: the depth runs along a tile's columns and the sums along its rows. Lane l sums the four rows that
-// it holds over columns l / 4 and l / 4 + 8.
+// it holds over columns l / 4 and l / 4 + 8. Floats only: it serves gradients.
 template <int R, int T, typename X>
 struct TransposedProduct {
   device const ushort* codes;
   uint first_tile;  // row of tiles
-  uint depth;       // tiles in a row of tiles
   X x;
-  uint row_stride;
+  uint depth;  // tiles in a row of tiles
   uint last_row;
   uint k_begin;
   uint k_end;
@@ -103,7 +130,7 @@ struct TransposedProduct {
       MARLIN_UNROLL
       for (int r = 0; r < R; ++r) {
         // In tile order columns {c, c + 1, c + 8, c + 9} of an even c are neighbours.
-        const float4 four = x[min(uint(r), last_row) * row_stride + k * 4 + column / 2];
+        const float4 four = float4(x.values[(min(uint(r), last_row) * depth + k) * 4 + column / 2]);
         v[r] = column % 2 ? four.yw : four.xz;
       }
       MARLIN_UNROLL
@@ -158,17 +185,20 @@ struct TransposedProduct {
 // blocks of the transposed tile, so that weights go from registers to the multiplier. Result: [column][row].
 template <int M, int T>
 struct MatrixProduct {
+  typedef simdgroup_matrix<Operand, 8, 8> Fragment;
+  typedef simdgroup_matrix<float, 8, 8> Sums;
+
   device const ushort* codes;
   uint first_tile;
   uint tiles_per_row;
-  device const float* x;  // fragments of the first unit
-  uint unit_stride;       // floats
-  uint units;             // that have rows
+  DeviceRows x;  // fragments of the first unit
+  uint depth;    // tiles of k
+  uint units;    // that have rows, at least 1
   uint k_begin;
   uint k_end;
   ushort lane;  // trellis lane
   uint zero;
-  simdgroup_float8x8 sums[M][T][2];
+  Sums sums[M][T][2];
 
   static METAL_FUNC ushort trellis_lane(ushort lane) {
     const ushort f = (lane / 4 & 4) + (lane / 2 & 3);
@@ -176,45 +206,91 @@ struct MatrixProduct {
     return 4 * f + h;
   }
 
+  typedef vec<Operand, 2> Pair;
+  // Units whose x is loaded before a tile is decoded: more would take the registers that decoding needs.
+  static constant constexpr const uint kEarly = M < 4 ? M : 4;
+
+  // Units [first, last) of x for 16 values of k. Of units without rows the last one that has any: loads that nothing
+  // guards can all be under way at once.
+  METAL_FUNC void load(thread Fragment (&v)[M][2], uint first, uint last, uint k) {
+    MARLIN_UNROLL
+    for (uint m = first; m < last; ++m) {
+      MARLIN_UNROLL
+      for (uint eight = 0; eight < 2; ++eight) {
+        const uint at = ((min(m, units - 1) * depth + k) * 2 + eight) * 32 + lane;
+        const Pair pair = ((device const Pair*)x.values)[at];
+        v[m][eight].thread_elements()[0] = pair.x;
+        v[m][eight].thread_elements()[1] = pair.y;
+      }
+    }
+  }
+
   template <int K, int Codebook>
   METAL_FUNC void run() {
     constexpr uint tile_size = 16 * K;
     device const ushort* tile = codes + (ulong(k_begin) * tiles_per_row + first_tile) * tile_size;
     for (uint k = k_begin; k < k_end; ++k) {
-      simdgroup_float8x8 w[T][2][2];
+      Fragment v[M][2];
+      load(v, 0, kEarly, k);
       MARLIN_UNROLL
       for (int t = 0; t < T; ++t) {
         const LaneWeights weights = decode_lane<K, Codebook>(tile + t * tile_size, lane, zero);
+        Fragment w[2][2];
         MARLIN_UNROLL
         for (int c = 0; c < 2; ++c) {
           MARLIN_UNROLL
-          for (int half_k = 0; half_k < 2; ++half_k) {
-            w[t][c][half_k].thread_elements()[0] = float(weights.value[4 * c + 2 * half_k]);
-            w[t][c][half_k].thread_elements()[1] = float(weights.value[4 * c + 2 * half_k + 1]);
+          for (int eight = 0; eight < 2; ++eight) {
+            w[c][eight].thread_elements()[0] = Operand(weights.value[4 * c + 2 * eight]);
+            w[c][eight].thread_elements()[1] = Operand(weights.value[4 * c + 2 * eight + 1]);
           }
         }
-      }
-      MARLIN_UNROLL
-      for (uint m = 0; m < M; ++m) {
-        if (m < units) {
-          MARLIN_UNROLL
-          for (uint half_k = 0; half_k < 2; ++half_k) {
-            simdgroup_float8x8 v;
-            const uint offset = m * unit_stride + (2 * k + half_k) * 64 + 2 * lane;
-            const float2 pair = *(device const float2*)(x + offset);
-            v.thread_elements()[0] = pair.x;
-            v.thread_elements()[1] = pair.y;
-            MARLIN_UNROLL
-            for (int t = 0; t < T; ++t) {
-              MARLIN_UNROLL
-              for (int c = 0; c < 2; ++c) {
-                simdgroup_multiply_accumulate(sums[m][t][c], w[t][c][half_k], v, sums[m][t][c]);
-              }
-            }
-          }
+        if (t == 0) {
+          load(v, kEarly, M, k);
+        }
+        if constexpr (half_operands != 0) {
+          multiply_halves(t, w, v, k);
+        } else {
+          multiply_floats(t, w, v);
         }
       }
       tile += ulong(tiles_per_row) * tile_size;
+    }
+  }
+
+  METAL_FUNC void multiply_floats(int t, const thread Fragment (&w)[2][2], const thread Fragment (&v)[M][2]) {
+    MARLIN_UNROLL
+    for (uint m = 0; m < M; ++m) {
+      if (m < units) {
+        MARLIN_UNROLL
+        for (int eight = 0; eight < 2; ++eight) {
+          MARLIN_UNROLL
+          for (int c = 0; c < 2; ++c) {
+            simdgroup_multiply_accumulate(sums[m][t][c], w[c][eight], v[m][eight], sums[m][t][c]);
+          }
+        }
+      }
+    }
+  }
+
+  METAL_FUNC void multiply_halves(int t, const thread Fragment (&w)[2][2], const thread Fragment (&v)[M][2], uint k) {
+    MARLIN_UNROLL
+    for (uint m = 0; m < M; ++m) {
+      if (m < units) {
+        // [unit][block][row]; the lane's rows are 2 h and 2 h + 1.
+        const float2 scale =
+            ((device const float2*)x.scales)[(m * (depth / kBlockTiles) + k / kBlockTiles) * 4 + lane % 4];
+        MARLIN_UNROLL
+        for (int c = 0; c < 2; ++c) {
+          Fragment sum;
+          simdgroup_multiply(sum, w[c][0], v[m][0]);
+          simdgroup_multiply_accumulate(sum, w[c][1], v[m][1], sum);
+          MARLIN_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            sums[m][t][c].thread_elements()[i] =
+                fma(float(sum.thread_elements()[i]), scale[i], sums[m][t][c].thread_elements()[i]);
+          }
+        }
+      }
     }
   }
 

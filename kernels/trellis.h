@@ -142,28 +142,41 @@ METAL_FUNC LaneWeights decode_lane(device const ushort* tile, ushort lane, uint 
   return weights;
 }
 
-// Calls body.template run<K, Codebook>() for a format word. Only decoders that the constants name are compiled;
-// with one width and one codebook nothing is compared at run time.
-template <int K, typename Body>
-METAL_FUNC void for_codebook(thread Body& body, uint format, uint codebooks) {
-  const uint codebook = MARLIN_FORMAT_CODEBOOK(format);
-  if ((codebooks & 1) && (codebooks == 1 || codebook == MARLIN_CODEBOOK_3INST)) {
-    body.template run<K, MARLIN_CODEBOOK_3INST>();
-  } else if ((codebooks & 2) && (codebooks == 2 || codebook == MARLIN_CODEBOOK_MCG)) {
-    body.template run<K, MARLIN_CODEBOOK_MCG>();
-  } else if ((codebooks & 4) && (codebooks == 4 || codebook == MARLIN_CODEBOOK_MUL1)) {
-    body.template run<K, MARLIN_CODEBOOK_MUL1>();
+// Calls body.template run<K, Codebook>() for a format word. Only decoders for Widths and Codebooks are compiled; with
+// one of each nothing is compared at run time.
+template <int K, uint Codebooks, int Codebook, typename Body>
+METAL_FUNC void for_codebook(thread Body& body, uint format) {
+  if constexpr (Codebook <= MARLIN_CODEBOOK_MUL1) {
+    constexpr uint bit = 1u << Codebook;
+    if constexpr ((Codebooks & bit) == 0) {
+      for_codebook<K, Codebooks, Codebook + 1>(body, format);
+    } else if constexpr (Codebooks == bit) {
+      body.template run<K, Codebook>();
+    } else if (MARLIN_FORMAT_CODEBOOK(format) == Codebook) {
+      body.template run<K, Codebook>();
+    } else {
+      for_codebook<K, Codebooks, Codebook + 1>(body, format);
+    }
   }
 }
 
-template <int K, typename Body>
-METAL_FUNC void for_format(thread Body& body, uint format, uint widths, uint codebooks) {
+template <uint Widths, uint Codebooks, int K, typename Body>
+METAL_FUNC void for_width(thread Body& body, uint format) {
   if constexpr (K <= MARLIN_MAX_BITS) {
-    const uint bit = 1u << K;
-    if ((widths & bit) && (widths == bit || MARLIN_FORMAT_BITS(format) == K)) {
-      for_codebook<K>(body, format, codebooks);
+    constexpr uint bit = 1u << K;
+    if constexpr ((Widths & bit) == 0) {
+      for_width<Widths, Codebooks, K + 1>(body, format);
+    } else if constexpr (Widths == bit) {
+      for_codebook<K, Codebooks, 0>(body, format);
+    } else if (MARLIN_FORMAT_BITS(format) == K) {
+      for_codebook<K, Codebooks, 0>(body, format);
     } else {
-      for_format<K + 1>(body, format, widths, codebooks);
+      for_width<Widths, Codebooks, K + 1>(body, format);
     }
   }
+}
+
+template <uint Widths, uint Codebooks, typename Body>
+METAL_FUNC void for_format(thread Body& body, uint format) {
+  for_width<Widths, Codebooks, 1>(body, format);
 }

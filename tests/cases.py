@@ -45,6 +45,7 @@ AXES = {
 OPTIONS = {
     "mix": ("uniform", "bits", "codebooks", "both"),
     "bias": (False, True),
+    "score_dtype": ("float32", "float16", "bfloat16"),
     "top_k": (1, 2, EXPERTS),
     "routing": ("random", "one_expert"),
     "scores": (False, True),
@@ -70,6 +71,7 @@ class Case:
     top_k: int = 1
     routing: str = "random"
     scores: bool = False
+    score_dtype: str = "float32"
 
     alpha = 1.702
     limit = 7.0
@@ -144,7 +146,7 @@ class Case:
         )
 
     def inputs(self) -> tuple[mx.array, mx.array | None, mx.array | None]:
-        """x [rows, hidden] in the case's dtype, indices uint32 and scores float32 [rows, top_k] (or None)."""
+        """x [rows, hidden] in the case's dtype, indices uint32 and scores [rows, top_k] in theirs (or None)."""
         rng = _rng("inputs", self)
         x = random_rows(rng, self.rows, DIMS[self.dims][0], self.dtype)
         if self.linear:
@@ -153,8 +155,9 @@ class Case:
             indices = np.full((self.rows, self.top_k), EXPERTS - 1)
         else:
             indices = rng.permuted(np.tile(np.arange(EXPERTS), (self.rows, 1)), axis=1)[:, : self.top_k]
-        scores = rng.dirichlet(np.ones(self.top_k), self.rows).astype(np.float32)
-        return x, mx.array(indices.astype(np.uint32)), mx.array(scores) if self.scores else None
+        scores = mx.array(rng.dirichlet(np.ones(self.top_k), self.rows).astype(np.float32))
+        scores = scores.astype(getattr(mx, self.score_dtype)) if self.scores else None
+        return x, mx.array(indices.astype(np.uint32)), scores
 
     def reference(self, x, indices=None, scores=None) -> np.ndarray:
         """The exact result in float64, for x as it is (already rounded to its dtype)."""
@@ -165,7 +168,7 @@ class Case:
             x,
             np.array(indices),
             self.experts(),
-            None if scores is None else np.array(scores),
+            None if scores is None else np.array(scores.astype(mx.float32)),
             self.activation,
             self.alpha,
             self.limit,
@@ -208,7 +211,7 @@ def random_weight(
         bias: Whether to add one.
         gain: Standard deviation of the output for inputs of standard deviation 1.
     """
-    k, n = (-(-size // codec.HADAMARD_SIZE) * codec.HADAMARD_SIZE for size in (in_features, out_features))
+    k, n = codec.padded(in_features), codec.padded(out_features)
     words = rng.integers(0, 1 << 16, (k // 16, n // 16, 16 * bits), np.uint16).view(np.int16)
 
     def scales(size, magnitude):
@@ -352,7 +355,12 @@ def check(case: Case, actual: mx.array, inputs: tuple) -> None:
 
 
 def legal(values: dict) -> bool:
-    """Whether a (partial) choice of values is a case: a linear has no experts to mix or to choose."""
+    """Whether a (partial) choice of values is a case: a linear has no experts to mix or to choose.
+
+    Scores that are not given have no dtype.
+    """
+    if values.get("scores") is False and values.get("score_dtype", "float32") != "float32":
+        return False
     if values.get("activation") != "none":
         return True
     return all(values.get(o, OPTIONS[o][0]) == OPTIONS[o][0] for o in OPTIONS if o != "bias")
@@ -415,7 +423,7 @@ def pairwise() -> tuple[Case, ...]:
 def full() -> tuple[Case, ...]:
     """Every combination of the axes; the options are drawn at random, the same in every run."""
     rng = np.random.default_rng(0)
-    moe = [dict(zip(OPTIONS, values)) for values in product(*OPTIONS.values())]
+    moe = [options for values in product(*OPTIONS.values()) if legal(options := dict(zip(OPTIONS, values)))]
     linear = [options for options in moe if legal({"activation": "none", **options})]
     cases = []
     for values in product(*AXES.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from metal_executor import ROOT, SHADERS, stem
+from metal_executor import SHADERS, compile_options, stem
 from metal_sim import Result
 from metal_sim.counting import CountedResult, compile_counted
 
@@ -15,13 +15,7 @@ from mlx_marlin.kernels import KernelConfig, Problem
 
 @cache
 def library(kernel: str, constants: tuple):
-    return compile_counted(
-        str(SHADERS / f"{stem(kernel)}.metal"),
-        include_dirs=[str(ROOT / "csrc")],
-        function_constants=dict(constants),
-        instantiate={kernel: kernel} if "<" in kernel else None,
-        kernels=[kernel],
-    )
+    return compile_counted(str(SHADERS / f"{stem(kernel)}.metal"), **compile_options(kernel, constants))
 
 
 def _contents(problem: Problem, name: str, size: int) -> np.ndarray:

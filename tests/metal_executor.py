@@ -22,16 +22,22 @@ def stem(kernel: str) -> str:
     return kernel.removeprefix("trellis_").split("<")[0]
 
 
+def compile_options(kernel: str, constants: tuple) -> dict:
+    """How the host would build a dispatch's kernel: constants of the source as macros, the others by name."""
+    values = dict(constants)
+    return {
+        "include_dirs": [str(ROOT / "csrc")],
+        "defines": {f"MARLIN_SOURCE_{name}": values.get(name, 0) for name in _ext.SOURCE_CONSTANTS},
+        "function_constants": {name: v for name, v in values.items() if name not in _ext.SOURCE_CONSTANTS},
+        "instantiate": {kernel: kernel} if "<" in kernel else None,
+        "kernels": [kernel],
+    }
+
+
 @cache
 def library(kernel: str, constants: tuple, directory: Path = SHADERS):
     """The compiled shader of a dispatch; its only kernel is called by the function's full name."""
-    return compile(
-        str(directory / f"{stem(kernel)}.metal"),
-        include_dirs=[str(ROOT / "csrc")],
-        function_constants=dict(constants),
-        instantiate={kernel: kernel} if "<" in kernel else None,
-        kernels=[kernel],
-    )
+    return compile(str(directory / f"{stem(kernel)}.metal"), **compile_options(kernel, constants))
 
 
 def execute(
@@ -97,9 +103,20 @@ def decode(stack: ops.Stack, expert: int = 0, **simulator) -> np.ndarray:
 
 
 def linear(
-    x: mx.array, stack: ops.Stack, config=None, indices=None, x_divisor: int = 1, transposed: bool = False, **simulator
+    x: mx.array,
+    stack: ops.Stack,
+    config=None,
+    indices=None,
+    x_divisor: int = 1,
+    transposed: bool = False,
+    codes: np.ndarray | None = None,
+    offsets: np.ndarray | None = None,
+    **simulator,
 ) -> np.ndarray:
-    """x [rows, in] -> float32 [rows, out]; indices: [rows * x_divisor, out]; transposed: [rows, out] -> [rows, in]."""
+    """x [rows, in] -> float32 [rows, out]; indices: [rows * x_divisor, out]; transposed: [rows, out] -> [rows, in].
+
+    codes, offsets: in the place of the stack's.
+    """
     source = stack.source
     slots = x.shape[0] * x_divisor
     problem = ops.linear_problem(source, slots, x.dtype, "gpu")
@@ -118,6 +135,10 @@ def linear(
     inputs = {"x": _to_numpy(x), **stack_arrays("weight", stack)}
     if indices is not None:
         inputs["indices"] = np.asarray(indices, np.uint32)
+    if codes is not None:
+        inputs |= {"weight.codes": codes, "weight.offsets": offsets}
+        for b in (b for d in plan["dispatches"] for b in d["buffers"] if b["name"] == "weight.codes"):
+            b["bytes"] = codes.nbytes
     size = 4 if problem.dtype == "float32" else 2
     columns = source.in_features if transposed else source.out_features
     y, _ = execute(plan, inputs, slots * columns * size, **simulator)
@@ -159,7 +180,7 @@ def swiglu(
     for name, stack in stacks.items():
         inputs |= stack_arrays(name, stack)
     if scores is not None:
-        inputs["scores"] = np.array(scores)
+        inputs["scores"] = np.array(scores.astype(mx.float32))  # as ops casts them
     shape = (rows, hidden) if scores is not None else (rows, top_k, hidden)
     size = 4 if problem.dtype == "float32" else 2
     y, _ = execute(plan, inputs, int(np.prod(shape)) * size, **simulator)

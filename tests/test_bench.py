@@ -21,7 +21,7 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install 'mlx_
 def bench_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     yield
-    for name in ("shape", "peers", "ceilings", "layer"):
+    for name in ("shape", "peers", "ceilings", "contenders", "layer"):
         sys.modules.pop(name, None)
 
 
@@ -77,10 +77,11 @@ def test_the_ggml_peer_computes_the_layer(shape, type_name):
 
 @pytest.mark.parametrize("bits", ("3", "mixed"))
 def test_ours_is_measured_and_stored(shape, bits, tmp_path, monkeypatch):
+    import contenders
     import layer
 
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(layer.device, "last_level_cache", lambda: 1 << 20)
+    monkeypatch.setattr(contenders.device, "last_level_cache", lambda: 1 << 20)
     make = lambda: layer.MarlinContender(shape, bits, "mul1", _ext.instruction_sets()[-1], rng, 2)
     contender = layer.Contender(make, shape)
     assert contender.bits == 3 and len(contender.layers) > 1
@@ -102,6 +103,27 @@ def test_ours_is_measured_and_stored(shape, bits, tmp_path, monkeypatch):
     stored["machine"]["chip"] = "another"
     with pytest.raises(ValueError, match="holds results of .*, this is 'another'; choose another file"):
         layer.save(path, stored, [])
+
+
+@pytest.mark.parametrize("peer", [False, True])
+def test_gpu_contenders_are_timed_in_chains(shape, peer, monkeypatch):
+    """On a Mac; here the same code runs on the CPU, where a chain of affine layers takes float16 too long."""
+    import contenders
+    import layer
+    import peers
+
+    monkeypatch.setattr(contenders, "GPU_CHAIN", 3)
+    if not mx.is_available(mx.Device(mx.gpu)):
+        monkeypatch.setattr(contenders.mx, "gpu", mx.cpu)
+    monkeypatch.setattr(contenders.device, "last_level_cache", lambda: 1 << 20)
+    rng = np.random.default_rng(0)
+    make = lambda: (
+        peers.AffinePeer(shape, 3, rng, gpu=True) if peer else layer.MarlinContender(shape, "3", "mcg", None, rng, 0)
+    )
+    contender = layer.Contender(make, shape)
+    assert "gpu" in contender.name
+    (result,) = layer.measure_rows([contender], shape, 2, rng, rounds=1, seconds=0.0)
+    assert result["median_s"] > 0
 
 
 def test_routings_are_distinct_experts(shape):

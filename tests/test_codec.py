@@ -169,4 +169,13 @@ def test_bad_input():
             codec.unpack(np.zeros(shape, np.int16))
     with pytest.raises(ValueError, match="codebook must be one of 3inst, mcg, mul1, got 'MUL1'"):
         codec.decode(np.zeros(4, np.uint16), "MUL1")
+    for states in (np.array([70_000]), np.array([1.5]), [3]):
+        with pytest.raises(ValueError, match="states must be uint16, got"):
+            codec.decode(states, "mcg")
+    for bits in (0, 9, 2.0, "3", None):
+        with pytest.raises(ValueError, match=r"bits must be in 1..8, got"):
+            codec.pack(np.zeros((1, 1, 256), np.uint16), bits)
+    with pytest.raises(ValueError, match="x must be floating point, got int64"):
+        codec.hadamard(np.ones((2, 128), np.int64))
+    assert [codec.padded(size) for size in (1, 128, 129, 576)] == [128, 128, 256, 640]
     assert isinstance(TrellisWeight(good, np.ones(128, np.float16), np.ones(128, np.float16)), TrellisWeight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,16 +13,6 @@ from mlx_marlin import _ext, codec
 from mlx_marlin.kernels import CPU_PANEL_ROWS, KernelConfig, cpu_threads, make_name
 from mlx_marlin.ops import trellis_decode, trellis_linear, trellis_swiglu
 from mlx_marlin.weights import ExpertBank, TrellisWeight
-
-SETS = _ext.instruction_sets()
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    """Forces one instruction set; then the best one again."""
-    _ext.set_instruction_set(request.param)
-    yield request.param
-    _ext.set_instruction_set("auto")
 
 
 def make_weight(rng, k, n, bits, codebook="mul1", bias=False):
@@ -37,10 +29,24 @@ def config(panel_rows=64, threads=None):
 
 
 def test_the_best_set_is_the_default_and_unknown_names_are_refused():
-    assert _ext.instruction_set() == SETS[-1]
+    best = _ext.instruction_sets()[-1]
+    assert _ext.instruction_set() == best
     with pytest.raises(ValueError, match='got "sse9"'):
         _ext.set_instruction_set("sse9")
-    assert _ext.instruction_set() == SETS[-1]
+    assert _ext.instruction_set() == best
+
+
+def test_the_instruction_sets_are_those_of_the_build():
+    compiled = _ext.compiled_instruction_sets()
+    architecture = {
+        "x86_64": ["baseline", "avx2", "avx512", "avx512vbmi", "avx512fp16"],
+        "arm64": ["baseline", "neon", "neonfp16"],
+    }
+    assert compiled == architecture["arm64" if platform.machine() in ("arm64", "aarch64") else "x86_64"]
+    assert [name for name in compiled if name in _ext.instruction_sets()] == _ext.instruction_sets()
+    for lacking in set(compiled) - set(_ext.instruction_sets()):
+        with pytest.raises(ValueError, match="this machine runs the instruction sets"):
+            _ext.set_instruction_set(lacking)
 
 
 @pytest.mark.parametrize("codebook", codec.CODEBOOKS)

@@ -5,15 +5,16 @@ import json
 import struct
 from pathlib import Path
 
-import checkpoints
+import architectures
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from checkpoints import Sizes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from mlx_marlin.lm import load_exl3_model
+from mlx_marlin.lm.model import load_exl3_model
 
 pytestmark = pytest.mark.slow
 
@@ -43,8 +44,8 @@ def originals(tmp_path_factory):
     """File name -> bytes of a sharded MoE checkpoint and of a dense one."""
     root = tmp_path_factory.mktemp("fuzz")
     directories = [
-        checkpoints.qwen3_moe(num_hidden_layers=1, mlp_only_layers=[]).write(root / "moe", shards=2),
-        checkpoints.llama(num_hidden_layers=1).write(root / "dense"),
+        architectures.qwen3_moe(Sizes(layers=1), dense_layers=()).write(root / "moe", shards=2),
+        architectures.llama(Sizes(layers=1)).write(root / "dense"),
     ]
     return [Files((path.name, path.read_bytes()) for path in directory.iterdir()) for directory in directories]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cases import expert_formats, random_experts, random_weight, reference_linear, reference_swiglu, row_error
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_marlin import ExpertBank, Problem, TrellisLinear, TrellisSwitchGLU, codec
 
@@ -148,6 +149,38 @@ def test_expert_children_are_callable(rng, experts, glu):
             assert row_error(y[row, slot][None], expected) < 2e-5
 
 
+@pytest.mark.parametrize("rows", (1, 3, 40))
+def test_expert_children_are_switch_linears(rng, experts, glu, rows):
+    """With the shapes that mlx-lm's SwitchGLU passes: a row for all slots, a row for each, and sorted."""
+    x, slots = x_of(rng, 2, rows, 128), x_of(rng, 2, rows, 3, 128)
+    indices = mx.array(rng.integers(0, 5, (2, rows, 3)).astype(np.uint32))
+    switch = SwitchLinear(128, 256, 5, bias=False)
+    switch.weight = mx.array(np.stack([codec.dequantize(w).T for w in experts["gate"]]))
+    calls = [
+        (mx.expand_dims(x, (-2, -3)), indices),
+        (mx.expand_dims(slots, -2), indices),
+        (x.reshape(-1, 1, 128), mx.sort(indices[..., 0].reshape(-1))),
+    ]
+    for arguments in calls:
+        y, expected = glu.gate_proj(*arguments, sorted_indices=True), np.array(switch(*arguments)).astype(np.float64)
+        assert row_error(y, expected) < 1e-5
+    with pytest.raises(ValueError, match=r"x must have shape \[..., 1, 128\], got"):
+        glu.gate_proj(mx.zeros((2, rows, 1, 2, 128)), indices)
+    with pytest.raises(ValueError, match="indices must have the shape of x without its last axis"):
+        glu.gate_proj(mx.zeros((2, rows, 2, 1, 128)), indices)
+
+
+@pytest.mark.parametrize("shapeless", (False, True))
+def test_expert_children_under_compile(rng, glu, shapeless):
+    compiled = mx.compile(lambda x, i: glu.gate_proj(x, i), shapeless=shapeless)
+    for rows, top_k in ((6, 2), (2, 2), (5, 3)):
+        x, indices = x_of(rng, rows, 128), mx.array(rng.integers(0, 5, (rows, top_k)).astype(np.uint32))
+        assert np.array_equal(np.array(compiled(x, indices)), np.array(glu.gate_proj(x, indices)))
+    grad = mx.compile(mx.grad(lambda x, i: glu.gate_proj(x, i).square().sum()))
+    expected = mx.grad(lambda x, i: glu.gate_proj(x, i).square().sum())(x, indices)
+    assert row_error(grad(x, indices), np.array(expected).astype(np.float64)) < 1e-6
+
+
 def test_lora_wraps_a_trellis_linear(rng, weight):
     pytest.importorskip("mlx_lm")
     layer = TrellisLinear(weight)
@@ -177,6 +210,8 @@ def test_problem_of_a_layer(weight, glu):
         ({}, "pass either"),
         ({"gate": []}, "pass either"),
         ({"activation": "relu"}, "activation must be one of silu"),
+        ({"activation": "swiglu_oai", "limit": None}, "limit must be a number, got None"),
+        ({"bank": []}, "bank must be an ExpertBank, got list"),
     ],
 )
 def test_bad_arguments(experts, arguments, message):

@@ -4,10 +4,11 @@ import json
 import struct
 from pathlib import Path
 
-import checkpoints
+import architectures
 import mlx.core as mx
 import numpy as np
 import pytest
+from checkpoints import SIZES, Checkpoint, Sizes
 
 from mlx_marlin import TrellisModelLoader, codec
 from mlx_marlin.safetensors import read_header
@@ -17,7 +18,7 @@ LINEAR = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    return checkpoints.llama(num_hidden_layers=1)
+    return architectures.llama(Sizes(layers=1))
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def entry(dtype="F16", shape=(4,), offsets=(0, 8), **more) -> bytes:
 
 
 def test_names_are_in_numerical_order(tmp_path):
-    directory = checkpoints.llama(num_hidden_layers=11).write(tmp_path / "m", shards=3)
+    directory = architectures.llama(Sizes(layers=11)).write(tmp_path / "m", shards=3)
     loader = TrellisModelLoader(directory)
     layers = [int(name.split(".")[2]) for name in loader.names if ".layers." in name]
     assert layers == sorted(layers) and layers[-1] == 10
@@ -62,7 +63,7 @@ def test_load_weight_gives_the_stored_tensors(checkpoint, directory):
         assert (np.array(w.trellis) == np.array(checkpoint.exl3[f"{LINEAR}.trellis"])).all()
         assert (np.array(w.suh) == np.array(checkpoint.exl3[f"{LINEAR}.suh"])).all()
         assert w.bits == checkpoint.bits[LINEAR] and (w.in_features, w.out_features) == (256, 256)
-    w = loader.load_weight(LINEAR, in_features=checkpoints.HIDDEN)
+    w = loader.load_weight(LINEAR, in_features=SIZES.hidden)
     dense = np.array(checkpoint.dense[f"{LINEAR}.weight"])
     assert np.array_equal(codec.dequantize(w).T, dense)
 
@@ -72,6 +73,30 @@ def test_load_layer_gives_its_linears(directory):
     assert sorted(layer) == sorted(
         [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
     )
+
+
+def test_layers_of_two_towers_that_share_a_number(tmp_path):
+    checkpoint = Checkpoint(SIZES, {}, dense=False)
+    for name in ("model.layers.0.mlp.up_proj", "vision.layers.0.mlp.up_proj", "vision.layers.0.mlp.gate_proj"):
+        checkpoint.linear(name, 128, 128)
+    layer = TrellisModelLoader(checkpoint.write(tmp_path / "m")).load_layer(0)
+    assert sorted(layer) == ["mlp.gate_proj", "mlp.up_proj", "vision.layers.0.mlp.up_proj"]
+    assert layer["mlp.up_proj"].bits == checkpoint.bits["model.layers.0.mlp.up_proj"]
+    assert layer["vision.layers.0.mlp.up_proj"].bits == checkpoint.bits["vision.layers.0.mlp.up_proj"]
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_biases_of_every_dtype(directory, dtype):
+    bias = mx.array(np.linspace(-3, 3, 256).astype(np.float32)).astype(dtype)
+    change(directory, bias=bias)
+    loaded = TrellisModelLoader(directory).load_weight(LINEAR).bias
+    assert loaded.dtype == dtype and mx.array_equal(loaded, bias)
+
+
+@pytest.mark.parametrize("i", ["0", 0.0, None])
+def test_layers_are_counted_with_integers(directory, i):
+    with pytest.raises(ValueError, match="layers are counted with integers, got"):
+        TrellisModelLoader(directory).load_layer(i)
 
 
 def test_unknown_names_are_refused(directory):

@@ -1,82 +1,87 @@
-"""The Metal kernels, run as the Plan says by the simulator, against the codec and the float64 reference.
+"""The Metal kernels, run as the Plan says, against the codec and the float64 reference: in the simulator, and on the
+GPU of a Mac.
 
 All of the simulator's checks are on: bounds, races, divergence, address spaces, poisoned memory, 32 KB.
 """
 
 import cases
-import metal_executor as metal
-import metal_sim
 import mlx.core as mx
 import numpy as np
 import pytest
+from metal_backends import BACKENDS, run
 
 from mlx_marlin import codec, kernels, metal_rules, ops
 from mlx_marlin.kernels import KernelConfig, make_name
 from mlx_marlin.weights import ExpertStack, TrellisWeight
 
-pytestmark = pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(metal_sim.unavailable()))
-
 FORMATS = [(bits, codebook) for bits in range(1, codec.MAX_BITS + 1) for codebook in codec.CODEBOOKS]
 
-# (tile_size_m, tile_size_n, simdgroups) of each variant: with whole Hadamard blocks, and without.
-FUSED = {
-    "decode": [(1, 128, 16), (1, 128, 4), (2, 128, 8), (3, 128, 12)],
-    "prefill4": [(4, 128, 16), (4, 128, 8)],
-    "base": [(8, 128, 8), (16, 128, 16)],
-    "large_batch": [(64, 128, 16), (64, 128, 8)],
+# Half operands and half sums inside a tile: the rounding of both, through three products.
+HALF_TOLERANCE = {"float32": 1.5e-3, "float16": 1.5e-3, "bfloat16": 4e-3}
+
+# (tile_size_m, tile_size_n, simdgroups) by variant, prologue and epilogue. At the sizes of the cases a product makes
+# its own input (rotates x, or activates sums of gate and up) where its variant is decode and it has more than 16
+# columns; it finishes its output where these are whole Hadamard blocks.
+TILES = {
+    ("decode", "fused", "fused"): [(1, 128, 16), (1, 128, 4), (2, 128, 8), (3, 128, 12), (1, 128, 8)],
+    ("decode", "fused", "separate"): [(1, 32, 4), (2, 64, 8), (3, 48, 4), (1, 96, 12)],
+    ("decode", "separate", "separate"): [(1, 16, 8), (2, 16, 4)],
+    ("prefill4", "separate", "fused"): [(4, 128, 16), (4, 128, 8)],
+    ("prefill4", "separate", "separate"): [(4, 64, 16), (4, 16, 4), (4, 96, 8)],
+    ("base", "separate", "fused"): [(8, 128, 8), (16, 128, 16)],
+    ("base", "separate", "separate"): [(8, 64, 4), (16, 48, 12), (8, 96, 16)],
+    ("large_batch", "separate", "fused"): [(64, 128, 16)],
 }
-SEPARATE = {
-    "decode": [(1, 32, 4), (1, 16, 8), (2, 64, 8), (3, 48, 4), (1, 96, 12)],
-    "prefill4": [(4, 64, 16), (4, 16, 4), (4, 96, 8)],
-    "base": [(8, 64, 4), (16, 48, 12), (8, 96, 16)],
-}
 
 
-def config(variant: str, rows: int, columns: int, simdgroups: int) -> KernelConfig:
-    return KernelConfig(make_name(variant), rows, columns, simdgroups, True, variant)
+@pytest.fixture(params=list(BACKENDS))
+def backend(request):
+    found = BACKENDS[request.param]
+    if found.unavailable():
+        pytest.skip(found.unavailable())
+    return found
 
 
-def run(case: cases.Case, inputs: tuple, config: KernelConfig | None = None, **simulator) -> np.ndarray:
-    x, indices, scores = inputs
-    if case.linear:
-        return metal.linear(x, ops._prepare_weight("test", case.weight()), config, **simulator)
-    return metal.swiglu(
-        x,
-        indices,
-        case.bank(),
-        scores=scores,
-        activation=case.activation,
-        alpha=case.alpha,
-        limit=case.limit,
-        config=config,
-        **simulator,
-    )
+@pytest.fixture
+def simulator():
+    found = BACKENDS["simulated"]
+    if found.unavailable():
+        pytest.skip(found.unavailable())
+    return found
 
 
-def check(case: cases.Case, config: KernelConfig | None, **simulator) -> np.ndarray:
+def config(variant: str, rows: int, columns: int, simdgroups: int, fp32_acc: bool = True) -> KernelConfig:
+    return KernelConfig(make_name(variant), rows, columns, simdgroups, fp32_acc, variant)
+
+
+def check(backend, case: cases.Case, config: KernelConfig | None, **options) -> np.ndarray:
     inputs = case.inputs()
-    y = run(case, inputs, config, **simulator)
+    y = run(backend, case, inputs, config, **options)
     error = cases.row_error(y, case.reference(*inputs))
-    assert error <= case.tolerance, f"{case} with {config}: a row is {error:.2e} off, allowed are {case.tolerance:.0e}"
+    floats = config is None or config.use_fp32_acc
+    limit = case.tolerance if floats else HALF_TOLERANCE[case.dtype]
+    assert error <= limit, f"{case} with {config}: a row is {error:.2e} off, allowed are {limit:.1e}"
     return y
 
 
 @pytest.mark.parametrize("bits, codebook", FORMATS)
-def test_decode_is_bit_exact(bits, codebook):
+def test_decode_is_bit_exact(backend, bits, codebook):
     # A million random windows: the seed is one that meets all 65536 states.
     words = np.random.default_rng(1).integers(0, 1 << 16, (64, 64, 16 * bits), np.uint16).view(np.int16)
     w = TrellisWeight(words, np.ones(1024, np.float16), np.ones(1024, np.float16), codebook)
     assert np.unique(codec.unpack(words)).size == 1 << 16
-    decoded = metal.decode(ops._prepare_weight("test", w))
+    decoded = backend.decode(ops._prepare_weight("test", w))
     np.testing.assert_array_equal(decoded.view(np.uint16), codec.inner(w).view(np.uint16))
 
 
 def _selection() -> list:
-    """Every pair of (kernel, variant, epilogue, K, codebook, dtype, rows); the rest goes round."""
+    """Every pair of (kernel, variant, prologue, epilogue, sums, K, codebook, dtype, rows); the rest goes round."""
     axes = {
         "kernel": ("linear", "silu"),
         "variant": kernels.VARIANTS,
+        "prologue": ("fused", "separate"),
         "epilogue": ("fused", "separate"),
+        "sums": ("float", "half"),
         "bits": cases.AXES["bits"],
         "codebook": codec.CODEBOOKS,
         "dtype": kernels.DTYPES,
@@ -86,10 +91,11 @@ def _selection() -> list:
     chosen = []
 
     def legal(values: dict) -> bool:
-        return (values.get("variant"), values.get("epilogue")) != ("large_batch", "separate")
+        known = ("variant", "prologue", "epilogue")
+        return any(all(values.get(name, value) == value for name, value in zip(known, key)) for key in TILES)
 
     for i, row in enumerate(cases.covering_array(axes, legal)):
-        tiles = (FUSED if row["epilogue"] == "fused" else SEPARATE)[row["variant"]]
+        tiles = TILES[row["variant"], row["prologue"], row["epilogue"]]
         linear = row["kernel"] == "linear"
         dims = list(cases.DIMS)[i % len(cases.DIMS)]
         options = (
@@ -112,77 +118,146 @@ def _selection() -> list:
             bias=i % 4 == 1,
             **options,
         )
-        chosen.append(pytest.param(case, config(row["variant"], *tiles[i % len(tiles)]), id=f"{row['variant']}-{case}"))
+        chosen.append((case, config(row["variant"], *tiles[i % len(tiles)], row["sums"] == "float")))
     return chosen
 
 
-@pytest.mark.parametrize("case, config", _selection())
-def test_selection(case, config):
-    reason = kernels.feasible(case.problem("gpu"), config)
-    if reason is not None:  # narrow dims: the variant's default runs instead
+@pytest.mark.parametrize(
+    "case, config", [pytest.param(*pair, id=f"{pair[1].kernel_variant}-{pair[0]}") for pair in _selection()]
+)
+def test_selection(backend, case, config):
+    if kernels.feasible(case.problem("gpu"), config) is not None:  # narrow dims: the variant's default runs instead
         config = kernels.config_for(case.problem("gpu"), config.kernel_name)
-    check(case, config)
+    check(backend, case, config)
+
+
+def test_selection_has_the_stages_that_it_names():
+    for case, chosen in _selection():
+        problem = case.problem("gpu")
+        if problem.rows == 0 or kernels.feasible(problem, chosen) is not None:
+            continue
+        key = next(key for key, tiles in TILES.items() if key[0] == chosen.kernel_variant and _tile(chosen) in tiles)
+        stems = [d["kernel"].split("<")[0] for d in ops.plan(problem, chosen)["dispatches"]]
+        assert ("trellis_rotate" in stems) == (key[1] == "separate"), (case, chosen)
+        constants = ops.plan(problem, chosen)["dispatches"][-1 if "trellis_combine" not in stems else -2]["constants"]
+        assert constants["fused_epilogue"] == (key[2] == "fused"), (case, chosen)
+
+
+def _tile(config: KernelConfig) -> tuple[int, int, int]:
+    return config.tile_size_m, config.tile_size_n, config.simdgroups
+
+
+@pytest.mark.parametrize(
+    "bits, codebook",
+    [
+        pytest.param(*f, marks=[] if i % len(codec.CODEBOOKS) == f[0] % len(codec.CODEBOOKS) else [pytest.mark.slow])
+        for i, f in enumerate(FORMATS)
+    ],
+)
+def test_one_row_by_default(backend, bits, codebook):
+    """The config that most calls take, in the quick tests at each width with one of the codebooks."""
+    check(backend, cases.Case(bits, codebook, "float16", 1, "blocks", "silu", top_k=2, scores=True), None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", cases.pairwise(), ids=str)
+@pytest.mark.parametrize("fp32_acc", [True, False])
 @pytest.mark.parametrize("variant", kernels.VARIANTS)
-def test_pairwise(case, variant):
-    check(case, kernels.config_for(case.problem("gpu"), make_name(variant)))
+def test_pairwise(backend, case, variant, fp32_acc):
+    chosen = kernels.config_for(case.problem("gpu"), make_name(variant))
+    check(backend, case, config(variant, *_tile(chosen), fp32_acc))
 
 
 SMALL = cases.Case(3, "mcg", "float16", 5, "blocks", "silu", mix="both", top_k=2, scores=True)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fp32_acc", [True, False])
 @pytest.mark.parametrize("tiles", [(v, *t) for v in kernels.VARIANTS for t in metal_rules.tiles(v)], ids=str)
-def test_every_tile(tiles):
-    chosen = config(*tiles)
-    if kernels.feasible(SMALL.problem("gpu"), chosen) is not None:
-        pytest.skip("not feasible for these sizes")
-    check(SMALL, chosen)
+def test_every_tile(backend, tiles, fp32_acc):
+    chosen = config(*tiles, fp32_acc)
+    reason = kernels.feasible(SMALL.problem("gpu"), chosen)
+    if reason is not None:
+        pytest.skip(f"not feasible: {reason}")
+    check(backend, SMALL, chosen)
 
 
-@pytest.mark.parametrize("tiles", [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 8, 128, 16)], ids=str)
-def test_schedules_give_the_same_bits(tiles):
+SOME_TILES = [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 8, 128, 16)]
+
+
+@pytest.mark.parametrize("fp32_acc", [True, False])
+@pytest.mark.parametrize("tiles", SOME_TILES, ids=str)
+def test_schedules_give_the_same_bits(simulator, tiles, fp32_acc):
     inputs = SMALL.inputs()
-    first, *others = (run(SMALL, inputs, config(*tiles), order=order) for order in ("forward", "reverse", "random:5"))
+    chosen = config(*tiles, fp32_acc)
+    first, *others = (
+        run(simulator, SMALL, inputs, chosen, order=order) for order in ("forward", "reverse", "random:5")
+    )
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
+@pytest.mark.parametrize("tiles", SOME_TILES, ids=str)
+def test_repeated_runs_give_the_same_bits(backend, tiles):
+    inputs = SMALL.inputs()
+    first, *others = (run(backend, SMALL, inputs, config(*tiles)) for _ in range(3))
     for other in others:
         np.testing.assert_array_equal(first, other)
 
 
 @pytest.mark.parametrize("scores", [False, True])
 @pytest.mark.parametrize(
-    "tiles", [("decode", 1, 128, 16), ("decode", 1, 64, 8), ("prefill4", 4, 128, 16), ("base", 8, 64, 8)], ids=str
+    "tiles",
+    [("decode", 1, 128, 16), ("decode", 1, 64, 8), ("decode", 2, 32, 4), ("prefill4", 4, 128, 16), ("base", 8, 64, 8)],
+    ids=str,
 )
-def test_index_out_of_range_makes_its_slot_nan(tiles, scores):
+def test_index_out_of_range_makes_its_slot_nan(backend, tiles, scores):
     case = cases.Case(2, "mul1", "float32", 3, "block", "silu", top_k=2, scores=scores)
     x, indices, weights = case.inputs()
-    legal = run(case, (x, indices, weights), config(*tiles))
+    legal = run(backend, case, (x, indices, weights), config(*tiles))
     wrong = np.array(indices)
     wrong[1, 0] = cases.EXPERTS
     wrong[2, 1] = 0xFFFFFFFF
-    y = run(case, (x, mx.array(wrong), weights), config(*tiles))
+    y = run(backend, case, (x, mx.array(wrong), weights), config(*tiles))
     hit = (wrong >= cases.EXPERTS).any(axis=1) if scores else wrong >= cases.EXPERTS
     assert np.isnan(y[hit]).all()
     np.testing.assert_array_equal(y[~hit], legal[~hit])
 
 
+@pytest.mark.parametrize("tiles", [("decode", 1, 128, 16), ("decode", 1, 32, 4), ("base", 8, 128, 8)], ids=str)
+def test_scores_are_added_in_slot_order(backend, tiles):
+    case = cases.Case(4, "mcg", "float32", 3, "block", "silu", top_k=5, scores=True)
+    x, indices, scores = case.inputs()
+    slots = run(backend, case, (x, indices, None), config(*tiles))
+    # Powers of two: products are exact, so that the order of the additions is all that rounds.
+    powers = np.exp2(np.random.default_rng(0).integers(-3, 4, indices.shape)).astype(np.float32)
+    y = run(backend, case, (x, indices, mx.array(powers)), config(*tiles))
+
+    def added(order):
+        total = np.zeros_like(y)
+        for slot in order:
+            total += powers[:, slot, None] * slots[:, slot]
+        return total
+
+    np.testing.assert_array_equal(y, added(range(5)))
+    assert not np.array_equal(y, added(reversed(range(5)))), "the order must matter for these numbers"
+
+
 @pytest.mark.parametrize("variant", kernels.VARIANTS)
 @pytest.mark.parametrize("activation", ["none", "silu"])
-def test_no_rows(variant, activation):
+def test_no_rows(backend, variant, activation):
     case = cases.Case(3, "mcg", "float16", 0, "block", activation)
-    assert run(case, case.inputs(), kernels.config_for(case.problem("gpu"), make_name(variant))).size == 0
+    assert run(backend, case, case.inputs(), kernels.config_for(case.problem("gpu"), make_name(variant))).size == 0
 
 
 @pytest.mark.parametrize("tiles", [("decode", 1, 128, 16), ("prefill4", 4, 128, 16), ("base", 8, 128, 16)], ids=str)
-def test_gathered_linear(tiles):
+def test_gathered_linear(backend, tiles):
     rng = np.random.default_rng(0)
     bank = cases.Case(3, "mcg", "float32", 5, "blocks", "silu", mix="both").experts()["gate"]
     stack = ops.prepare(ExpertStack.of("gate", bank))
     x = cases.random_rows(rng, 5, stack.source.in_features)
     indices = rng.integers(0, len(bank), (5, 2))
-    y = metal.linear(x, stack, config(*tiles), indices, x_divisor=2)
+    y = backend.linear(x, stack, config(*tiles), indices, x_divisor=2)
     expected = np.stack([cases.reference_linear(np.array(x)[[r // 2]], bank[e])[0] for r, e in enumerate(indices.flat)])
     assert cases.row_error(y, expected) <= cases.TOLERANCE["float32"]
 
@@ -190,7 +265,7 @@ def test_gathered_linear(tiles):
 @pytest.mark.parametrize("bits", [2, 5])
 @pytest.mark.parametrize("dims", ["padded", "narrow"])
 @pytest.mark.parametrize("gathered", [False, True])
-def test_transposed_linear(bits, dims, gathered):
+def test_transposed_linear(backend, bits, dims, gathered):
     """What the gradient with respect to x needs."""
     rng = np.random.default_rng(bits)
     case = cases.Case(bits, "mcg", "float32", 6, dims, "silu", mix="both" if gathered else "uniform")
@@ -198,28 +273,61 @@ def test_transposed_linear(bits, dims, gathered):
     stack = ops.prepare(ExpertStack.of("up", bank))
     cotangent = cases.random_rows(rng, 6, stack.source.out_features)
     indices = rng.integers(0, len(bank), 6)
-    y = metal.linear(cotangent, stack, None, indices if gathered else None, transposed=True)
+    y = backend.linear(cotangent, stack, None, indices if gathered else None, transposed=True)
     dense = [codec.dequantize(w).astype(np.float64) for w in bank]
     expected = np.stack([np.array(cotangent)[r].astype(np.float64) @ dense[e].T for r, e in enumerate(indices)])
     assert cases.row_error(y, expected) <= cases.TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize("fp32_acc", [True, False])
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 @pytest.mark.parametrize("tiles", [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 16, 128, 16)], ids=str)
-def test_magnitudes_that_half_cannot_hold(tiles, scale):
+def test_magnitudes_that_half_cannot_hold(backend, tiles, scale, fp32_acc):
     case = cases.Case(4, "mul1", "float32", 3, "blocks", "none")
     x, *_ = case.inputs()
-    y = run(case, (x * scale, None, None), config(*tiles))
-    assert cases.row_error(y / np.float32(scale), case.reference(x)) <= case.tolerance
+    y = run(backend, case, (x * scale, None, None), config(*tiles, fp32_acc))
+    limit = case.tolerance if fp32_acc else HALF_TOLERANCE["float32"]
+    assert cases.row_error(y / np.float32(scale), case.reference(x)) <= limit
+
+
+@pytest.mark.parametrize("fp32_acc", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("tiles", [("decode", 1, 32, 8), ("base", 8, 128, 16)], ids=str)
+def test_a_row_that_is_not_finite_stays_alone(backend, tiles, value, fp32_acc):
+    case = cases.Case(3, "mcg", "float32", 5, "blocks", "silu", top_k=2, scores=True)
+    x, indices, scores = case.inputs()
+    chosen = config(*tiles, fp32_acc)
+    clean = run(backend, case, (x, indices, scores), chosen)
+    spoiled = np.array(x)
+    spoiled[2, 7] = value
+    y = run(backend, case, (mx.array(spoiled), indices, scores), chosen)
+    assert not np.isfinite(y[2]).any()
+    others = [0, 1, 3, 4]
+    np.testing.assert_array_equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("tiles", [("decode", 1, 128, 16), ("prefill4", 4, 128, 8), ("base", 8, 128, 16)], ids=str)
+def test_offsets_beyond_32_bits(simulator, tiles, tmp_path):
+    """An expert's codes 2^32 words into the stack, in a sparse file: 32 bits would lead to the zeros at its start."""
+    w = cases.Case(3, "mcg", "float32", 3, "block", "none").weight()
+    stack = ops._prepare_weight("test", w)
+    words = np.array(stack.arrays[0])
+    far = np.memmap(tmp_path / "codes", np.uint32, "w+", shape=(1 << 32) + words.size)
+    far[1 << 32 :] = words
+    x = cases.random_rows(np.random.default_rng(0), 3, w.in_features)
+    y = simulator.linear(
+        x, stack, config(*tiles), np.zeros(3, np.uint32), codes=far, offsets=np.array([1 << 32], np.int64)
+    )
+    assert cases.row_error(y, cases.reference_linear(np.array(x), w)) <= cases.TOLERANCE["float32"]
 
 
 @pytest.mark.slow
-def test_more_than_32768_rows():
+def test_more_than_32768_rows(backend):
     case = cases.Case(2, "mcg", "float16", 32768 + 77, "block", "none")
-    check(case, kernels.config_for(case.problem("gpu"), make_name("large_batch")))
+    check(backend, case, kernels.config_for(case.problem("gpu"), make_name("large_batch")))
 
 
 @pytest.mark.slow
-def test_more_than_32768_slots():
+def test_more_than_32768_slots(backend):
     case = cases.Case(2, "mcg", "float16", 8192 + 77, "block", "silu", top_k=5, scores=True)
-    check(case, kernels.config_for(case.problem("gpu"), make_name("large_batch")))
+    check(backend, case, kernels.config_for(case.problem("gpu"), make_name("large_batch")))

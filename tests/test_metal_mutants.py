@@ -13,7 +13,8 @@ import cases
 import metal_executor
 import metal_sim
 import pytest
-from test_metal_kernels import config, run
+from metal_backends import Simulated, run
+from test_metal_kernels import config
 
 pytestmark = pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(metal_sim.unavailable()))
 
@@ -23,8 +24,8 @@ ORDERS = ("forward", "reverse", "random:7")
 SWIGLU = cases.Case(3, "mcg", "float16", 3, "blocks", "silu", top_k=2, scores=True)
 MANY_ROWS = cases.Case(2, "3inst", "float32", 40, "blocks", "silu", top_k=2, routing="one_expert")
 LINEAR = cases.Case(3, "mcg", "float16", 3, "blocks", "none")
-# Between them they reach every barrier: fused and separate prologues and epilogues, row and matrix products
-# with one and with several units of rows, routed and unrouted rows.
+# Between them they reach every barrier: fused and separate prologues and epilogues, row and matrix products with one
+# and with several units of rows, with and without a product for every simdgroup, routed and unrouted rows.
 PROBES = {
     "fused row products": (SWIGLU, config("decode", 1, 128, 16)),
     "separate row products": (SWIGLU, config("decode", 1, 64, 8)),
@@ -33,6 +34,8 @@ PROBES = {
     "routed rows": (MANY_ROWS, config("prefill4", 4, 128, 16)),
     "matrix products": (MANY_ROWS, config("base", 16, 128, 16)),
     "large batch": (MANY_ROWS, config("large_batch", 64, 128, 16)),
+    "half operands": (SWIGLU, config("decode", 1, 64, 8, False)),
+    "idle simdgroups": (MANY_ROWS, config("base", 8, 48, 12)),
 }
 # The probe to try first.
 LIKELY = {"linear.metal": "fused linear", "route.metal": "routed rows", "product.h": "matrix products"}
@@ -79,7 +82,7 @@ def findings(folder, probes, order: str) -> dict[str, str]:
     for name in probes:
         case, chosen = PROBES[name]
         try:
-            run(case, case.inputs(), chosen, directory=folder, order=order)
+            run(Simulated, case, case.inputs(), chosen, directory=folder, order=order)
         except metal_sim.KernelError as error:
             found[name] = str(error)
     return found
@@ -114,5 +117,20 @@ def test_the_unchanged_kernels_pass(order):
     assert findings(metal_executor.SHADERS, PROBES, order) == {}
 
 
+def test_a_barrier_that_idle_simdgroups_skip_is_noticed(tmp_path):
+    folder = tmp_path / "kernels"
+    shutil.copytree(metal_executor.SHADERS, folder)
+    text = (folder / "product.h").read_text()
+    store = "product.store(sums + simdgroup * items.item_sums(), unit);\n"
+    outside = f"{store}    }}\n    threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+    assert outside in text
+    inside = f"{store}    threadgroup_barrier(mem_flags::mem_threadgroup);\n    }}\n"
+    (folder / "product.h").write_text(text.replace(outside, inside))
+    for order in ORDERS:
+        (found,) = findings(folder, ["idle simdgroups"], order).values()
+        assert "barrier" in found
+
+
 def test_there_are_barriers_to_remove():
-    assert len(SITES) >= 5
+    text = "".join(path.read_text() for path in metal_executor.SHADERS.glob("*.*"))
+    assert len(SITES) == text.count("_barrier(") > 0

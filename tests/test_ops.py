@@ -1,4 +1,4 @@
-"""The ops on the CPU against the float64 reference, on every instruction set that this machine has."""
+"""The ops on the CPU against the float64 reference, on every instruction set."""
 
 import cases
 import golden
@@ -14,21 +14,14 @@ from mlx_marlin import (
     _ext,
     codec,
     kernels,
+    plan,
     set_num_threads,
     trellis_decode,
     trellis_linear,
     trellis_swiglu,
 )
 
-INSTRUCTION_SETS = _ext.instruction_sets()
 FORMATS = [(bits, codebook) for bits in range(1, codec.MAX_BITS + 1) for codebook in codec.CODEBOOKS]
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
-    _ext.set_instruction_set(request.param)
-    yield request.param
-    _ext.set_instruction_set("auto")
 
 
 @pytest.fixture
@@ -210,6 +203,9 @@ def test_bad_x(x, message):
         (mx.zeros((3, 2)), r"indices must be integers, got .*float32"),
         (np.zeros((3, 2)), r"indices must be integers, got float64"),
         (mx.zeros((3, 2), mx.bool_), r"indices must be integers, got .*bool"),
+        (None, r"indices must be integers, got NoneType"),
+        ([[0, 1], [2]], r"indices must be integers, got list"),
+        ("012", r"indices must be integers, got <U3"),
     ],
 )
 def test_bad_indices(indices, message):
@@ -228,6 +224,14 @@ def test_other_bad_arguments():
         trellis_swiglu(x, indices, bank, scores=np.ones((3, 2), np.float32))
     with pytest.raises(ValueError, match="activation must be one of silu, gelu_tanh, swiglu_oai, got 'relu'"):
         trellis_swiglu(x, indices, bank, activation="relu")
+    with pytest.raises(ValueError, match="limit must be a number, got '7'"):
+        trellis_swiglu(x, indices, bank, limit="7")
+    with pytest.raises(ValueError, match="alpha must be a number, got None"):
+        trellis_swiglu(x, indices, bank, alpha=None)
+    with pytest.raises(ValueError, match="stream must be a stream or a device such as mx.cpu, got 'cpu'"):
+        trellis_swiglu(x, indices, bank, stream="cpu")
+    with pytest.raises(ValueError, match="problem must be a Problem, got NoneType"):
+        plan(None)
     with pytest.raises(ValueError, match="bank must be an ExpertBank, got list"):
         trellis_swiglu(x, indices, [bank])
     with pytest.raises(ValueError, match="w must be a TrellisWeight, got ExpertBank"):
@@ -256,10 +260,15 @@ def test_bad_configs(config, message):
         trellis_swiglu(x, indices, bank, config=config, stream=mx.cpu)
 
 
-@pytest.mark.parametrize("n", (0, -1, 1.5, "2", None))
+@pytest.mark.parametrize("n", (0, -1, 1.5, "2", None, True, np.int64(0)))
 def test_bad_thread_counts(n):
     with pytest.raises(ValueError, match="number of threads must be an integer >= 1, got"):
         set_num_threads(n)
+
+
+def test_thread_counts_of_numpy(threads):
+    threads(np.int64(2))
+    assert _ext.num_threads() == 2
 
 
 def test_an_unknown_instruction_set_is_named():

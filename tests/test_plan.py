@@ -1,6 +1,7 @@
 """The Plan by itself: grids cover, buffers hold, limits are kept. No simulator needed."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import cases
@@ -54,12 +55,13 @@ PROBLEMS += [linear(size, i + 1, kernels.DTYPES[i % 3], i % 2 == 1) for i, size 
 ALL_TILES = [(variant, *tiles) for variant in kernels.VARIANTS for tiles in metal_rules.tiles(variant)]
 
 
-def config(variant: str, rows: int, columns: int, simdgroups: int) -> KernelConfig:
-    return KernelConfig(make_name(variant), rows, columns, simdgroups, True, variant)
+def config(variant: str, rows: int, columns: int, simdgroups: int, fp32_acc: bool = True) -> KernelConfig:
+    return KernelConfig(make_name(variant), rows, columns, simdgroups, fp32_acc, variant)
 
 
 def configs(problem: Problem) -> list[KernelConfig]:
-    return [c for c in (config(*tiles) for tiles in ALL_TILES) if kernels.feasible(problem, c) is None]
+    every = (config(*tiles, fp32_acc) for tiles in ALL_TILES for fp32_acc in (True, False))
+    return [c for c in every if kernels.feasible(problem, c) is None]
 
 
 def padded(size: int) -> int:
@@ -125,7 +127,8 @@ def test_limits_and_bounds(problem):
                 if b["access"] == "w":
                     written.add(b["name"])
         assert used == plan["scratch"], "scratch is exactly what is bound"
-        assert sum(plan["scratch"].values()) < (1 << 28) * 1.5, "passes bound the scratch"
+        if problem.rows > 64:  # a pass is at least that long
+            assert sum(plan["scratch"].values()) < (1 << 27) * 1.5, "passes bound the scratch"
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
@@ -185,6 +188,32 @@ def test_one_row_of_qwen3_has_three_stages():
     assert depth(plan["dispatches"]) == 3
 
 
+@pytest.mark.parametrize("fp32_acc", [True, False])
+@pytest.mark.parametrize("columns", [32, 48, 64, 96, 128, 160, 256])
+def test_every_decode_config_of_one_row_has_three_stages(columns, fp32_acc):
+    for simdgroups in metal_rules.SIMDGROUPS:
+        plan = ops.plan(swiglu("qwen3-30b"), config("decode", 1, columns, simdgroups, fp32_acc))
+        assert len(plan["dispatches"]) == 3 and depth(plan["dispatches"]) == 3
+
+
+def test_wide_layers_rotate_in_a_dispatch_of_their_own():
+    """Two rotated copies of 4096 floats would leave one threadgroup per core of an M1; as halves they fit."""
+    problem = replace(swiglu("qwen3-30b"), hidden=4096)
+    for fp32_acc, stems in (True, ["rotate", "gate_up"]), (False, ["gate_up", "linear"]):
+        plan = ops.plan(problem, config("decode", 1, 128, 8, fp32_acc))
+        found = [d["kernel"].split("<")[0].removeprefix("trellis_") for d in plan["dispatches"]]
+        assert found[:2] == stems
+        assert all(d["threadgroup_bytes"] <= 20 * 1024 for d in plan["dispatches"])
+
+
+def test_halves_halve_the_rotated_activations():
+    problem = replace(swiglu("qwen3-30b"), rows=64)
+    floats, halves = (
+        ops.plan(problem, config("base", 16, 128, 16, fp32_acc))["scratch"]["rotated"] for fp32_acc in (True, False)
+    )
+    assert halves / floats == 1 / 2 + 1 / 128  # a float per 128 halves
+
+
 def test_one_row_of_qwen3_reads_little_beside_the_weights():
     problem = swiglu("qwen3-30b")
     plan = ops.plan(problem)
@@ -231,7 +260,9 @@ def test_a_cpu_problem_is_refused():
 
 
 def test_constants_and_kernels_exist_in_the_sources():
-    names = set(re.findall(r"X\(\d+, \w+, (\w+)\)", (KERNELS / "args.h").read_text()))
+    text = (KERNELS / "args.h").read_text()
+    names = set(re.findall(r"X\(\d+, \w+, (\w+)\)", text)) | set(re.findall(r"X\((\w+)\)", text))
+    assert set(ops._ext.SOURCE_CONSTANTS) <= names
     for problem in PROBLEMS:
         for chosen in configs(problem)[::7]:
             for d in ops.plan(problem, chosen)["dispatches"]:

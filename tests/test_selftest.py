@@ -6,8 +6,9 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from planted import PLANTED
 
-from mlx_marlin import choices, kernels, ops, selftest
+from mlx_marlin import choices, codec, kernels, ops, selftest
 from mlx_marlin.kernels import Problem
 from mlx_marlin.weights import ExpertBank
 
@@ -173,9 +174,80 @@ def test_the_cpu_is_not_tested():
 @pytest.mark.parametrize("rows", [1, 4, 16, 64])
 def test_the_small_case_is_small(rows):
     problem = replace(SWIGLU, rows=rows)
-    for config in kernels.candidates(problem):
+    for config in kernels.candidates(problem)[::3]:
         small = selftest.small_problem(problem, config)
         assert kernels.feasible(small, config) is None
-        assert small.rows <= config.tile_size_m + 1
+        assert small.rows == config.tile_size_m + 1
         assert small.bits == problem.bits and small.experts >= len(problem.bits)
         assert small.hidden * small.intermediate <= 2048 * 2048
+
+
+@pytest.mark.parametrize("hidden, intermediate", [(2048, 768), (4096, 1536), (7168, 2048), (2048, 8192)])
+@pytest.mark.parametrize("columns, simdgroups", [(128, 16), (32, 8), (16, 4)])
+def test_the_small_case_runs_the_kernels_that_the_layer_runs(hidden, intermediate, columns, simdgroups):
+    """Sizes decide whether a product makes its own input: a verdict on the one is none on the other."""
+    problem = replace(SWIGLU, hidden=hidden, intermediate=intermediate)
+    config = kernels.KernelConfig("moe_trellis_swiglu_decode", 1, columns, simdgroups, True, "decode")
+    small = selftest.small_problem(problem, config)
+
+    def compiled(problem):
+        plan = ops.plan(replace(problem, rows=2), config)
+        return [(d["kernel"], d["constants"]) for d in plan["dispatches"]]
+
+    assert compiled(small) == compiled(problem)
+    wide, narrow = replace(problem, hidden=8192), replace(problem, hidden=1024)
+    if columns > 16:
+        assert selftest._key(wide, config) != selftest._key(narrow, config)
+
+
+def test_a_call_without_rows_says_nothing_about_kernels(tmp_path, monkeypatch):
+    executor = Planted(lambda config: True, halved)
+    test = self_test(tmp_path, executor)
+    monkeypatch.setattr(selftest, "_gpu", lambda: test)
+    empty = replace(SWIGLU, rows=0)
+    assert selftest.select(empty, traced=False) == (choices.choose(empty), True)
+    assert executor.runs == 0 and not (tmp_path / "verdicts.json").exists()
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_several_rows_are_tested_whatever_the_call_has(tmp_path, rows):
+    problem = replace(SWIGLU, rows=rows)
+    config = kernels.KernelConfig("moe_trellis_swiglu", 8, 128, 16, True, "base")
+    spoiled = []
+
+    def last_row(y):
+        spoiled.append(len(y))
+        y[-1] *= 1.1
+        return y
+
+    assert "error against the codec" in self_test(tmp_path, Planted(lambda config: True, last_row)).fault(
+        problem, config
+    )
+    assert spoiled == [9]
+
+
+def test_what_does_not_run_is_tried_again_by_the_next_process(tmp_path):
+    wrong = kernels.default(LINEAR)
+    with pytest.warns(RuntimeWarning, match="does not run"):
+        self_test(tmp_path, Planted(lambda config: config == wrong, not_compiled)).select(LINEAR)
+    choices._choices = choices._Choices()
+    assert self_test(tmp_path, Planted(lambda config: False, halved)).select(LINEAR).config == wrong
+
+
+@pytest.mark.parametrize("fp32_acc", [True, False])
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_decoders_are_refused(tmp_path, monkeypatch, name, dtype, fp32_acc):
+    """What the codec's own tests reject, on the rows that the self-test takes."""
+    what, replacement, codebooks = PLANTED[name]
+    problem = replace(LINEAR, codebooks=(codebooks[-1],), dtype=dtype)
+    config = replace(kernels.default(problem), use_fp32_acc=fp32_acc)
+    assert self_test(tmp_path, right).fault(problem, config) is None
+
+    def wrong(problem, config, case):
+        with monkeypatch.context() as patch:
+            patch.setattr(codec, what, replacement)
+            return selftest.expected(problem, case)
+
+    (tmp_path / "verdicts.json").unlink()
+    assert "error against the codec" in self_test(tmp_path, wrong).fault(problem, config)

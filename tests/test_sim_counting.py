@@ -91,3 +91,20 @@ def test_bytes_barriers_and_simd_operations():
     assert result.stats["barriers"] == 3
     assert result.stats["simd"] == {"sum": 6, "shuffle_xor": 6}
     assert result.stats["threadgroup_bytes"] == 256
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_share_the_threadgroups(monkeypatch, workers):
+    """Without counting, as many processes as asked for; the result does not depend on them."""
+    library = metal_sim.compile(HEAD + "kernel void k(device int* y, uint i [[thread_position_in_grid]]) { y[i] = i; }")
+    used = []
+    execute = library._execute
+
+    def spy(name, binding, sizes, settings):
+        used.append((settings[5], settings[7]))
+        return execute(name, binding, sizes, settings)
+
+    monkeypatch.setattr(library, "_execute", spy)
+    result = library.run("k", [metal_sim.Out(640, "i4")], grid=10, threads=64, workers=workers)
+    assert np.array_equal(result[0], np.arange(640))
+    assert used == [(workers, 0)]

@@ -10,7 +10,15 @@ import pytest
 
 pytestmark = pytest.mark.skipif(metal_sim.unavailable() is not None, reason=str(metal_sim.unavailable()))
 
-mx.set_default_device(mx.cpu)
+
+@pytest.fixture(autouse=True)
+def results_by_the_cpu():
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
 INC = os.path.join(list(mlx.__path__)[0], "include")
 K = "mlx/backend/metal/kernels/"
 ORDERS = ["forward", "reverse", "random:7"]

@@ -373,7 +373,7 @@ def test_steps_count_what_differs():
     problem = Problem("swiglu", 20, 2, 256, 128, 4, ((3, 3, 3),), ("mul1",), "silu", "float32", "gpu")
     a = kernels.default(problem)
     assert trial.steps(problem, a) == 0
-    assert trial.steps(problem, replace(a, tile_size_m=8, tile_size_n=64, simdgroups=4, use_fp32_acc=False)) == 4
+    assert trial.steps(problem, replace(a, tile_size_m=16, tile_size_n=64, simdgroups=4, use_fp32_acc=False)) == 4
     decode = KernelConfig("moe_trellis_swiglu_decode", 1, a.tile_size_n, a.simdgroups, True, "decode")
     assert trial.steps(problem, decode) == 1
 

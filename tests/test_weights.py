@@ -63,6 +63,12 @@ def test_a_bias_of_logical_size_is_padded():
         ({"in_features": 129}, r"in_features must lie in \(0, 128\].*got 129"),
         ({"in_features": 0}, r"in_features must lie in \(0, 128\].*got 0"),
         ({"out_features": -1}, r"out_features must lie in \(0, 128\].*got -1"),
+        ({"in_features": 100.7}, "in_features must be an integer, got 100.7"),
+        ({"out_features": "100"}, "out_features must be an integer, got '100'"),
+        ({"trellis": None}, "trellis must be an array of numbers, NumPy's or MLX's, got NoneType"),
+        ({"suh": None}, "suh must be an array of numbers, .* got NoneType"),
+        ({"svh": "scales"}, "svh must be an array of numbers, .* got str"),
+        ({"bias": [None] * 128}, "bias must be an array of numbers, .* got list"),
     ],
 )
 def test_bad_weights(change, message):
@@ -111,6 +117,12 @@ def test_a_bank():
     )
 
 
+def test_a_bank_takes_generators():
+    experts = make(256, 128)
+    bank = ExpertBank(*((w for w in experts[name]) for name in ("gate", "up", "down")))
+    assert bank.triples == ((2, 2, 2), (2, 2, 2))
+
+
 def make(hidden, intermediate, count=2):
     rng = np.random.default_rng(0)
     return cases.random_experts(rng, hidden, intermediate, [((2, "mul1"),) * 3] * count)
@@ -120,6 +132,9 @@ def test_bad_banks():
     good = make(256, 128)
     with pytest.raises(ValueError, match="one weight per expert, got 2, 2, 1"):
         ExpertBank(good["gate"], good["up"], good["down"][:1])
+    for nothing in (None, 3):
+        with pytest.raises(ValueError, match="up must be a list with one TrellisWeight per expert, got"):
+            ExpertBank(good["gate"], nothing, good["down"])
     with pytest.raises(ValueError, match="gate needs at least one expert"):
         ExpertBank([], [], [])
     with pytest.raises(ValueError, match=r"up\[1\] must be a TrellisWeight, got ndarray"):

@@ -26,6 +26,7 @@ MARLIN_DECLARE_TIER(baseline)
 MARLIN_DECLARE_TIER(avx2)
 MARLIN_DECLARE_TIER(avx512)
 MARLIN_DECLARE_TIER(avx512vbmi)
+MARLIN_DECLARE_TIER(avx512vnni)
 MARLIN_DECLARE_TIER(avx512fp16)
 #elif defined(__aarch64__)
 MARLIN_DECLARE_TIER(neon)
@@ -56,6 +57,10 @@ bool has_avx512vbmi() {
   return has_avx512() && __builtin_cpu_supports("avx512vbmi");
 }
 
+bool has_avx512vnni() {
+  return has_avx512vbmi() && __builtin_cpu_supports("avx512vnni");
+}
+
 // __builtin_cpu_supports learned this name later than the compilers learned the instructions.
 bool has_avx512fp16() {
   unsigned a, b, c, d;
@@ -82,6 +87,7 @@ const Entry kEntries[] = {
     {"avx2", has_avx2, avx2::tier_table},
     {"avx512", has_avx512, avx512::tier_table},
     {"avx512vbmi", has_avx512vbmi, avx512vbmi::tier_table},
+    {"avx512vnni", has_avx512vnni, avx512vnni::tier_table},
     {"avx512fp16", has_avx512fp16, avx512fp16::tier_table},
 #elif defined(__aarch64__)
     {"neon", [] { return true; }, neon::tier_table},  // part of arm64
@@ -108,6 +114,14 @@ std::atomic<const Tier*>& current() {
 
 const Tier& tier() {
   return *current().load(std::memory_order_acquire);
+}
+
+std::vector<std::string> compiled_instruction_sets() {
+  std::vector<std::string> names;
+  for (const Entry& entry : kEntries) {
+    names.push_back(entry.name);
+  }
+  return names;
 }
 
 std::vector<std::string> instruction_sets() {

@@ -72,9 +72,10 @@ void decode(const Stack& stack, int expert, uint16_t* out, int threads);
 int64_t find_bad_id(const uint32_t* ids, int64_t count, int experts);
 
 // Instruction sets: "baseline", "avx2", "avx512", ... on x86-64; "neon" on arm64.
-std::vector<std::string> instruction_sets();   // those that this machine can run, best last
-std::string instruction_set();                 // the one in use
-void set_instruction_set(const std::string&);  // "auto" or one of instruction_sets(); throws
+std::vector<std::string> compiled_instruction_sets();  // those of this build, best last
+std::vector<std::string> instruction_sets();           // those of them that this machine can run
+std::string instruction_set();                         // the one in use
+void set_instruction_set(const std::string&);          // "auto" or one of instruction_sets(); throws
 
 // Worker pool. Workers sleep when idle.
 void set_threads(int n);  // n >= 1

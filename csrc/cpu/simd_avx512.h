@@ -1,5 +1,4 @@
-// Vectors of sixteen floats: AVX-512 F, BW, DQ and VL, and VBMI and FP16 where the compiler's flags
-// have them.
+// Vectors of sixteen floats: AVX-512 F, BW, DQ and VL, and VBMI, VNNI and FP16 where the compiler's flags have them.
 #pragma once
 
 #include <immintrin.h>
@@ -244,10 +243,34 @@ struct Constants {
   }
 };
 
+// Reads the 4 * bits bytes of a group and the word before them.
+struct GroupReader {
+  explicit GroupReader(const Codes& codes)
+      : step(4 * codes.bits), present((1u << (codes.bits + 1)) - 1), present_first(present & ~1u) {}
+
+  template <bool FIRST>
+  MARLIN_INLINE __m512i words(const uint8_t* tile, int group) const {
+    if constexpr (FIRST) {  // the word before the tile's first is its last
+      uint32_t last;
+      std::memcpy(&last, tile + bytes() - 4, 4);
+      __m512i words = _mm512_maskz_loadu_epi32(present_first, tile - 4);
+      return _mm512_mask_set1_epi32(words, 1, static_cast<int>(last));
+    } else {
+      return _mm512_maskz_loadu_epi32(present, tile + group * step - 4);
+    }
+  }
+
+  int bytes() const {  // of a tile
+    return 8 * step;
+  }
+
+  int step;
+  __mmask16 present, present_first;
+};
+
 template <int CODEBOOK>
 struct Decoder {
-  explicit Decoder(const Codes& codes)
-      : step(4 * codes.bits), present((1u << (codes.bits + 1)) - 1), present_first(present & ~1u) {
+  explicit Decoder(const Codes& codes) : reader(codes) {
     const Windows& windows = kWindows[codes.bits - 1];
 #if defined(__AVX512VBMI__)
     gather = _mm512_load_si512(windows.gather);
@@ -284,7 +307,7 @@ struct Decoder {
   }
 
   int bytes() const {  // of a tile
-    return 8 * step;
+    return reader.bytes();
   }
 
  private:
@@ -294,15 +317,7 @@ struct Decoder {
 
   template <bool FIRST>
   MARLIN_INLINE __m512i states(const uint8_t* tile, int group) const {
-    __m512i words;
-    if constexpr (FIRST) {  // the word before the tile's first is its last
-      uint32_t last;
-      std::memcpy(&last, tile + 8 * step - 4, 4);
-      words = _mm512_maskz_loadu_epi32(present_first, tile - 4);
-      words = _mm512_mask_set1_epi32(words, 1, static_cast<int>(last));
-    } else {
-      words = _mm512_maskz_loadu_epi32(present, tile + group * step - 4);
-    }
+    const __m512i words = reader.template words<FIRST>(tile, group);
 #if defined(__AVX512VBMI__)
     return _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(gather, words));
 #else
@@ -351,8 +366,7 @@ struct Decoder {
     }
   }
 
-  int step;
-  __mmask16 present, present_first;
+  GroupReader reader;
   Constants<CODEBOOK> constants;
 #if defined(__AVX512VBMI__)
   __m512i gather, shift;
@@ -362,3 +376,7 @@ struct Decoder {
 };
 
 }  // namespace mlx_marlin::cpu::MARLIN_TIER
+
+#if defined(__AVX512VNNI__) && !defined(__AVX512FP16__)
+#include "simd_avx512_vnni.h"
+#endif

@@ -2,41 +2,32 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstdio>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include "args.h"
 #include "metal/shaders.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
 #include "plan.h"
+#include "trellis_cpu.h"
 
 namespace mlx_marlin::metal {
 
 namespace {
 
-using Arrays = std::unordered_map<std::string, mx::array>;
-
 std::unordered_map<std::string, std::string>& shaders() {
   static std::unordered_map<std::string, std::string> sources;
   return sources;
-}
-
-// Pipelines by specialised name, owned by MLX: a layer in steady state neither hashes sources nor
-// builds constants. MLX has one Metal device.
-struct Pipelines {
-  std::mutex mutex;
-  std::unordered_map<std::string, MTL::ComputePipelineState*> by_name;
-};
-
-Pipelines& pipelines() {
-  static Pipelines known;
-  return known;
 }
 
 struct FunctionConstant {
@@ -49,7 +40,7 @@ struct FunctionConstant {
 constexpr FunctionConstant kFunctionConstants[] = {MARLIN_FUNCTION_CONSTANTS(MARLIN_ENTRY)};
 #undef MARLIN_ENTRY
 
-// The kernel with its constants, unique: MLX's cache of pipelines knows no more than this.
+// The kernel with its constants: what names it to people, and in `pipelines`.
 std::string specialised_name(const Dispatch& d) {
   std::string name = d.kernel;
   for (const Constant& c : d.constants) {
@@ -58,7 +49,13 @@ std::string specialised_name(const Dispatch& d) {
   return name;
 }
 
-// The kernel's name inside its library: an identifier.
+std::string hex_hash(const std::string& text) {
+  char digits[17];
+  std::snprintf(digits, sizeof(digits), "%016zx", std::hash<std::string>{}(text));
+  return digits;
+}
+
+// The kernel's name inside its library: Metal wants an identifier.
 std::string host_name(const Dispatch& d) {
   std::string name;
   for (const char c : d.kernel) {
@@ -69,54 +66,166 @@ std::string host_name(const Dispatch& d) {
   return name;
 }
 
-// MLX's cache of libraries knows the name only, so it holds the source's hash.
-MTL::Library* find_library(mx::metal::Device& device, const Dispatch& d) {
+std::string library_source(const Dispatch& d) {
   const auto source = shaders().find(d.stem());
   if (source == shaders().end()) {
     throw std::runtime_error("there is no Metal source for it; reinstall mlx_marlin");
   }
-  const std::string& text = source->second;
-  const std::string name = "mlx_marlin " + d.kernel + " " + std::to_string(std::hash<std::string>{}(text));
-  return device.get_library(name, [&text, &d] {
-    if (d.kernel.find('<') == std::string::npos) {
-      return text;
-    }
-    return text + "\ntemplate [[host_name(\"" + host_name(d) + "\")]] [[kernel]] decltype(" + d.kernel + ") " +
-        d.kernel + ";\n";
-  });
+  std::string text = d.preamble() + source->second;
+  if (d.kernel.find('<') != std::string::npos) {
+    text +=
+        "\ntemplate [[host_name(\"" + host_name(d) + "\")]] [[kernel]] decltype(" + d.kernel + ") " + d.kernel + ";\n";
+  }
+  return text;
 }
 
-// Metal wants a value for every constant that a function mentions; those that a dispatch does not name
-// are 0.
-MTL::ComputePipelineState* build_kernel(mx::metal::Device& device, const Dispatch& d, const std::string& name) {
-  static constexpr uint32_t zero = 0;
+// Metal wants a value for every constant that a function mentions; those that a dispatch does not name are 0. MLX's
+// caches know names only, so these hold hashes: of the library its text, of the pipeline all constants.
+MTL::ComputePipelineState* build_pipeline(mx::metal::Device& device, const Dispatch& d, const std::string& name) {
   std::deque<bool> bools;  // a deque does not move its elements
+  std::deque<uint32_t> words;
   mx::metal::MTLFCList constants;
   for (const FunctionConstant& entry : kFunctionConstants) {
-    const auto named = std::find_if(
-        d.constants.begin(), d.constants.end(), [&entry](const Constant& c) { return c.name == entry.name; });
-    const uint32_t& value = named == d.constants.end() ? zero : named->value;
+    const uint32_t value = d.constant(entry.name);
     if (entry.is_bool) {
       constants.emplace_back(&bools.emplace_back(value != 0), MTL::DataTypeBool, entry.index);
     } else {
-      constants.emplace_back(&value, MTL::DataTypeUInt, entry.index);
+      constants.emplace_back(&words.emplace_back(value), MTL::DataTypeUInt, entry.index);
     }
   }
   try {
-    return device.get_kernel(host_name(d), find_library(device, d), name, constants);
+    const std::string text = library_source(d);
+    MTL::Library* library =
+        device.get_library("mlx_marlin_" + host_name(d) + "_" + hex_hash(text), [&text] { return text; });
+    return device.get_kernel(host_name(d), library, host_name(d) + "_" + hex_hash(name + text), constants);
   } catch (const std::runtime_error& error) {
     throw std::runtime_error("[mlx_marlin] the Metal kernel " + name + " could not be built: " + error.what());
   }
 }
 
-MTL::ComputePipelineState* find_kernel(mx::metal::Device& device, const Dispatch& d) {
-  const std::string name = specialised_name(d);
-  const std::lock_guard lock(pipelines().mutex);
-  MTL::ComputePipelineState*& kernel = pipelines().by_name[name];
-  if (kernel == nullptr) {
-    kernel = build_kernel(device, d, name);
+// Pipelines by specialised name, owned by MLX. MLX has one Metal device.
+struct Pipelines {
+  std::mutex mutex;
+  std::unordered_map<std::string, MTL::ComputePipelineState*> by_name;
+
+  MTL::ComputePipelineState* find(mx::metal::Device& device, const Dispatch& d) {
+    const std::string name = specialised_name(d);
+    const std::lock_guard lock(mutex);
+    MTL::ComputePipelineState*& pipeline = by_name[name];
+    if (pipeline == nullptr) {
+      pipeline = build_pipeline(device, d, name);
+    }
+    const uint32_t threads = d.threads[0] * d.threads[1] * d.threads[2];
+    if (threads > pipeline->maxTotalThreadsPerThreadgroup()) {
+      // Metal would drop the dispatch in silence.
+      throw std::runtime_error(
+          "[mlx_marlin] this GPU runs " + name + " with at most " +
+          std::to_string(pipeline->maxTotalThreadsPerThreadgroup()) + " threads, the config wants " +
+          std::to_string(threads) + "; choose a config with fewer simdgroups.");
+    }
+    return pipeline;
   }
-  return kernel;
+};
+
+Pipelines& pipelines() {
+  static Pipelines known;
+  return known;
+}
+
+// The arrays that a call binds by name; scratch follows.
+using Names = std::vector<std::string>;
+
+void name_stack(Names& names, const std::string& name, const StackInfo& info) {
+  static const char* parts[] = {".codes", ".offsets", ".formats", ".suh", ".svh", ".bias"};
+  for (int i = 0; i < info.num_arrays(); ++i) {
+    names.push_back(name + parts[i]);
+  }
+}
+
+// A plan with its pipelines, and each binding's place among the call's arrays.
+struct Prepared {
+  Plan plan;
+  std::vector<MTL::ComputePipelineState*> pipelines;
+  std::vector<std::vector<size_t>> places;
+
+  Prepared(Plan made, mx::Stream stream, Names names) : plan(std::move(made)) {
+    for (const auto& [name, bytes] : plan.scratch) {
+      names.push_back(name);
+    }
+    for (const Dispatch& d : plan.dispatches) {
+      pipelines.push_back(metal::pipelines().find(mx::metal::device(stream.device), d));
+      std::vector<size_t>& places_of = places.emplace_back();
+      for (const Binding& b : d.buffers) {
+        const auto found = std::find(names.begin(), names.end(), b.name);
+        places_of.push_back(static_cast<size_t>(found - names.begin()));
+      }
+    }
+  }
+};
+
+// What decides a plan.
+template <class Call>
+struct Key {
+  Call call;
+  int64_t rows;
+  int top_k;
+  int dtype;
+
+  bool operator==(const Key&) const = default;
+};
+
+template <class Call>
+struct KeyHash {
+  size_t operator()(const Key<Call>& key) const {
+    const KernelConfig& c = key.call.config;
+    size_t hash = 0;
+    // Calls that agree in all of these are rare, and compared in full.
+    for (const int64_t part :
+         {key.rows, int64_t(key.call.size()), int64_t(key.top_k), int64_t(key.dtype), int64_t(c.variant),
+          int64_t(c.tile_size_n), int64_t(c.simdgroups)}) {
+      hash = hash * 1000003 + std::hash<int64_t>{}(part);
+    }
+    return hash;
+  }
+};
+
+// Planning and naming take longer than encoding: a layer in steady state does neither again.
+template <class Call>
+class PreparedCalls {
+ public:
+  template <class Make>
+  std::shared_ptr<const Prepared> find(const Key<Call>& key, const Make& make) {
+    {
+      const std::lock_guard lock(mutex_);
+      const auto known = prepared_.find(key);
+      if (known != prepared_.end()) {
+        return known->second;
+      }
+    }
+    auto made = std::make_shared<const Prepared>(make());
+    const std::lock_guard lock(mutex_);
+    if (prepared_.size() >= kMost) {
+      prepared_.clear();
+    }
+    prepared_[key] = made;
+    return made;
+  }
+
+  void clear() {
+    const std::lock_guard lock(mutex_);
+    prepared_.clear();
+  }
+
+ private:
+  static constexpr size_t kMost = 1024;  // a few KB each; a server meets ever new numbers of rows
+  std::mutex mutex_;
+  std::unordered_map<Key<Call>, std::shared_ptr<const Prepared>, KeyHash<Call>> prepared_;
+};
+
+template <class Call>
+PreparedCalls<Call>& prepared_calls() {
+  static PreparedCalls<Call> known;
+  return known;
 }
 
 mx::array new_scratch(uint64_t bytes) {
@@ -125,28 +234,20 @@ mx::array new_scratch(uint64_t bytes) {
   return scratch;
 }
 
-void encode(const Plan& plan, mx::Stream stream, Arrays arrays) {
-  mx::metal::Device& device = mx::metal::device(stream.device);
+// arrays: in the order of the names that the plan was prepared with.
+void encode(const Prepared& prepared, mx::Stream stream, std::vector<mx::array> arrays) {
   mx::metal::CommandEncoder& encoder = mx::metal::get_command_encoder(stream);
-  for (const auto& [name, bytes] : plan.scratch) {
-    const mx::array scratch = new_scratch(bytes);
-    arrays.emplace(name, scratch);
-    encoder.add_temporary(scratch);
+  for (const auto& [name, bytes] : prepared.plan.scratch) {
+    arrays.push_back(new_scratch(bytes));
+    encoder.add_temporary(arrays.back());
   }
-  for (const Dispatch& d : plan.dispatches) {
-    MTL::ComputePipelineState* kernel = find_kernel(device, d);
-    const uint32_t threads = d.threads[0] * d.threads[1] * d.threads[2];
-    if (threads > kernel->maxTotalThreadsPerThreadgroup()) {
-      // Metal would drop the dispatch in silence.
-      throw std::runtime_error(
-          "[mlx_marlin] this GPU runs " + specialised_name(d) + " with at most " +
-          std::to_string(kernel->maxTotalThreadsPerThreadgroup()) + " threads, the config wants " +
-          std::to_string(threads) + "; choose a config with fewer simdgroups.");
-    }
-    encoder.set_compute_pipeline_state(kernel);
+  for (size_t i = 0; i < prepared.plan.dispatches.size(); ++i) {
+    const Dispatch& d = prepared.plan.dispatches[i];
+    encoder.set_compute_pipeline_state(prepared.pipelines[i]);
     encoder.set_bytes(d.args.data(), static_cast<int>(d.args.size()), 0);
-    for (const Binding& b : d.buffers) {
-      mx::array& array = arrays.at(b.name);
+    for (size_t j = 0; j < d.buffers.size(); ++j) {
+      const Binding& b = d.buffers[j];
+      mx::array& array = arrays[prepared.places[i][j]];
       const auto offset = static_cast<int64_t>(b.offset);
       if (b.access == Access::read) {
         encoder.set_input_array(array, b.slot, offset);
@@ -162,16 +263,14 @@ void encode(const Plan& plan, mx::Stream stream, Arrays arrays) {
   }
 }
 
-// Binds a stack's arrays, which begin at inputs[first]; returns where the next begins.
-size_t bind_stack(
-    Arrays& arrays, const std::string& name, const StackInfo& info, const std::vector<mx::array>& inputs,
-    size_t first) {
-  static const char* parts[] = {".codes", ".offsets", ".formats", ".suh", ".svh", ".bias"};
-  const size_t count = static_cast<size_t>(info.num_arrays());
-  for (size_t i = 0; i < count; ++i) {
-    arrays.emplace(name + parts[i], inputs[first + i]);
-  }
-  return first + count;
+// Everything that can fail comes before the output has memory and the first dispatch is encoded.
+void run(
+    const char* op, const Prepared& prepared, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {
+  require_contiguous(op, inputs);
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  std::vector<mx::array> arrays = inputs;
+  arrays.push_back(out);
+  encode(prepared, stream, std::move(arrays));
 }
 
 int dtype_id(mx::Dtype dtype) {
@@ -183,47 +282,54 @@ int dtype_id(mx::Dtype dtype) {
 }  // namespace
 
 void set_shaders(std::unordered_map<std::string, std::string> sources) {
-  const std::lock_guard lock(pipelines().mutex);
-  shaders() = std::move(sources);
-  pipelines().by_name.clear();
+  {
+    const std::lock_guard lock(pipelines().mutex);
+    shaders() = std::move(sources);
+    pipelines().by_name.clear();
+  }
+  prepared_calls<LinearCall>().clear();
+  prepared_calls<SwigluCall>().clear();
 }
 
 void encode_linear(const LinearCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  Arrays arrays;
-  arrays.emplace("x", inputs[0]);
-  arrays.emplace("y", out);
-  const size_t next = bind_stack(arrays, "weight", call.stack, inputs, 1);
-  if (call.gathered) {
-    arrays.emplace("indices", inputs[next]);
-  }
   const auto rows = static_cast<int64_t>(inputs[0].size()) / call.x_size();
-  encode(plan_linear(call, rows, dtype_id(out.dtype())), stream, std::move(arrays));
+  const int dtype = dtype_id(out.dtype());
+  const auto prepared = prepared_calls<LinearCall>().find({call, rows, 1, dtype}, [&] {
+    Names names = {"x"};
+    name_stack(names, "weight", call.stack);
+    if (call.gathered) {
+      names.push_back("indices");
+    }
+    names.push_back("y");
+    return Prepared(plan_linear(call, rows, dtype), stream, std::move(names));
+  });
+  run("trellis_linear", *prepared, stream, inputs, out);
 }
 
 void encode_swiglu(const SwigluCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  Arrays arrays;
-  arrays.emplace("x", inputs[0]);
-  arrays.emplace("indices", inputs[1]);
-  arrays.emplace("y", out);
-  size_t next = bind_stack(arrays, "gate", call.gate, inputs, 2);
-  next = bind_stack(arrays, "up", call.up, inputs, next);
-  next = bind_stack(arrays, "down", call.down, inputs, next);
-  if (call.combine) {
-    arrays.emplace("scores", inputs[next]);
-  }
   const auto rows = static_cast<int64_t>(inputs[0].size()) / call.hidden;
   const int top_k = inputs[1].shape(-1);
-  encode(plan_swiglu(call, rows, top_k, dtype_id(out.dtype())), stream, std::move(arrays));
+  const int dtype = dtype_id(out.dtype());
+  const auto prepared = prepared_calls<SwigluCall>().find({call, rows, top_k, dtype}, [&] {
+    Names names = {"x", "indices"};
+    name_stack(names, "gate", call.gate);
+    name_stack(names, "up", call.up);
+    name_stack(names, "down", call.down);
+    if (call.combine) {
+      names.push_back("scores");
+    }
+    names.push_back("y");
+    return Prepared(plan_swiglu(call, rows, top_k, dtype), stream, std::move(names));
+  });
+  run("trellis_swiglu", *prepared, stream, inputs, out);
 }
 
 void encode_decode(const DecodeCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  Arrays arrays;
-  arrays.emplace("y", out);
-  bind_stack(arrays, "weight", call.stack, inputs, 0);
-  encode(plan_decode(call), stream, std::move(arrays));
+  Names names;
+  name_stack(names, "weight", call.stack);
+  names.push_back("y");
+  // Not kept: decoding a whole matrix is no steady state.
+  run("trellis_decode", Prepared(plan_decode(call), stream, std::move(names)), stream, inputs, out);
 }
 
 }  // namespace mlx_marlin::metal

@@ -22,6 +22,7 @@ class Builder {
     dispatch_.kernel = "trellis_" + std::move(kernel);
     dispatch_.threads = {simdgroups * MARLIN_SIMD_SIZE, 1, 1};
     dispatch_.threadgroup_bytes = 0;
+    constant("max_threads", simdgroups * MARLIN_SIMD_SIZE);
   }
 
   Builder& grid(uint32_t x, uint32_t y = 1) {

@@ -11,8 +11,9 @@ namespace mlx_marlin {
 
 namespace {
 
-// Rows are taken in passes whose scratch stays below this: about 1200 tokens of Qwen3-30B-A3B.
-constexpr uint64_t kScratchBytes = 1ull << 28;
+// Rows are taken in passes whose scratch stays below this: about 600 tokens of Qwen3-30B-A3B. MLX keeps up to ten
+// layers' scratch until their command buffers have finished.
+constexpr uint64_t kScratchBytes = 1ull << 27;
 
 // A pass is a multiple of this many rows, so that no pass but the last leaves a row tile incomplete.
 constexpr uint64_t kPassRows = 64;
@@ -57,6 +58,7 @@ Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
   pass.indexed = call.gathered;
   pass.routed = call.gathered && tiling.rows > 1;
   pass.matrix = tiling.matrix;
+  pass.halves = !config.use_fp32_acc;
   pass.tile_rows = static_cast<uint32_t>(tiling.rows);
   if (pass.routed) {
     check_route(pass);
@@ -65,7 +67,8 @@ Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
   const bool raw = !tiling.whole_blocks();
   const uint32_t in_columns = static_cast<uint32_t>(call.x_size());
   const uint32_t out_columns = static_cast<uint32_t>(call.y_size());
-  const uint64_t row_bytes = pass.slots_per_row * 4ull * (rotated * info.k + raw * info.n + 1);
+  const uint64_t slot_bytes = rotated * operand_bytes(1, info.k, pass.halves) + raw * 4ull * info.n;
+  const uint64_t row_bytes = pass.slots_per_row * (slot_bytes + 4);
   Plan plan;
   for_passes(pass, rows, row_bytes, [&](const Pass& p) {
     if (p.routed) {
@@ -74,7 +77,7 @@ Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
     if (rotated) {
       add_rotate(plan, p, &weights, nullptr, in_columns);
     }
-    const char* input = rotated ? "rotated" : "";
+    const Input input = rotated ? Input::rotated : Input::x;
     add_linear(plan, p, {weights, tiling, in_columns, out_columns, input, raw, !raw});
     if (raw) {
       add_combine(plan, p, {weights, out_columns, 1, true, false});
@@ -94,6 +97,7 @@ Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
   pass.indexed = true;
   pass.routed = routed;
   pass.matrix = tiling.matrix;
+  pass.halves = !call.config.use_fp32_acc;
   pass.tile_rows = static_cast<uint32_t>(tiling.rows);
   if (routed) {
     check_route(pass);
@@ -105,9 +109,10 @@ Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
   const bool raw = !tiling.whole_blocks();
   const bool to_slots = raw || call.combine;
   const uint32_t hidden = static_cast<uint32_t>(call.hidden);
-  const uint64_t slot_floats =
-      2ull * rotated * call.gate.k + (raw ? 3ull : 1ull) * call.gate.n + (to_slots ? call.down.n : 0);
-  const uint64_t row_bytes = pass.slots_per_row * 4ull * slot_floats;
+  const bool activates = raw && makes_input(call.config, down_tiling, 1, call.down.k);
+  const uint64_t slot_bytes = rotated * operand_bytes(2, call.gate.k, pass.halves) + raw * 8ull * call.gate.n +
+      !activates * operand_bytes(1, call.gate.n, pass.halves) + to_slots * 4ull * call.down.n;
+  const uint64_t row_bytes = pass.slots_per_row * slot_bytes;
   Plan plan;
   for_passes(pass, rows, row_bytes, [&](const Pass& p) {
     if (routed) {
@@ -117,11 +122,12 @@ Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
       add_rotate(plan, p, &gate, &up, hidden);
     }
     add_gate_up(plan, p, call, tiling, rotated);
-    if (raw) {
+    if (raw && !activates) {
       add_activate(plan, p, call);
     }
     const uint32_t inter = static_cast<uint32_t>(call.down.k);
-    add_linear(plan, p, {down, down_tiling, inter, hidden, "activated", raw, !to_slots});
+    const Input input = activates ? Input::sums : Input::activated;
+    add_linear(plan, p, {down, down_tiling, inter, hidden, input, raw, !to_slots, &call});
     if (to_slots) {
       add_combine(plan, p, {down, hidden, call.combine ? uint32_t(top_k) : 1u, raw, call.combine});
     }

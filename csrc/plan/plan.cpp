@@ -2,7 +2,27 @@
 
 #include <algorithm>
 
+#include "args.h"
+
 namespace mlx_marlin {
+
+#define MARLIN_NAME(name) #name,
+const std::vector<std::string> kSourceConstants = {MARLIN_SOURCE_CONSTANTS(MARLIN_NAME)};
+#undef MARLIN_NAME
+
+uint32_t Dispatch::constant(std::string_view name) const {
+  const auto found =
+      std::find_if(constants.begin(), constants.end(), [name](const Constant& c) { return c.name == name; });
+  return found == constants.end() ? 0 : found->value;
+}
+
+std::string Dispatch::preamble() const {
+  std::string text;
+  for (const std::string& name : kSourceConstants) {
+    text += "#define MARLIN_SOURCE_" + name + " " + std::to_string(constant(name)) + "\n";
+  }
+  return text;
+}
 
 std::string Dispatch::stem() const {
   const size_t first = std::string("trellis_").size();

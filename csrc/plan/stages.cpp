@@ -33,10 +33,6 @@ MarlinProductArgs product_args(
   return args;
 }
 
-uint64_t rotated_bytes(const Pass& pass, int k) {
-  return pass.position_rows() * k * 4;
-}
-
 }  // namespace
 
 uint64_t Pass::element_size() const {
@@ -59,6 +55,7 @@ void add_route(Plan& plan, const Pass& pass) {
   args.experts = pass.experts;
   args.tile_rows = pass.tile_rows;
   args.alignment = pass.alignment();
+  args.positions = pass.positions();
   args.tiles = pass.row_tiles();
   args.scanners = std::max(1u, simdgroups * MARLIN_SIMD_SIZE / pass.buckets());
   plan.reserve("order", pass.positions() * 4ull);
@@ -83,7 +80,7 @@ void add_rotate(Plan& plan, const Pass& pass, const Weights* only, const Weights
   args.slots_per_row = pass.slots_per_row;
   const uint64_t projections = up ? 2 : 1;
   const uint64_t units = pass.position_rows() / (pass.matrix ? 8 : 1);
-  const uint64_t bytes = projections * rotated_bytes(pass, k);
+  const uint64_t bytes = projections * pass.rotated_bytes(k);
   Builder b("rotate", kStageSimdgroups);
   b.grid(ceil_div(units * projections * (k / MARLIN_HADAMARD_SIZE), kStageSimdgroups))
       .args(args)
@@ -92,6 +89,7 @@ void add_rotate(Plan& plan, const Pass& pass, const Weights* only, const Weights
       .constant("indexed", pass.indexed)
       .constant("fragments", pass.matrix)
       .constant("paired", up != nullptr)
+      .constant("half_operands", pass.halves)
       .x(1, pass, columns)
       .suh(4, *only)
       .write(6, "rotated", bytes);
@@ -116,10 +114,10 @@ void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Til
   MarlinProductArgs args = product_args(pass, call.gate, t, columns, 0);
   args.alpha = call.alpha;
   args.limit = call.limit;
-  const uint32_t copies = rotated ? 0 : 2u * t.rows * call.gate.k * 4;
+  const uint64_t copies = rotated ? 0 : operand_bytes(2u * t.rows, call.gate.k, pass.halves);
   Builder b(product_name("gate_up", t), t.simdgroups);
   b.grid(ceil_div(call.gate.n, t.columns()), pass.row_tiles())
-      .threadgroup_bytes(t.sums_bytes + copies)
+      .threadgroup_bytes(t.sums_bytes + static_cast<uint32_t>(copies))
       .args(args)
       .constant("gate_widths", call.gate.widths)
       .constant("gate_codebooks", call.gate.codebooks)
@@ -136,10 +134,11 @@ void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Til
       .constant("fused_epilogue", fused)
       .constant("raw_output", !fused)
       .constant("fragments", pass.matrix)
+      .constant("half_operands", pass.halves)
       .codes(6, gate)
       .codes(12, up);
   if (rotated) {
-    b.read(2, "rotated", 2 * rotated_bytes(pass, call.gate.k));
+    b.read(2, "rotated", 2 * pass.rotated_bytes(call.gate.k));
   } else {
     b.x(1, pass, columns).suh(9, gate).suh(15, up);
   }
@@ -158,7 +157,7 @@ void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Til
     b.bias(17, up);
   }
   const std::string out = fused ? "activated" : "sums";
-  const uint64_t bytes = fused ? rotated_bytes(pass, call.gate.n) : 2ull * pass.positions() * call.gate.n * 4;
+  const uint64_t bytes = fused ? pass.rotated_bytes(call.gate.n) : 2ull * pass.positions() * call.gate.n * 4;
   b.write(19, out, bytes);
   plan.reserve(out, bytes);
   plan.add(b.done());
@@ -182,12 +181,13 @@ void add_activate(Plan& plan, const Pass& pass, const SwigluCall& call) {
       .constant("up_bias", call.up.bias)
       .constant("routed", pass.routed)
       .constant("fragments", pass.matrix)
+      .constant("half_operands", pass.halves)
       .read(1, "sums", 2ull * pass.positions() * call.gate.n * 4)
       .indices(2, pass)
       .svh(4, gate)
       .svh(5, up)
       .suh(6, {"down", call.down})
-      .write(9, "activated", rotated_bytes(pass, call.gate.n));
+      .write(9, "activated", pass.rotated_bytes(call.gate.n));
   if (pass.routed) {
     b.order(3, pass);
   }
@@ -197,39 +197,74 @@ void add_activate(Plan& plan, const Pass& pass, const SwigluCall& call) {
   if (call.up.bias) {
     b.bias(8, up);
   }
-  plan.reserve("activated", rotated_bytes(pass, call.gate.n));
+  plan.reserve("activated", pass.rotated_bytes(call.gate.n));
   plan.add(b.done());
 }
+
+namespace {
+
+// The buffers and constants by which a product activates sums of gate and up.
+void read_sums(Builder& b, const Pass& pass, const SwigluCall& call) {
+  const Weights gate{"gate", call.gate};
+  const Weights up{"up", call.up};
+  b.constant("activation", call.activation)
+      .constant("gate_bias", call.gate.bias)
+      .constant("up_bias", call.up.bias)
+      .read(14, "sums", 2ull * pass.positions() * call.gate.n * 4)
+      .svh(15, gate)
+      .svh(16, up);
+  if (call.gate.bias) {
+    b.bias(17, gate);
+  }
+  if (call.up.bias) {
+    b.bias(18, up);
+  }
+}
+
+}  // namespace
 
 void add_linear(Plan& plan, const Pass& pass, const LinearStage& stage) {
   const Tiling& t = stage.tiling;
   const StackInfo& info = stage.weights.info;
-  const bool rotates = stage.rotated.empty();
+  const bool activates = stage.input == Input::sums;
+  const bool local = activates || stage.input == Input::x;
   const bool bias = info.bias && !stage.raw;
   const bool indexed = pass.indexed && !pass.routed;
-  const uint32_t copies = rotates ? static_cast<uint32_t>(t.rows * info.k * 4) : 0;
+  const uint64_t copies = local ? operand_bytes(t.rows, info.k, pass.halves) : 0;
+  MarlinProductArgs args = product_args(pass, info, t, stage.in_columns, stage.out_columns);
   Builder b(product_name("linear", t), t.simdgroups);
   b.grid(ceil_div(info.n, t.columns()), pass.row_tiles())
-      .threadgroup_bytes(t.sums_bytes + copies)
-      .args(product_args(pass, info, t, stage.in_columns, stage.out_columns))
+      .threadgroup_bytes(t.sums_bytes + static_cast<uint32_t>(copies))
       .constant("down_widths", info.widths)
       .constant("down_codebooks", info.codebooks)
       .constant("dtype", pass.dtype)
       .constant("down_bias", bias)
       .constant("routed", pass.routed)
       .constant("indexed", indexed)
-      .constant("fused_prologue", rotates)
-      .constant("rotated_input", !rotates)
+      .constant("fused_prologue", stage.input == Input::x)
+      .constant("activating_input", activates)
+      .constant("local_input", local)
+      .constant("rotated_input", !local)
       .constant("fused_epilogue", !stage.raw)
       .constant("raw_output", stage.raw)
       .constant("to_y", stage.to_y)
       .constant("transposed", stage.weights.transposed)
       .constant("to_slots", !stage.to_y)
+      .constant("fragments", pass.matrix)
+      .constant("half_operands", pass.halves)
       .codes(6, stage.weights);
-  if (rotates) {
-    b.x(1, pass, stage.in_columns).suh(9, stage.weights);
+  if (local) {
+    b.suh(9, stage.weights);
   } else {
-    b.read(2, stage.rotated, rotated_bytes(pass, info.k));
+    b.read(2, stage.input == Input::rotated ? "rotated" : "activated", pass.rotated_bytes(info.k));
+  }
+  if (stage.input == Input::x) {
+    b.x(1, pass, stage.in_columns);
+  }
+  if (activates) {
+    args.alpha = stage.call->alpha;
+    args.limit = stage.call->limit;
+    read_sums(b, pass, *stage.call);
   }
   if (indexed) {
     b.indices(3, pass);
@@ -251,7 +286,7 @@ void add_linear(Plan& plan, const Pass& pass, const LinearStage& stage) {
     b.write(13, "slots", bytes);
     plan.reserve("slots", bytes);
   }
-  plan.add(b.done());
+  plan.add(b.args(args).done());
 }
 
 void add_combine(Plan& plan, const Pass& pass, const CombineStage& stage) {

@@ -1,6 +1,7 @@
 // One function per stage: the dispatch that runs it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -26,6 +27,7 @@ struct Pass {
   bool indexed;  // experts come from indices; otherwise expert 0
   bool routed;   // positions are slots sorted by expert; otherwise they are slots
   bool matrix;   // rotated activations are fragments of 8 positions
+  bool halves;   // operands are halves
   uint32_t tile_rows;
 
   uint32_t slots() const {
@@ -41,14 +43,27 @@ struct Pass {
     return matrix ? 8 : 1;
   }
   uint32_t positions() const {
-    return routed ? slots() + buckets() * (alignment() - 1) : slots();
+    // Every expert that has slots may leave a unit incomplete.
+    return routed ? slots() + std::min(slots(), buckets()) * (alignment() - 1) : slots();
   }
   // Rows that a buffer by position has.
   uint64_t position_rows() const {
     return matrix ? (uint64_t(positions()) + 7) / 8 * 8 : positions();
   }
+  // Bytes of a buffer of rotated activations.
+  uint64_t rotated_bytes(int k) const {
+    return operand_bytes(position_rows(), k, halves);
+  }
   uint32_t row_tiles() const;
   uint64_t element_size() const;
+};
+
+// Where a product's rotated rows come from.
+enum class Input {
+  rotated,    // scratch "rotated"
+  activated,  // scratch "activated"
+  x,          // x, rotated by the product itself
+  sums,       // scratch "sums" of gate and up, activated by the product itself
 };
 
 // What a linear product reads and writes.
@@ -57,9 +72,10 @@ struct LinearStage {
   Tiling tiling;
   uint32_t in_columns;   // of x
   uint32_t out_columns;  // of y
-  std::string rotated;   // scratch with rotated activations; empty: rotates x itself
-  bool raw;              // writes sums before H, to "slots"
-  bool to_y;             // writes rows of y; otherwise to "slots"
+  Input input;
+  bool raw;                          // writes sums before H, to "slots"
+  bool to_y;                         // writes rows of y; otherwise to "slots"
+  const SwigluCall* call = nullptr;  // for Input::sums
 };
 
 struct CombineStage {

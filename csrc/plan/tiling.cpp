@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "format.h"
+
 namespace mlx_marlin {
 
 namespace {
@@ -33,20 +35,21 @@ bool legal_columns(Variant variant, int columns) {
   return std::find(std::begin(legal), std::end(legal), columns) != std::end(legal);
 }
 
-// The most adjacent tiles that share one load of x and leave the sums in registers: 2 sums per row and tile.
-int shared_tiles(int rows, int column_tiles) {
-  const int most = rows <= 2 ? 4 : 2;
-  int tiles = most;
-  while (column_tiles % tiles != 0) {
+// The most adjacent tiles that share one load of x and leave the sums, 2 per row and tile, in registers: an M1 has 96
+// for each of 512 threads, and 128 for each of 256.
+int shared_tiles(int rows, int column_tiles, int simdgroups) {
+  const int most_sums = simdgroups <= 8 ? 24 : 16;
+  int tiles = 4;
+  while (column_tiles % tiles != 0 || 2 * rows * tiles > most_sums) {
     tiles /= 2;
   }
   return tiles;
 }
 
-// A simdgroup keeps its sums until the end, so every tile needs a home: 4 sums per lane, tile and
-// 8 rows, at most 64.
+// A simdgroup keeps its sums until the end, so every tile needs a home: 4 sums per lane, tile and 8 rows, at most 32,
+// beside as many values of x.
 int matrix_tiles(int units, int column_tiles, int projections, int simdgroups) {
-  for (int tiles = 1; tiles <= 4 && tiles * units <= 16; tiles *= 2) {
+  for (int tiles = 1; tiles <= 4 && tiles * units <= 8; tiles *= 2) {
     if (column_tiles % tiles == 0 && projections * column_tiles / tiles <= simdgroups) {
       return tiles;
     }
@@ -74,7 +77,7 @@ Tiling make_tiling(const KernelConfig& config, int projections, int k, int n) {
   t.column_tiles = config.tile_size_n / 16;
   t.simdgroups = config.simdgroups;
   t.tiles_per_simdgroup = t.matrix ? matrix_tiles(t.rows / 8, t.column_tiles, projections, t.simdgroups)
-                                   : shared_tiles(t.rows, t.column_tiles);
+                                   : shared_tiles(t.rows, t.column_tiles, t.simdgroups);
   const int groups = projections * t.column_tiles / t.tiles_per_simdgroup;
   t.k_splits = std::clamp(t.simdgroups / groups, 1, k / 16);
   const int slice_rows = t.matrix ? 8 : t.rows;
@@ -85,10 +88,19 @@ Tiling make_tiling(const KernelConfig& config, int projections, int k, int n) {
   return t;
 }
 
+uint64_t operand_bytes(uint64_t rows, int k, bool halves) {
+  const uint64_t row = halves ? 2ull * k + 4ull * (k / MARLIN_HADAMARD_SIZE) : 4ull * k;
+  return rows * row;
+}
+
+bool makes_input(const KernelConfig& config, const Tiling& tiling, int copies, int k) {
+  constexpr uint64_t most = 20 * 1024;  // of 60 KB
+  const uint64_t rows = static_cast<uint64_t>(copies) * tiling.rows;
+  return config.variant == Variant::decode && tiling.sums_bytes + operand_bytes(rows, k, !config.use_fp32_acc) <= most;
+}
+
 bool rotates_itself(const KernelConfig& config, const Tiling& tiling, int projections, int k) {
-  const uint64_t copies = static_cast<uint64_t>(projections) * tiling.rows * k * 4;
-  return config.variant == Variant::decode && config.tile_size_n > 16 &&
-      tiling.sums_bytes + copies <= kMaxThreadgroupBytes;
+  return config.tile_size_n > 16 && makes_input(config, tiling, projections, k);
 }
 
 }  // namespace mlx_marlin

@@ -35,8 +35,14 @@ struct Tiling {
 // Throws std::invalid_argument where the config has no tiling for `projections` products of depth k.
 Tiling make_tiling(const KernelConfig& config, int projections, int k, int n);
 
-// Whether the threadgroup rotates its rows of x itself. Only where few rows are wanted; 16 columns would spend a
-// sixth of their time on it; and all projections' copies must fit in threadgroup memory.
+// Bytes of `rows` rotated rows: operands, and with halves the scale of every block.
+uint64_t operand_bytes(uint64_t rows, int k, bool halves);
+
+// Whether a threadgroup makes `copies` times its rows' rotated input itself, in its own memory: from x, or from sums of
+// gate and up. Only where few rows are wanted, and while three threadgroups fit in the memory of an M1's core.
+bool makes_input(const KernelConfig& config, const Tiling& tiling, int copies, int k);
+
+// makes_input for rows of x. 16 columns would spend a sixth of their time on it.
 bool rotates_itself(const KernelConfig& config, const Tiling& tiling, int projections, int k);
 
 }  // namespace mlx_marlin

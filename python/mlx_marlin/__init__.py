@@ -1,8 +1,11 @@
 """EXL3 trellis-quantized mixture-of-experts models on MLX."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from . import _abi  # first: explains a mismatch before anything else fails
+from .choices import Choice
+from .codec import CODEBOOKS, decode, dequantize, hadamard, inner, pack, unpack, unpack_signs
 from .dispatch import (
     MixedBpwMoEDispatcher,
     MixedBpwMoEDispatcherExample,
@@ -12,12 +15,14 @@ from .dispatch import (
     get_expert_bits,
 )
 from .grid import GridWeight
-from .kernels import KernelConfig, Problem
+from .kernels import KernelConfig, Problem, candidates, default, feasible
 from .layers import TrellisLinear, TrellisSwitchGLU
+from .lm import load
 from .loader import TrellisModelLoader
-from .online import adapt
+from .online import Adaptation, adapt
 from .ops import plan, set_num_threads, trellis_decode, trellis_linear, trellis_swiglu
-from .profile import use_profile
+from .profile import default_path, use_profile
+from .profile_data import ProfileError
 from .selection import (
     MixedKernelSelector,
     get_mixed_kernel,
@@ -28,11 +33,20 @@ from .selection import (
 )
 from .weights import ExpertBank, TrellisWeight
 
+if TYPE_CHECKING:
+    from .autotune import AutotuneConfig, BenchmarkResult, MixedBPWAutoTuner
+    from .quantize.convert import convert
+    from .quantize.weight import quantize_weight
+    from .trial import Objective
+
 __version__ = _abi.VERSION
 
 __all__ = [
+    "CODEBOOKS",
+    "Adaptation",
     "AutotuneConfig",
     "BenchmarkResult",
+    "Choice",
     "ExpertBank",
     "GridWeight",
     "KernelConfig",
@@ -40,20 +54,33 @@ __all__ = [
     "MixedBpwMoEDispatcher",
     "MixedBpwMoEDispatcherExample",
     "MixedKernelSelector",
+    "Objective",
     "Problem",
+    "ProfileError",
     "TrellisLinear",
     "TrellisModelLoader",
     "TrellisSwitchGLU",
     "TrellisWeight",
     "adapt",
     "analyze_expert_activation_pattern",
+    "candidates",
+    "convert",
+    "decode",
+    "default",
+    "default_path",
+    "dequantize",
     "estimate_gpu_memory_pressure",
+    "feasible",
     "get_available_kernels",
     "get_expert_bits",
     "get_mixed_kernel",
     "get_statistics",
+    "hadamard",
+    "inner",
     "load",
+    "pack",
     "plan",
+    "quantize_weight",
     "record_kernel_latency",
     "reset_history",
     "set_exploration_rate",
@@ -61,14 +88,27 @@ __all__ = [
     "trellis_decode",
     "trellis_linear",
     "trellis_swiglu",
+    "unpack",
+    "unpack_signs",
     "use_profile",
 ]
 
-# Imported on first use: mlx-lm is optional, and running a model needs no tuner.
-_LAZY = {"load": "lm", "MixedBPWAutoTuner": "autotune", "AutotuneConfig": "autotune", "BenchmarkResult": "autotune"}
+# Imported on first use: running a model needs neither the tuner nor the converter.
+_LAZY = {
+    "AutotuneConfig": "autotune",
+    "BenchmarkResult": "autotune",
+    "MixedBPWAutoTuner": "autotune",
+    "Objective": "trial",
+    "convert": "quantize.convert",
+    "quantize_weight": "quantize.weight",
+}
 
 
 def __getattr__(name: str):
     if name in _LAZY:
         return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -9,6 +9,7 @@ from importlib import metadata
 import mlx.core as mx
 
 VERSION = metadata.version("mlx_marlin")
+# pyproject.toml pins the same version for the build and at run time; tests/test_build.py compares them.
 BUILT_FOR_MLX = "0.32.4"
 
 if mx.__version__ != BUILT_FOR_MLX:
@@ -22,7 +23,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"the C++ extension of mlx_marlin {VERSION} could not be loaded: {error}. It needs mlx {BUILT_FOR_MLX} "
-        "(and on Linux mlx-cpu of the same version); reinstall it with: pip install --force-reinstall mlx_marlin"
+        "(and on Linux mlx-cpu of the same version); rebuild it in a clone with: pip install --force-reinstall ."
     ) from error
 
 try:
@@ -30,5 +31,5 @@ try:
 except TypeError as error:
     raise ImportError(
         "mlx_marlin and mlx do not share the type mx.array: they were built with different generations of nanobind. "
-        "mlx 0.32.4 needs nanobind 3.x (pinned in pyproject.toml); rebuild with: pip install --no-cache-dir ."
+        f"mlx {BUILT_FOR_MLX} needs nanobind 3.x (pinned in pyproject.toml); rebuild with: pip install --no-cache-dir ."
     ) from error

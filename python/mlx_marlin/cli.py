@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
+
+from ._abi import VERSION
+from .lm import require_mlx_lm
 
 _USAGE = """usage: mlx_marlin COMMAND [ARGUMENTS]
 
 The commands of mlx-lm (generate, chat, server, benchmark, perplexity, evaluate, lora, ...) with its arguments.
 --model also takes EXL3 directories and repositories. mlx_marlin COMMAND --help shows the arguments.
+Commands that write quantized weights (fuse, awq, dwq, dynamic_quant, gptq) refuse EXL3 models.
 
-See also: mlx_marlin-tune (measure kernels), mlx_marlin-convert (quantize a model)."""
+See also: mlx_marlin-tune (measure kernels), mlx_marlin-convert (quantize a model to EXL3)."""
 
 _BAR = 30  # characters
 
@@ -22,14 +27,9 @@ def _show_progress(done: int, total: int) -> None:
         print("" if sys.stderr.isatty() else f"Loaded {total} groups of weights", file=sys.stderr, flush=True)
 
 
-def _argument(arguments: list[str], name: str) -> str | None:
-    """The value of ``--name value`` or ``--name=value``."""
-    for argument, following in zip(arguments, [*arguments[1:], None]):
-        if argument == name:
-            return following
-        if argument.startswith(f"{name}="):
-            return argument.removeprefix(f"{name}=")
-    return None
+def _fail(message: str) -> NoReturn:
+    print(f"mlx_marlin: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> None:
@@ -38,18 +38,23 @@ def main() -> None:
     if command in ("-h", "--help"):
         print(_USAGE)
         return
+    if command == "convert":
+        _fail("mlx-lm's convert makes affine models and is run as mlx_lm.convert; mlx_marlin-convert makes EXL3 models")
+    try:
+        require_mlx_lm()
+    except ModuleNotFoundError as error:
+        _fail(str(error))
     import mlx.core as mx
 
     from .lm import commands
 
-    if command != "--version" and not commands.is_command(command):
-        sys.exit(f"mlx_marlin: mlx-lm has no command {command!r}; mlx_marlin --help lists some")
+    if command == "--version":
+        print(f"mlx_marlin {VERSION}, mlx-lm {commands.version()}")
+        return
+    if command not in commands.names():
+        _fail(f"mlx-lm has no command {command!r}; it has {', '.join(commands.names())}")
     progress = _show_progress if mx.distributed.init().rank() == 0 else None
     try:
-        model = _argument(sys.argv[2:], "--model")
-        if command == "server" and model is not None:
-            # The server loads in a thread, and would keep listening without a model.
-            commands.check(model, pipeline="--pipeline" in sys.argv)
         commands.run(command, progress)
     except commands.CheckpointError as error:
-        sys.exit(f"mlx_marlin: {error}")
+        _fail(str(error))

@@ -42,6 +42,11 @@ def _tile_order() -> tuple[np.ndarray, np.ndarray]:
 TILE_ROWS, TILE_COLUMNS = _tile_order()
 
 
+def padded(size: int) -> int:
+    """The size that EXL3 stores for a logical one: the next multiple of 128."""
+    return -(-size // HADAMARD_SIZE) * HADAMARD_SIZE
+
+
 def trellis_bits(shape: tuple[int, ...]) -> int:
     """Bits per weight of a trellis tensor of this shape.
 
@@ -56,9 +61,16 @@ def trellis_bits(shape: tuple[int, ...]) -> int:
     return shape[2] // TILE
 
 
-def _check_codebook(codebook: str) -> None:
+def check_codebook(codebook: str) -> None:
+    """Raise ValueError unless this is one of :data:`CODEBOOKS`."""
     if codebook not in CODEBOOKS:
         raise ValueError(f"codebook must be one of {', '.join(CODEBOOKS)}, got {codebook!r}")
+
+
+def check_bits(bits: int) -> None:
+    """Raise ValueError unless this is a number of bits per weight that the format has."""
+    if not isinstance(bits, (int, np.integer)) or not 1 <= bits <= MAX_BITS:
+        raise ValueError(f"bits must be in 1..{MAX_BITS}, got {bits}")
 
 
 def _swap_halves(words: np.ndarray) -> np.ndarray:
@@ -105,8 +117,7 @@ def pack(states: np.ndarray, bits: int) -> np.ndarray:
         raise ValueError(
             f"states must be uint16 of shape [k/16, n/16, {TILE_SIZE}], got {states.dtype} {list(states.shape)}"
         )
-    if not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"bits must be in 1..{MAX_BITS}, got {bits}")
+    check_bits(bits)
     fresh = states[..., None] >> np.arange(bits - 1, -1, -1, dtype=np.uint16) & 1
     stream = np.packbits(fresh.astype(np.uint8).reshape(*states.shape[:2], -1), axis=-1)
     words = stream.view(">u2").astype(np.uint16)
@@ -125,9 +136,15 @@ def decode(states: np.ndarray, codebook: str) -> np.ndarray:
 
     Returns:
         float16, same shape: the exact value, rounded once as the format says.
+
+    Raises:
+        ValueError: If the states are not uint16, or there is no such codebook.
     """
-    _check_codebook(codebook)
-    x = np.asarray(states).astype(np.uint32)
+    check_codebook(codebook)
+    states = np.asarray(states)
+    if states.dtype != np.uint16:
+        raise ValueError(f"states must be uint16, got {states.dtype}")
+    x = states.astype(np.uint32)
     if codebook == "mul1":
         x *= np.uint32(_MUL1_MULTIPLIER)
         byte_sum = (x & 0xFF) + (x >> 8 & 0xFF) + (x >> 16 & 0xFF) + (x >> 24)
@@ -178,8 +195,13 @@ def hadamard(x: np.ndarray, axis: int = -1) -> np.ndarray:
 
     Returns:
         Same shape and dtype. The transform is symmetric and its own inverse.
+
+    Raises:
+        ValueError: If x is not floating point, or the axis has another length.
     """
     x = np.asarray(x)
+    if not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"x must be floating point, got {x.dtype}")
     work = np.moveaxis(x.astype(np.float32) if x.dtype == np.float16 else x, axis, -1)
     if work.shape[-1] % HADAMARD_SIZE:
         raise ValueError(f"the axis must be a multiple of {HADAMARD_SIZE} long, got {work.shape[-1]}")

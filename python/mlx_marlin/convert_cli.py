@@ -43,9 +43,8 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min {int(seconds) % 60:02} s"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    options = vars(_parser().parse_args(arguments))
+def _convert(options: dict) -> int:
+    """Run a conversion; returns the exit status."""
     from .quantize import convert
 
     try:
@@ -63,6 +62,15 @@ def main(arguments: list[str] | None = None) -> int:
     gap = 100 * (plan.loss / plan.bound - 1) if plan.bound > 0 else 0.0
     print(f"{plan.bits:.4f} bits per weight, allocation within {gap:.3g} % of the best possible; see plan.txt")
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    try:
+        return _convert(vars(_parser().parse_args(arguments)))
+    except ModuleNotFoundError as error:
+        print(f"mlx_marlin-convert: {error}; in a clone of mlx_marlin run: pip install '.[lm]'", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -6,40 +6,34 @@ when the model is unfrozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from operator import is_
+from typing import TYPE_CHECKING, overload
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from . import choices, kernels, ops, selftest
+from . import choices, ops
 from .choices import Choice
 from .grid import GridLinear, GridWeight
 from .kernels import KernelConfig, Problem
-from .weights import ExpertBank, ExpertStack, TrellisWeight
+from .layer_state import Derived, Selection, StackedModule, TrellisModule
+from .ops import Activation
+from .weights import ExpertBank, ExpertStack, TrellisWeight, check_projections, format_word
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class _Frozen(nn.Module):
-    """A module whose own parameters are never trainable.
-
-    ``unfreeze`` of a module above clears ``_no_grad`` of every module below it, without asking them; here it clears
-    a copy.
-    """
-
-    @property
-    def _no_grad(self) -> set[str]:
-        return set(self)
-
-    @_no_grad.setter
-    def _no_grad(self, keys: set[str]) -> None:
-        pass
-
-
-class TrellisExperts(_Frozen):
-    """One projection of all experts: the child of a :class:`TrellisSwitchGLU`.
+class TrellisExperts(StackedModule):
+    """One projection of all experts, the child of a :class:`TrellisSwitchGLU`. A drop-in for mlx-lm's ``SwitchLinear``.
 
     Parameters: ``trellis`` (uint32, flat), ``formats`` (uint32 ``[experts]``, bits | codebook id << 8), ``suh``,
     ``svh`` and optionally ``bias``.
+
+    Args:
+        stack: The experts' weights.
     """
 
     def __init__(self, stack: ExpertStack):
@@ -51,20 +45,12 @@ class TrellisExperts(_Frozen):
         self.svh = stack.svh
         if stack.bias is not None:
             self.bias = stack.bias
-        self._stack = ops.prepare(stack)
+        self._derived.collected = self._parameters(), ops.prepare(stack)
 
-    @property
-    def stack(self) -> ops.Stack:
-        """The parameters as the kernels take them; checked again when a parameter was replaced."""
-        source = self._stack.source
-        get = self.get  # attribute access to a parameter costs a microsecond each
-        same = get("trellis") is source.codes and get("formats") is source.formats and get("suh") is source.suh
-        if not (same and get("svh") is source.svh and get("bias") is source.bias):
-            if ops.is_traced(get("trellis")):
-                return ops.with_parameters(self._stack, get("trellis"), get("suh"), get("svh"), get("bias"))
-            parameters = (get(name) for name in ("trellis", "formats", "suh", "svh", "bias"))
-            self._stack = ops.prepare(ExpertStack(*parameters, *self._sizes))
-        return self._stack
+    def _stack_arrays(self, traced: bool) -> tuple[mx.array | None, ...]:
+        bias = self.get("bias")
+        bias = None if bias is None else bias.astype(mx.float32)
+        return self.trellis, self.formats, self.suh, self.svh, bias
 
     @property
     def input_dims(self) -> int:
@@ -78,60 +64,37 @@ class TrellisExperts(_Frozen):
     def num_experts(self) -> int:
         return self.formats.size
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        """``[..., in]`` and ``[..., k]`` -> ``[..., k, out]``."""
-        return ops.gather_linear(x, indices, self.stack)
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """The projection of each row by each of its experts.
+
+        Args:
+            x: Shape ``[..., in]``; or, as ``SwitchGLU`` passes it, ``[..., 1, 1, in]`` or, with a row for each
+                slot, ``[..., k, 1, in]``.
+            indices: Integers, shape ``[..., k]``.
+            sorted_indices: Taken for the sake of ``SwitchLinear``; the kernels group rows by expert themselves.
+
+        Returns:
+            Shape ``[..., k, out]``, or ``[..., k, 1, out]`` where x has the axis; dtype of x.
+        """
+        stack = self.stack
+        select = self._selection.current(stack)
+        if x.ndim != indices.ndim + 2:
+            return ops.gather_linear(x, indices, stack, select=select)
+        if x.shape[-2] != 1:
+            raise ValueError(f"x must have shape [..., 1, {self.input_dims}], got {list(x.shape)}")
+        rows = x.squeeze(-2)
+        shared = rows.shape[-2] == 1 and rows.shape[:-1] != indices.shape
+        y = ops.gather_linear(rows.squeeze(-2) if shared else rows, indices, stack, select=select)
+        return mx.expand_dims(y, -2)
 
     def _extra_repr(self) -> str:
-        bits = self.stack.source.bits
+        bits = (np.array(self.formats) & 0xFF).tolist()
         low, high = min(bits), max(bits)
         widths = low if low == high else f"{low}..{high}"
         return f"{self.num_experts} experts, {self._sizes[0]} -> {self._sizes[1]}, bits={widths}"
 
 
-class _Selection:
-    """What runs each kind of call of one layer, keyed by what the calls differ in.
-
-    Args:
-        op: For error messages.
-        problem: The layer's ``problem`` method.
-    """
-
-    __slots__ = ("_generation", "_op", "_problem", "_stacks", "_table", "combine", "dtype", "top_k")
-
-    def __init__(self, op: str, problem: Callable[..., Problem]):
-        self._op = op
-        self._problem = problem
-        self._generation = -1
-        self._stacks: tuple[ops.Stack, ...] = ()
-        self._table: dict[tuple, object] = {}
-        # Of the latest new kind of call: what explain() assumes where it is not told.
-        self.top_k, self.combine, self.dtype = 1, False, mx.float32
-
-    def current(self, *stacks: ops.Stack) -> _Selection:
-        """Itself; forgets everything first if the weights, the profile or the feedback changed."""
-        generation = choices.generation()
-        if generation != self._generation or not all(map(is_, stacks, self._stacks)):
-            self._table = {}
-            self._generation, self._stacks = generation, stacks
-        return self
-
-    def __call__(self, x: mx.array, rows: int, top_k: int, combine: bool):
-        """The resolved config: a dictionary look-up after the first call of a kind."""
-        dtype = x.dtype
-        key = rows, top_k, dtype, combine, mx.default_device().type
-        native = self._table.get(key)
-        if native is None:
-            self.top_k, self.combine, self.dtype = top_k, combine, dtype
-            problem = self._problem(rows, dtype, ops.device_of(None), combine=combine, top_k=top_k)
-            choice, final = selftest.select(problem, ops.is_traced(x))
-            native = ops.resolve(self._op, problem, choice.config)
-            if final:
-                self._table[key] = native
-        return native
-
-
-class TrellisSwitchGLU(nn.Module):
+class TrellisSwitchGLU(TrellisModule):
     """The experts of a mixture-of-experts layer, fused. A drop-in for mlx-lm's ``SwitchGLU``.
 
     Args:
@@ -146,9 +109,9 @@ class TrellisSwitchGLU(nn.Module):
 
     def __init__(
         self,
-        gate: Sequence[TrellisWeight] | None = None,
-        up: Sequence[TrellisWeight] | None = None,
-        down: Sequence[TrellisWeight] | None = None,
+        gate: Iterable[TrellisWeight] | None = None,
+        up: Iterable[TrellisWeight] | None = None,
+        down: Iterable[TrellisWeight] | None = None,
         activation: str = "silu",
         alpha: float = 1.702,
         limit: float = 7.0,
@@ -159,18 +122,28 @@ class TrellisSwitchGLU(nn.Module):
         lists = (gate, up, down)
         if (bank is None) == all(weights is None for weights in lists) or (bank is None and None in lists):
             raise ValueError("pass either gate, up and down (a list of TrellisWeight each) or bank")
-        if activation not in kernels.ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(kernels.ACTIVATIONS)}, got {activation!r}")
+        self._activation = Activation.checked(activation, alpha, limit)
         bank = bank if bank is not None else ExpertBank(*lists)
+        if not isinstance(bank, ExpertBank):
+            raise ValueError(f"bank must be an ExpertBank, got {type(bank).__name__}")
         self.gate_proj = TrellisExperts(bank.gate)
         self.up_proj = TrellisExperts(bank.up)
         self.down_proj = TrellisExperts(bank.down)
-        self._activation = (activation, float(alpha), float(limit))
-        self._selection = _Selection("trellis_swiglu", self.problem)
-        self._adaptation = None
+
+    def _derive(self) -> None:
+        self._derived = Derived(Selection("trellis_swiglu", self._problem))
+
+    def _problem(self, sources, rows, dtype, device, combine, top_k) -> Problem:
+        return ops.swiglu_problem(*sources, rows, top_k, self.get("_activation").name, dtype, device, combine)
 
     def _stacks(self) -> tuple[ops.Stack, ops.Stack, ops.Stack]:
-        return self.get("gate_proj").stack, self.get("up_proj").stack, self.get("down_proj").stack
+        """Gate, up and down as the kernels take them; whether they fit together is checked when one changed."""
+        gate, up, down = self.get("gate_proj").stack, self.get("up_proj").stack, self.get("down_proj").stack
+        derived, sources = self._derived, (gate.source, up.source, down.source)
+        if not all(map(is_, sources, derived.checked)):
+            check_projections(*sources)
+            derived.checked = sources
+        return gate, up, down
 
     @property
     def expert_bits(self) -> tuple[tuple[int, int, int], ...]:
@@ -179,44 +152,33 @@ class TrellisSwitchGLU(nn.Module):
 
     def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int | None = None) -> Problem:
         """What a call with this many rows asks for. top_k: that of the latest new kind of call by default, or 1."""
-        gate, up, down = (stack.source for stack in self._stacks())
         top_k = self._selection.top_k if top_k is None else top_k
-        return ops.swiglu_problem(gate, up, down, rows, top_k, self._activation[0], dtype, device, combine)
+        sources = (stack.source for stack in self._stacks())
+        return self._problem(sources, rows, dtype, device, combine, top_k)
 
     def __call__(self, x: mx.array, indices: mx.array, scores: mx.array | None = None) -> mx.array:
         """The experts' outputs.
 
         Args:
             x: Shape ``[..., hidden]``.
-            indices: Integers, shape ``[..., k]``.
+            indices: Integers, shape ``[..., k]``. No gradient flows through them.
             scores: Optional, shape ``[..., k]``: combine inside, in slot order. Default: ``None``.
 
         Returns:
             Shape ``[..., k, hidden]``, or ``[..., hidden]`` with scores; dtype of x.
+
+        Raises:
+            ValueError: If an argument does not fit, or an index is out of range and already known.
         """
-        indices = mx.stop_gradient(indices) if isinstance(indices, mx.array) else indices
-        if self._adaptation is not None:
-            return self._adaptation(x, indices, scores)
-        return self.run(x, indices, scores)
+        tap = self._derived.adaptation
+        return self.run(x, indices, scores) if tap is None else tap(x, indices, scores)
 
     def run(self, x: mx.array, indices, scores=None, config: KernelConfig | None = None) -> mx.array:
         """The call with a given config, or with the one that is selected for it."""
-        gate, up, down = self._stacks()
-        name, alpha, limit = self._activation
-        select = self._selection.current(gate, up, down) if config is None else None
-        return ops.swiglu(
-            x,
-            indices,
-            gate,
-            up,
-            down,
-            scores=scores,
-            activation=name,
-            alpha=alpha,
-            limit=limit,
-            config=config,
-            select=select,
-        )
+        stacks = self._stacks()
+        select = self._derived.selection.current(*stacks) if config is None else None
+        activation = self.get("_activation")
+        return ops.swiglu(x, indices, *stacks, scores=scores, activation=activation, config=config, select=select)
 
     def explain(
         self, rows: int, dtype: mx.Dtype | None = None, *, top_k: int | None = None, combine: bool | None = None
@@ -238,50 +200,47 @@ class TrellisSwitchGLU(nn.Module):
         return choices.choose(self.problem(rows, dtype, ops.device_of(None), combine=combine, top_k=top_k))
 
 
-class TrellisLinear(_Frozen):
+class TrellisLinear(StackedModule):
     """A linear layer over a trellis weight. A drop-in for ``nn.Linear``.
 
     Parameters: ``trellis`` (uint32 ``[k / 16, n / 16, 8 * K]``), ``suh``, ``svh`` and optionally ``bias``.
 
     Args:
-        w: The weight. A :class:`GridWeight` gives a :class:`GridLinear` instead.
+        w: The weight. ``TrellisLinear`` of a :class:`GridWeight` is a :class:`GridLinear`, as ``pathlib.Path`` of a
+            string is a path of the system's kind.
     """
 
-    def __new__(cls, w: TrellisWeight | GridWeight, *args):  # args: a subclass may take more
-        return GridLinear(w) if isinstance(w, GridWeight) else super().__new__(cls)
+    @overload
+    def __new__(cls, w: GridWeight) -> GridLinear: ...
+    @overload
+    def __new__(cls, w: TrellisWeight | None = None, *args, **keywords) -> Self: ...
 
-    def __init__(self, w: TrellisWeight):
+    def __new__(cls, w=None, *args, **keywords):  # w is None where a copy is made; a subclass may take more
+        return GridLinear(w) if cls is TrellisLinear and isinstance(w, GridWeight) else super().__new__(cls)
+
+    def __init__(self, w: TrellisWeight | GridWeight):  # type checkers that look here only see both
         super().__init__()
         stack = ExpertStack.of("w", [w])
         self._sizes = (w.in_features, w.out_features)
-        self._formats = stack.formats
+        self._codebook = w.codebook
         k, n = w.padded_shape
         self.trellis = stack.codes.reshape(k // 16, n // 16, 8 * w.bits)
-        self.suh = w.suh
-        self.svh = w.svh
+        self.suh = stack.suh.reshape(-1)
+        self.svh = stack.svh.reshape(-1)
         if w.bias is not None:
             self.bias = stack.bias.reshape(-1)
-        self._stacked = ()
-        self._selection = _Selection("trellis_linear", self.problem)
-        self._adaptation = None
-        self._collect()
+        mx.eval(self.parameters())
+        self._derived.collected = self._parameters(), ops.prepare(stack)
 
-    @property
-    def stack(self) -> ops.Stack:
-        """The parameters as the kernels take them; collected again when a parameter was replaced."""
-        return self._collect()
-
-    def _collect(self) -> ops.Stack:
-        get = self.get  # attribute access to a parameter costs a microsecond each
-        current = (get("trellis"), get("suh"), get("svh"), get("bias"))
-        if len(self._stacked) != len(current) or any(a is not b for a, b in zip(current, self._stacked)):
-            bias = None if current[3] is None else current[3].astype(mx.float32).reshape(1, -1)
-            codes, suh, svh = self.trellis.reshape(-1), self.suh[None], self.svh[None]
-            if ops.is_traced(self.trellis):
-                return ops.with_parameters(self._stack, codes, suh, svh, bias)
-            source = ExpertStack(codes, self._formats, suh, svh, bias, *self._sizes)
-            self._stack, self._stacked = ops.prepare(source), current
-        return self._stack
+    def _stack_arrays(self, traced: bool) -> tuple[mx.array | None, ...]:
+        trellis, bias = self.trellis, self.get("bias")
+        if trellis.ndim != 3:
+            raise ValueError(f"trellis must have shape [k/16, n/16, 8*K], got {list(trellis.shape)}")
+        formats = None
+        if not traced:  # the bits follow from the shape, which a trace holds fast
+            formats = mx.array([format_word(trellis.shape[2] // 8, self._codebook)], mx.uint32)
+        bias = None if bias is None else bias.astype(mx.float32)[None]
+        return trellis.reshape(-1), formats, self.suh[None], self.svh[None], bias
 
     def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int = 1) -> Problem:
         """What a call with this many rows asks for; combine and top_k mean nothing to a linear."""
@@ -289,12 +248,13 @@ class TrellisLinear(_Frozen):
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[..., in_features]`` -> ``[..., out_features]``, dtype of x."""
-        return self.run(x) if self._adaptation is None else self._adaptation(x)
+        tap = self._derived.adaptation
+        return self.run(x) if tap is None else tap(x)
 
     def run(self, x: mx.array, config: KernelConfig | None = None) -> mx.array:
         """The call with a given config, or with the one that is selected for it."""
         stack = self.stack
-        select = self._selection.current(stack) if config is None else None
+        select = self._derived.selection.current(stack) if config is None else None
         return ops.linear(x, stack, config=config, select=select)
 
     def explain(self, rows: int, dtype: mx.Dtype | None = None) -> Choice:
@@ -319,4 +279,4 @@ class TrellisLinear(_Frozen):
         return lora
 
     def _extra_repr(self) -> str:
-        return f"{self._sizes[0]} -> {self._sizes[1]}, bits={self.trellis.shape[2] // 8}"
+        return f"{self._sizes[0]} -> {self._sizes[1]}, bits={self.trellis.shape[-1] // 8}"

@@ -17,13 +17,26 @@ import numpy as np
 
 from . import codec, metal_marlin
 from .grid import GridWeight
-from .safetensors import TensorInfo, parse_json, read_header
+from .safetensors import TensorInfo, parse_json, raw_header, read_header
 from .weights import TrellisWeight
 
 INDEX_NAME = "model.safetensors.index.json"
 # Suffixes that only a quantized linear has. A bias belongs to it too, but other modules also have one.
 _QUANTIZED_SUFFIXES = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_QUANTIZED_NAME = re.compile(rb'\.(?:trellis|suh|svh|su|sv)"\s*:')
+
+
+def names_trellis(directory: Path) -> bool:
+    """Whether the index or a weight file of a directory names a tensor that only EXL3 has.
+
+    Looks for names in the raw bytes, however damaged the rest is: what is wrong with an EXL3 directory is told by
+    :class:`TrellisModelLoader`, and no other loader must take it.
+    """
+    index = directory / INDEX_NAME
+    if index.is_file() and _QUANTIZED_NAME.search(index.read_bytes()):
+        return True
+    return any(_QUANTIZED_NAME.search(raw_header(file)) for file in sorted(directory.glob("*.safetensors")))
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -260,7 +273,7 @@ class TrellisModelLoader:
         Raises:
             KeyError: If no quantized linear has this name.
         """
-        name = name.removesuffix(".weight")
+        name = str(name).removesuffix(".weight")
         linear = self.quantized.get(name) or self.quantized.get(f"model.{name}")
         if linear is None:
             raise KeyError(f"{self.directory} has no quantized linear {name!r}; see .names for those that it has")
@@ -271,7 +284,10 @@ class TrellisModelLoader:
 
         Raises:
             KeyError: If the layer has no quantized linear.
+            ValueError: If i is not an integer.
         """
+        if not isinstance(i, (int, np.integer)):
+            raise ValueError(f"layers are counted with integers, got {i!r}")
         layer = {}
         for name, linear in self.quantized.items():
             match = _LAYER.search(name)

@@ -19,8 +19,9 @@ MAX_EXPERTS = 2046
 # A 40-core GPU, the widest that is one die, should have a threadgroup per core.
 _FEW_GROUPS = 40
 
-# Sums of a lane: 4 per tile and 8 rows. At 64 a kernel stays near 96 registers, which 512 threads may have.
-_MATRIX_SUMS = 64
+# Sums of a lane: 4 per tile and 8 rows. With 32 of them and as many values of x a kernel stays near 96 registers, which
+# 512 threads may have on an M1.
+_MATRIX_SUMS = 32
 
 
 def _padded(size: int) -> int:
@@ -30,7 +31,8 @@ def _padded(size: int) -> int:
 def infeasible(problem, config) -> str | None:
     """Why the Metal kernels cannot run a config, or ``None``.
 
-    ``use_fp32_acc=False`` is legal and changes nothing: half and float multiply-adds take the same time on M1 to M4.
+    ``use_fp32_acc=False`` is always legal: activations become halves of a power of two per 128-block, and the sums
+    inside one 16-deep tile are halves. Half the bytes of x, and on M5 more multiplications per clock.
     """
     variant, rows, columns = config.kernel_variant, config.tile_size_m, config.tile_size_n
     if rows not in TILE_ROWS[variant]:
@@ -73,12 +75,16 @@ def _matrix_infeasible(config, projections: int) -> str | None:
 def default_tiles(problem, variant: str) -> tuple[int, int, int]:
     """(tile_size_m, tile_size_n, simdgroups) that are legal for every problem.
 
-    128 columns and 16 simdgroups: whole Hadamard blocks, and 512 threads whose ranges of k keep a narrow layer's few
-    threadgroups busy. A single weight has too few such blocks for a single row.
+    128 columns: whole Hadamard blocks. 16 simdgroups, whose ranges of k keep a narrow layer's few threadgroups busy; 8
+    for 4 rows, whose sums and x need more than the 96 registers that an M1 has for each of 512 threads. 32 columns
+    where 128 would leave cores without a threadgroup, as a single weight and few rows do.
     """
-    if variant == "decode" and problem.rows * problem.top_k * problem.intermediate < _FEW_GROUPS * 128:
-        return 1, 32, 8
-    return TILE_ROWS[variant][0], 128, 16
+    rows = TILE_ROWS[variant][0]
+    simdgroups = 8 if variant == "prefill4" else 16
+    row_tiles = -(-problem.rows * problem.top_k // rows)
+    if variant in ("decode", "prefill4") and row_tiles * problem.intermediate < _FEW_GROUPS * 128:
+        return rows, 32, 8
+    return rows, 128, simdgroups
 
 
 def tiles(variant: str) -> list[tuple[int, int, int]]:

@@ -130,6 +130,14 @@ def _check_overlap(file: Path, tensors: dict[str, TensorInfo]) -> None:
             raise ValueError(f"{file}: tensors {name!r} and {other!r} overlap in the file")
 
 
+def raw_header(file: Path) -> bytes:
+    """The bytes of a file's header, as many as there are; nothing about them is checked."""
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        return stream.read(min(length, MAX_HEADER_BYTES))
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file, by name.
 

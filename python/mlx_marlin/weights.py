@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from . import codec
+from .grid import GridWeight as GridWeight  # the other kind of weight that a checkpoint may hold
+
+
+def _array(name: str, value) -> mx.array:
+    """A NumPy or MLX array, or what NumPy makes one of."""
+    if isinstance(value, mx.array):
+        return value
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} must be an array of numbers, NumPy's or MLX's, got {type(value).__name__}")
+    return mx.array(array)
 
 
 def _scale_vector(name: str, value, size: int) -> mx.array:
     """suh or svh as float16 [size]; packed int16 sign words of older checkpoints are expanded."""
-    value = value if isinstance(value, mx.array) else mx.array(value)
+    value = _array(name, value)
     if value.dtype in (mx.int16, mx.uint16):
         if value.shape != (size // 16,):
             raise ValueError(f"{name}: packed signs must have shape [{size // 16}], got {list(value.shape)}")
@@ -28,6 +39,8 @@ def _scale_vector(name: str, value, size: int) -> mx.array:
 def _logical_size(name: str, value: int | None, padded: int) -> int:
     if value is None:
         return padded
+    if not isinstance(value, (int, np.integer)):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
     if not padded - codec.HADAMARD_SIZE < value <= padded:
         raise ValueError(
             f"{name} must lie in ({padded - codec.HADAMARD_SIZE}, {padded}], because EXL3 pads to the next "
@@ -53,8 +66,8 @@ class TrellisWeight:
     """
 
     def __init__(self, trellis, suh, svh, codebook="3inst", bias=None, in_features=None, out_features=None):
-        codec._check_codebook(codebook)
-        self.trellis = trellis if isinstance(trellis, mx.array) else mx.array(np.asarray(trellis))
+        codec.check_codebook(codebook)
+        self.trellis = _array("trellis", trellis)
         if self.trellis.dtype not in (mx.int16, mx.uint16):
             raise ValueError(f"trellis must be int16, got {self.trellis.dtype}")
         self.bits = codec.trellis_bits(self.trellis.shape)
@@ -70,9 +83,11 @@ class TrellisWeight:
         self.in_features = _logical_size("in_features", in_features, k)
         self.out_features = _logical_size("out_features", out_features, n)
         self.bias = None if bias is None else self._padded_bias(bias, n)
+        # MLX's streams belong to threads: what is still to be computed could not be in another one.
+        mx.eval(self.trellis, self.suh, self.svh, [] if self.bias is None else self.bias)
 
     def _padded_bias(self, bias, n: int) -> mx.array:
-        bias = bias if isinstance(bias, mx.array) else mx.array(bias)
+        bias = _array("bias", bias)
         if not mx.issubdtype(bias.dtype, mx.floating) or bias.shape not in ((n,), (self.out_features,)):
             raise ValueError(
                 f"bias must be floating point of shape [{n}] or [{self.out_features}], "
@@ -85,6 +100,10 @@ class TrellisWeight:
         """``(k, n)`` as stored: multiples of 128."""
         return self.suh.size, self.svh.size
 
+    def __getstate__(self) -> dict:
+        """Without what ops keep here, which a copy makes again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_stack"}
+
     def __repr__(self) -> str:
         return (
             f"TrellisWeight(in_features={self.in_features}, out_features={self.out_features}, "
@@ -92,13 +111,20 @@ class TrellisWeight:
         )
 
 
+def format_word(bits: int, codebook: str) -> int:
+    """A weight's format as the kernels read it: ``bits | codebook id << 8``."""
+    return bits | codec.CODEBOOKS.index(codebook) << 8
+
+
 class ExpertStack:
     """One projection (gate, up or down) of all experts of a layer, stacked once for the kernels.
+
+    Its arrays are contiguous and evaluated: they belong to no later graph, trace or thread.
 
     Attributes:
         codes: uint32, flat: the experts' trellis words one after the other, each in EXL3's own tile order.
         offsets: int64 ``[experts]``: where each expert begins in ``codes``, in words.
-        formats: uint32 ``[experts]``: ``bits | codebook id << 8``, see :data:`codec.CODEBOOKS`.
+        formats: uint32 ``[experts]``, see :func:`format_word`.
         suh: float16 ``[experts, k]``.
         svh: float16 ``[experts, n]``.
         bias: float32 ``[experts, n]`` or ``None``.
@@ -115,7 +141,6 @@ class ExpertStack:
     """
 
     def __init__(self, codes, formats, suh, svh, bias=None, in_features=None, out_features=None):
-        self.codes, self.formats, self.suh, self.svh, self.bias = codes, formats, suh, svh, bias
         experts, k, n = _stack_sizes(codes, formats, suh, svh, bias)
         self.in_features = _logical_size("in_features", in_features, k)
         self.out_features = _logical_size("out_features", out_features, n)
@@ -131,13 +156,22 @@ class ExpertStack:
             )
         self.bits = tuple(bits.tolist())
         self.codebooks = tuple(codec.CODEBOOKS[i] for i in ids)
+        self.codes, self.formats, self.suh, self.svh = (mx.contiguous(a) for a in (codes, formats, suh, svh))
+        self.bias = None if bias is None else mx.contiguous(bias)
         self.offsets = mx.array(np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64))
+        mx.eval(self.arrays)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Codes, offsets, formats, suh, svh and, where there is one, the bias: in the order of the kernels."""
+        arrays = [self.codes, self.offsets, self.formats, self.suh, self.svh]
+        return arrays if self.bias is None else [*arrays, self.bias]
 
     @classmethod
     def of(cls, name: str, weights: Sequence[TrellisWeight]) -> ExpertStack:
         """Stack one weight per expert; ``name`` is used in errors."""
         first = _same_sizes(name, weights)
-        formats = [w.bits | codec.CODEBOOKS.index(w.codebook) << 8 for w in weights]
+        formats = [format_word(w.bits, w.codebook) for w in weights]
         bias = None
         if any(w.bias is not None for w in weights):
             zeros = mx.zeros((first.padded_shape[1],), mx.float32)
@@ -157,6 +191,19 @@ class ExpertStack:
         """``(k, n)`` as stored."""
         return self.suh.shape[1], self.svh.shape[1]
 
+    def __getitem__(self, e: int) -> TrellisWeight:
+        """The weight of one expert."""
+        k, n = self.padded_shape
+        start, bits = int(self.offsets[e].item()), self.bits[e]
+        trellis = self.codes[start : start + k * n * bits // 32].view(mx.int16).reshape(k // 16, n // 16, 16 * bits)
+        bias = None if self.bias is None else self.bias[e]
+        sizes = self.in_features, self.out_features
+        return TrellisWeight(trellis, self.suh[e], self.svh[e], self.codebooks[e], bias, *sizes)
+
+    def __getstate__(self) -> dict:
+        """Without what ops keep here, which a copy makes again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
 
 def _stack_sizes(codes, formats, suh, svh, bias) -> tuple[int, int, int]:
     """(experts, k, n) of a stack's arrays, after checking that they agree."""
@@ -175,6 +222,12 @@ def _stack_sizes(codes, formats, suh, svh, bias) -> tuple[int, int, int]:
     if bias is not None and (bias.dtype != mx.float32 or bias.shape != svh.shape):
         raise ValueError(f"bias must be float32 {list(svh.shape)}, got {bias.dtype} {list(bias.shape)}")
     return experts, suh.shape[1], svh.shape[1]
+
+
+def _listed(name: str, weights: Iterable[TrellisWeight]) -> list[TrellisWeight]:
+    if not isinstance(weights, Iterable):
+        raise ValueError(f"{name} must be a list with one TrellisWeight per expert, got {type(weights).__name__}")
+    return list(weights)
 
 
 def _same_sizes(name: str, weights: Sequence[TrellisWeight]) -> TrellisWeight:
@@ -201,7 +254,8 @@ class ExpertBank:
         ValueError: If the numbers of experts or the sizes do not fit together.
     """
 
-    def __init__(self, gate: Sequence[TrellisWeight], up: Sequence[TrellisWeight], down: Sequence[TrellisWeight]):
+    def __init__(self, gate: Iterable[TrellisWeight], up: Iterable[TrellisWeight], down: Iterable[TrellisWeight]):
+        gate, up, down = (_listed(*item) for item in (("gate", gate), ("up", up), ("down", down)))
         if not len(gate) == len(up) == len(down):
             raise ValueError(
                 f"gate, up and down must have one weight per expert, got {len(gate)}, {len(up)}, {len(down)}"

@@ -21,6 +21,9 @@ from .weights import ExpertBank, ExpertStack, TrellisWeight
 
 # Largest relative error of an output row: float32 sums of a few thousand products; half an ulp of the 16-bit dtypes.
 TOLERANCE = {"float32": 2e-5, "float16": 5e-4, "bfloat16": 4e-3}
+# The same with half operands and half sums inside a tile, whose roundings alone reach 1.5e-3. Only for 16-bit rows: who
+# asks for float32 gets it.
+_HALF_TOLERANCE = 2e-3
 # Rows of a check, by the variant that is usual for them: what is right for these is right for the rows between. Full
 # panels and tiles (65 is more than the widest); one row less, so that the last one is ragged; the fewest rows.
 CHECK_ROWS = {"decode": (1,), "prefill4": (16, 15, 2), "base": (32, 31, 17), "large_batch": (65, 64, 33)}
@@ -38,6 +41,12 @@ Projections = tuple[Stack, ...]
 def problem_class(problem: Problem) -> Problem:
     """The problem whose check holds for all problems of this kind with the same usual variant."""
     return replace(problem, rows=CHECK_ROWS[kernels.default_variant(problem.rows)][0])
+
+
+def tolerance(problem: Problem, config: KernelConfig) -> float:
+    """The largest error of a row that a config may have."""
+    halves = problem.device == "gpu" and not config.use_fp32_acc and problem.dtype != "float32"
+    return max(TOLERANCE[problem.dtype], _HALF_TOLERANCE if halves else 0.0)
 
 
 def as_layer(layer) -> TrellisLinear | TrellisSwitchGLU:
@@ -181,9 +190,8 @@ class Workload:
         for rows in counts:
             part = None if routing is None else tuple(None if a is None else a[:rows] for a in routing)
             actual = np.array(self._call(config, x[:rows], part, self.sets[0]).astype(mx.float32))
-            error = reference.row_error(actual, expected[:rows])
-            if error > TOLERANCE[self.problem.dtype]:
-                limit = TOLERANCE[self.problem.dtype]
+            error, limit = reference.row_error(actual, expected[:rows]), tolerance(self.problem, config)
+            if error > limit:
                 raise ValueError(f"wrong result: of {rows} rows one is off by {error:.2g}, tolerance {limit:g}")
             worst = max(worst, error)
         return worst
@@ -192,9 +200,8 @@ class Workload:
         if self.problem.kind == "linear":
             return ops.linear(x, stacks[0], config=config, stream=self.stream)
         indices, scores = routing
-        name, alpha, limit = self.activation
-        how = {"activation": name, "alpha": alpha, "limit": limit, "config": config, "stream": self.stream}
-        return ops.swiglu(x, indices, *stacks, scores=scores, **how)
+        activation = ops.Activation(*self.activation)
+        return ops.swiglu(x, indices, *stacks, scores=scores, activation=activation, config=config, stream=self.stream)
 
     def _rows(self, rows: int) -> mx.array:
         x = mx.array(self._rng.standard_normal((rows, self.problem.hidden), np.float32)).astype(self._dtype)
@@ -248,10 +255,11 @@ class Workload:
         x64 = np.array(x.astype(mx.float32)).astype(np.float64)
         sources = [stack.source for stack in self.sets[0]]
         if self.problem.kind == "linear":
-            return x, None, reference.linear(x64, *sources)
+            return x, None, reference.linear(x64, sources[0][0])
         indices, scores = self._routing(rows, self._check_experts())
         given = None if scores is None else np.array(scores)
-        return x, (indices, scores), reference.swiglu(x64, sources, np.array(indices), given, self.activation)
+        expected = reference.swiglu(x64, np.array(indices), sources, given, *self.activation)
+        return x, (indices, scores), expected
 
 
 class ConfigClock(Chain):

@@ -1,6 +1,6 @@
 """Build the macOS arm64 wheel on Linux, with PyPI's ziglang, against the real mlx-metal wheel.
 
-python tests/cross/build_macos.py [folder]      # prints the wheel's path
+python tests/cross/build_macos.py [folder]      # prints the wheel's path, its files and whose symbols it needs
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+
+import mach_o
+import symbols
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -143,10 +146,20 @@ def build(output: Path) -> Path:
     return max(output.glob(f"mlx_marlin-*-{TAG}.whl"), key=lambda path: path.stat().st_mtime)
 
 
+def describe(wheel: Path) -> str:
+    """The wheel's files with their sizes, and where its extension's undefined symbols come from."""
+    library = mach_o.read((mlx_site() / "mlx" / "lib" / "libmlx.dylib").read_bytes())
+    with zipfile.ZipFile(wheel) as archive:
+        files = [f"{entry.file_size:9d}  {entry.filename}" for entry in archive.infolist()]
+        extension = mach_o.read(archive.read(f"mlx_marlin/_ext{SUFFIX}"))
+    found = symbols.origins(extension.undefined, library.defined)
+    return "\n".join([str(wheel), *files, str(found), *sorted(found.unknown)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "dist")
-    print(build(parser.parse_args().folder))
+    print(describe(build(parser.parse_args().folder)))
 
 
 if __name__ == "__main__":

@@ -57,14 +57,26 @@ struct OwnedStack {
         bias(in.array<float>()) {}
 
   Stack view() const {
-    return {codes.data(), offsets.data(), formats.data(), suh.data(), svh.data(), bias.empty() ? nullptr : bias.data(),
-            sizes[0],     sizes[1],       sizes[2]};
+    return {
+        .codes = codes.data(),
+        .offsets = offsets.data(),
+        .formats = formats.data(),
+        .suh = suh.data(),
+        .svh = svh.data(),
+        .bias = bias.empty() ? nullptr : bias.data(),
+        .experts = sizes[0],
+        .k = sizes[1],
+        .n = sizes[2]};
   }
 };
 
 template <typename T>
 void write(FILE* file, const std::vector<T>& items) {
   std::fwrite(items.data(), sizeof(T), items.size(), file);
+}
+
+size_t item_bytes(int dtype) {
+  return static_cast<DType>(dtype) == DType::float32 ? 4 : 2;
 }
 
 }  // namespace
@@ -78,7 +90,6 @@ int main(int argc, char** argv) {
   set_threads(2);
   Reader in{open_file(argv[2], "rb")};
   FILE* out = open_file(argv[3], "wb");
-  const Config config{64, 128, 2};
   const auto counts = in.array<int32_t>();  // decodes, products, swiglus
   for (int i = 0; i < counts[0]; ++i) {
     OwnedStack stack(in);
@@ -88,25 +99,47 @@ int main(int argc, char** argv) {
   }
   for (int i = 0; i < counts[1]; ++i) {
     OwnedStack stack(in);
-    auto p = in.array<int32_t>();  // rows, transposed
-    auto x = in.array<float>();
-    int k = stack.sizes[1], n = stack.sizes[2];
-    std::vector<float> y(static_cast<size_t>(p[0]) * (p[1] ? k : n));
-    product({DType::float32, x.data(), y.data(), p[0], nullptr, 1, k, n, p[1] != 0, stack.view()}, config);
+    const auto p = in.array<int32_t>();  // dtype, panel rows, rows, in_features, out_features, transposed
+    const auto x = in.array<uint8_t>();
+    std::vector<uint8_t> y(static_cast<size_t>(p[2]) * (p[5] ? p[3] : p[4]) * item_bytes(p[0]));
+    const ProductArgs args{
+        .dtype = static_cast<DType>(p[0]),
+        .x = x.data(),
+        .y = y.data(),
+        .rows = p[2],
+        .ids = nullptr,
+        .x_divisor = 1,
+        .in_features = p[3],
+        .out_features = p[4],
+        .transposed = p[5] != 0,
+        .stack = stack.view()};
+    product(args, {p[1], 128, 2});
     write(out, y);
   }
   for (int i = 0; i < counts[2]; ++i) {
     OwnedStack gate(in), up(in), down(in);
-    auto p = in.array<int32_t>();  // rows, top_k, activation
-    auto x = in.array<float>();
-    auto ids = in.array<uint32_t>();
-    auto scores = in.array<float>();
-    int hidden = gate.sizes[1];
-    std::vector<float> y(static_cast<size_t>(p[0]) * hidden);
-    swiglu(
-        {DType::float32, x.data(), ids.data(), scores.data(), y.data(), p[0], p[1], hidden, p[2], 1.702f, 7.0f,
-         gate.view(), up.view(), down.view()},
-        config);
+    const auto p = in.array<int32_t>();  // dtype, panel rows, rows, hidden, top_k, activation
+    const auto x = in.array<uint8_t>();
+    const auto ids = in.array<uint32_t>();
+    const auto scores = in.array<float>();  // empty: not combined
+    const size_t out_rows = static_cast<size_t>(p[2]) * (scores.empty() ? p[4] : 1);
+    std::vector<uint8_t> y(out_rows * p[3] * item_bytes(p[0]));
+    const SwigluArgs args{
+        .dtype = static_cast<DType>(p[0]),
+        .x = x.data(),
+        .ids = ids.data(),
+        .scores = scores.empty() ? nullptr : scores.data(),
+        .out = y.data(),
+        .rows = p[2],
+        .top_k = p[4],
+        .hidden = p[3],
+        .activation = p[5],
+        .alpha = 1.702f,
+        .limit = 7.0f,
+        .gate = gate.view(),
+        .up = up.view(),
+        .down = down.view()};
+    swiglu(args, {p[1], 128, 2});
     write(out, y);
   }
   return std::fclose(out) == 0 ? 0 : 1;

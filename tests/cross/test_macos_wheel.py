@@ -1,6 +1,5 @@
 """The macOS arm64 wheel, built on Linux: what is in it, and that every symbol it needs exists on a Mac."""
 
-import re
 import sys
 import zipfile
 from pathlib import Path
@@ -12,30 +11,12 @@ ziglang = pytest.importorskip("ziglang", reason="the macOS cross-build needs PyP
 sys.path.insert(0, str(Path(__file__).parent))
 import build_macos  # noqa: E402
 import mach_o  # noqa: E402
+import symbols  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="on a Mac the wheel is built natively"),
 ]
-
-# The Objective-C runtime's, which metal-cpp calls; libSystem's are read from the list that ziglang brings.
-OBJECTIVE_C = re.compile(r"_(?:objc|sel|class|object|method)_\w+|_OBJC_\w+")
-CPYTHON = re.compile(r"__?Py\w+")
-
-
-def system_symbols() -> set[str]:
-    """Everything that libSystem exports on macOS."""
-    text = (Path(ziglang.__file__).parent / "lib" / "libc" / "darwin" / "libSystem.tbd").read_text()
-    symbols = set(re.findall(r"[\w$.]+", text))
-    assert {"_malloc", "_pthread_create", "dyld_stub_binder"} <= symbols
-    return symbols
-
-
-def unknown(symbols: set[str]) -> list[str]:
-    """Those that neither CPython nor the system has."""
-    system = system_symbols()
-    known = {s for s in symbols if s in system or CPYTHON.fullmatch(s) or OBJECTIVE_C.fullmatch(s)}
-    return sorted(symbols - known)
 
 
 @pytest.fixture(scope="module")
@@ -94,20 +75,18 @@ def library(wheel):
 
 
 def test_every_symbol_exists(library, extension):
-    from_mlx = extension.undefined & library.defined
-    rest = extension.undefined - from_mlx
-    print(
-        f"{len(extension.undefined)} undefined symbols: {len(from_mlx)} in libmlx, {len(rest)} "
-        f"CPython's or the system's"
-    )
-    assert unknown(rest) == []
-    assert any("CommandEncoder" in s for s in from_mlx), "the Metal encoder is not in this build"
+    found = symbols.origins(extension.undefined, library.defined)
+    print(found)
+    assert not found.unknown
+    assert any("CommandEncoder" in s for s in found.mlx), "the Metal encoder is not in this build"
+    assert found.cpython and found.system
     assert "_PyInit__ext" in extension.defined
 
 
-def test_the_check_sees_a_missing_symbol(library, extension):
-    invented = "__ZN3mlx4core13no_such_thingEv"
-    assert unknown({*extension.undefined, invented} - library.defined) == [invented]
+@pytest.mark.parametrize("invented", ["__ZN3mlx4core13no_such_thingEv", "_PyObject_NoSuchThing", "_objc_noSuchThing"])
+def test_the_check_sees_a_missing_symbol(library, extension, invented):
+    found = symbols.origins({*extension.undefined, invented}, library.defined)
+    assert found.unknown == {invented}
 
 
 def test_a_linux_library_is_refused():

@@ -8,16 +8,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_marlin import codec
-from mlx_marlin.kernels import ACTIVATIONS
-from mlx_marlin.weights import ExpertStack, TrellisWeight
+from mlx_marlin.kernels import ACTIVATIONS, DTYPES
+from mlx_marlin.weights import ExpertStack
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests"))
-from cases import TOLERANCE, reference_linear, reference_swiglu, row_error  # noqa: E402
+import golden  # noqa: E402
+from cases import (  # noqa: E402
+    TOLERANCE,
+    random_experts,
+    random_rows,
+    random_weight,
+    reference_linear,
+    reference_swiglu,
+    row_error,
+)
 
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 SETS = {"neon": ["-mcpu=generic"], "neonfp16": ["-mcpu=generic+fullfp16"]}
@@ -52,19 +62,21 @@ def driver(tmp_path_factory):
     return program
 
 
-def make_weight(rng, k, n, bits, codebook, bias=False):
-    trellis = rng.integers(-(2**15), 2**15, (k // 16, n // 16, 16 * bits), dtype=np.int16)
-    suh = (rng.choice([-1.0, 1.0], k) * rng.uniform(0.5, 1.5, k)).astype(np.float16)
-    svh = (rng.choice([-1.0, 1.0], n) * rng.uniform(0.5, 1.5, n) / k**0.5).astype(np.float16)
-    bias = rng.standard_normal(n).astype(np.float32) if bias else None
-    return TrellisWeight(trellis, suh, svh, codebook, bias)
+FORMATS = [(bits, codebook) for bits in range(1, codec.MAX_BITS + 1) for codebook in codec.CODEBOOKS]
+# Rows of x, and rows per decoded panel: one row, a few in one panel, and more than one panel.
+SHAPES = ((1, 1), (2, 4), (3, 64), (5, 4), (17, 8))
+
+
+def to_bytes(x: mx.array) -> np.ndarray:
+    return np.array(mx.contiguous(x).view(mx.uint8)).reshape(-1)
 
 
 class Cases:
-    """The driver's input file."""
+    """The driver's input file, and what must come out, in the driver's order."""
 
     def __init__(self):
-        self.parts = []
+        self.decodes, self.products, self.swiglus = [], [], []
+        self.parts: list[bytes] = []
 
     def array(self, values, dtype):
         values = np.ascontiguousarray(values, dtype)
@@ -80,54 +92,112 @@ class Cases:
             self.array(np.array(values).view(np.uint16), np.uint16)
         self.array([] if stack.bias is None else np.array(stack.bias), np.float32)
 
+    def decode(self, w):
+        self.decodes.append((w,))
+
+    def product(self, w, x: mx.array, dtype: str, panel_rows: int, transposed: bool = False, exact=None):
+        x = x.astype(getattr(mx, dtype))
+        x64 = np.array(x.astype(mx.float32)).astype(np.float64)
+        if exact is None:
+            exact = x64 @ codec.dequantize(w).astype(np.float64).T if transposed else reference_linear(x64, w)
+        self.products.append((w, x, dtype, panel_rows, transposed, exact))
+
+    def swiglu(self, experts, x, ids, scores, dtype: str, panel_rows: int, activation: str, exact=None):
+        x = x.astype(getattr(mx, dtype))
+        if exact is None:
+            x64 = np.array(x.astype(mx.float32)).astype(np.float64)
+            exact = reference_swiglu(x64, ids, experts, scores, activation)
+        self.swiglus.append((experts, x, ids, scores, dtype, panel_rows, activation, exact))
+
+    def write(self, path: Path) -> None:
+        self.array([len(self.decodes), len(self.products), len(self.swiglus)], np.int32)
+        for (w,) in self.decodes:
+            self.stack([w])
+        for w, x, dtype, panel_rows, transposed, _ in self.products:
+            self.stack([w])
+            sizes = w.in_features, w.out_features
+            self.array([DTYPES.index(dtype), panel_rows, x.shape[0], *sizes, transposed], np.int32)
+            self.array(to_bytes(x), np.uint8)
+        for experts, x, ids, scores, dtype, panel_rows, activation, _ in self.swiglus:
+            for name in ("gate", "up", "down"):
+                self.stack(experts[name])
+            hidden, kind = experts["gate"][0].in_features, ACTIVATIONS.index(activation)
+            self.array([DTYPES.index(dtype), panel_rows, x.shape[0], hidden, ids.shape[1], kind], np.int32)
+            self.array(to_bytes(x), np.uint8)
+            self.array(ids, np.uint32)
+            self.array([] if scores is None else scores, np.float32)
+        path.write_bytes(b"".join(self.parts))
+
+    def check(self, data: bytes) -> None:
+        at = 0
+
+        def take(dtype: str, shape) -> mx.array:
+            nonlocal at
+            count = int(np.prod(shape)) * (4 if dtype == "float32" else 2)
+            values = mx.array(np.frombuffer(data, np.uint8, count, at)).view(getattr(mx, dtype)).reshape(shape)
+            at += count
+            return values
+
+        for (w,) in self.decodes:
+            got = np.array(take("float16", w.padded_shape)).view(np.uint16)
+            np.testing.assert_array_equal(got, codec.inner(w).view(np.uint16), err_msg=str(w))
+        for w, x, dtype, panel_rows, transposed, exact in self.products:
+            error = row_error(take(dtype, exact.shape), exact)
+            assert error <= TOLERANCE[dtype], (w, x.shape, dtype, panel_rows, transposed, error)
+        for _, x, ids, _, dtype, panel_rows, activation, exact in self.swiglus:
+            error = row_error(take(dtype, exact.shape), exact)
+            assert error <= TOLERANCE[dtype], (activation, x.shape, ids.shape, dtype, panel_rows, error)
+        assert at == len(data)
+
+
+def add_vectors(cases: Cases) -> None:
+    """The vectors of an independent implementation, in every dtype."""
+    for name in golden.names("linear_*"):
+        z = golden.load(name)
+        for dtype in DTYPES:  # x is exact in half precision
+            exact = z["y64"] if dtype != "bfloat16" else None
+            cases.product(golden.weight(z), mx.array(z["x"]), dtype, 4, exact=exact)
+    for name in golden.names("moe_*"):
+        z = golden.load(name)
+        for dtype in DTYPES:
+            exact = z["y64"] if dtype != "bfloat16" else None
+            cases.swiglu(golden.experts(z), mx.array(z["x"]), z["ids"], z["probs"], dtype, 4, "silu", exact)
+
+
+def add_random(cases: Cases) -> None:
+    """Every dtype with every activation, ragged sizes, few rows and many; all formats, decoded and multiplied."""
+    rng = np.random.default_rng(0)
+    for bits, codebook in FORMATS:
+        cases.decode(random_weight(rng, 1024, 1024, bits, codebook))
+    for i, (rows, panel_rows) in enumerate(SHAPES):
+        for j, dtype in enumerate(DTYPES):
+            w = random_weight(rng, 192, 320, *FORMATS[(5 * i + 8 * j) % len(FORMATS)], bias=(i + j) % 2 == 0)
+            for transposed in (False, True):
+                x = random_rows(rng, rows, (192, 320)[transposed], dtype)
+                cases.product(w, x, dtype, panel_rows, transposed)
+    for i, activation in enumerate(ACTIVATIONS):
+        for j, dtype in enumerate(DTYPES):
+            for combine in (False, True):
+                rows, panel_rows = SHAPES[(i + j + 2 * combine) % len(SHAPES)]
+                formats = [[FORMATS[(7 * e + 5 * p + i) % len(FORMATS)] for p in range(3)] for e in range(4)]
+                experts = random_experts(rng, 192, 96, formats, bias=(i + j + combine) % 2 == 0)
+                ids = rng.permuted(np.tile(np.arange(4), (rows, 1)), axis=1)[:, :2].astype(np.uint32)
+                scores = rng.dirichlet(np.ones(2), rows).astype(np.float32) if combine else None
+                cases.swiglu(experts, random_rows(rng, rows, 192, dtype), ids, scores, dtype, panel_rows, activation)
+
+
+@pytest.fixture(scope="module")
+def all_cases():
+    cases = Cases()
+    add_vectors(cases)
+    add_random(cases)
+    return cases
+
 
 @pytest.mark.parametrize("name", list(SETS))
-def test_kernels_under_qemu(driver, name, tmp_path):
-    rng = np.random.default_rng(0)
-    formats = [(bits, codebook) for bits in range(1, codec.MAX_BITS + 1) for codebook in codec.CODEBOOKS]
-    file = Cases()
-    rows = (1, 2, 3, 4, 5, 17)
-    file.array([len(formats), 2 * len(rows), 2], np.int32)
-    decoded = [make_weight(rng, 1024, 1024, *format_) for format_ in formats]
-    for w in decoded:
-        file.stack([w])
-    products = []
-    for i, count in enumerate(rows):
-        w = make_weight(rng, 256, 384, *formats[(5 * i) % len(formats)], bias=i % 2 == 0)
-        for transposed in (0, 1):
-            x = rng.standard_normal((count, (256, 384)[transposed])).astype(np.float32)
-            file.stack([w])
-            file.array([count, transposed], np.int32)
-            file.array(x, np.float32)
-            matrix = codec.dequantize(w).astype(np.float64)
-            products.append(x.astype(np.float64) @ matrix.T if transposed else reference_linear(x, w))
-    layers = []
-    for count, activation in ((1, 0), (20, 2)):
-        weights = {
-            part: [make_weight(rng, *shape, *formats[7 * e], bias=activation == 2) for e in range(4)]
-            for part, shape in (("gate", (256, 128)), ("up", (256, 128)), ("down", (128, 256)))
-        }
-        x = rng.standard_normal((count, 256)).astype(np.float32)
-        ids = rng.permuted(np.tile(np.arange(4), (count, 1)), axis=1)[:, :2].astype(np.uint32)
-        scores = rng.dirichlet(np.ones(2), count).astype(np.float32)
-        for part in weights.values():
-            file.stack(part)
-        file.array([count, 2, activation], np.int32)
-        for values in (x, ids, scores):
-            file.array(values, values.dtype)
-        layers.append(reference_swiglu(x, ids, weights, scores, ACTIVATIONS[activation]))
+def test_kernels_under_qemu(driver, all_cases, name, tmp_path):
     cases, results = tmp_path / "cases", tmp_path / "results"
-    cases.write_bytes(b"".join(file.parts))
+    all_cases.parts.clear()
+    all_cases.write(cases)
     subprocess.run([QEMU, "-cpu", "max", str(driver), name, str(cases), str(results)], check=True)
-
-    data = results.read_bytes()
-    at = 0
-    for w, (bits, codebook) in zip(decoded, formats):
-        got = np.frombuffer(data, np.uint16, 1 << 20, at).reshape(1024, 1024)
-        at += got.nbytes
-        np.testing.assert_array_equal(got, codec.inner(w).view(np.uint16), err_msg=f"{codebook}, {bits} bits")
-    for exact in products + layers:
-        got = np.frombuffer(data, np.float32, exact.size, at).reshape(exact.shape)
-        at += got.nbytes
-        assert row_error(got, exact) <= TOLERANCE["float32"]
-    assert at == len(data)
+    all_cases.check(results.read_bytes())

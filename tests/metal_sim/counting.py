@@ -57,11 +57,13 @@ class CountedResult(Result):
         operations: Of the whole dispatch.
         inner_loop: Of the innermost loop that decodes most weights; the whole dispatch if none decodes any.
         loop_registers: Estimate of live 32-bit registers in that loop.
+        decoders: Innermost loops that decode weights, whether they ran or not.
     """
 
     operations: Operations
     inner_loop: Operations
     loop_registers: int
+    decoders: int
 
 
 class CountedLibrary(Library):
@@ -87,6 +89,9 @@ class CountedLibrary(Library):
         result.loop_registers = max(
             ir.live_registers(f, loop) for f in self._module.functions if loop & set(f.block_ids)
         )
+        result.decoders = len(
+            {frozenset(self._innermost(b)) for b, block in enumerate(self._module.blocks) if block.weights}
+        )
         return result
 
     def _sum(self, blocks, times):
@@ -102,10 +107,13 @@ class CountedLibrary(Library):
         decoded = [b.weights * t for b, t in zip(self._module.blocks, times)]
         if not any(decoded):
             return range(len(times))
-        hottest = decoded.index(max(decoded))
-        loops = [loop for f in self._module.functions for loop in ir.natural_loops(f) if hottest in loop]
-        if not loops:  # fully unrolled
-            return next(f.block_ids for f in self._module.functions if hottest in f.block_ids)
+        return self._innermost(decoded.index(max(decoded)))
+
+    def _innermost(self, block):
+        """The smallest loop around a block; its function if it is in none."""
+        loops = [loop for f in self._module.functions for loop in ir.natural_loops(f) if block in loop]
+        if not loops:
+            return next(f.block_ids for f in self._module.functions if block in f.block_ids)
         return min(loops, key=len)
 
 

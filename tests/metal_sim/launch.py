@@ -202,9 +202,9 @@ class Library:
             total = _triple(grid_threads)
             threads = tuple(map(min, threads, total))
             grid = tuple(-(-a // b) for a, b in zip(total, threads))
-        count, limit = threads[0] * threads[1] * threads[2], min(MAX_THREADS, kernel.max_threads)
-        if not 1 <= count <= limit:
-            raise KernelError(f"{name}: {count} threads per threadgroup (limit {limit})")
+        size, limit = threads[0] * threads[1] * threads[2], min(MAX_THREADS, kernel.max_threads)
+        if not 1 <= size <= limit:
+            raise KernelError(f"{name}: {size} threads per threadgroup (limit {limit})")
         binding = self._bind(name, kernel, buffers, dict(threadgroup_memory or {}))
         order_name, _, seed = order.partition(":")
         workers = 1 if count or self._blocks else workers or os.cpu_count() or 1

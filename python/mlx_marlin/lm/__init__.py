@@ -1,24 +1,25 @@
-"""EXL3 checkpoints as mlx-lm models. Needs mlx-lm: ``pip install mlx_marlin[lm]``."""
+"""EXL3 checkpoints as mlx-lm models: the modules here need mlx-lm, the package itself does not.
+
+- ``hub``: where a checkpoint is.
+- ``mapping``: where its tensors belong in mlx-lm's model.
+- ``model``: that model, made and filled.
+- ``sharding``: the same on several ranks.
+- ``commands``: mlx-lm's commands over all this.
+- ``problems``: what a checkpoint asks of the kernels.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
 import mlx.core as mx
 
-try:
-    from mlx_lm import utils as mlx_lm_utils
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("loading models needs mlx-lm: pip install 'mlx_marlin[lm]'", name=error.name) from error
-
-from .model import Progress, is_exl3, load_exl3_model
-
-__all__ = ["is_exl3", "load", "load_exl3_model"]
+__all__ = ["load"]
 
 
 def load(
     path_or_hf_repo: str,
-    dtype: mx.Dtype | None = None,
+    dtype: mx.Dtype | str | None = None,
     *,
     tokenizer_config: dict | None = None,
     model_config: dict | None = None,
@@ -27,14 +28,14 @@ def load(
     return_config: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ):
     """Load an EXL3 checkpoint as ``mlx_lm.load`` loads others; the other keywords are its own.
 
     Args:
         path_or_hf_repo: Directory, or repository on the Hugging Face Hub.
-        dtype: Of the unquantized parameters, and so of the activations. Default: ``None``: float32 on the
-            CPU, the source's dtype on a GPU.
+        dtype: Of the unquantized parameters, and so of the activations: float32, float16 or bfloat16, as
+            ``mx.Dtype`` or by name. Default: ``None``: float32 on the CPU, the source's dtype on a GPU.
         trust_remote_code: Taken for the sake of ``mlx_lm.load``; code inside an EXL3 checkpoint is never run.
         progress: Called with (layers done, layers) after each layer. Default: ``None``.
 
@@ -42,13 +43,31 @@ def load(
         The model and the tokenizer, and the config if ``return_config``.
 
     Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If the directory cannot be loaded; the message names file and tensor.
+        FileNotFoundError: If there is no such directory or repository, or a file of it is missing.
+        ModuleNotFoundError: If mlx-lm is not installed.
+        ValueError: If the directory cannot be loaded, which names file and tensor; or no model runs in the dtype.
     """
-    model_path = mlx_lm_utils._download(str(path_or_hf_repo), revision=revision)
-    model, config = load_exl3_model(Path(model_path), lazy, model_config, dtype=dtype, progress=progress)
+    require_mlx_lm()
+    from mlx_lm import utils as mlx_lm_utils
+
+    from .hub import fetch
+    from .model import activation_dtype, load_exl3_model
+
+    dtype = activation_dtype(dtype)
+    model_path = fetch(path_or_hf_repo, revision=revision)
+    model, config = load_exl3_model(model_path, lazy, model_config, dtype=dtype, progress=progress)
     if adapter_path is not None:
         model = mlx_lm_utils.load_adapters(model, adapter_path)
         model.eval()
     tokenizer = mlx_lm_utils.load_tokenizer(model_path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
     return (model, tokenizer, config) if return_config else (model, tokenizer)
+
+
+def require_mlx_lm() -> None:
+    """Raise ModuleNotFoundError, saying what to install, unless mlx-lm is there."""
+    try:
+        import mlx_lm  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "loading models needs mlx-lm; in a clone of mlx_marlin run: pip install '.[lm]'", name=error.name
+        ) from error

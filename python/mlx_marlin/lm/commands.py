@@ -7,40 +7,51 @@ go to the functions that were there.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm import cli as mlx_lm_cli
 from mlx_lm import utils as mlx_lm_utils
 
-from .model import Progress, is_exl3, load_exl3_model, open_checkpoint
+from ..loader import INDEX_NAME
+from .hub import DESCRIPTION_FILES, fetch
+from .model import LayerProgress, is_exl3, load_exl3_model, open_checkpoint
 from .sharding import open_sharded, sharded_load
 
 # They write weights in other formats, which those of a trellis cannot become.
-CONVERTERS = ("convert", "fuse", "awq", "dwq", "dynamic_quant", "gptq")
-# What mlx_lm.utils.sharded_load fetches before it looks at a model.
-_DESCRIPTION_FILES = [
-    "*.json",
-    "*.py",
-    "tokenizer.model",
-    "*.tiktoken",
-    "tiktoken.model",
-    "*.txt",
-    "*.jsonl",
-    "*.jinja",
-]
+CONVERTERS = ("fuse", "awq", "dwq", "dynamic_quant", "gptq")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded; the message says which file and tensor, and why."""
 
 
-def is_command(name: str) -> bool:
-    """Whether mlx-lm has a command of this name."""
-    return name.isidentifier() and any(
-        importlib.util.find_spec(f"{package}.{name}") for package in ("mlx_lm", "mlx_lm.quant")
-    )
+def names() -> list[str]:
+    """mlx-lm's commands, from the scripts that it installs."""
+    scripts = metadata.distribution("mlx-lm").entry_points.select(group="console_scripts")
+    return sorted(script.name.partition(".")[2] for script in scripts if "." in script.name)
+
+
+def version() -> str:
+    """mlx-lm's version."""
+    return metadata.version("mlx-lm")
+
+
+def _guarded(load, *args, **keywords):
+    """Call ``load``; what is wrong with a checkpoint becomes a :class:`CheckpointError`."""
+    try:
+        return load(*args, **keywords)
+    except (FileNotFoundError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _is_exl3_repo(repo: str) -> bool:
+    """:func:`is_exl3` without fetching the weights of models that are none, as far as it can be told."""
+    directory = _guarded(fetch, repo, allow_patterns=DESCRIPTION_FILES)
+    # A single file has no index: its header tells, and others load the whole of it too.
+    return is_exl3(directory) or (not (directory / INDEX_NAME).exists() and is_exl3(_guarded(fetch, repo)))
 
 
 def check(repo: str, *, pipeline: bool) -> None:
@@ -50,19 +61,16 @@ def check(repo: str, *, pipeline: bool) -> None:
         repo: Directory, or repository on the Hugging Face Hub.
         pipeline: Whether several ranks form a pipeline, rather than split each layer.
     """
-    if not is_exl3(Path(mlx_lm_utils._download(repo, allow_patterns=_DESCRIPTION_FILES))):
+    if not _is_exl3_repo(repo):
         return
-    directory, group = Path(mlx_lm_utils._download(repo)), mx.distributed.init()
-    try:
-        if group.size() > 1:
-            open_sharded(directory, group if pipeline else None, None if pipeline else group)
-        else:
-            open_checkpoint(directory)
-    except (FileNotFoundError, ValueError) as error:
-        raise CheckpointError(str(error)) from error
+    directory, group = _guarded(fetch, repo), mx.distributed.init()
+    if group.size() > 1:
+        _guarded(open_sharded, directory, group if pipeline else None, None if pipeline else group)
+    else:
+        _guarded(open_checkpoint, directory)
 
 
-def install(progress: Progress | None = None, *, refuse: str | None = None) -> None:
+def install(progress: LayerProgress | None = None, *, refuse: str | None = None) -> None:
     """Make mlx-lm load EXL3 directories, for the rest of the process.
 
     Args:
@@ -71,28 +79,42 @@ def install(progress: Progress | None = None, *, refuse: str | None = None) -> N
     """
     load_others, load_others_sharded = mlx_lm_utils.load_model, mlx_lm_utils.sharded_load
 
-    def guarded(load, *args, **keywords):
-        if refuse is not None:
-            raise CheckpointError(refuse)
-        try:
-            return load(*args, **keywords)
-        except (FileNotFoundError, ValueError) as error:
-            raise CheckpointError(str(error)) from error
+    def download(path_or_hf_repo, revision=None, allow_patterns=None):
+        return _guarded(fetch, path_or_hf_repo, revision, allow_patterns)
 
     def load_model(model_path, lazy=False, strict=True, model_config=None, **keywords):
         if not is_exl3(Path(model_path)):
             return load_others(model_path, lazy, strict, model_config, **keywords)
-        return guarded(load_exl3_model, Path(model_path), lazy, model_config, progress=progress)
+        if refuse is not None:
+            raise CheckpointError(refuse)
+        return _guarded(load_exl3_model, Path(model_path), lazy, model_config, progress=progress)
 
     def load_sharded(repo, *args, **keywords):
-        if not is_exl3(Path(mlx_lm_utils._download(repo, allow_patterns=_DESCRIPTION_FILES))):
+        if not _is_exl3_repo(repo):
             return load_others_sharded(repo, *args, **keywords)
-        return guarded(sharded_load, repo, *args, **keywords, progress=progress)
+        if refuse is not None:
+            raise CheckpointError(refuse)
+        return _guarded(sharded_load, repo, *args, **keywords, progress=progress)
 
+    mlx_lm_utils._download = download
     mlx_lm_utils.load_model, mlx_lm_utils.sharded_load = load_model, load_sharded
 
 
-def run(command: str, progress: Progress | None = None) -> None:
+def _check_before_serving() -> None:
+    """Let the server check its models while it starts: it loads in a thread, and would listen without a model."""
+    server = importlib.import_module("mlx_lm.server")
+
+    class CheckedProvider(server.ModelProvider):
+        def __init__(self, cli_args):
+            for repo in (cli_args.model, cli_args.draft_model):
+                if repo is not None:
+                    check(repo, pipeline=getattr(cli_args, "pipeline", False))
+            super().__init__(cli_args)
+
+    server.ModelProvider = CheckedProvider
+
+
+def run(command: str, progress: LayerProgress | None = None) -> None:
     """Run the mlx-lm command that ``sys.argv`` asks for.
 
     Args:
@@ -103,4 +125,6 @@ def run(command: str, progress: Progress | None = None) -> None:
     if command in CONVERTERS:
         refuse = f"mlx_lm {command} cannot work on EXL3 weights; give it the model that they were made from"
     install(progress, refuse=refuse)
+    if command == "server":
+        _check_before_serving()
     mlx_lm_cli.main()

@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
-from ..codec import HADAMARD_SIZE
+from ..codec import HADAMARD_SIZE, padded
 from ..loader import QuantizedLinear, TrellisModelLoader
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -52,8 +52,8 @@ class LinearSource:
 
 
 @dataclass(frozen=True)
-class Mapping:
-    """Where everything goes.
+class WeightMap:
+    """Where everything of a checkpoint goes.
 
     Attributes:
         linears: Source of each quantized ``nn.Linear``, by its path in the model.
@@ -96,16 +96,16 @@ class _Placeholders:
         start, count = int(rows[0]), len(rows)
         if not np.array_equal(rows, np.arange(start, start + count)):
             raise ValueError(f"{where} has its outputs reordered there; a trellis cannot be reordered")
-        padded = linear.padded_shape[1]
-        if start == 0 and count == padded and padded - HADAMARD_SIZE < logical <= padded:
+        stored = linear.padded_shape[1]
+        if start == 0 and count == stored == padded(logical):
             return LinearSource(linear, None)
-        if start % HADAMARD_SIZE or count != logical or (count % HADAMARD_SIZE and start + count != padded):
+        if start % HADAMARD_SIZE or count != logical or (count % HADAMARD_SIZE and start + count != stored):
             raise ValueError(
-                f"{where} gives outputs {start} to {start + count} of {padded} where the model wants {logical}; "
+                f"{where} gives outputs {start} to {start + count} of {stored} where the model wants {logical}; "
                 f"EXL3 pads a model's size to the next multiple of {HADAMARD_SIZE} and can be cut there only"
             )
         first = start // HADAMARD_SIZE
-        return LinearSource(linear, tuple(range(first, first + -(-count // HADAMARD_SIZE))))
+        return LinearSource(linear, tuple(range(first, first + padded(count) // HADAMARD_SIZE)))
 
 
 def check_experts(loader: TrellisModelLoader) -> None:
@@ -189,7 +189,7 @@ def _move_leftovers(model: nn.Module, weights: dict[str, mx.array]) -> dict[str,
     return moved
 
 
-def map_weights(model: nn.Module, loader: TrellisModelLoader) -> Mapping:
+def map_weights(model: nn.Module, loader: TrellisModelLoader) -> WeightMap:
     """Find out where every tensor of a checkpoint goes, and that every parameter of the model gets one.
 
     Args:
@@ -204,7 +204,7 @@ def map_weights(model: nn.Module, loader: TrellisModelLoader) -> Mapping:
     placeholders = _Placeholders(loader)
     weights = sanitize(model, loader, placeholders)
     modules = dict(model.named_modules())
-    mapping = Mapping()
+    mapping = WeightMap()
     for key, value in weights.items():
         if not isinstance(value, mx.array):
             raise ValueError(f"{loader.directory}: mlx-lm makes a {type(value).__name__} of {key}")
@@ -217,7 +217,7 @@ def map_weights(model: nn.Module, loader: TrellisModelLoader) -> Mapping:
     return mapping
 
 
-def _place(mapping: Mapping, placeholders: _Placeholders, modules: dict, key: str, codes: np.ndarray) -> None:
+def _place(mapping: WeightMap, placeholders: _Placeholders, modules: dict, key: str, codes: np.ndarray) -> None:
     path, _, leaf = key.rpartition(".")
     module = modules.get(path)
     name = placeholders.linears[int(codes.flat[0] >> 32)].name
@@ -250,7 +250,7 @@ def _is_head(key: str, modules: dict) -> bool:
     return f".{path}".endswith(".lm_head") and path not in modules
 
 
-def _place_head(mapping: Mapping, placeholders: _Placeholders, modules: dict) -> None:
+def _place_head(mapping: WeightMap, placeholders: _Placeholders, modules: dict) -> None:
     """EXL3 has a quantized head even where the model ties it to the embeddings; it must not be dropped."""
     used = {source.linear.name for source in mapping.linears.values()}
     heads = [
@@ -258,21 +258,18 @@ def _place_head(mapping: Mapping, placeholders: _Placeholders, modules: dict) ->
     ]
     if not heads:
         return
-    head, paths = (
-        heads[0],
-        [p for p, m in modules.items() if f".{p}".endswith(".embed_tokens") and isinstance(m, nn.Embedding)],
-    )
+    head = heads[0]
+    paths = [p for p, m in modules.items() if f".{p}".endswith(".embed_tokens") and isinstance(m, nn.Embedding)]
     if len(heads) > 1 or len(paths) != 1:
         raise ValueError(
             f"{placeholders.directory}: {head.name} is quantized, but the model has neither a head nor tied embeddings"
         )
     vocabulary, hidden = modules[paths[0]].weight.shape
-    for padded, logical in zip(head.padded_shape, (hidden, vocabulary)):
-        if not padded - HADAMARD_SIZE < logical <= padded:
-            raise ValueError(
-                f"{placeholders.directory}: {head.name} is a {list(head.padded_shape)} matrix, but the model wants "
-                f"[{hidden}, {vocabulary}]"
-            )
+    if head.padded_shape != (padded(hidden), padded(vocabulary)):
+        raise ValueError(
+            f"{placeholders.directory}: {head.name} is a {list(head.padded_shape)} matrix, but the model wants "
+            f"[{hidden}, {vocabulary}]"
+        )
     mapping.heads[paths[0]] = LinearSource(head, None)
 
 
@@ -281,10 +278,10 @@ def _check_inputs_and_bias(
 ) -> None:
     logical = module.weight.shape[-1]
     for source in sources:
-        padded = source.linear.padded_shape[0]
-        if not padded - HADAMARD_SIZE < logical <= padded:
+        stored = source.linear.padded_shape[0]
+        if stored != padded(logical):
             raise ValueError(
-                f"{placeholders.directory}: {source.linear.name} has {padded} inputs, but {key} wants {logical}"
+                f"{placeholders.directory}: {source.linear.name} has {stored} inputs, but {key} wants {logical}"
             )
         if ("bias" in source.linear.parts) != ("bias" in module):
             has, wants = ("has a", "none") if "bias" in source.linear.parts else ("has no", "one")
@@ -293,7 +290,7 @@ def _check_inputs_and_bias(
             )
 
 
-def _check_complete(model: nn.Module, loader: TrellisModelLoader, mapping: Mapping) -> None:
+def _check_complete(model: nn.Module, loader: TrellisModelLoader, mapping: WeightMap) -> None:
     for path, projections in mapping.experts.items():
         for projection in PROJECTIONS:
             if projection not in projections:

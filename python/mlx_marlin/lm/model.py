@@ -2,7 +2,8 @@
 
 The model is made by mlx-lm's own class. Its linears and ``SwitchGLU`` blocks that are quantized in the
 checkpoint are then replaced, layer by layer, by :class:`TrellisLinear` and :class:`TrellisSwitchGLU`.
-Whatever can be wrong is found before the first weight is read.
+Whatever can be wrong is found before the first weight is read. Experts whose activation has no fused kernel keep
+mlx-lm's ``SwitchGLU``, over one trellis product per projection.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 
-from ..layers import TrellisLinear, TrellisSwitchGLU
-from ..loader import TrellisModelLoader
+from .. import metal_marlin
+from ..layers import TrellisExperts, TrellisLinear, TrellisSwitchGLU
+from ..loader import TrellisModelLoader, names_trellis
+from ..ops import DTYPES, Activation
 from ..safetensors import parse_json
-from ..weights import TrellisWeight
-from .mapping import MODEL_ERRORS, PROJECTIONS, LinearSource, Mapping, map_weights
+from ..weights import ExpertStack, TrellisWeight
+from .mapping import MODEL_ERRORS, PROJECTIONS, LinearSource, WeightMap, map_weights
 
-Progress = Callable[[int, int], None]
+LayerProgress = Callable[[int, int], None]
+"""Called with (layers done, layers) after each layer."""
 
 # mlx-lm's activations of SwitchGLU, by what the kernels call them.
 _ACTIVATIONS = {
@@ -54,7 +58,10 @@ class EmbeddingWithHead(nn.Embedding):
 
 
 def is_exl3(model_path: Path) -> bool:
-    """Whether config.json says that a directory is quantized with EXL3, or it holds a trellis tensor."""
+    """Whether a directory is to be loaded here: its config says EXL3, or a tensor's name does, damaged or not.
+
+    Directories of the older metal-marlin format count too, so that they are refused rather than taken for others.
+    """
     try:
         config = parse_json((model_path / "config.json").read_bytes(), "config.json")
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -63,10 +70,7 @@ def is_exl3(model_path: Path) -> bool:
         quantization = part.get("quantization_config") if isinstance(part, dict) else None
         if isinstance(quantization, dict) and quantization.get("quant_method") == "exl3":
             return True
-    try:
-        return bool(TrellisModelLoader(model_path).quantized)
-    except (FileNotFoundError, ValueError):
-        return False
+    return names_trellis(model_path) or metal_marlin.is_grid_directory(model_path)
 
 
 def read_config(model_path: Path, loader: TrellisModelLoader, model_config: dict | None) -> dict:
@@ -114,16 +118,47 @@ def build(model_path: Path, config: dict) -> nn.Module:
         ) from error
 
 
-def activation_of(path: str, module: nn.Module) -> dict:
-    """Keywords of :class:`TrellisSwitchGLU` for the activation of a ``SwitchGLU``."""
+def activation_of(module: nn.Module) -> Activation | None:
+    """The activation of a ``SwitchGLU`` as the fused kernels know it; ``None`` if they do not."""
     activation = module.activation
-    name = f"{type(activation).__module__}.{type(activation).__qualname__}"
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"{path} uses the activation {name}; experts can be quantized with {', '.join(_ACTIVATIONS)}")
-    keywords = {"activation": _ACTIVATIONS[name]}
+    name = _ACTIVATIONS.get(f"{type(activation).__module__}.{type(activation).__qualname__}")
+    if name is None:
+        return None
     if hasattr(activation, "_alpha"):
-        keywords.update(alpha=activation._alpha, limit=activation._limit)
-    return keywords
+        return Activation(name, float(activation._alpha), float(activation._limit))
+    return Activation(name)
+
+
+def make_glu(module: nn.Module, gate: list, up: list, down: list) -> nn.Module:
+    """What stands for a ``SwitchGLU``: a fused layer, or the module itself over trellis projections.
+
+    Args:
+        module: The ``SwitchGLU``.
+        gate, up, down: One :class:`TrellisWeight` per expert.
+    """
+    activation = activation_of(module)
+    if activation is not None:
+        return TrellisSwitchGLU(gate, up, down, *activation)
+    # As in the fused kernels, the padded width flows from gate and up into down.
+    wide = [[TrellisWeight(w.trellis, w.suh, w.svh, w.codebook, w.bias, w.in_features) for w in p] for p in (gate, up)]
+    narrow = [TrellisWeight(w.trellis, w.suh, w.svh, w.codebook, w.bias, None, w.out_features) for w in down]
+    for name, weights in zip(PROJECTIONS, (*wide, narrow)):
+        module[name] = TrellisExperts(ExpertStack.of(name, weights))
+    return module
+
+
+def activation_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
+    """A dtype that a model can run in, given itself or its name; ``None`` stays.
+
+    Raises:
+        ValueError: If it is another one.
+    """
+    if dtype is None or dtype in DTYPES:
+        return dtype
+    named = {name: value for value, name in DTYPES.items()}
+    if not isinstance(dtype, str) or dtype not in named:
+        raise ValueError(f"dtype must be one of {', '.join(named)}, or None for the checkpoint's own, got {dtype!r}")
+    return named[dtype]
 
 
 def cast_dense(model: nn.Module, dense: dict[str, mx.array], dtype: mx.Dtype | None) -> dict[str, mx.array]:
@@ -159,17 +194,17 @@ def load_source(
     return source.linear.load(rows, columns, in_features=in_features, out_features=out_features)
 
 
-def _linear(path: str, module: nn.Module, source: LinearSource) -> TrellisLinear:
+def _whole_linear(_path: str, module: nn.Module, source: LinearSource) -> TrellisLinear:
     out_features, in_features = module.weight.shape
     return TrellisLinear(load_source(source, in_features, out_features))
 
 
-def _experts(path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> TrellisSwitchGLU:
+def _whole_experts(_path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> nn.Module:
     weights = []
     for projection in PROJECTIONS:
         _, out_features, in_features = module[projection].weight.shape
         weights.append([load_source(source, in_features, out_features) for source in sources[projection]])
-    return TrellisSwitchGLU(*weights, **activation_of(path, module))
+    return make_glu(module, *weights)
 
 
 def module_at(model: nn.Module, path: str):
@@ -207,13 +242,13 @@ def groups_of(paths) -> list[list[str]]:
 
 def fill(
     model: nn.Module,
-    mapping: Mapping,
+    mapping: WeightMap,
     dtype: mx.Dtype | None,
     *,
     lazy: bool = False,
-    progress: Progress | None = None,
-    make_linear=_linear,
-    make_experts=_experts,
+    progress: LayerProgress | None = None,
+    make_linear=_whole_linear,
+    make_experts=_whole_experts,
 ) -> None:
     """Read the weights into a model, layer by layer, so that at most one layer is held twice.
 
@@ -253,17 +288,19 @@ def fill(
     model.eval()
 
 
-def open_checkpoint(model_path: Path, model_config: dict | None = None) -> tuple[nn.Module, dict, Mapping]:
+def open_checkpoint(model_path: Path, model_config: dict | None = None) -> tuple[nn.Module, dict, WeightMap]:
     """The model of an EXL3 directory, its config and where its weights go: all checked, nothing read."""
     loader = TrellisModelLoader(model_path)
     if not loader.quantized:
         raise ValueError(f"{model_path} holds no EXL3 tensors; load it with mlx_lm.load")
+    if metal_marlin.is_grid_directory(model_path):
+        raise ValueError(
+            f"{model_path} is of the metal-marlin format, of which TrellisModelLoader loads single weights, but no "
+            "whole models; convert the original model with mlx_marlin-convert"
+        )
     config = read_config(model_path, loader, model_config)
     model = build(model_path, config)
-    mapping = map_weights(model, loader)
-    for path in mapping.experts:
-        activation_of(path, module_at(model, path))
-    return model, config, mapping
+    return model, config, map_weights(model, loader)
 
 
 def load_exl3_model(
@@ -272,7 +309,7 @@ def load_exl3_model(
     model_config: dict | None = None,
     *,
     dtype: mx.Dtype | None = None,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ) -> tuple[nn.Module, dict]:
     """An EXL3 directory as an mlx-lm model.
 
@@ -290,6 +327,7 @@ def load_exl3_model(
         FileNotFoundError: If a file is missing.
         ValueError: If the directory cannot be loaded; the message names file and tensor.
     """
+    dtype = activation_dtype(dtype)
     model, config, mapping = open_checkpoint(Path(model_path), model_config)
     fill(model, mapping, dtype, lazy=lazy, progress=progress)
     return model, config

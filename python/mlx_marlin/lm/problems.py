@@ -35,6 +35,9 @@ def model_problems(model_path, dtype: str, device: str) -> dict[Problem, list[st
     model, config, mapping = open_checkpoint(Path(model_path))
     problems: dict[Problem, list[str]] = {}
     for path, sources in mapping.experts.items():
+        activation = activation_of(module_at(model, path))
+        if activation is None:
+            continue  # three products of which the tuner times none: they are not fused
         stacks = [[source.linear for source in sources[projection]] for projection in PROJECTIONS]
         experts = len(stacks[0])
         problem = Problem(
@@ -46,7 +49,7 @@ def model_problems(model_path, dtype: str, device: str) -> dict[Problem, list[st
             experts=experts,
             bits=tuple(sorted(set(zip(*([w.bits for w in stack] for stack in stacks))))),
             codebooks=tuple(sorted({w.codebook for stack in stacks for w in stack})),
-            activation=activation_of(path, module_at(model, path))["activation"],
+            activation=activation.name,
             dtype=dtype,
             device=device,
             bias=any("bias" in w.parts for stack in stacks for w in stack),

@@ -20,10 +20,11 @@ from mlx.nn.layers.distributed import AllToShardedLinear, ShardedToAllLinear, su
 from mlx_lm import utils as mlx_lm_utils
 
 from ..codec import HADAMARD_SIZE
-from ..layers import TrellisLinear, TrellisSwitchGLU
+from ..layers import TrellisLinear
 from ..weights import TrellisWeight
-from .mapping import MODEL_ERRORS, PROJECTIONS, LinearSource, Mapping
-from .model import Progress, activation_of, build, fill, load_source, module_at, open_checkpoint
+from .hub import fetch
+from .mapping import MODEL_ERRORS, PROJECTIONS, LinearSource, WeightMap
+from .model import LayerProgress, build, fill, load_source, make_glu, module_at, open_checkpoint
 
 
 class AllToShardedTrellisLinear(TrellisLinear):
@@ -73,7 +74,7 @@ class Cut:
         return TrellisWeight(w.trellis, w.suh, w.svh, w.codebook, bias, self.in_features, self.out_features)
 
 
-def _targets(mapping: Mapping) -> dict[str, LinearSource]:
+def _targets(mapping: WeightMap) -> dict[str, LinearSource]:
     """A source of every quantized weight, by its path; of experts the first one."""
     experts = {f"{path}.{p}": sources[p][0] for path, sources in mapping.experts.items() for p in PROJECTIONS}
     return {**mapping.linears, **experts}
@@ -127,7 +128,7 @@ def _put_indices(module: nn.Module, axis: int) -> None:
     module.weight = mx.broadcast_to(index, (*shape[:-2], *index.shape))
 
 
-def split(model: nn.Module, probe: nn.Module, mapping: Mapping, group: mx.distributed.Group) -> dict[str, Cut]:
+def split(model: nn.Module, probe: nn.Module, mapping: WeightMap, group: mx.distributed.Group) -> dict[str, Cut]:
     """Split a model for this rank, without reading a weight.
 
     Args:
@@ -146,7 +147,7 @@ def split(model: nn.Module, probe: nn.Module, mapping: Mapping, group: mx.distri
     axes = _split_axes(probe, targets, group)
     model.load_weights(list(mapping.dense.items()), strict=False)
     shapes = {path: module_at(model, path).weight.shape[-2:] for path in targets}
-    for path, _source in targets.items():
+    for path in targets:
         module = module_at(model, path)
         if path in axes:
             _put_indices(module, axes[path])
@@ -172,7 +173,7 @@ def split(model: nn.Module, probe: nn.Module, mapping: Mapping, group: mx.distri
     return cuts
 
 
-def _stored_bias(mapping: Mapping, path: str, shape: tuple[int, ...]) -> mx.array:
+def _stored_bias(mapping: WeightMap, path: str, shape: tuple[int, ...]) -> mx.array:
     """The bias of a linear, or of the experts' projection, as the checkpoint has it, in logical sizes."""
     if path in mapping.linears:
         return load_bias(mapping.linears[path], shape[-1])
@@ -186,7 +187,7 @@ def load_bias(source: LinearSource, size: int) -> mx.array:
     return values[:size].astype(mx.float32)
 
 
-def _check_experts(mapping: Mapping, cuts: dict[str, Cut]) -> None:
+def _check_experts(mapping: WeightMap, cuts: dict[str, Cut]) -> None:
     for path in mapping.experts:
         gate, up, down = (cuts[f"{path}.{projection}"] for projection in PROJECTIONS)
         if gate.columns != up.columns or gate.columns != down.rows or gate.rows or up.rows or down.columns:
@@ -208,19 +209,19 @@ def _make_linear(cuts: dict[str, Cut], group) -> Callable:
 
 
 def _make_experts(cuts: dict[str, Cut]) -> Callable:
-    def make(path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> TrellisSwitchGLU:
+    def make(path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> nn.Module:
         weights = []
         for projection in PROJECTIONS:
             cut, bias = cuts[f"{path}.{projection}"], module[projection].get("bias")
             weights.append([cut.load(s, None if bias is None else bias[e]) for e, s in enumerate(sources[projection])])
-        return TrellisSwitchGLU(*weights, **activation_of(path, module))
+        return make_glu(module, *weights)
 
     return make
 
 
 def open_sharded(
     model_path: Path, pipeline_group: mx.distributed.Group | None, tensor_group: mx.distributed.Group | None
-) -> tuple[nn.Module, dict, Mapping, dict[str, Callable]]:
+) -> tuple[nn.Module, dict, WeightMap, dict[str, Callable]]:
     """This rank's part of a model: everything checked, nothing read.
 
     Without a group, the tensor parallelism of the model is used, or else its pipeline, as mlx-lm does.
@@ -263,14 +264,15 @@ def sharded_load(
     tokenizer_config: dict | None = None,
     trust_remote_code: bool = False,
     dtype: mx.Dtype | None = None,
-    progress: Progress | None = None,
+    progress: LayerProgress | None = None,
 ):
     """``mlx_lm.utils.sharded_load`` for EXL3 checkpoints; same arguments.
 
     Raises:
+        FileNotFoundError: If a file is missing.
         ValueError: If the model cannot be loaded, or not split this way. Nothing has been read by then.
     """
-    model_path = Path(mlx_lm_utils._download(repo))
+    model_path = fetch(repo)
     model, config, mapping, makers = open_sharded(model_path, pipeline_group, tensor_group)
     tokenizer = mlx_lm_utils.load_tokenizer(
         model_path,

@@ -1,0 +1,68 @@
+"""What a GPU would run, computed without one."""
+
+from __future__ import annotations
+
+from .. import _ext, codec, kernels
+from ..kernels import KernelConfig, Problem
+from .problems import resolve
+from .stacks import stack_info
+
+
+def plan(
+    problem: Problem, config: KernelConfig | str | None = None, *, alpha: float = 1.702, limit: float = 7.0
+) -> dict:
+    """What the GPU would run: the list of dispatches, computed without a GPU.
+
+    Args:
+        problem: With device ``"gpu"``.
+        config: A :class:`KernelConfig` or a kernel name. Default: ``None``, the default for this problem.
+        alpha, limit: For ``"swiglu_oai"``.
+
+    Returns:
+        ``{"dispatches": [...], "scratch": {name: bytes}}``. A dispatch has ``kernel`` (a function of
+        ``kernels/<stem>.metal`` called ``trellis_<stem>``, with its template arguments), ``constants``, ``grid``
+        (in threadgroups), ``threads``, ``args`` (bytes for slot 0), ``buffers`` (``slot``, ``name``, ``offset``,
+        ``bytes``, ``access``), ``threadgroup_bytes`` and ``after``, the dispatches it waits for. Bytes of ``codes``
+        of mixed widths are an upper bound.
+
+    Raises:
+        ValueError: If the problem is not for a GPU or the config is not feasible.
+    """
+    if not isinstance(problem, Problem):
+        raise ValueError(f"[plan] problem must be a Problem, got {type(problem).__name__}")
+    if problem.device != "gpu":
+        raise ValueError(f"[plan] only a GPU runs plans, but the problem's device is {problem.device!r}")
+    native = resolve("plan", problem, config)
+    dtype = kernels.DTYPES.index(problem.dtype)
+    k, n = codec.padded(problem.hidden), codec.padded(problem.intermediate)
+
+    def stack(part: int, k: int, n: int) -> _ext.StackInfo:
+        bits = [group[part] for group in problem.bits]
+        return stack_info(problem.experts, k, n, bias=problem.bias, bits=bits, codebooks=problem.codebooks)
+
+    if problem.kind == "linear":
+        return _ext.plan_linear(
+            problem.rows,
+            dtype,
+            stack(0, k, n),
+            problem.hidden,
+            problem.intermediate,
+            1,
+            False,
+            False,
+            native,
+        )
+    return _ext.plan_swiglu(
+        problem.rows,
+        problem.top_k,
+        dtype,
+        stack(0, k, n),
+        stack(1, k, n),
+        stack(2, n, k),
+        problem.hidden,
+        kernels.ACTIVATIONS.index(problem.activation),
+        alpha,
+        limit,
+        problem.combine,
+        native,
+    )

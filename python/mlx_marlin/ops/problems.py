@@ -1,0 +1,150 @@
+"""What a call asks for, from shapes and dtypes, and the config that answers it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from numbers import Real
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .. import _ext, kernels
+from ..kernels import KernelConfig, Problem
+from ..weights import ExpertStack
+
+DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
+
+
+class Activation(NamedTuple):
+    """What stands between gate and up on one side and down on the other.
+
+    Attributes:
+        name: One of :data:`kernels.ACTIVATIONS`.
+        alpha: For ``"swiglu_oai"``.
+        limit: The same.
+    """
+
+    name: str = "silu"
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    @classmethod
+    def checked(cls, name: str, alpha: float, limit: float) -> Activation:
+        """From a caller's arguments.
+
+        Raises:
+            ValueError: If no activation has this name, or a number is none.
+        """
+        if name not in kernels.ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(kernels.ACTIVATIONS)}, got {name!r}")
+        for what, value in (("alpha", alpha), ("limit", limit)):
+            if not isinstance(value, Real):
+                raise ValueError(f"{what} must be a number, got {value!r}")
+        return cls(name, float(alpha), float(limit))
+
+
+def device_of(stream) -> str:
+    """``"cpu"`` or ``"gpu"``: where an op given this stream runs.
+
+    Raises:
+        ValueError: If it is neither a stream nor a device.
+    """
+    device = mx.default_device() if stream is None else getattr(stream, "device", stream)
+    if not isinstance(device, (mx.Device, mx.DeviceType)):
+        raise ValueError(f"stream must be a stream or a device such as mx.cpu, got {stream!r}")
+    return "gpu" if device in (mx.gpu, mx.Device(mx.gpu)) else "cpu"
+
+
+@lru_cache(maxsize=4096)
+def _native(config: KernelConfig) -> _ext.KernelConfig:
+    variant = getattr(_ext.Variant, config.kernel_variant)
+    return _ext.KernelConfig(variant, config.tile_size_m, config.tile_size_n, config.simdgroups, config.use_fp32_acc)
+
+
+@lru_cache(maxsize=4096)
+def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> _ext.KernelConfig:
+    """A config as the primitives take it, its sizes fitted to the problem; ``None`` stands for the default.
+
+    Raises:
+        ValueError: If it cannot run the problem.
+    """
+    if config is None:
+        config = kernels.default(problem)
+    elif isinstance(config, str):
+        config = kernels.config_for(problem, config)
+    elif not isinstance(config, KernelConfig):
+        raise ValueError(f"[{op}] config must be a KernelConfig or a kernel name, got {type(config).__name__}")
+    else:
+        runnable = kernels.fitted(problem, config)
+        if runnable is None:
+            raise ValueError(f"[{op}] {config} cannot run this problem: {kernels.feasible(problem, config)}")
+        config = runnable
+    return _native(config)
+
+
+def _dtype_name(dtype) -> str:
+    """The name of a dtype, given itself or its name."""
+    name = dtype if isinstance(dtype, str) else DTYPES.get(dtype)
+    if name not in kernels.DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(kernels.DTYPES)}, got {dtype}")
+    return name
+
+
+def _row_count(rows) -> int:
+    if not isinstance(rows, (int, np.integer)) or rows < 0:
+        raise ValueError(f"rows must be an integer >= 0, got {rows!r}")
+    return int(rows)
+
+
+def linear_problem(stack: ExpertStack, rows: int, dtype: mx.Dtype | str, device: str) -> Problem:
+    """The problem that a linear poses for a number of rows."""
+    return Problem(
+        kind="linear",
+        rows=_row_count(rows),
+        top_k=1,
+        hidden=stack.in_features,
+        intermediate=stack.out_features,
+        experts=1,
+        bits=((stack.bits[0],),),
+        codebooks=(stack.codebooks[0],),
+        activation="none",
+        dtype=_dtype_name(dtype),
+        device=device,
+        bias=stack.bias is not None,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _distinct(*per_expert: tuple) -> tuple:
+    return tuple(sorted(set(zip(*per_expert))))
+
+
+def swiglu_problem(
+    gate: ExpertStack,
+    up: ExpertStack,
+    down: ExpertStack,
+    rows: int,
+    top_k: int,
+    activation: str,
+    dtype: mx.Dtype | str,
+    device: str,
+    combine: bool,
+) -> Problem:
+    """The problem that a layer of experts poses for a number of rows."""
+    stacks = (gate, up, down)
+    return Problem(
+        kind="swiglu",
+        rows=_row_count(rows),
+        top_k=top_k,
+        hidden=gate.in_features,
+        intermediate=gate.padded_shape[1],
+        experts=len(gate.bits),
+        bits=_distinct(gate.bits, up.bits, down.bits),
+        codebooks=tuple(sorted({name for stack in stacks for name in stack.codebooks})),
+        activation=activation,
+        dtype=_dtype_name(dtype),
+        device=device,
+        combine=combine,
+        bias=any(stack.bias is not None for stack in stacks),
+    )

@@ -1,0 +1,58 @@
+"""The encoder's search: the states of a tile that decode nearest to given values."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from .. import _ext, codec, kernels
+
+
+@lru_cache(maxsize=len(codec.CODEBOOKS))
+def _codebook_values(codebook: str) -> np.ndarray:
+    values = codec.decode(np.arange(1 << 16, dtype=np.uint16), codebook).astype(np.float32)
+    values.flags.writeable = False
+    return values
+
+
+def viterbi_search(tiles: np.ndarray, bits: int, codebook: str, *, threads: int | None = None) -> np.ndarray:
+    """The tail-biting states whose values are nearest to tiles: the encoder's search.
+
+    Two passes over 2^16 states: free ends on the tile rotated by 128, then the state found before position 0 forced
+    at both ends. Targets are rounded to half precision first, as in ExLlamaV3's kernel.
+
+    Args:
+        tiles: Floating point, shape ``[count, 256]``, in storage order.
+        bits: Bits per weight K, 1 to 8.
+        codebook: One of :data:`codec.CODEBOOKS`.
+        threads: Worker threads; the result does not depend on it. Default: the machine's cores.
+
+    Returns:
+        uint16, shape ``[count, 256]``: states for :func:`codec.pack` and :func:`codec.decode`.
+
+    Raises:
+        ValueError: If the shape, the bits or the codebook is wrong, or a target is not finite.
+    """
+    codec.check_codebook(codebook)
+    tiles = np.asarray(tiles)
+    if tiles.ndim != 2 or tiles.shape[1] != codec.TILE_SIZE or not np.issubdtype(tiles.dtype, np.floating):
+        raise ValueError(
+            f"tiles must be floating point of shape [count, {codec.TILE_SIZE}], got {tiles.dtype} {list(tiles.shape)}"
+        )
+    codec.check_bits(bits)
+    with np.errstate(over="ignore"):  # infinite targets are refused below
+        targets = np.ascontiguousarray(tiles.astype(np.float16).astype(np.float32))
+    if not np.isfinite(targets).all():
+        raise ValueError("tiles must be finite and within half precision's range")
+    return _ext.viterbi_search(targets, _codebook_values(codebook), bits, threads or kernels.cpu_threads())
+
+
+def viterbi_instruction_sets() -> list[str]:
+    """Instruction sets that :func:`viterbi_search` can use on this machine, best last."""
+    return _ext.viterbi_instruction_sets()
+
+
+def set_viterbi_instruction_set(name: str) -> None:
+    """Let :func:`viterbi_search` use one instruction set, or ``"auto"``: the best."""
+    _ext.set_viterbi_instruction_set(name)

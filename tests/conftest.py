@@ -1,0 +1,22 @@
+"""Fixtures that several files share."""
+
+import pytest
+
+from mlx_marlin import _ext
+
+
+def _tiers() -> list:
+    """Every compiled instruction set; what this machine lacks is skipped with a reason, never left out."""
+    runnable = _ext.instruction_sets()
+    lacking = pytest.mark.skip(reason="this machine lacks the instruction set")
+    return [
+        pytest.param(name, marks=[] if name in runnable else [lacking]) for name in _ext.compiled_instruction_sets()
+    ]
+
+
+@pytest.fixture(params=_tiers())
+def instruction_set(request):
+    """Each instruction set of the CPU kernels in turn; afterwards the best one again."""
+    _ext.set_instruction_set(request.param)
+    yield request.param
+    _ext.set_instruction_set("auto")
