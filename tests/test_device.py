@@ -1,7 +1,9 @@
 """The machine's names, fingerprint, cores and caches, here and on machines that are written down."""
 
+import ast
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,7 @@ from mlx_marlin import device, kernels, ops
         ("Intel Xeon Processor 6-143 (avx512fp16)", "CPU"),
         ("Apple M4 (neonfp16)", "CPU"),
         ("Some processor (baseline)", "CPU"),
+        ("Some processor (a_set_of_the_future)", "CPU"),
         ("RTX 4090", "Unknown"),
     ],
 )
@@ -38,6 +41,18 @@ def test_the_instruction_set_is_the_one_that_runs():
     from mlx_marlin import _ext
 
     assert device.fingerprint("cpu").instruction_set == ops.instruction_set() == _ext.instruction_set()
+
+
+def test_no_module_lists_instruction_sets():
+    """Their names come from the extension alone."""
+    from mlx_marlin import _ext
+
+    names = re.compile(r"\b(" + "|".join(set(_ext.compiled_instruction_sets()) - {"baseline"}) + r")\b")
+    sources = Path(device.__file__).parent.rglob("*.py")
+    strings = [n for p in sources for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.Constant)]
+    documented = {"The best instruction set", "MLX's device name"}  # examples in docstrings
+    listed = [s.value for s in strings if isinstance(s.value, str) and names.search(s.value)]
+    assert [text for text in listed if not text.strip().startswith(tuple(documented))] == []
 
 
 def test_unknown_device():

@@ -139,6 +139,19 @@ def test_projection_takes_the_lowest_geometric_mean():
     assert math.sqrt(1.1 * 1.0) < math.sqrt(1.0 * 2.0)
 
 
+def test_projection_does_not_mix_kinds():
+    """A layer of experts and a single product may have the same key; each way round the experts have it."""
+    one = Problem("linear", 1, 1, 256, 128, 1, ((3,),), ("mul1",), "none", "float32", "cpu")
+    experts = problem(bits=((3, 3, 3),))
+    assert profile_data.table_key(one) == profile_data.table_key(experts)
+    both = {one: entry(NARROW, 0.1), experts: entry(DECODE, 9.0)}
+    for order in (both, dict(reversed(both.items()))):
+        assert cpu_profile(order).lookup_table == {1: {256: {(3,): DECODE}}}
+    assert cpu_profile({one: entry(NARROW)}).lookup_table == {1: {256: {(3,): NARROW}}}
+    merged = profile_data.merge(cpu_profile({experts: entry(DECODE)}), cpu_profile({one: entry(NARROW)}))
+    assert merged.lookup_table == {1: {256: {(3,): DECODE}}}
+
+
 def test_projection_of_one_problem_is_its_decision():
     kept = entry(NARROW, 1.01, NARROW, 1.01, timings=(Measured(DECODE, Timing(20, 1.0, 0.0)),))
     assert cpu_profile({problem(): kept}).lookup_table[1][256][2, 3, 4] == NARROW

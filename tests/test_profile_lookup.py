@@ -1,7 +1,7 @@
 """What layers find in profiles: exact entries, their neighbours, the projection; whose profiles they use."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import pytest
@@ -58,6 +58,28 @@ def test_lookup_falls_back_to_the_projection():
     write_profile(profile.default_path("cpu"), {layer_problem(4): PREFILL})
     assert config_of(layer_problem(4, experts=64)) == PREFILL
     assert config_of(layer_problem(4, bits=((3, 3, 3),))) is None
+
+
+def test_the_projection_of_experts_is_not_for_single_products():
+    experts = layer_problem(4, bits=((3, 3, 3),))
+    one = Problem("linear", 4, 1, 256, 128, 1, ((3,),), ("mul1",), "none", "float32", "cpu")
+    wider = replace(one, intermediate=512)
+    write_profile(profile.default_path("cpu"), {experts: PREFILL})
+    assert config_of(one) is None and config_of(replace(experts, experts=64)) == PREFILL
+    narrow = replace(PREFILL, tile_size_n=16)
+    write_profile(profile.default_path("cpu"), {experts: PREFILL, one: narrow})
+    assert config_of(wider) == narrow and config_of(replace(experts, experts=64)) == PREFILL
+    profile.default_path("cpu").unlink()
+    write_profile(profile.default_path("cpu"), {one: narrow})
+    assert config_of(wider) == narrow and config_of(experts) is None
+
+
+def test_a_documents_file_is_of_experts(tmp_path):
+    path = tmp_path / "m4.json"
+    path.write_text(json.dumps(DOCUMENT | {"lookup_table": {"4": {"256": {"(3,)": asdict(PREFILL)}}}}))
+    profile.use_profile(path, allow_foreign=True)
+    one = Problem("linear", 4, 1, 256, 128, 1, ((3,),), ("mul1",), "none", "float32", "cpu")
+    assert config_of(one) is None and config_of(layer_problem(4, bits=((3, 3, 3),))) == PREFILL
 
 
 def test_more_threads_than_this_machine_has_are_all_of_its_threads():

@@ -195,6 +195,19 @@ def test_what_does_not_fit_the_memory_is_not_judged(tuned, capsys):
     assert all("not measured: the weights take" in r["note"] and not r["regression"] for r in rows.values())
 
 
+def test_memory_that_the_machine_does_not_have_is_no_regression(tuned, capsys, monkeypatch):
+    synthetic = Workload.synthetic
+
+    def scarce(problem, **more):
+        if problem.rows == 16:
+            raise RuntimeError("[malloc] out of memory")
+        return synthetic(problem, **more)
+
+    monkeypatch.setattr(Workload, "synthetic", scarce)
+    code, rows, _ = check(capsys)
+    assert code == 0 and rows[64]["now_ms"] and rows[16]["note"] == "not measured: [malloc] out of memory"
+
+
 # Which profile, which entries
 
 

@@ -109,6 +109,21 @@ def test_benchmark_all_names_layers(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("error", [MemoryError, ValueError, RuntimeError])
+def test_one_layer_that_fails_does_not_stop_the_others(error, monkeypatch, caplog):
+    """RuntimeError: MLX, out of memory."""
+    of_layer = Workload.of_layer
+
+    def scarce(layer, rows, **more):
+        if rows == 1:
+            raise error("no room")
+        return of_layer(layer, rows, **more)
+
+    monkeypatch.setattr(Workload, "of_layer", scarce)
+    (results,) = tuner().benchmark_all([linear()], [1, 2], 1, 2, verbose=False).values()
+    assert results[1] == [] and results[2] and "skipping layer_0 at 1 rows: no room" in caplog.text
+
+
 def test_nothing_is_left_in_memory():
     mx.clear_cache()
     before = mx.get_active_memory()

@@ -190,9 +190,11 @@ def test_output_elsewhere_needs_no_cache(no_cache, tmp_path):
     assert tune_cli.main(["--check", "--device", "cpu", "--iterations", "2", "--output", str(path)]) in (0, 1)
 
 
-def test_the_default_place_needs_it(no_cache, capsys):
+def test_the_default_place_needs_it(no_cache, capsys, monkeypatch):
+    monkeypatch.setattr(Workload, "synthetic", lambda *_, **__: pytest.fail("measured for nothing"))
     assert tune("--batch-sizes", "1") == 2
-    assert "Not a directory" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(profile.default_path("cpu")) in line and "Not a directory" in line and "with --output" in line
 
 
 def test_one_lock_for_all_profiles(tmp_path):

@@ -1,5 +1,6 @@
 """Runs that are interrupted, killed, short of time or taken up again."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -107,6 +108,30 @@ def test_a_problem_whose_entry_is_gone_is_tuned_again(monkeypatch):
     profile.default_path("cpu").unlink()
     tuned = counted(monkeypatch)
     assert tune("--batch-sizes", "1,2") == 0 and tuned == [1, 2]
+
+
+def test_a_problem_that_failed_is_tried_again_when_all_else_is_done(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        counted(patch, stop_at=2)
+        patch.setattr(Workload, "synthetic", lambda problem, **more: (_ for _ in ()).throw(MemoryError("too large")))
+        assert tune("--batch-sizes", "1,2,4") == 130
+    again = counted(monkeypatch)
+    assert tune("--batch-sizes", "1,2,4") == 0 and again == [4, 1, 2]
+    assert "could not tune" not in capsys.readouterr().err.partition("continues")[2]
+
+
+def test_sessions_that_nobody_continues_are_removed(monkeypatch):
+    with monkeypatch.context() as patch:
+        counted(patch, stop_at=1)
+        assert tune("--batch-sizes", "1,2") == 130
+    (forgotten,) = sessions()
+    other = forgotten.with_name("p.json.session-mine")  # no name of ours
+    other.write_text("")
+    for days, left in ((29, {forgotten, other}), (31, {other})):
+        for path in sessions():
+            os.utime(path, times=(time.time() - days * 86400,) * 2)
+        assert tune("--batch-sizes", "4") == 0
+        assert set(sessions()) == left
 
 
 # Real signals

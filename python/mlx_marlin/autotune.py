@@ -218,7 +218,8 @@ class MixedBPWAutoTuner:
                         results[name][batch_size] = self.benchmark_layer(
                             layer, batch_size, None, num_warmup, num_iter, top_k=top_k, on_round=bar.round
                         )
-                    except (MemoryError, ValueError) as error:
+                    # RuntimeError: MLX, out of memory.
+                    except (MemoryError, ValueError, RuntimeError) as error:
                         _log.warning("skipping %s at %d rows: %s", name, batch_size, error)
                         results[name][batch_size] = []
                     bar.end()

@@ -83,9 +83,10 @@ def canonical_name(name: str) -> str:
 def device_family(name: str) -> str:
     """``"M1"`` to ``"M5"``, ``"CPU"`` or ``"Unknown"``, from a device name.
 
-    A CPU's name ends in its instruction set in parentheses, as :func:`device_name` writes it.
+    A CPU's name ends in its instruction set in parentheses, as :func:`device_name` writes it, whatever the set's name;
+    no GPU's does.
     """
-    if re.search(r"\((?:avx\w*|neon\w*|baseline)\)$", name.strip()) or name.strip().casefold() == "cpu":
+    if re.search(r"\(\w+\)$", name.strip()) or name.strip().casefold() == "cpu":
         return "CPU"
     match = re.match(r"(M[1-5])\b", canonical_name(name))
     return match[1] if match else "Unknown"

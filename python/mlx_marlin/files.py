@@ -7,6 +7,17 @@ import tempfile
 from pathlib import Path
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of a file, and see that a file can be made there.
+
+    Raises:
+        OSError: If not.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 def replace(path: Path, data: bytes) -> None:
     """Write a file beside its place, then rename it: readers see the old one or the new one, whole.
 

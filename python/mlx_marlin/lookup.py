@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from . import kernels
 from .kernels import KernelConfig, Problem
-from .profile_data import AutotuneConfig, Table
+from .profile_data import AutotuneConfig, Table, projected, table_key
 from .search_space import SIMDGROUPS, TILE_SIZES
 
 
@@ -65,6 +65,20 @@ def search_table(
             if config is not None and accept(config):
                 return config
     return None
+
+
+def table_of(profile: AutotuneConfig, kind: str) -> Table:
+    """What a profile's table says about problems of one kind. Cells that no problem stands behind are of experts."""
+    keys: dict[str, set] = {"linear": set(), "swiglu": set()}
+    for problem in profile.problems:
+        keys[problem.kind].add(table_key(problem))
+    if kind == "linear":
+        return projected({p: e for p, e in profile.problems.items() if p.kind == "linear"})
+    others = keys["linear"] - keys["swiglu"]
+    return {
+        batch: {h: {w: c for w, c in cell.items() if (batch, h, w) not in others} for h, cell in row.items()}
+        for batch, row in profile.lookup_table.items()
+    }
 
 
 def default_entry(profile: AutotuneConfig, batch_size: int, widths: Iterable[int]) -> KernelConfig:

@@ -14,7 +14,7 @@ import mlx.core as mx
 from . import kernels, profile_io
 from .device import device_family, device_name
 from .kernels import KernelConfig, Problem
-from .lookup import search_table
+from .lookup import search_table, table_of
 from .profile_data import AutotuneConfig, ProfileError
 from .profile_io import default_path, load, save
 
@@ -146,7 +146,7 @@ def find(problem: Problem) -> Tuned | None:
 
     In each profile (the tuned one, then the predicted one): the problem itself; the same with or without scores, or in
     another dtype; the nearest number of rows that has the same default variant, of the problem itself, then of those;
-    ``lookup_table``. Configs from elsewhere are fitted to the problem.
+    ``lookup_table``, as far as it is about this kind of problem. Configs from elsewhere are fitted to the problem.
     """
     for origin, profile in _active.sources(problem.device):
         found = _find_in(profile, problem)
@@ -163,7 +163,7 @@ def _find_in(profile: AutotuneConfig, problem: Problem) -> tuple[KernelConfig, s
             if config is not None:
                 return config, _described(p, problem)
     variant = kernels.default_variant(problem.rows)
-    table = {b: row for b, row in profile.lookup_table.items() if kernels.default_variant(b) == variant}
+    table = {b: row for b, row in table_of(profile, problem.kind).items() if kernels.default_variant(b) == variant}
     # A config from elsewhere keeps its tiles verbatim in the file; here it must fit this problem.
     fits = {
         b: {h: {w: fit for w, c in cell.items() if (fit := kernels.fitted(problem, c))} for h, cell in row.items()}

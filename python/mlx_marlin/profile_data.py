@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .device import Fingerprint, canonical_name, device_family, device_name, fingerprint
@@ -147,22 +148,40 @@ def table_key(problem: Problem) -> tuple[int, int, tuple[int, ...]]:
     return problem.rows, problem.hidden, problem.widths
 
 
+def projected(problems: Mapping[Problem, Entry]) -> Table:
+    """The table of problems of one kind.
+
+    Several may share a key; of the configs that tuning chose for one of them, the one with the lowest geometric mean of
+    its times over all of them is entered.
+    """
+    groups = defaultdict(list)
+    for problem, entry in problems.items():
+        groups[table_key(problem)].append(entry)
+    table: Table = {}
+    for (rows, hidden, widths), entries in groups.items():
+        best = min(_chosen(entries), key=lambda config: _mean_log_time(config, entries))
+        table.setdefault(rows, {}).setdefault(hidden, {})[widths] = best
+    return table
+
+
 def project(profile: AutotuneConfig, keys: set | None = None) -> None:
     """Bring ``lookup_table`` up to date with ``problems``.
 
-    Several problems may share a key; of the configs that tuning chose for one of them, the one with the lowest
-    geometric mean of its times over all of them is entered.
+    Experts and single products are timed with different work behind the same key: they do not mix, and the experts
+    have the keys that both pose.
 
     Args:
         keys: ``(tokens, hidden, widths)`` to bring up to date. Default: all that ``problems`` has.
     """
-    groups = defaultdict(list)
-    for problem, entry in profile.problems.items():
-        if keys is None or table_key(problem) in keys:
-            groups[table_key(problem)].append(entry)
-    for (rows, hidden, widths), entries in groups.items():
-        best = min(_chosen(entries), key=lambda config: _mean_log_time(config, entries))
-        profile.lookup_table.setdefault(rows, {}).setdefault(hidden, {})[widths] = best
+    asked = {p: e for p, e in profile.problems.items() if keys is None or table_key(p) in keys}
+    for kind in ("linear", "swiglu"):
+        _update(profile.lookup_table, projected({p: e for p, e in asked.items() if p.kind == kind}))
+
+
+def _update(table: Table, newer: Table) -> None:
+    for batch, row in newer.items():
+        for hidden, cell in row.items():
+            table.setdefault(batch, {}).setdefault(hidden, {}).update(cell)
 
 
 def _chosen(entries: list[Entry]) -> list[KernelConfig]:
@@ -204,9 +223,7 @@ def merge(older: AutotuneConfig, newer: AutotuneConfig) -> AutotuneConfig:
             problems[problem] = entry
     table: Table = {}
     for source in (older.lookup_table, newer.lookup_table):
-        for batch, row in source.items():
-            for hidden, cell in row.items():
-                table.setdefault(batch, {}).setdefault(hidden, {}).update(cell)
+        _update(table, source)
     timed = sum(len(e.timings) for e in problems.values())
     merged = AutotuneConfig(
         newer.device_name,

@@ -143,7 +143,7 @@ class Check:
         with self._turn:
             try:
                 return self._tried(problem, entry)
-            except (MemoryError, ValueError) as error:
+            except (MemoryError, ValueError, RuntimeError) as error:  # the last is MLX, out of memory
                 return Finding(problem, entry, note=f"not measured: {error}")
             finally:
                 release()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -9,6 +11,9 @@ import msgspec
 from . import files
 from .kernels import KernelConfig, Problem
 from .trial import Verdicts
+
+# A run that nobody has continued for a month: nobody will.
+_FORGOTTEN_SECONDS = 30 * 24 * 3600
 
 
 class _Failure(msgspec.Struct):
@@ -42,6 +47,7 @@ class Session:
         self._plan = plan
         self._lock_path = Path(f"{profile}.lock")
         self._state = self._stored()
+        self._clean()
 
     @property
     def done(self) -> set[Problem]:
@@ -88,6 +94,13 @@ class Session:
     def close(self) -> None:
         """All is done: whoever notices removes the file."""
         self.path.unlink(missing_ok=True)
+
+    def _clean(self) -> None:
+        """Remove what runs left behind that were never continued."""
+        with suppress(OSError):
+            for path in self.path.parent.glob(f"*.session-{8 * '[0-9a-f]'}"):
+                if path != self.path and time.time() - path.stat().st_mtime > _FORGOTTEN_SECONDS:
+                    path.unlink(missing_ok=True)
 
     def _stored(self) -> _State:
         """What the file holds; a damaged one, or another plan's, starts afresh."""

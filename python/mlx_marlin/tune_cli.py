@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from . import kernels, profile_io, regression, report, tuning_run
+from . import files, kernels, profile_io, regression, report, tuning_run
 from .device import default_device, memory_bytes
 from .kernels import Problem
 from .profile_data import ProfileError
@@ -191,6 +191,10 @@ def _run(args) -> int:
 
 def _tune(args, device: str, limit: int, rules: Rules, deadline: float) -> int:
     path = args.output or profile_io.default_path(device)
+    try:  # before anything is measured
+        files.check_writable(path)
+    except OSError as error:
+        raise ProfileError(f"{path} cannot be written: {error}. Choose another place with --output") from None
     run = tuning_run.Run(path, device, args.dtype, limit, rules, args.quick)
     sizes = args.batch_sizes or (QUICK_BATCH_SIZES if args.quick else BATCH_SIZES)
     problems = tuning_run.at_rows(layers(args, device), sizes)

@@ -112,9 +112,11 @@ class Run:
         # All processes must agree on what is left before they split it.
         self._exchange(peers, session)
         self.tuner.checked.update(session.verdicts)
-        settled = self._settled(session)
-        mine = [p for p in problems if p not in settled][peers.rank :: peers.size]
-        before = sum(p in settled for p in problems) // peers.size
+        # What failed is tried again, after all else: there may be more memory by now.
+        tuned = self._tuned(session)
+        waiting = sorted((p for p in problems if p not in tuned), key=session.failed.__contains__)
+        mine = waiting[peers.rank :: peers.size]
+        before = (len(problems) - len(waiting)) // peers.size
         bar.total(before + len(mine), before)
         for i, problem in enumerate(mine):
             if time.perf_counter() > deadline:
@@ -123,11 +125,11 @@ class Run:
             self._tune_one(problem, session, deadline, (len(mine) - i) * peers.neighbours, bar)
             bar.end()
         self._exchange(peers, session)
-        settled, failed = self._settled(session), session.failed
-        left = sum(p not in settled for p in problems)
+        tuned, failed = self._tuned(session), session.failed
+        left = sum(p not in tuned and p not in failed for p in problems)
         if not left:
             session.close()
-        entries = {p: self.tuner.config.problems[p] for p in problems if p in settled and p not in failed}
+        entries = {p: self.tuner.config.problems[p] for p in problems if p in tuned}
         return Outcome(entries, {p: failed[p] for p in problems if p in failed}, left)
 
     def _tune_one(self, problem: Problem, session: Session, deadline: float, left: int, bar: Progress) -> None:
@@ -165,9 +167,9 @@ class Run:
         plan = repr((problems, self.rules, self.quick, fingerprint(self.device), self.tuner.objective))
         return hashlib.sha256(plan.encode()).hexdigest()
 
-    def _settled(self, session: Session) -> set[Problem]:
-        """The problems that the session has tuned or given up."""
-        return set(session.failed) | (session.done & set(self.tuner.config.problems))
+    def _tuned(self, session: Session) -> set[Problem]:
+        """The problems that the session has tuned."""
+        return session.done & set(self.tuner.config.problems)
 
     def _exchange(self, peers: _Peers, session: Session) -> None:
         """Give every process what all others on machines of its kind have."""
