@@ -316,6 +316,8 @@ def _edited(path, value):
         (["problems", 0, "config", "kernel_name"], "moe_rm_rf", "$.problems[0]"),
         (["problems", 0, "samples", "median_ms"], "fast", "$.problems[0].samples.median_ms"),
         (["problems", 0, "ratio"], [1.0], "$.problems[0].ratio"),
+        (["problems", 0, "ratio"], [1.0, 0.0, 1.0], "$.problems[0].ratio[1]"),  # whose logarithm a check takes
+        (["problems", 0, "over_control"], [1.0, 1.0, 0], "$.problems[0].over_control[2]"),
         (["problems", 0, "timings", 0, "config", "simdgroups"], True, "$.problems[0].timings[0].config.simdgroups"),
     ],
 )

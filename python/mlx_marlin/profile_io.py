@@ -28,6 +28,7 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 _Tile = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 _Bits = Annotated[int, msgspec.Meta(ge=1, le=kernels.MAX_KERNEL_BITS)]
 _Positive = Annotated[float, msgspec.Meta(ge=0.0, le=1e15)]
+_Ratio = Annotated[float, msgspec.Meta(gt=0.0, le=1e15)]
 _Family = Literal["M1", "M2", "M3", "M4", "M5", "CPU", "Unknown"]
 
 
@@ -116,14 +117,14 @@ class _Entry(_Record):
     samples: _Timing
     default: _Config
     baseline: _Timing
-    ratio: tuple[_Positive, _Positive, _Positive]
+    ratio: tuple[_Ratio, _Ratio, _Ratio]
     decision: Literal["faster", "default", "undecided"]
     verdict: Literal["correct", "unchecked"]
     timestamp: _Positive
     timings: tuple[_Measured, ...] = ()
     rejected: tuple[_Rejected, ...] = ()
     objective: tuple[_Positive, _Positive, _Positive] = (1.0, 0.0, 0.0)
-    over_control: tuple[_Positive, _Positive, _Positive] | None = None
+    over_control: tuple[_Ratio, _Ratio, _Ratio] | None = None
 
     def __post_init__(self):
         for name in ("config", "default"):
