@@ -67,7 +67,7 @@ class Bench:
         races, share = {}, self.args.budget / len(self.workloads)
         rules = Rules(rounds=self.args.tuning_rounds, warmup=2, seed=self.args.seed)
         for rows, workload in self.workloads.items():
-            default, *others = kernels.candidates(workload.problem, device.hardware(self.device))
+            default, *others = kernels.candidates_on(workload.problem, device.hardware(self.device))
             clocks = self.clocks(workload, [default, *others[:: self.args.candidates or 1]])
             races[rows] = race(clocks, default, rules, limits=Limits(share=time.perf_counter() + share))
             print(f"{rows} rows: {len(clocks)} candidates timed", file=sys.stderr)

@@ -90,10 +90,10 @@ def test_rules_are_those_of_the_kernels():
 
 def test_threads_follow_the_cores(monkeypatch):
     monkeypatch.setattr(kernels, "cpu_threads", lambda: 12)
-    threads = {c.simdgroups for c in kernels.candidates(swiglu(64), Hardware(cores=12, fast_cores=8))}
+    threads = {c.simdgroups for c in kernels.candidates_on(swiglu(64), Hardware(cores=12, fast_cores=8))}
     assert threads == {1, 6, 8, 12}
     # 2 blocks of 128 columns: two tasks at most.
-    few = {c.simdgroups for c in kernels.candidates(linear(out=256), Hardware(cores=12, fast_cores=8))[1:]}
+    few = {c.simdgroups for c in kernels.candidates_on(linear(out=256), Hardware(cores=12, fast_cores=8))[1:]}
     assert few == {1, 2}
 
 
@@ -115,7 +115,7 @@ DOCUMENTED_TILES = {2: (96, 128, 160), 3: (96,), 4: (48, 64, 96), 8: (32, 48, 64
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_gpus_candidates_cover_the_ranges_of_the_bit_widths(bits, rows, hardware):
     problem = swiglu(rows, ((bits,) * 3,), "gpu")
-    found = kernels.candidates(problem, hardware)
+    found = kernels.candidates_on(problem, hardware)
     assert found[0] == kernels.default(problem) and len(set(found)) == len(found)
     assert all(kernels.feasible(problem, c) is None for c in found)
     assert set(DOCUMENTED_TILES[bits]) <= {c.tile_size_n for c in found}
@@ -129,7 +129,7 @@ def test_a_gpus_candidates_cover_the_ranges_of_the_bit_widths(bits, rows, hardwa
 def test_codes_in_flight_stay_in_a_gpus_cache(bits, columns, simdgroups):
     problem = swiglu(16, ((bits,) * 3,), "gpu")
     own = {metal for variant in kernels.VARIANTS for metal in search_space.gpu_tiles(problem, variant, M1)[:2]}
-    found = [(c.tile_size_m, c.tile_size_n, c.simdgroups) for c in kernels.candidates(problem, M1)]
+    found = [(c.tile_size_m, c.tile_size_n, c.simdgroups) for c in kernels.candidates_on(problem, M1)]
     assert any(tiles[1:] == (columns, simdgroups) for tiles in found)
     limit = 1.25 * 8192  # a quarter more than the cache; the defaults of the variants may exceed it
     assert all(n * bits * 2 * s <= limit for m, n, s in found if (m, n, s) not in own)
@@ -137,26 +137,34 @@ def test_codes_in_flight_stay_in_a_gpus_cache(bits, columns, simdgroups):
 
 def test_every_core_gets_a_threadgroup():
     """One row of a layer of 8 experts: 256 columns make 24 groups of gate and up, 16 columns 384."""
-    wide = [c for c in kernels.candidates(swiglu(1, on="gpu"), M4_MAX) if c.tile_size_n == 256]
-    assert not wide and any(c.tile_size_n == 256 for c in kernels.candidates(swiglu(1, on="gpu"), M1))
+    wide = [c for c in kernels.candidates_on(swiglu(1, on="gpu"), M4_MAX) if c.tile_size_n == 256]
+    assert not wide and any(c.tile_size_n == 256 for c in kernels.candidates_on(swiglu(1, on="gpu"), M1))
     tiny = linear(1, hidden=2048, out=128, on="gpu")  # not even 16 columns are enough for 40 cores
-    assert {c.tile_size_n for c in kernels.candidates(tiny, M4_MAX)} >= {16}
+    assert {c.tile_size_n for c in kernels.candidates_on(tiny, M4_MAX)} >= {16}
 
 
 def test_tiles_are_not_much_higher_than_the_rows():
     for rows, most in ((1, 2), (2, 4), (4, 8), (64, 64)):
         problem = swiglu(rows, on="gpu")
         own = {tiles[0] for v in kernels.VARIANTS for tiles in search_space.gpu_tiles(problem, v, M4_MAX)[:2]}
-        assert {c.tile_size_m for c in kernels.candidates(problem, M4_MAX)} - own <= set(range(1, most + 1))
+        assert {c.tile_size_m for c in kernels.candidates_on(problem, M4_MAX)} - own <= set(range(1, most + 1))
 
 
 def test_sums_stay_in_threadgroup_memory():
     small = replace(M4_MAX, threadgroup_bytes=16 << 10)
     problem = swiglu(64, on="gpu")
-    many = [c for c in kernels.candidates(problem, small) if c.tile_size_m >= 8 and c.simdgroups == 16]
+    many = [c for c in kernels.candidates_on(problem, small) if c.tile_size_m >= 8 and c.simdgroups == 16]
     own = {tiles for v in kernels.VARIANTS for tiles in search_space.gpu_tiles(problem, v, small)[:2]}
     assert {(c.tile_size_m, c.tile_size_n, c.simdgroups) for c in many} <= own
-    assert {c.tile_size_m for c in kernels.candidates(problem, M4_MAX) if c.simdgroups == 16} == {1, 2, 3, 4, 8, 16, 64}
+    assert {c.tile_size_m for c in kernels.candidates_on(problem, M4_MAX) if c.simdgroups == 16} == {
+        1,
+        2,
+        3,
+        4,
+        8,
+        16,
+        64,
+    }
 
 
 def test_this_machine_has_hardware():
@@ -164,7 +172,7 @@ def test_this_machine_has_hardware():
     assert 1 <= here.fast_cores <= here.cores == kernels.cpu_threads()
     assert 8 << 10 <= here.l1d <= here.l2_per_core
     for rows in (1, 16):
-        assert kernels.candidates(swiglu(rows), here)[0] == kernels.default(swiglu(rows))
+        assert kernels.candidates_on(swiglu(rows), here)[0] == kernels.default(swiglu(rows))
 
 
 # Configs from elsewhere

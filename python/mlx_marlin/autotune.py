@@ -141,7 +141,7 @@ class MixedBPWAutoTuner:
             problem = workload.problem
             rules = replace(self.rules, rounds=max(2, num_iter), warmup=num_warmup)
             trial = Trial(workload, rules, self.objective, self.memory_limit, self.checked)
-            wanted = kernels.candidates(problem, machine.hardware(self._device)) if configs is None else configs
+            wanted = kernels.candidates_on(problem, machine.hardware(self._device)) if configs is None else configs
             entry = trial.run(wanted, limits, on_round)
             touched = workload.bytes_touched
         finally:

@@ -283,13 +283,20 @@ def effective(problem: Problem, config: KernelConfig) -> KernelConfig:
     return KernelConfig(make_name(variant), *tiles, True, variant)
 
 
-def candidates(problem: Problem, hardware: Hardware | None = None) -> list[KernelConfig]:
+def candidates(problem: Problem) -> list[KernelConfig]:
     """Configs worth timing for a problem, the default first. All are feasible, and no two run the same code.
+
+    Nothing is assumed of the machine but the cores of this process: on a GPU, every legal config.
+    """
+    return candidates_on(problem, None)
+
+
+def candidates_on(problem: Problem, hardware: Hardware | None) -> list[KernelConfig]:
+    """The :func:`candidates` for a machine, without the tiles that cannot pay there.
 
     Args:
         problem: What is asked.
-        hardware: Of the machine (``device.hardware``): tiles that cannot pay there are left out. Default: ``None``,
-            the cores of this process on the CPU, every legal config on a GPU.
+        hardware: See ``device.hardware``; ``None`` where nothing is known of it.
     """
     found = _gpu_candidates(problem, hardware) if problem.device == "gpu" else _cpu_candidates(problem, hardware)
     first = default(problem)

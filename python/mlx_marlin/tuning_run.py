@@ -35,7 +35,7 @@ def at_rows(problems: Iterable[Problem], batch_sizes: Iterable[int]) -> list[Pro
 
 def one_step(problem: Problem) -> list[KernelConfig]:
     """The candidates that differ from the default in one thing: rows (with the variant), columns, simdgroups, sums."""
-    return [c for c in kernels.candidates(problem, hardware(problem.device)) if steps(problem, c) <= 1]
+    return [c for c in kernels.candidates_on(problem, hardware(problem.device)) if steps(problem, c) <= 1]
 
 
 def clock_lock() -> FileLock:
