@@ -194,7 +194,8 @@ class ExpertStack:
     def __getitem__(self, e: int) -> TrellisWeight:
         """The weight of one expert."""
         k, n = self.padded_shape
-        start, bits = int(self.offsets[e].item()), self.bits[e]
+        bits = self.bits[e]  # IndexError beyond the last
+        start = int(self.offsets[e].item())
         trellis = self.codes[start : start + k * n * bits // 32].view(mx.int16).reshape(k // 16, n // 16, 16 * bits)
         bias = None if self.bias is None else self.bias[e]
         sizes = self.in_features, self.out_features
