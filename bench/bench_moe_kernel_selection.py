@@ -1,12 +1,10 @@
-"""What selection gains on this machine: tuned against default against the best uniform config, per batch
-size.
+"""What selection gains on this machine: tuned against default against the best uniform config, per batch size.
 
-"Uniform" is the one config that is best over all batch sizes together. Tuning, picking and comparing use
-separate
-samples: the gains are measured afresh, interleaved, after the picks. The claims of the documents are measured
-    beside.
+"Uniform" is the one config that is best over all batch sizes together. Tuning, picking and comparing use separate
+samples: the gains are measured afresh, interleaved, after the picks. What mixed_bpw_autotuning and
+mixed_kernel_selection promise is measured beside, and what selecting costs.
 
-    python bench/bench_moe_kernel_selection.py --rows 1 4 16 64 256
+    python bench/bench_moe_kernel_selection.py --rows 1 4 16 64 256 --output bench/results/<machine>/selection.json
 """
 
 from __future__ import annotations
@@ -22,10 +20,11 @@ import contest
 import mlx.core as mx
 
 from mlx_marlin import device, kernels, measure
-from mlx_marlin.race import Rules, race
+from mlx_marlin.race import Limits, Rules, race
+from mlx_marlin.report import config_label
 from mlx_marlin.workload import ConfigClock, Workload
 
-# From the documents: gain over uniform selection, of specialised decode kernels, of the large-batch kernel.
+# mixed_kernel_selection, "Expected Improvements".
 CLAIMS = {"uniform": "15 to 20 %", "specialised": "up to 17 %", "large_batch": "20 to 30 %"}
 
 
@@ -68,21 +67,22 @@ class Bench:
         races, share = {}, self.args.budget / len(self.workloads)
         rules = Rules(rounds=self.args.tuning_rounds, warmup=2, seed=self.args.seed)
         for rows, workload in self.workloads.items():
-            default, *others = kernels.candidates(workload.problem)
+            default, *others = kernels.candidates_on(workload.problem, device.hardware(self.device))
             clocks = self.clocks(workload, [default, *others[:: self.args.candidates or 1]])
-            races[rows] = race(clocks, default, rules, deadline=time.perf_counter() + share)
+            races[rows] = race(clocks, default, rules, limits=Limits(share=time.perf_counter() + share))
             print(f"{rows} rows: {len(clocks)} candidates timed", file=sys.stderr)
         return races
 
     def uniform(self, races: dict) -> kernels.KernelConfig:
         """The candidate with the lowest geometric mean over the batch sizes."""
-        everywhere = set.intersection(*(set(r.samples) for r in races.values()))
-        if not everywhere:
+        timed = {
+            self.workloads[rows].problem: {c: statistics.median(times) for c, times in r.samples.items()}
+            for rows, r in races.items()
+        }
+        found = contest.uniform_config(timed)
+        if found is None:
             raise SystemExit("no config was timed at every batch size: raise --budget, or --candidates to time fewer")
-        return min(
-            everywhere,
-            key=lambda c: statistics.geometric_mean(statistics.median(r.samples[c]) for r in races.values()),
-        )
+        return found
 
     def samples(self, workload: Workload, configs) -> dict:
         """Fresh interleaved seconds of each distinct config."""
@@ -93,11 +93,12 @@ class Bench:
         """Tuned, default and uniform at one number of rows."""
         workload = self.workloads[rows]
         configs = {"tuned": outcome.winner, "default": kernels.default(workload.problem), "uniform": uniform}
+        configs = {role: kernels.effective(workload.problem, config) for role, config in configs.items()}
         samples = self.samples(workload, configs.values())
         return {
             "rows": rows,
             "decision": outcome.decision,
-            "configs": {role: describe(config) for role, config in configs.items()},
+            "configs": {role: config_label(config) for role, config in configs.items()},
             "median_ms": {role: 1e3 * statistics.median(samples[config]) for role, config in configs.items()},
             "over_default": contest.saving(samples, configs["tuned"], configs["default"]),
             "over_uniform": contest.saving(samples, configs["tuned"], configs["uniform"]),
@@ -106,7 +107,8 @@ class Bench:
     def claim(self, layer, rows: int, ours: str, theirs: str) -> dict:
         """One kernel name against another with their default tiles."""
         workload = self.workload(layer, rows)
-        pair = [kernels.config_for(workload.problem, name) for name in (ours, theirs)]
+        named = [kernels.config_for(workload.problem, name) for name in (ours, theirs)]
+        pair = [kernels.effective(workload.problem, config) for config in named]
         samples = self.samples(workload, pair)
         return {
             "rows": rows,
@@ -118,9 +120,7 @@ class Bench:
 
 
 def selection_overhead_us(layer, top_k: int) -> dict:
-    """Microseconds of Python per layer call at one row: for the selection alone, and for building the lazy
-    call.
-    """
+    """Microseconds of Python per layer call at one row: for the selection alone, and for building the lazy call."""
     x = mx.zeros((1, layer.gate_proj.input_dims))
     indices = mx.zeros((1, top_k), mx.uint32)
     layer(x, indices)
@@ -133,10 +133,6 @@ def selection_overhead_us(layer, top_k: int) -> dict:
         return min(timeit.repeat(call, number=2000, repeat=7)) / 2000 * 1e6
 
     return {"selection": best(select), "whole lazy call": best(lambda: layer(x, indices))}
-
-
-def describe(config) -> str:
-    return f"{config.kernel_variant} {config.tile_size_m}x{config.tile_size_n} on {config.simdgroups}"
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -154,7 +150,7 @@ def run(args: argparse.Namespace) -> dict:
         "shape": args.shape,
         "bits": "mixed 2, 3, 4",
         "device": bench.device,
-        "uniform": describe(uniform),
+        "uniform": config_label(uniform),
         "iterations": args.iterations,
         "rows": rows_results,
         "claims": claims,
@@ -173,12 +169,12 @@ def report(result: dict) -> None:
         print(
             f"{'':12}tuned saves {row['over_default']['saved']} of default, {row['over_uniform']['saved']} of uniform"
         )
-    print(f"the documents promise {CLAIMS['uniform']} over uniform selection")
+    print(f"mixed_kernel_selection promises {CLAIMS['uniform']} over uniform selection")
     for key, entries in result["claims"].items():
         for entry in entries:
             print(
                 f"{entry['ours']} at {entry['rows']} rows saves {entry['saved']} of {entry['theirs']}; "
-                f"the documents promise {CLAIMS[key]}"
+                f"mixed_kernel_selection promises {CLAIMS[key]}"
             )
     overhead = result["overhead_us"]
     print(

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from shape import Shape
 
-from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, _ext, device, measure
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, _ext, device, stats
 
 # The mix: bits of gate, up and down, expert by expert, 3 on average.
 MIXED = ((2, 3, 4), (3, 4, 2), (4, 2, 3))
@@ -134,7 +134,7 @@ class Contender:
         seconds = [s for s, _ in own or self.samples]
         return {
             "median_s": statistics.median(seconds),
-            "spread": measure.spread(seconds),
+            "spread": stats.spread(seconds),
             "calls": len(seconds),
             "cores": statistics.median(c for _, c in own or self.samples),
             "disturbed_calls": len(self.samples) - len(own),

@@ -1,19 +1,18 @@
-"""What the selection benchmarks share: a layer of mixed widths, interleaved samples, and how a result is
-written.
-"""
+"""What the selection benchmarks share: a layer of mixed widths, interleaved samples, and how a result is written."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import random
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from mlx_marlin import TrellisSwitchGLU, TrellisWeight, device, measure
+from mlx_marlin import TrellisSwitchGLU, TrellisWeight, device, files, kernels, stats
 
 # An expert's (gate, up, down) bits, in turn over the experts: 2, 3 and 4 bits in every projection.
 MIX = ((2, 3, 4), (3, 4, 2), (4, 2, 3))
@@ -47,7 +46,30 @@ def interleaved(clocks: Mapping, rounds: int, warmup: int = 3, seed: int = 0) ->
     return samples
 
 
-def as_result(comparison: measure.Comparison) -> dict:
+def uniform_config(timed: Mapping) -> kernels.KernelConfig | None:
+    """The one config with the lowest geometric mean of its times over all problems.
+
+    Args:
+        timed: ``{problem: {config: time}}``. At some problems several configs run the same code: one time stands for
+            all of them.
+
+    Returns:
+        ``None`` if no config was timed at every problem.
+    """
+    codes = {
+        problem: {kernels.effective(problem, config): time for config, time in times.items()}
+        for problem, times in timed.items()
+    }
+    logs = {
+        config: [math.log(codes[p][code]) for p in codes if (code := kernels.effective(p, config)) in codes[p]]
+        for config in dict.fromkeys(config for times in timed.values() for config in times)
+        if all(kernels.feasible(problem, config) is None for problem in timed)
+    }
+    common = {config: values for config, values in logs.items() if len(values) == len(codes)}
+    return min(common, key=lambda config: statistics.fmean(common[config])) if common else None
+
+
+def as_result(comparison: stats.Comparison) -> dict:
     """A ratio of times as part of a result file."""
     return {"ratio": comparison.ratio, "low": comparison.low, "high": comparison.high}
 
@@ -55,19 +77,15 @@ def as_result(comparison: measure.Comparison) -> dict:
 def saving(samples: Mapping, ours, theirs) -> dict:
     """What one config saves of another's time, with the 95 % interval: "12.3 % (10.1 to 14.4)"."""
     if ours == theirs:
-        return {"ratio": 1.0, "low": 1.0, "high": 1.0, "saved": "nothing (the same config)"}
-    comparison = measure.compare(samples[ours], samples[theirs])
+        return {"ratio": 1.0, "low": 1.0, "high": 1.0, "saved": "nothing (the same code)"}
+    steady = stats.without_drift({config: samples[config] for config in (ours, theirs)})
+    comparison = stats.compare(steady[ours], steady[theirs])
     saved = [100 * (1 - r) for r in (comparison.ratio, comparison.high, comparison.low)]
     return {**as_result(comparison), "saved": "{:.1f} % ({:.1f} to {:.1f})".format(*saved)}
 
 
-def write(path: str | None, result: dict, name: str) -> None:
-    """Write a result with the machine it was measured on, beside and renamed."""
-    if path is None:
-        return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_suffix(".tmp")
-    machine = asdict(device.fingerprint(name))
-    beside.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")
-    os.replace(beside, target)
+def write(path: str | None, result, name: str) -> None:
+    """Write a result with the machine it was measured on."""
+    if path is not None:
+        document = {"machine": asdict(device.fingerprint(name)), **result}
+        files.replace(Path(path), json.dumps(document, indent=1).encode() + b"\n")

@@ -33,6 +33,7 @@ from mlx_marlin import (
     measure,
     ops,
     selftest,
+    stats,
 )
 from mlx_marlin.kernels import KernelConfig, Problem
 
@@ -178,7 +179,7 @@ def layer_times(where: str, bits: tuple[int, ...], rows: tuple[int, ...], sizes:
                         "rows": count,
                         "config": asdict(config),
                         "us": round(statistics.median(samples), 1),
-                        "spread": round(measure.spread(samples), 3),
+                        "spread": round(stats.spread(samples), 3),
                     }
                 )
     return found

@@ -1,7 +1,7 @@
 """Two kernels against each other on one layer: Welch's test on interleaved samples, 95 % interval, verdict.
 
-python bench/kernel_ab_test.py --iterations 100 --baseline moe_trellis_swiglu --optimized
-moe_trellis_swiglu_decode
+    python bench/kernel_ab_test.py --iterations 100 \\
+        --baseline moe_trellis_swiglu --optimized moe_trellis_swiglu_decode
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 
 import contest
 
-from mlx_marlin import device, kernels, measure
+from mlx_marlin import device, kernels, measure, stats
 from mlx_marlin.workload import ConfigClock, Workload
 
 
@@ -60,8 +60,9 @@ def compare_kernels(args: argparse.Namespace) -> dict:
         errors[role] = workload.check(config)
         clocks[role] = ConfigClock(workload, config, floor, limit)
     samples = contest.interleaved(clocks, args.iterations, args.warmup, args.seed)
-    comparison = measure.compare(samples["optimized"], samples["baseline"])
-    p = measure.welch_p_value(*([math.log(t) for t in samples[role]] for role in ("optimized", "baseline")))
+    steady = stats.without_drift(samples)
+    comparison = stats.compare(steady["optimized"], steady["baseline"])
+    p = stats.welch_p_value(*([math.log(t) for t in steady[role]] for role in ("optimized", "baseline")))
     verdict = "no significant difference"
     if p < 0.05:
         verdict = "optimized is faster" if comparison.ratio < 1 else "optimized is slower"
@@ -73,7 +74,7 @@ def compare_kernels(args: argparse.Namespace) -> dict:
         "bits": args.bits,
         "iterations": args.iterations,
         "median_ms": {role: 1e3 * statistics.median(samples[role]) for role in samples},
-        "spread": {role: measure.spread(samples[role]) for role in samples},
+        "spread": {role: stats.spread(samples[role]) for role in samples},
         "error_against_codec": errors,
         **contest.as_result(comparison),
         "p_value": p,

@@ -96,20 +96,25 @@ ORDER = [
     "reference",
     "metal_marlin",
     "metal_rules",
+    "cpu_rules",
+    "search_space",
     "kernels",
+    "shaders",
+    "ops",  # above device: which instruction set runs is known to the extension alone
+    "files",
     "device",
     "profile_data",
+    "lookup",
     "profile_io",
     "profile",
+    "stats",
     "measure",
     "race",
-    "adaptation",
     "evidence",
+    "adaptation",
     "choices",
     "rules",
     "selection",
-    "shaders",
-    "ops",
     "selftest",
     "layer_state",
     "layers",
@@ -124,13 +129,26 @@ ORDER = [
     "progress",
     "autotune",
     "plot",
+    "session",
     "tuning_run",
+    "regression",
+    "report",
     "tune_cli",
     "convert_cli",
 ]
 SOURCES = ROOT / "python/mlx_marlin"
 # Pure modules: neither MLX nor anything of ours beside what is named.
-PURE = {"codec": set(), "safetensors": set(), "measure": {"mlx"}, "kernels": {"metal_rules"}, "metal_rules": set()}
+PURE = {
+    "codec": set(),
+    "safetensors": set(),
+    "measure": {"mlx"},
+    "metal_rules": set(),
+    "cpu_rules": set(),
+    "search_space": {"cpu_rules", "metal_rules"},
+    "kernels": {"metal_rules", "cpu_rules", "search_space"},
+    "stats": set(),
+    "files": set(),
+}
 
 
 def files_of(module: str) -> list[Path]:

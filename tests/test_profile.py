@@ -3,71 +3,32 @@
 import json
 import math
 import multiprocessing
+import os
 import re
+import time
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tuning import DOCUMENT, cpu_profile
+from tuning import entry as any_entry
 
-from mlx_marlin import device, kernels, profile, profile_data, profile_io
+from mlx_marlin import device, files, kernels, profile, profile_data, profile_io
 from mlx_marlin.kernels import KernelConfig, Problem
 from mlx_marlin.profile import AutotuneConfig, ProfileError
 from mlx_marlin.profile_data import Entry, Measured, Rejected, Timing
 
 DECODE = KernelConfig("moe_trellis_swiglu_decode", 2, 128, 2, True, "decode")
 NARROW = KernelConfig("moe_trellis_swiglu_decode", 1, 64, 1, True, "decode")
-PREFILL = KernelConfig("moe_trellis_swiglu_prefill4", 4, 64, 2, True, "prefill4")
-
-# The documents' example, to the letter.
-DOCUMENT = {
-    "device_name": "M4 Max",
-    "device_family": "M4",
-    "tile_size_mapping": {"2": 128, "3": 96, "4": 64, "8": 64},
-    "simdgroup_mapping": {"2": 16, "3": 12, "4": 8, "8": 4},
-    "lookup_table": {
-        "4": {
-            "4096": {
-                "(2, 4)": {
-                    "kernel_name": "moe_trellis_mixed_swiglu_decode",
-                    "tile_size_m": 64,
-                    "tile_size_n": 64,
-                    "simdgroups": 12,
-                    "use_fp32_acc": False,
-                    "kernel_variant": "decode",
-                }
-            }
-        }
-    },
-    "adaptation_enabled": True,
-    "adaptation_history_len": 100,
-    "benchmark_count": 250,
-}
 
 
 def problem(rows=1, hidden=256, bits=((2, 3, 4),), dtype="float32", on="cpu"):
     return Problem("swiglu", rows, 2, hidden, 128, 4, bits, ("3inst",), "silu", dtype, on)
 
 
-def entry(config=DECODE, ms=1.0, default=NARROW, baseline=2.0, stamp=1.0, **more):
-    return Entry(
-        config,
-        Timing(20, ms, 0.02),
-        default,
-        Timing(20, baseline, 0.02),
-        (ms / baseline, 0.4, 0.6),
-        "faster",
-        "correct",
-        stamp,
-        **more,
-    )
-
-
-def cpu_profile(**problems):
-    made = AutotuneConfig.of_machine("cpu")
-    for p, e in problems.get("entries", {}).items():
-        made.add(p, e)
-    return made
+def entry(config=DECODE, ms=1.0, default=NARROW, baseline=2.0, **more):
+    return any_entry(config, ms, default, baseline, **more)
 
 
 @pytest.fixture
@@ -141,7 +102,7 @@ def test_prefill_means_prefill4():
 
 
 def test_one_width_is_a_tuple_key():
-    made = cpu_profile(entries={problem(bits=((2, 2, 2),)): entry()})
+    made = cpu_profile({problem(bits=((2, 2, 2),)): entry()})
     assert list(json.loads(profile_io.encode(made))["lookup_table"]["1"]["256"]) == ["(2,)"]
 
 
@@ -160,7 +121,7 @@ def test_merge_laws(a, b, c):
 
 
 def test_merge_keeps_the_later_entry():
-    old, new = (cpu_profile(entries={problem(): entry(c, stamp=t)}) for c, t in ((DECODE, 1.0), (NARROW, 2.0)))
+    old, new = (cpu_profile({problem(): entry(c, stamp=t)}) for c, t in ((DECODE, 1.0), (NARROW, 2.0)))
     for merged in (profile_data.merge(old, new), profile_data.merge(new, old)):
         assert merged.problems[problem()].config == NARROW
         assert merged.lookup_table[1][256][2, 3, 4] == NARROW
@@ -173,18 +134,31 @@ def test_projection_takes_the_lowest_geometric_mean():
     # DECODE wins one problem by 10 % and loses the other by 100 %: over both NARROW is faster.
     first = entry(DECODE, 1.0, NARROW, 1.1, timings=measured(1.0, 1.1))
     second = entry(NARROW, 1.0, DECODE, 2.0, timings=measured(2.0, 1.0))
-    made = cpu_profile(entries={problem(): first, problem(dtype="float16"): second})
+    made = cpu_profile({problem(): first, problem(dtype="float16"): second})
     assert made.lookup_table == {1: {256: {(2, 3, 4): NARROW}}}
     assert math.sqrt(1.1 * 1.0) < math.sqrt(1.0 * 2.0)
 
 
+def test_projection_does_not_mix_kinds():
+    """A layer of experts and a single product may have the same key; each way round the experts have it."""
+    one = Problem("linear", 1, 1, 256, 128, 1, ((3,),), ("mul1",), "none", "float32", "cpu")
+    experts = problem(bits=((3, 3, 3),))
+    assert profile_data.table_key(one) == profile_data.table_key(experts)
+    both = {one: entry(NARROW, 0.1), experts: entry(DECODE, 9.0)}
+    for order in (both, dict(reversed(both.items()))):
+        assert cpu_profile(order).lookup_table == {1: {256: {(3,): DECODE}}}
+    assert cpu_profile({one: entry(NARROW)}).lookup_table == {1: {256: {(3,): NARROW}}}
+    merged = profile_data.merge(cpu_profile({experts: entry(DECODE)}), cpu_profile({one: entry(NARROW)}))
+    assert merged.lookup_table == {1: {256: {(3,): DECODE}}}
+
+
 def test_projection_of_one_problem_is_its_decision():
     kept = entry(NARROW, 1.01, NARROW, 1.01, timings=(Measured(DECODE, Timing(20, 1.0, 0.0)),))
-    assert cpu_profile(entries={problem(): kept}).lookup_table[1][256][2, 3, 4] == NARROW
+    assert cpu_profile({problem(): kept}).lookup_table[1][256][2, 3, 4] == NARROW
 
 
 def _save_one(path, rows):
-    profile.save(cpu_profile(entries={problem(rows): entry()}), path)
+    profile.save(cpu_profile({problem(rows): entry()}), path)
 
 
 def test_concurrent_saves_lose_nothing(tmp_path):
@@ -209,7 +183,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(profile_io.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         _save_one(path, 2)
     assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
@@ -220,20 +194,74 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 )
 def test_foreign_file_is_never_overwritten(tmp_path, change):
     path = tmp_path / "profile.json"
-    other = cpu_profile(entries={problem(): entry()})
+    other = cpu_profile({problem(): entry()})
     other.fingerprint = replace(other.fingerprint, **change)
     profile.save(other, path)
     before = path.read_bytes()
     with pytest.raises(ProfileError, match="not overwritten"):
-        profile.save(cpu_profile(entries={problem(4): entry()}), path)
+        profile.save(cpu_profile({problem(4): entry()}), path)
     assert path.read_bytes() == before
+
+
+def test_a_profile_that_would_not_read_back_is_not_written(tmp_path):
+    path = tmp_path / "profile.json"
+    _save_one(path, 1)
+    before = path.read_bytes()
+    for bad in (
+        entry(rejected=(Rejected(DECODE, "x" * (profile_data.MAX_REASON + 1)),)),
+        entry(rejected=(Rejected(replace(DECODE, tile_size_m=0), "infeasible"),)),
+        entry(ms=math.nan),
+        entry(config=replace(DECODE, kernel_name="their_kernel")),
+    ):
+        with pytest.raises(ProfileError, match=r"the profile for .*profile.json: .* at \$.problems\[1\]"):
+            profile.save(cpu_profile({problem(4): bad}), path)
+        assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+def test_reasons_are_cut_and_cleaned():
+    rejected = Rejected.because(DECODE, "\ud800" + "x" * 10_000)
+    made = cpu_profile({problem(): entry(rejected=(rejected,))})
+    assert rejected.reason.startswith("?xx") and profile_io.decode(profile_io.encode(made)) == made
+
+
+@pytest.mark.parametrize(
+    "config, can",
+    [
+        (DECODE, True),
+        (replace(DECODE, kernel_name="their_kernel"), True),
+        (replace(DECODE, kernel_name="a b"), False),
+        (replace(DECODE, simdgroups=0), False),
+        (replace(DECODE, tile_size_m=2.5), False),
+        (replace(DECODE, kernel_variant="prefill"), False),  # would come back as prefill4
+    ],
+)
+def test_storable(config, can):
+    assert profile_io.storable(config) is can
+
+
+# Clocks that were wrong
+
+
+def test_entries_from_the_future_do_not_win(tmp_path):
+    """They would win every merge until their time comes."""
+    path, later = tmp_path / "profile.json", time.time() + 1e6
+    path.write_bytes(profile_io.encode(cpu_profile({problem(): entry(NARROW, stamp=later), problem(4): entry()})))
+    assert [e.timestamp for e in profile.load(path).problems.values()] == [0.0, 1.0]
+    written = profile.save(cpu_profile({problem(): entry(DECODE, stamp=time.time())}), path)
+    assert written.problems[problem()].config == DECODE and profile.load(path) == written
+
+
+def test_a_clock_that_is_set_back_while_tuning(tmp_path):
+    made = cpu_profile({problem(): entry(stamp=time.time() + 1e6)})
+    written = profile.save(made, tmp_path / "profile.json")
+    assert written.problems[problem()].timestamp == 0.0 and profile.load(tmp_path / "profile.json") == written
 
 
 # Hostile files
 
 
 def _edited(path, value):
-    made = cpu_profile(entries={problem(): entry(timings=(Measured(DECODE, Timing(20, 1.0, 0.0)),))})
+    made = cpu_profile({problem(): entry(timings=(Measured(DECODE, Timing(20, 1.0, 0.0)),))})
     root = node = json.loads(profile_io.encode(made))
     for key in path[:-1]:
         node = node[key]
@@ -253,6 +281,18 @@ def _edited(path, value):
         (["lookup_table", "1", "256", "(4, 2)"], {}, '$.lookup_table["1"]["256"]["(4, 2)"]'),
         (["lookup_table", "1", "256", "__import__('os')"], {}, '$.lookup_table["1"]["256"]'),
         (["lookup_table", "9" * 5000], {}, "$.lookup_table"),
+        (["lookup_table", "\u0664"], {}, "$.lookup_table"),  # an Arabic 4
+        (["lookup_table", "01"], {}, "$.lookup_table"),
+        (["lookup_table", "0"], {}, "$.lookup_table"),
+        (["lookup_table", "1", "25\u0666"], {}, '$.lookup_table["1"]'),
+        (
+            ["lookup_table", "1", "256", "(2, 3, 4)", "kernel_name"],
+            "moe_trellis_swiglu\n",
+            '$.lookup_table["1"]["256"]["(2, 3, 4)"].kernel_name',
+        ),
+        (["fingerprint", "kernel_hash"], "abc\n", "$.fingerprint.kernel_hash"),
+        (["problems", 0, "problem", "top_k"], 5, "$.problems[0].problem"),  # of 4 experts
+        (["problems", 0, "objective"], [1.0, 0.0], "$.problems[0].objective"),
         (
             ["lookup_table", "1", "256", "(2, 3, 4)", "tile_size_m"],
             1 << 40,
@@ -276,6 +316,8 @@ def _edited(path, value):
         (["problems", 0, "config", "kernel_name"], "moe_rm_rf", "$.problems[0]"),
         (["problems", 0, "samples", "median_ms"], "fast", "$.problems[0].samples.median_ms"),
         (["problems", 0, "ratio"], [1.0], "$.problems[0].ratio"),
+        (["problems", 0, "ratio"], [1.0, 0.0, 1.0], "$.problems[0].ratio[1]"),  # whose logarithm a check takes
+        (["problems", 0, "over_control"], [1.0, 1.0, 0], "$.problems[0].over_control[2]"),
         (["problems", 0, "timings", 0, "config", "simdgroups"], True, "$.problems[0].timings[0].config.simdgroups"),
     ],
 )
@@ -304,7 +346,7 @@ def test_not_a_profile(data):
 
 
 def test_duplicate_problem():
-    made = json.loads(profile_io.encode(cpu_profile(entries={problem(): entry()})))
+    made = json.loads(profile_io.encode(cpu_profile({problem(): entry()})))
     made["problems"] *= 2
     with pytest.raises(ProfileError, match=re.escape("$.problems[1].problem")):
         profile_io.decode(json.dumps(made).encode())
@@ -325,32 +367,7 @@ def test_oversized_file(tmp_path, monkeypatch):
         profile.load(path)
 
 
-# Devices
-
-
-@pytest.mark.parametrize(
-    "name, family",
-    [
-        ("M4 Max", "M4"),
-        ("Apple M4 Max", "M4"),
-        ("Apple M1", "M1"),
-        ("M5", "M5"),
-        ("M10", "Unknown"),
-        ("M6", "Unknown"),
-        ("CPU", "CPU"),
-        ("Intel Xeon Processor 6-143 (avx512)", "CPU"),
-        ("Apple M4 (neon)", "CPU"),
-        ("RTX 4090", "Unknown"),
-    ],
-)
-def test_device_family(name, family):
-    assert device.device_family(name) == family
-
-
-def test_this_cpu_has_a_name_and_a_family():
-    name = device.device_name("cpu")
-    assert device.instruction_set() in name and device.device_family(name) == "CPU"
-    assert 0.0 <= device.memory_pressure("cpu") <= 1.0 and device.last_level_cache() > 0
+# Places
 
 
 def test_default_path_tells_machines_apart(cache, monkeypatch):
@@ -359,6 +376,21 @@ def test_default_path_tells_machines_apart(cache, monkeypatch):
     other = replace(device.fingerprint("cpu"), cores=999)
     monkeypatch.setattr(profile_io, "fingerprint", lambda _: other)
     assert profile.default_path("cpu") != here
+
+
+def test_the_newest_build_of_this_machine_is_found(cache, monkeypatch):
+    mine = profile.default_path("cpu")
+    assert profile_io.latest_path("cpu") == mine
+    mine.parent.mkdir()
+    others = [mine.with_name(f"{mine.stem[:-8]}{digest}.json") for digest in ("0" * 8, "f" * 8)]
+    for age, path in enumerate(
+        [*others, mine.with_name("cpu-another_chip-00000000.json"), mine.with_suffix(".x.json")]
+    ):
+        path.write_text("{}")
+        os.utime(path, (1000 - age, 1000 - age))
+    assert profile_io.latest_path("cpu") == others[0]
+    mine.write_text("{}")
+    assert profile_io.latest_path("cpu") == mine
 
 
 def test_unknown_device():

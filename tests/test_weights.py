@@ -101,6 +101,18 @@ def test_a_stack_holds_the_words_of_every_expert_as_they_are():
         assert codes.size == sum(w.trellis.size // 2 for w in weights)
 
 
+def test_a_stack_gives_each_expert_back():
+    rng = np.random.default_rng(4)
+    weights = [cases.random_weight(rng, 250, 120, bits, book, bias=True) for bits, book in ((2, "mcg"), (5, "mul1"))]
+    stack = ExpertStack.of("gate", weights)
+    assert len(list(stack)) == 2
+    for got, given in zip(stack, weights):
+        assert repr(got) == repr(given)
+        assert all(mx.array_equal(getattr(got, n), getattr(given, n)) for n in ("trellis", "suh", "svh", "bias"))
+    with pytest.raises(IndexError):
+        stack[2]
+
+
 def test_an_expert_without_bias_gets_zeros_where_others_have_one():
     rng = np.random.default_rng(0)
     stack = ExpertStack.of("up", [cases.random_weight(rng, 128, 128, 2, bias=b) for b in (False, True)])

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import adaptation, kernels, profile, profile_io
-from . import device as machine
-from .device import canonical_name, device_family, fingerprint
-from .kernels import KernelConfig, Problem
-from .profile_data import AutotuneConfig, default_entry, fitted, search_table
-from .race import Rules
-from .trial import Objective, Trial
-from .workload import Workload
+import mlx.core as mx
 
-__all__ = ["AutotuneConfig", "BenchmarkResult", "KernelConfig", "MixedBPWAutoTuner", "Objective"]
+from . import adaptation, kernels, lookup, profile, profile_io
+from . import device as machine
+from .device import canonical_name, device_family
+from .kernels import KernelConfig, Problem
+from .lookup import distinct_widths
+from .profile import use_profile
+from .profile_data import AutotuneConfig, Entry, ProfileError
+from .race import NO_LIMITS, Limits, Rules
+from .trial import Objective, Trial, Verdicts
+from .workload import Workload, as_layer, release
+
+__all__ = ["AutotuneConfig", "BenchmarkResult", "KernelConfig", "MixedBPWAutoTuner", "Objective", "use_profile"]
 
 _log = logging.getLogger("mlx_marlin")
 
@@ -46,15 +49,21 @@ class MixedBPWAutoTuner:
     """Times kernel configs on this machine and keeps the fastest ones, by problem.
 
     Args:
-        device_name: Such as "M4 Max", with or without "Apple ". Default: ``None``, this machine's.
+        device_name: Such as "M4 Max", with or without "Apple ": whose table :meth:`select_kernel` answers from.
+            Default: ``None``, this machine's.
         config_path: A profile that is loaded if it exists, and the default target of :meth:`export_config`.
             Default: ``None``, the tuned profile of this machine if there is one, and no default target.
         device: ``"cpu"`` or ``"gpu"``. Default: ``None``, MLX's default device.
         objective: An :class:`Objective`, or a dictionary of its weights. Default: ``None``, latency only.
-        memory_limit: Bytes that weights, their copies and scratch may take. Default: ``None``, half of what
+        memory_limit: Bytes that weights, their copies, inputs and a call may take. Default: ``None``, half of what
             the device can use.
         dtype: Of the activations in benchmarks. Default: ``None``, float32 on the CPU, float16 on the GPU.
         rules: When a challenger beats the default. Default: ``None``, :class:`~.race.Rules`.
+
+    Attributes:
+        config: The profile. What is benchmarked enters a profile of this machine: a table of another machine or build
+            answers look-ups until then, and after what was measured here from then on.
+        checked: Verdicts of the comparisons with the codec.
     """
 
     def __init__(
@@ -72,23 +81,23 @@ class MixedBPWAutoTuner:
         self._here = machine.device_name(self._device)
         self.device_name = canonical_name(device_name) if device_name else self._here
         self.device_family = device_family(self.device_name)
-        self.objective = Objective(**objective) if isinstance(objective, Mapping) else objective or Objective()
+        self.objective = Objective.of(objective)
         self.memory_limit = machine.memory_bytes(self._device) // 2 if memory_limit is None else int(memory_limit)
         self.dtype = dtype or ("float32" if self._device == "cpu" else "float16")
         self.rules = rules or Rules()
         self.config_path = Path(config_path) if config_path is not None else None
         self.config = self._initial_config()
+        self.checked: Verdicts = {}
+        self._foreign: AutotuneConfig | None = None
         self._adaptation = adaptation.Recorder()
-        self._checked: dict[tuple[Problem, KernelConfig], float | str] = {}
 
     def _initial_config(self) -> AutotuneConfig:
-        path = self.config_path
-        if path is None and self.device_name == self._here:
-            path = profile_io.default_path(self._device)
-        if path is not None and path.exists():
-            return profile_io.load(path)
-        mine = fingerprint(self._device) if self.device_name == self._here else None
-        return AutotuneConfig(self.device_name, self.device_family, fingerprint=mine)
+        if self.config_path is not None and self.config_path.exists():
+            return profile_io.load(self.config_path)
+        if self.device_name != self._here:
+            return AutotuneConfig(self.device_name, self.device_family)
+        found = profile.tuned(self._device) if self.config_path is None else None
+        return found or AutotuneConfig.of_machine(self._device)
 
     # Benchmarks
 
@@ -101,7 +110,7 @@ class MixedBPWAutoTuner:
         num_iter: int = 20,
         *,
         top_k: int = 8,
-        deadline: float = math.inf,
+        limits: Limits = NO_LIMITS,
         on_round=None,
     ) -> list[BenchmarkResult]:
         """Time configs on a layer and enter the outcome into the table.
@@ -113,43 +122,59 @@ class MixedBPWAutoTuner:
             num_warmup: Calls before the first sample.
             num_iter: Samples per config; fewer for those that cannot win.
             top_k: Experts per token of a TrellisSwitchGLU. Default: ``8``.
-            deadline: ``time.perf_counter()`` after which no further round begins. Default: none.
+            limits: When to end early. Default: never.
             on_round: See :func:`~.race.race`.
 
         Returns:
             One result per config that ran right, in the order of the configs. The others are in the entry's
-            ``rejected``, with their reasons.
+            ``rejected``, with their reasons. None at all if time ran out.
 
         Raises:
             ValueError: If the layer cannot be timed, or the default config gives a wrong result.
             MemoryError: If the layer exceeds the memory limit.
         """
-        more = {"memory_limit": self.memory_limit, "seed": self.rules.seed}
-        if isinstance(layer, Problem):
-            workload = Workload.synthetic(replace(layer, rows=batch_size), **more)
-        else:
-            workload = Workload.of_layer(layer, batch_size, top_k=top_k, dtype=self.dtype, device=self._device, **more)
-        rules = replace(self.rules, rounds=max(2, num_iter), warmup=num_warmup)
-        trial = Trial(workload, rules, self.objective, self.memory_limit, self._checked)
-        wanted = configs if configs is not None else kernels.candidates(workload.problem)
-        entry = trial.run(wanted, deadline, on_round)
+        unknown = [config for config in configs or () if not isinstance(config, KernelConfig)]
+        if unknown:
+            raise ValueError(f"configs must be KernelConfigs, got {unknown[0]!r}")
+        try:
+            workload = self._workload(layer, batch_size, top_k)
+            problem = workload.problem
+            rules = replace(self.rules, rounds=max(2, num_iter), warmup=num_warmup)
+            trial = Trial(workload, rules, self.objective, self.memory_limit, self.checked)
+            wanted = kernels.candidates_on(problem, machine.hardware(self._device)) if configs is None else configs
+            entry = trial.run(wanted, limits, on_round)
+            touched = workload.bytes_touched
+        finally:
+            workload = trial = None
+            release()
         if entry is None:
             return []
-        if self.config.fingerprint is None:
-            self.config.fingerprint = fingerprint(self._device)
-        self.config.benchmark_count += len(entry.timings)
-        self.config.add(workload.problem, entry)
+        self._enter(problem, entry)
         return [
             BenchmarkResult(
-                m.config,
-                m.timing.median_ms,
-                workload.bytes_touched / m.timing.median_ms / 1e6,
-                m.memory_mb,
-                entry.timestamp,
+                m.config, m.timing.median_ms, touched / m.timing.median_ms / 1e6, m.memory_mb, entry.timestamp
             )
             for m in entry.timings
             if m.config in wanted
         ]
+
+    def _enter(self, problem: Problem, entry: Entry) -> None:
+        """Keep a result, in a profile of this machine."""
+        if profile_io.foreign(self.config, self._device) is not None:
+            self._foreign, mine = self.config, AutotuneConfig.of_machine(self._device)
+            mine.adaptation_enabled = self._foreign.adaptation_enabled
+            mine.adaptation_history_len = self._foreign.adaptation_history_len
+            self.config = mine
+        self.config.benchmark_count += len(entry.timings)
+        self.config.add(problem, entry)
+
+    def _workload(self, layer, batch_size: int, top_k: int) -> Workload:
+        more = {"memory_limit": self.memory_limit, "seed": self.rules.seed}
+        if isinstance(layer, Problem):
+            if layer.device != self._device:
+                raise ValueError(f"the tuner times on the {self._device}, but the problem is for the {layer.device}")
+            return Workload.synthetic(replace(layer, rows=batch_size), **more)
+        return Workload.of_layer(layer, batch_size, top_k=top_k, dtype=self.dtype, device=self._device, **more)
 
     def benchmark_all(
         self,
@@ -170,13 +195,20 @@ class MixedBPWAutoTuner:
             verbose: Whether to show a progress bar on stderr, if it is a terminal and rich is installed.
 
         Returns:
-            ``{name: {batch_size: results}}``; a layer that exceeds the memory limit has no results.
+            ``{name: {batch_size: results}}``; a layer that exceeds the memory limit, or whose default config fails,
+            has no results at that batch size, and a warning is logged.
+
+        Raises:
+            ValueError: If one of the layers cannot be timed at all.
         """
         from .progress import Progress
 
         if not isinstance(layers, Mapping):
             layers = {f"layer_{i}": layer for i, layer in enumerate(layers)}
+        layers = {name: layer if isinstance(layer, Problem) else as_layer(layer) for name, layer in layers.items()}
         batch_sizes = list(batch_sizes)
+        if any(rows < 1 for rows in batch_sizes):
+            raise ValueError(f"a timing needs at least 1 row, got {min(batch_sizes)}")
         results: dict = {name: {} for name in layers}
         with Progress(len(layers) * len(batch_sizes), enabled=verbose) as bar:
             for name, layer in layers.items():
@@ -186,7 +218,8 @@ class MixedBPWAutoTuner:
                         results[name][batch_size] = self.benchmark_layer(
                             layer, batch_size, None, num_warmup, num_iter, top_k=top_k, on_round=bar.round
                         )
-                    except MemoryError as error:
+                    # RuntimeError: MLX, out of memory.
+                    except (MemoryError, ValueError, RuntimeError) as error:
                         _log.warning("skipping %s at %d rows: %s", name, batch_size, error)
                         results[name][batch_size] = []
                     bar.end()
@@ -212,29 +245,18 @@ class MixedBPWAutoTuner:
             fallback_to_default: Whether to fall back to the table that the package predicts for this machine, then to
                 the default of the widest bit width. Default: ``True``.
         """
-        widths = _widths(bit_widths)
-        tables = [self.config]
+        widths = distinct_widths(bit_widths)
+        tables = [self.config, *([self._foreign] if self._foreign else [])]
         mine = self.device_name == self._here
         predicted = profile.predicted(self.device_name) if fallback_to_default and mine else None
         if predicted is not None:
             tables.append(predicted[1])
         for table in tables:
             for wanted in (_is_decode, None) if use_decode else (None,):
-                found = self._search(table, batch_size, hidden_dim, widths, wanted)
+                found = lookup.find(table, self._device, batch_size, hidden_dim, widths, wanted)
                 if found is not None:
                     return found
-        return default_entry(self.config, batch_size, widths) if fallback_to_default else None
-
-    def _search(self, config: AutotuneConfig, batch_size, hidden_dim, widths, wanted) -> KernelConfig | None:
-        device = config.fingerprint.device if config.fingerprint else self._device
-        problem = _stand_in(batch_size, hidden_dim, widths, device)
-        table = config.lookup_table
-        if wanted is not None:
-            table = {
-                b: {h: {w: c for w, c in cell.items() if wanted(c)} for h, cell in row.items()}
-                for b, row in table.items()
-            }
-        return search_table(table, batch_size, hidden_dim, widths, lambda c: fitted(problem, c) is not None)
+        return lookup.default_entry(self.config, batch_size, widths) if fallback_to_default else None
 
     # Adaptation
 
@@ -260,7 +282,7 @@ class MixedBPWAutoTuner:
         """
         if problem is not None:
             hidden_dim, bit_widths = problem.hidden, problem.widths
-        widths = None if bit_widths is None else _widths(bit_widths)
+        widths = None if bit_widths is None else distinct_widths(bit_widths)
         self._adaptation.record(
             (kernel_name, config), (batch_size, hidden_dim, widths), latency_ms, self.config.adaptation_history_len
         )
@@ -276,31 +298,30 @@ class MixedBPWAutoTuner:
 
         Returns:
             ``None`` where adaptation is disabled or no candidate has 5 samples. Else what :meth:`select_kernel` gives,
-            or the fastest of the candidates that are significantly faster (Welch, Holm); with fewer than 5 samples
-            of its own it yields to the candidate that has most.
+            or the fastest of the candidates that are significantly faster; with fewer than 5 samples of its own it
+            yields to the candidate that has most. However often this is asked, equally fast candidates replace it
+            with a probability of 5 % at most.
         """
         if not self.config.adaptation_enabled:
             return None
-        widths = _widths(bit_widths)
+        widths = distinct_widths(bit_widths)
         incumbent = self.select_kernel(batch_size, hidden_dim, widths)
+
         # A sample that came without a config counts for the config of its name.
-        samples: dict[KernelConfig, list[float]] = {}
-        for (name, config), values in self._adaptation.samples((batch_size, hidden_dim, widths)).items():
-            config = config or self._config_named(name, batch_size, hidden_dim, widths, incumbent)
-            samples.setdefault(config, []).extend(values)
-        return adaptation.leader(samples, incumbent, top_k)
+        def config_of(recorded: tuple[str, KernelConfig | None]) -> KernelConfig:
+            name, config = recorded
+            return config or self._config_named(name, batch_size, hidden_dim, widths, incumbent)
+
+        key, limit = (batch_size, hidden_dim, widths), self.config.adaptation_history_len
+        return self._adaptation.leader(key, incumbent, top_k, config_of, limit)
 
     def _config_named(self, name, batch_size, hidden_dim, widths, incumbent) -> KernelConfig:
         if name == incumbent.kernel_name:
             return incumbent
-        known = self._search(self.config, batch_size, hidden_dim, widths, lambda c: c.kernel_name == name)
-        if known is not None:
-            return known
-        return replace(
-            default_entry(self.config, batch_size, widths),
-            kernel_name=name,
-            kernel_variant=_variant_of(name, batch_size),
-        )
+        key = (batch_size, hidden_dim, widths)
+        known = lookup.find(self.config, self._device, *key, lambda c: c.kernel_name == name)
+        default = lookup.default_entry(self.config, batch_size, widths)
+        return known or replace(default, kernel_name=name, kernel_variant=_variant_of(name, batch_size))
 
     def clear_adaptation_history(self) -> None:
         """Forget all recorded times."""
@@ -315,10 +336,15 @@ class MixedBPWAutoTuner:
             path: Target. Default: ``None``, the constructor's ``config_path``; without one nothing is written.
 
         Raises:
-            ProfileError: If the file belongs to another machine or is malformed; it is left as it is.
+            ProfileError: If the file belongs to another machine or build or is malformed; it is left as it is.
         """
         target = path if path is not None else self.config_path
         if target is not None:
+            why = profile_io.foreign(self.config, self._device)
+            if why is not None and Path(target).exists():
+                raise ProfileError(
+                    f"{target} is not overwritten: the tuner holds a foreign profile: {why}. Choose another output file"
+                )
             self.config = profile_io.save(self.config, target)
             profile.refresh()
         return profile_io.encode(self.config).decode()
@@ -332,7 +358,10 @@ class MixedBPWAutoTuner:
             ProfileError: If it is malformed; the message has the path of the bad field.
         """
         config = profile_io.load(path)
-        tuner = cls(config.device_name, path)
+        device = config.fingerprint.device if config.fingerprint else None
+        if device == "gpu" and not mx.is_available(mx.Device(mx.gpu)):
+            device = None
+        tuner = cls(config.device_name, path, device=device)
         tuner.device_family = config.device_family
         return tuner
 
@@ -352,13 +381,6 @@ class MixedBPWAutoTuner:
         }
 
 
-def _widths(bit_widths: Iterable[int]) -> tuple[int, ...]:
-    widths = tuple(sorted({int(b) for b in bit_widths}))
-    if not widths or not 1 <= widths[0] <= widths[-1] <= kernels.MAX_KERNEL_BITS:
-        raise ValueError(f"bit_widths must be one or more of 1 to {kernels.MAX_KERNEL_BITS}, got {list(widths)}")
-    return widths
-
-
 def _variant_of(kernel_name: str, batch_size: int) -> str:
     """The variant in a name; names that are not ours count for the variant of the rows."""
     try:
@@ -369,23 +391,6 @@ def _variant_of(kernel_name: str, batch_size: int) -> str:
 
 def _is_decode(config: KernelConfig) -> bool:
     return config.kernel_variant == "decode"
-
-
-def _stand_in(rows: int, hidden: int, widths: tuple[int, ...], device: str) -> Problem:
-    """A problem with the key of a table cell, for asking which configs are feasible."""
-    return Problem(
-        "swiglu",
-        rows,
-        1,
-        hidden,
-        hidden,
-        len(widths),
-        tuple((b, b, b) for b in widths),
-        ("mul1",),
-        "silu",
-        "float32" if device == "cpu" else "float16",
-        device,
-    )
 
 
 if __name__ == "__main__":

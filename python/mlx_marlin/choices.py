@@ -1,8 +1,6 @@
-"""Which config a layer's call runs, and why: what feedback has shown, else the tuned profile, else the
-default.
+"""Which config a layer's call runs, and why: what feedback has shown, else the tuned profile, else the default.
 
-One choice per problem for the whole process. A choice is made from shapes and dtypes only and never waits for
-an array.
+One choice per problem for the whole process. A choice is made from shapes and dtypes only and never waits for an array.
 """
 
 from __future__ import annotations
@@ -81,10 +79,12 @@ _choices = _Choices()
 def from_profile(problem: Problem) -> Choice:
     """The choice without feedback: the tuned or predicted profile's, else the default."""
     found = profile.find(problem)
+    # A layer that has not been called knows no top-k and says 1: the reason shows what was assumed.
+    top_k = f" and top-k {problem.top_k}" if problem.kind == "swiglu" else ""
+    asked = f"{problem.rows} row{'' if problem.rows == 1 else 's'}{top_k}"
     if found is not None:
-        return Choice(problem, found.config, found.origin)
-    plural = "" if problem.rows == 1 else "s"
-    reason = f"the default for {problem.rows} row{plural}, because no profile knows this problem"
+        return Choice(problem, found.config, f"for {asked}: {found.origin}")
+    reason = f"the default for {asked}, because no profile knows this problem"
     return Choice(problem, kernels.default(problem), reason, tuned=False)
 
 

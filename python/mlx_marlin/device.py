@@ -1,10 +1,9 @@
-"""The machine: its names, its fingerprint, its caches, and how full its memory is."""
+"""The machine: its names, its fingerprint, its cores and caches, and how full its memory is."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -15,14 +14,17 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .kernels import DEVICES, cpu_threads
+from . import ops
+from .kernels import DEVICES, Hardware, cpu_threads
 
-# x86-64 instruction sets that the CPU kernels tell apart, best first, with the flags that each needs.
-_X86_SETS = {"avx512": {"avx512f", "avx512bw", "avx512vl"}, "avx2": {"avx2", "fma", "f16c"}}
 # Apple publishes no size for the system-level cache; 96 MB (M1 Ultra, M3 Ultra) is the largest that has been measured.
 _APPLE_CACHE_BYTES = 96 << 20
 # Where a machine does not tell: the largest last-level cache of current desktop processors.
 _UNKNOWN_CACHE_BYTES = 128 << 20
+# First-level data cache of a GPU core (philipturner/metal-benchmarks). Later families share one pool between caches,
+# registers and threadgroup memory, and nobody has published its size.
+_GPU_L1 = {"M1": 8 << 10, "M2": 8 << 10}
+_CPUS = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Fingerprint:
         instruction_set: Of the CPU; ``""`` for the GPU.
         os: System and release.
         mlx_version: MLX's version.
-        kernel_hash: SHA-256 of the compiled kernels (CPU) or of the shader sources (GPU), shortened to 16 digits.
+        kernel_hash: SHA-256 of what the CPU kernels were built from, or of the shader sources, shortened to 16 digits.
     """
 
     device: str
@@ -81,9 +83,10 @@ def canonical_name(name: str) -> str:
 def device_family(name: str) -> str:
     """``"M1"`` to ``"M5"``, ``"CPU"`` or ``"Unknown"``, from a device name.
 
-    A CPU's name ends in its instruction set in parentheses, as :func:`device_name` writes it.
+    A CPU's name ends in its instruction set in parentheses, as :func:`device_name` writes it, whatever the set's name;
+    no GPU's does.
     """
-    if re.search(r"\((?:avx512|avx2|neon|baseline)\)$", name.strip()) or name.strip().casefold() == "cpu":
+    if re.search(r"\(\w+\)$", name.strip()) or name.strip().casefold() == "cpu":
         return "CPU"
     match = re.match(r"(M[1-5])\b", canonical_name(name))
     return match[1] if match else "Unknown"
@@ -93,19 +96,10 @@ def device_family(name: str) -> str:
 def device_name(device: str) -> str:
     """MLX's device name for the GPU ("M4 Max"); for the CPU model and instruction set ("Intel Xeon (avx512)")."""
     if check_device(device) == "cpu":
-        return f"{_cpu_model()} ({instruction_set()})"
+        return f"{_cpu_model()} ({ops.instruction_set()})"
     if not mx.is_available(mx.Device(mx.gpu)):
         raise ValueError('this machine has no GPU that MLX can use; use device "cpu"')
     return canonical_name(mx.device_info(mx.gpu)["device_name"])
-
-
-@lru_cache(maxsize=1)
-def instruction_set() -> str:
-    """The best instruction set of this CPU that the kernels have code for: avx512, avx2, neon or baseline."""
-    if platform.machine() in ("arm64", "aarch64"):
-        return "neon"
-    flags = set(_cpuinfo("flags").split())
-    return next((name for name, needed in _X86_SETS.items() if needed <= flags), "baseline")
 
 
 @cache
@@ -120,7 +114,7 @@ def fingerprint(device: str) -> Fingerprint:
         device=device,
         chip=device_name("gpu") if gpu else _cpu_model(),
         cores=_gpu_cores() if gpu else cpu_threads(),
-        instruction_set="" if gpu else instruction_set(),
+        instruction_set="" if gpu else ops.instruction_set(),
         os=f"{platform.system()} {platform.release()}",
         mlx_version=importlib.metadata.version("mlx"),
         kernel_hash=_kernel_hash(device),
@@ -142,21 +136,83 @@ def memory_pressure(device: str | None = None) -> float:
 @lru_cache(maxsize=1)
 def last_level_cache() -> int:
     """Bytes of the largest cache that this machine reports (on Apple silicon: an upper bound)."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        match = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip())
-        if match:
-            sizes.append(int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]])
+    sizes = [size for _, size, _ in _cpu_caches(0)]
     if sizes:
         return max(sizes)
     return _APPLE_CACHE_BYTES if platform.system() == "Darwin" else _UNKNOWN_CACHE_BYTES
 
 
-def _cpuinfo(field: str) -> str:
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
+@cache
+def hardware(device: str) -> Hardware:
+    """Cores, caches and limits of one of this machine's devices, as far as the system tells.
+
+    Args:
+        device: ``"cpu"`` or ``"gpu"``.
+    """
+    if check_device(device) == "gpu":
+        return Hardware(cores=_gpu_cores(), gpu_l1=_GPU_L1.get(device_family(device_name("gpu")), 0))
+    caches = _apple_caches() if platform.system() == "Darwin" else _linux_caches()
+    fast = int(_sysctl("hw.perflevel0.logicalcpu") or 0) or _fast_cores()
+    return Hardware(cores=cpu_threads(), fast_cores=min(fast or cpu_threads(), cpu_threads()), **caches)
+
+
+def _linux_caches() -> dict[str, int]:
+    """l1d and l2_per_core of the first core; empty where the system does not tell."""
+    found = {}
+    for level, size, sharers in _cpu_caches(0):
+        if level in (1, 2):
+            found[("l1d", "l2_per_core")[level - 1]] = size // sharers
+    return found
+
+
+def _apple_caches() -> dict[str, int]:
+    """The same of the fast cores, which share a second-level cache per cluster."""
+    l1d, l2, sharers = (
+        int(_sysctl(f"hw.perflevel0.{name}") or 0) for name in ("l1dcachesize", "l2cachesize", "cpusperl2")
+    )
+    return {name: size for name, size in (("l1d", l1d), ("l2_per_core", l2 // max(1, sharers))) if size}
+
+
+def _cpu_caches(core: int) -> list[tuple[int, int, int]]:
+    """(level, bytes, cores that share it) of a core's caches that hold data; empty where the system does not tell."""
+    caches = []
+    for path in sorted(_CPUS.glob(f"cpu{core}/cache/index*")):
+        size = re.fullmatch(r"(\d+)([KMG]?)", _text(path / "size"))
+        if size and _text(path / "type") != "Instruction":
+            bytes_ = int(size[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[size[2]]
+            caches.append((int(_text(path / "level") or 0), bytes_, len(_listed(_text(path / "shared_cpu_list"))) or 1))
+    return caches
+
+
+def _fast_cores() -> int:
+    """Cores of the largest capacity among those that this process may use; 0 where the system does not tell."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    intel = _listed(_text(_CPUS.parents[1] / "cpu_core" / "cpus"))  # of a hybrid processor the performance cores
+    if intel:
+        return sum(core in intel for core in usable)
+    capacities = [int(_text(_CPUS / f"cpu{core}" / "cpu_capacity") or 0) for core in usable]
+    return capacities.count(max(capacities)) if any(capacities) else 0
+
+
+def _listed(text: str) -> set[int]:
+    """The cores of a list such as "0-3,8"."""
+    cores: set[int] = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores
+
+
+def _text(path: Path) -> str:
+    """A small file's text, or "" where there is none."""
+    try:
+        return path.read_text().strip()
+    except OSError:
         return ""
-    match = re.search(rf"^{field}\s*:\s*(.*)$", path.read_text(), re.MULTILINE)
+
+
+def _cpuinfo(field: str) -> str:
+    match = re.search(rf"^{field}\s*:\s*(.*)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
     return match[1].strip() if match else ""
 
 
@@ -190,14 +246,10 @@ def _gpu_cores() -> int:
 
 
 def _kernel_hash(device: str) -> str:
-    """Digest of what runs: the shader sources that are compiled at run time, or the compiled extension."""
-    package = Path(__file__).parent
-    spec = importlib.util.find_spec("mlx_marlin._ext")
-    files = [Path(spec.origin)] if spec is not None and spec.origin else []
-    if device == "gpu":
-        root = files[0].parent if files else package
-        files = sorted(p for p in (root / "kernels").glob("*") if p.suffix in (".metal", ".h"))
+    """Digest of what runs: the shader sources, compiled at run time, or what the CPU kernels were built from."""
+    if device == "cpu":
+        return ops.cpu_digest()[:16]
     digest = hashlib.sha256()
-    for path in files:
+    for path in sorted(p for p in ops.SHADERS.glob("*") if p.suffix in (".metal", ".h")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

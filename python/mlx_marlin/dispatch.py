@@ -1,6 +1,4 @@
-"""Dispatch of a MoE layer by what was really routed: active experts' bits, activation pattern, memory
-pressure.
-"""
+"""Dispatch of a MoE layer by what was really routed: active experts' bits, activation pattern, memory pressure."""
 
 from __future__ import annotations
 
@@ -328,4 +326,4 @@ class MixedBpwMoEDispatcher:
 
 
 MixedBpwMoEDispatcherExample = MixedBpwMoEDispatcher
-"""The documents' name."""
+"""The name in mixed_kernel_selection."""

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-from .measure import welch_p_value
+from .stats import welch_p_value
 
 # A test looks when the smaller of both counts reaches these; five equal shares of its level.
 LOOKS = (5, 10, 20, 40, 80)

@@ -1,4 +1,5 @@
-"""What is asked (:class:`Problem`), how it runs (:class:`KernelConfig`), and which configs are legal. No MLX.
+"""What is asked (:class:`Problem`), how it runs (:class:`KernelConfig`), and which configs are legal, the same code, or
+worth timing. No MLX.
 
 The default config handles every legal problem; tuning only adds speed.
 """
@@ -7,10 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
-from . import metal_rules
+from . import cpu_rules, metal_rules, search_space
+from .cpu_rules import PANEL_ROWS as CPU_PANEL_ROWS
+from .cpu_rules import TASK_COLUMNS as CPU_TASK_COLUMNS
+from .cpu_rules import padded as padded
+from .search_space import Hardware
 
 VARIANTS = ("decode", "prefill4", "base", "large_batch")
 ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai")
@@ -26,11 +33,8 @@ _NAME = re.compile(
     r"(?P<fp32acc>_fp32acc)?"
 )
 
-# Rows per decoded panel that make a variant on the CPU, largest number of rows last.
-CPU_PANEL_ROWS = {"decode": (1, 2), "prefill4": (4,), "base": (8, 16), "large_batch": (32, 64)}
-CPU_TASK_COLUMNS = (16, 32, 64, 128, 256)
-# 256 columns took 3 to 10 % less time than 128 at 1 to 256 rows (bench/NOTES.md).
-CPU_DEFAULT_COLUMNS = 256
+# Tile sizes that profiles have on every machine: what a tile is made of here is clamped to (see fitted).
+_PORTABLE_TILES = (32, 48, 64, 96, 128, 160)
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class KernelConfig:
         tile_size_n: Columns per threadgroup or task.
         simdgroups: Simdgroups per threadgroup.
         use_fp32_acc: False allows half-precision sums inside one 16-deep tile; sums across tiles are float32 always.
+            A config written by hand leaves it off; :func:`default` turns it on.
         kernel_variant: One of :data:`VARIANTS`.
     """
 
@@ -191,7 +196,7 @@ def default(problem: Problem) -> KernelConfig:
 def _default_tiles(problem: Problem, variant: str, name: str, use_fp32_acc: bool) -> KernelConfig:
     if problem.device == "gpu":
         return KernelConfig(name, *metal_rules.default_tiles(problem, variant), use_fp32_acc, variant)
-    return KernelConfig(name, CPU_PANEL_ROWS[variant][-1], CPU_DEFAULT_COLUMNS, cpu_threads(), use_fp32_acc, variant)
+    return KernelConfig(name, *cpu_rules.default_tiles(variant), cpu_threads(), use_fp32_acc, variant)
 
 
 def feasible(problem: Problem, config: KernelConfig) -> str | None:
@@ -200,6 +205,18 @@ def feasible(problem: Problem, config: KernelConfig) -> str | None:
     Returns:
         ``None``, or the reason why not.
     """
+    for what in ("tile_size_m", "tile_size_n", "simdgroups"):
+        if type(getattr(config, what)) is not int:
+            return f"{what} must be an integer, got {getattr(config, what)!r}"
+    return _unfit_kernel(problem, config) or (
+        metal_rules.infeasible(problem, config)
+        if problem.device == "gpu"
+        else cpu_rules.infeasible(config, cpu_threads())
+    )
+
+
+def _unfit_kernel(problem: Problem, config: KernelConfig) -> str | None:
+    """Why no tiles make a config's kernel run a problem, or ``None``."""
     try:
         name = parse_name(config.kernel_name)
     except ValueError as error:
@@ -216,52 +233,86 @@ def feasible(problem: Problem, config: KernelConfig) -> str | None:
         and problem.bits != (name.triple,)
     ):
         return f"{config.kernel_name} needs all experts at {name.triple}, but the layer has {list(problem.bits)}"
-    return metal_rules.infeasible(problem, config) if problem.device == "gpu" else _cpu_infeasible(config)
-
-
-def _cpu_infeasible(config: KernelConfig) -> str | None:
-    rows = CPU_PANEL_ROWS[config.kernel_variant]
-    if config.tile_size_m not in rows:
-        return (
-            f"a {config.kernel_variant} panel on the CPU has {_either(rows)} rows, got tile_size_m={config.tile_size_m}"
-        )
-    if config.tile_size_n not in CPU_TASK_COLUMNS:
-        return f"a task on the CPU has {_either(CPU_TASK_COLUMNS)} columns, got tile_size_n={config.tile_size_n}"
-    if not 1 <= config.simdgroups <= cpu_threads():
-        return f"simdgroups is the number of worker threads here, 1 to {cpu_threads()}, got {config.simdgroups}"
     return None
 
 
-def _either(values) -> str:
-    *most, last = map(str, values)
-    return f"{', '.join(most)} or {last}" if most else last
+def fitted(problem: Problem, config: KernelConfig) -> KernelConfig | None:
+    """A config from another machine as it runs here: its sizes clamped to the nearest that its variant has.
+
+    Tile sizes that every machine's profiles have (32 to 160) are clamped; so are simdgroups, of which machines have
+    different numbers. A tile_size_m that the variant does not have becomes the variant's own.
+
+    Returns:
+        The config itself where it is feasible, a feasible one of the same kernel, or ``None``.
+    """
+    if feasible(problem, config) is None:
+        return config
+    sizes = (config.tile_size_m, config.tile_size_n, config.simdgroups)
+    if any(type(size) is not int for size in sizes) or config.simdgroups < 1 or _unfit_kernel(problem, config):
+        return None
+    legal = _legal_tiles(problem, config.kernel_variant)
+    for position in (0, 1):
+        size = sizes[position]
+        if size not in _PORTABLE_TILES and size not in {tiles[position] for tiles in legal}:
+            return None
+    rows = _default_tiles(problem, config.kernel_variant, config.kernel_name, True).tile_size_m
+    rows = config.tile_size_m if any(tiles[0] == config.tile_size_m for tiles in legal) else rows
+    wanted = (rows, *sizes[1:])
+    near = sorted(legal, key=lambda tiles: (*(abs(a - b) for a, b in zip(tiles, wanted)), tiles))
+    configs = (_with_tiles(config, tiles) for tiles in near)
+    return next((c for c in configs if feasible(problem, c) is None), None)
+
+
+def _with_tiles(config: KernelConfig, tiles: search_space.Tiles) -> KernelConfig:
+    return replace(config, tile_size_m=tiles[0], tile_size_n=tiles[1], simdgroups=tiles[2])
+
+
+def _legal_tiles(problem: Problem, variant: str) -> list[search_space.Tiles]:
+    """The tiles that a variant has on a device."""
+    if problem.device == "gpu":
+        return metal_rules.tiles(variant)
+    return list(product(CPU_PANEL_ROWS[variant], CPU_TASK_COLUMNS, range(1, cpu_threads() + 1)))
+
+
+def effective(problem: Problem, config: KernelConfig) -> KernelConfig:
+    """The smallest config that runs the very code that a feasible config runs: configs that share it are one."""
+    if problem.device == "gpu":
+        return config
+    tiles = cpu_rules.same_code(problem, config.tile_size_m, config.tile_size_n, config.simdgroups)
+    variant = cpu_rules.variant_of(tiles[0])
+    return KernelConfig(make_name(variant), *tiles, True, variant)
 
 
 def candidates(problem: Problem) -> list[KernelConfig]:
-    """Every config worth timing for a problem, the default first. All are feasible."""
-    if problem.device == "gpu":
-        found = _gpu_candidates(problem)
-    else:
-        found = _cpu_candidates()
+    """Configs worth timing for a problem, the default first. All are feasible, and no two run the same code.
+
+    Nothing is assumed of the machine but the cores of this process: on a GPU, every legal config.
+    """
+    return candidates_on(problem, None)
+
+
+def candidates_on(problem: Problem, hardware: Hardware | None) -> list[KernelConfig]:
+    """The :func:`candidates` for a machine, without the tiles that cannot pay there.
+
+    Args:
+        problem: What is asked.
+        hardware: See ``device.hardware``; ``None`` where nothing is known of it.
+    """
+    found = _gpu_candidates(problem, hardware) if problem.device == "gpu" else _cpu_candidates(problem, hardware)
     first = default(problem)
-    return [first] + [config for config in found if config != first]
+    distinct = dict.fromkeys(effective(problem, config) for config in found if feasible(problem, config) is None)
+    distinct.pop(effective(problem, first), None)
+    return [first, *distinct]
 
 
-def _gpu_candidates(problem: Problem) -> list[KernelConfig]:
-    found = [
-        KernelConfig(make_name(variant), *tiles, True, variant)
-        for variant in VARIANTS
-        for tiles in metal_rules.tiles(variant)
-    ]
-    return [config for config in found if feasible(problem, config) is None]
+def _gpu_candidates(problem: Problem, hardware: Hardware | None) -> Iterator[KernelConfig]:
+    for variant in VARIANTS:
+        for tiles in search_space.gpu_tiles(problem, variant, hardware):
+            for fp32 in (True, False):
+                yield KernelConfig(make_name(variant), *tiles, fp32, variant)
 
 
-def _cpu_candidates() -> list[KernelConfig]:
-    threads = sorted({1, max(1, cpu_threads() // 2), cpu_threads()}, reverse=True)
-    return [
-        KernelConfig(make_name(variant), rows, columns, workers, True, variant)
-        for variant in VARIANTS
-        for rows in CPU_PANEL_ROWS[variant]
-        for columns in CPU_TASK_COLUMNS
-        for workers in threads
-    ]
+def _cpu_candidates(problem: Problem, hardware: Hardware | None) -> Iterator[KernelConfig]:
+    for rows, columns, workers in search_space.cpu_tiles(problem, hardware or Hardware(cores=cpu_threads())):
+        variant = cpu_rules.variant_of(rows)
+        yield KernelConfig(make_name(variant), rows, columns, min(workers, cpu_threads()), True, variant)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,29 +24,49 @@ _RETRY_EVERY = 16
 
 
 class _Contest:
-    """The configs that compete for one problem: the chosen one, and the default tiles of every variant."""
+    """The configs that compete for one problem: the chosen one, and the default tiles of every variant.
 
-    def __init__(self, problem: Problem):
+    Args:
+        problem: What is asked.
+        warm: Configs that have run, with the problem but for its rows: those of all contests of an adaptation.
+    """
+
+    def __init__(self, problem: Problem, warm: set[tuple[KernelConfig, Problem]]):
         self.problem = problem
         self.base = selftest.select(problem, traced=False)[0].config
         names = [kernels.make_name(variant) for variant in kernels.VARIANTS]
         configs = [self.base, kernels.default(problem), *choices.by_name(problem, names).values()]
-        self.candidates = [c for c in dict.fromkeys(configs) if selftest.fault(problem, c) is None]
+        distinct: dict[KernelConfig, KernelConfig] = {}
+        for config in configs:
+            if selftest.fault(problem, config) is None:
+                distinct.setdefault(kernels.effective(problem, config), config)
+        self.candidates = list(distinct.values())
         self.leader = self.base
         self.ledger = Ledger(_HISTORY_LEN, SWITCH_LEVEL)
-        self._warm: set[KernelConfig] = set()
+        self._warm = warm
         self._turn = 0
 
-    def next(self) -> KernelConfig:
-        """The config to time now: the one in charge every other time, else the next challenger in turn."""
+    def next(self, may_compile: bool) -> KernelConfig | None:
+        """The config to time now: the one in charge every other time, else the next challenger in turn.
+
+        Args:
+            may_compile: Whether there is time for the first call of a challenger; ``None`` is given where there is
+                not.
+        """
         self._turn += 1
-        if self._turn % 2 or len(self.candidates) == 1:
+        # Until the config in charge has a mean nobody knows what a call should cost.
+        if self._turn % 2 or len(self.candidates) == 1 or self.mean_ms() is None:
             return self.leader
         challengers = [c for c in self.candidates if c != self.leader]
         turn = self._turn // 2
         if turn % _RETRY_EVERY:
             challengers = [c for c in challengers if not self._hopeless(c)]
-        return challengers[turn % len(challengers)] if challengers else self.leader
+        chosen = challengers[turn % len(challengers)] if challengers else self.leader
+        return chosen if may_compile or self.is_warm(chosen) else None
+
+    def is_warm(self, config: KernelConfig) -> bool:
+        """Whether a config has run before on such layers: its first call compiles, whatever the rows."""
+        return (config, replace(self.problem, rows=0)) in self._warm
 
     def mean_ms(self) -> float | None:
         """What a call costs with the config in charge; ``None`` before it was timed."""
@@ -53,9 +74,9 @@ class _Contest:
         return history.summary()["mean_ms"] if history else None
 
     def record(self, config: KernelConfig, latency_ms: float) -> bool:
-        """Enter a latency; whether it switched. A config's first compiles and touches memory: not counted."""
-        if config not in self._warm:
-            self._warm.add(config)
+        """Enter a latency; whether it switched. A config's first call says nothing about the others."""
+        if not self.is_warm(config):
+            self._warm.add((config, replace(self.problem, rows=0)))
             return False
         self.ledger.record(config, latency_ms)
         before, means = self.leader, {c: h.summary()["mean_ms"] for c, h in self.ledger.histories.items()}
@@ -75,22 +96,35 @@ class _Contest:
         return ours.summary()["mean_ms"] > _HOPELESS * theirs.summary()["mean_ms"]
 
 
+class _Price:
+    """What a kind of call costs with the config in charge, and how many calls came before that was known."""
+
+    __slots__ = ("mean_ms", "unpriced")
+
+    def __init__(self):
+        self.mean_ms: float | None = None
+        self.unpriced = 0
+
+
 class _Tap:
     """Stands in a layer's calls while it is adapted."""
 
     def __init__(self, adaptation: Adaptation, layer: TrellisLinear | TrellisSwitchGLU):
         self._adaptation = adaptation
         self._layer = layer
-        self._mean_ms: dict[tuple, float] = {}
+        self._prices: dict[tuple, _Price] = {}
 
     def __call__(self, x: mx.array, indices=None, scores: mx.array | None = None) -> mx.array:
         inputs = (x,) if indices is None else (x, indices, scores)
         key = (x.size, x.dtype) if indices is None else (x.size, x.dtype, indices.shape[-1], scores is None)
-        if self._adaptation._draw(self._mean_ms.get(key, 0.0)):
-            return self._timed(key, inputs)
+        price = self._prices.get(key)
+        if price is None:
+            price = self._prices[key] = _Price()
+        if self._adaptation._draw(price):
+            return self._timed(price, inputs)
         return self._layer.run(*inputs)
 
-    def _timed(self, key: tuple, inputs: tuple) -> mx.array:
+    def _timed(self, price: _Price, inputs: tuple) -> mx.array:
         try:
             mx.eval([a for a in inputs if isinstance(a, mx.array)])
         except ValueError as error:
@@ -99,17 +133,20 @@ class _Tap:
                 raise
             return self._layer.run(*inputs)
         begin = time.perf_counter()
-        contest = self._adaptation._contest(self._problem(*inputs))
-        config = contest.next()
+        adaptation = self._adaptation
+        contest = adaptation._contest(self._problem(*inputs))
+        with adaptation._lock:
+            config = contest.next(adaptation._affords_first_call())
+        if config is None:
+            return self._layer.run(*inputs)
+        first = not contest.is_warm(config)
         start = time.perf_counter()
         y = self._layer.run(*inputs, config=config)
         mx.eval(y)
         latency_ms = (time.perf_counter() - start) * 1e3
-        with self._adaptation._lock:
+        with adaptation._lock:
             switched = contest.record(config, latency_ms)
-            mean_ms = contest.mean_ms() or latency_ms
-            self._mean_ms[key] = mean_ms
-            self._adaptation._account((time.perf_counter() - begin) * 1e3, mean_ms, switched)
+            adaptation._account((time.perf_counter() - begin) * 1e3, contest.mean_ms(), first, switched, price)
         return y
 
     def _problem(self, x: mx.array, indices=None, scores=None) -> Problem:
@@ -135,8 +172,10 @@ class Adaptation:
         self._random = random.Random(seed)
         self._lock = threading.RLock()
         self._contests: dict[Problem, _Contest] = {}
+        self._warm: set[tuple[KernelConfig, Problem]] = set()
         self._calls = self._timed = self._switches = 0
         self._overhead_ms = self._layer_ms = 0.0
+        self._dearest_first_ms = 0.0
         for layer in self._layers:
             layer._adaptation = _Tap(self, layer)
 
@@ -146,8 +185,8 @@ class Adaptation:
         Returns:
             ``calls`` and ``timed_calls`` of the layers; ``layer_ms``, what all calls would have cost with the
             configs in charge (from their mean latencies); ``overhead_ms``, what the timed calls cost beyond
-            that: slower candidates and bookkeeping, but not the overlap of calls that waiting prevents;
-            ``overhead``, their ratio;
+            that: slower candidates, bookkeeping and all of a config's first call, which may compile, but not the
+            overlap of calls that waiting prevents; ``overhead``, their ratio;
             ``problems`` seen, ``switches`` made, and ``changed``: problem to reason where measurements
             changed the config.
         """
@@ -184,25 +223,42 @@ class Adaptation:
     def __exit__(self, *_) -> None:
         self.stop()
 
-    def _draw(self, mean_ms: float) -> bool:
+    def _draw(self, price: _Price) -> bool:
         """Count a call; whether to time it: sampled, and the overhead so far within its bound."""
-        self._calls += 1
-        self._layer_ms += mean_ms
+        with self._lock:
+            self._calls += 1
+            if price.mean_ms is None:
+                price.unpriced += 1
+            else:
+                self._layer_ms += price.mean_ms
         if self._random.random() >= self._exploration:
             return False
-        return self._overhead_ms <= self._max_overhead * self._layer_ms
+        # The first latencies are what the bound is reckoned from.
+        return price.mean_ms is None or self._overhead_ms <= self._max_overhead * self._layer_ms
+
+    def _affords_first_call(self) -> bool:
+        """Whether a first call as dear as the dearest so far would keep the overhead within its bound."""
+        return self._overhead_ms + self._dearest_first_ms <= self._max_overhead * self._layer_ms
 
     def _contest(self, problem: Problem) -> _Contest:
         with self._lock:
             contest = self._contests.get(problem)
             if contest is None:
-                contest = self._contests[problem] = _Contest(problem)
+                contest = self._contests[problem] = _Contest(problem, self._warm)
             return contest
 
-    def _account(self, spent_ms: float, mean_ms: float, switched: bool) -> None:
+    def _account(self, spent_ms: float, mean_ms: float | None, first: bool, switched: bool, price: _Price) -> None:
         self._timed += 1
-        self._overhead_ms += max(0.0, spent_ms - mean_ms)
         self._switches += switched
+        if first:
+            self._dearest_first_ms = max(self._dearest_first_ms, spent_ms)
+        beyond = spent_ms if first or mean_ms is None else spent_ms - mean_ms
+        # Noise goes both ways and averages out; what a faster challenger saves is not put aside to be spent later.
+        self._overhead_ms = max(0.0, self._overhead_ms + beyond)
+        if mean_ms is not None:
+            price.mean_ms = mean_ms
+            self._layer_ms += mean_ms * price.unpriced
+            price.unpriced = 0
 
 
 def adapt(
@@ -213,7 +269,8 @@ def adapt(
     A sampled fraction of the layers' calls is timed, half of them with other configs than the one in charge.
     A config that is significantly faster (see :class:`MixedKernelSelector`) takes over for its problem, in
     every layer that has it. Timed calls wait for their inputs and their result. No call is timed while the
-    overhead is above its bound.
+    overhead is above its bound, and no config is tried for the first time, which may compile it, while that could
+    take the overhead above it; only the very first calls go unbounded, from which the bound is reckoned.
 
     Args:
         model: Any module; its :class:`TrellisLinear` and :class:`TrellisSwitchGLU` layers are adapted.

@@ -14,7 +14,8 @@ import mlx.core as mx
 from . import kernels, profile_io
 from .device import device_family, device_name
 from .kernels import KernelConfig, Problem
-from .profile_data import AutotuneConfig, ProfileError, by_distance, fitted, search_table
+from .lookup import search_table, table_of
+from .profile_data import AutotuneConfig, ProfileError
 from .profile_io import default_path, load, save
 
 __all__ = [
@@ -25,10 +26,10 @@ __all__ = [
     "find",
     "generation",
     "load",
-    "lookup",
     "predicted",
     "refresh",
     "save",
+    "tuned",
     "use_profile",
 ]
 
@@ -63,16 +64,8 @@ class _Active:
         present = device == "cpu" or mx.is_available(mx.Device(mx.gpu))
         if device in self.chosen:
             sources.append(self.chosen[device])
-        elif present:
-            path = default_path(device)
-            try:
-                if path.exists():
-                    profile = load(path)
-                    profile_io.check_native(profile, device, path)
-                    sources.append((f"tuned profile {path}", profile))
-            except (ProfileError, OSError) as error:
-                # A bad file must not stop a model from running: the defaults handle every problem.
-                _log.warning("ignoring the tuned profile: %s", error)
+        elif present and (found := tuned(device)) is not None:
+            sources.append((f"tuned profile {default_path(device)}", found))
         if device == "gpu" and present:
             shipped = predicted(device_name(device))
             sources += [shipped] if shipped else []
@@ -87,6 +80,22 @@ class _Active:
 _active = _Active()
 
 
+def tuned(device: str) -> AutotuneConfig | None:
+    """The tuned profile of this machine, if there is one that can be used.
+
+    A bad file is ignored, with a warning: the defaults handle every problem.
+    """
+    path = default_path(device)
+    try:
+        if path.exists():
+            found = load(path)
+            profile_io.check_native(found, device, path)
+            return found
+    except (ProfileError, OSError) as error:
+        _log.warning("ignoring the tuned profile: %s", error)
+    return None
+
+
 @cache
 def predicted(name: str) -> tuple[str, AutotuneConfig] | None:
     """The in-package profile of a device, else of its family."""
@@ -98,7 +107,7 @@ def predicted(name: str) -> tuple[str, AutotuneConfig] | None:
 
 
 def generation() -> int:
-    """A number that changes whenever :func:`lookup` may answer differently."""
+    """A number that changes whenever :func:`find` may answer differently."""
     return _active.generation
 
 
@@ -135,8 +144,9 @@ def use_profile(path, allow_foreign: bool = False) -> None:
 def find(problem: Problem) -> Tuned | None:
     """The tuned config of a problem, with its origin; ``None`` if no profile knows one.
 
-    In each profile (the tuned one, then the predicted one): the problem itself; the same problem with the nearest
-    number of rows that has the same default variant; ``lookup_table``. Only configs that are feasible are returned.
+    In each profile (the tuned one, then the predicted one): the problem itself; the same with or without scores, or in
+    another dtype; the nearest number of rows that has the same default variant, of the problem itself, then of those;
+    ``lookup_table``, as far as it is about this kind of problem. Configs from elsewhere are fitted to the problem.
     """
     for origin, profile in _active.sources(problem.device):
         found = _find_in(profile, problem)
@@ -145,35 +155,40 @@ def find(problem: Problem) -> Tuned | None:
     return None
 
 
-def lookup(problem: Problem) -> KernelConfig | None:
-    """The tuned config of a problem, or ``None``. See :func:`find`."""
-    found = find(problem)
-    return found.config if found else None
-
-
 def _find_in(profile: AutotuneConfig, problem: Problem) -> tuple[KernelConfig, str] | None:
-    entry = profile.problems.get(problem)
-    if entry is not None and kernels.feasible(problem, entry.config) is None:
-        return entry.config, f"entry for {problem.rows} rows"
-    near = {
-        p.rows: e.config
-        for p, e in profile.problems.items()
-        if _same_class(p, problem) and kernels.feasible(problem, e.config) is None
-    }
-    if near:
-        rows = by_distance(near, problem.rows)[0]
-        return near[rows], f"entry for {rows} rows, the nearest to {problem.rows},"
+    alike = {p: e.config for p, e in profile.problems.items() if _alike(p, problem)}
+    for candidates in ({p: c for p, c in alike.items() if p.rows == problem.rows}, alike):
+        for p in sorted(candidates, key=lambda p: (*_unlikeness(p, problem), abs(p.rows - problem.rows), p.rows)):
+            config = kernels.fitted(problem, candidates[p])
+            if config is not None:
+                return config, _described(p, problem)
     variant = kernels.default_variant(problem.rows)
-    table = {b: row for b, row in profile.lookup_table.items() if kernels.default_variant(b) == variant}
+    table = {b: row for b, row in table_of(profile, problem.kind).items() if kernels.default_variant(b) == variant}
     # A config from elsewhere keeps its tiles verbatim in the file; here it must fit this problem.
     fits = {
-        b: {h: {w: fit for w, c in cell.items() if (fit := fitted(problem, c))} for h, cell in row.items()}
+        b: {h: {w: fit for w, c in cell.items() if (fit := kernels.fitted(problem, c))} for h, cell in row.items()}
         for b, row in table.items()
     }
     config = search_table(fits, problem.rows, problem.hidden, problem.widths, lambda c: True)
     return (config, "lookup_table") if config else None
 
 
-def _same_class(a: Problem, b: Problem) -> bool:
+def _alike(a: Problem, b: Problem) -> bool:
+    """Whether two problems differ in rows of one variant, dtype and combination at most: the products are the same."""
     same_variant = kernels.default_variant(a.rows) == kernels.default_variant(b.rows)
-    return same_variant and replace(a, rows=b.rows) == b
+    return same_variant and replace(a, rows=b.rows, dtype=b.dtype, combine=b.combine) == b
+
+
+def _unlikeness(a: Problem, b: Problem) -> tuple[bool, bool]:
+    # The dtype bears on every load and sum, the combination on one small stage.
+    return a.dtype != b.dtype, a.combine != b.combine
+
+
+def _described(found: Problem, asked: Problem) -> str:
+    """The entry that answers, and in what it differs from what was asked."""
+    text = f"entry for {found.rows} rows"
+    if found.dtype != asked.dtype:
+        text += f" of {found.dtype}"
+    if found.combine != asked.combine:
+        text += " with scores" if found.combine else " without scores"
+    return text if found.rows == asked.rows else f"{text}, the nearest to {asked.rows},"

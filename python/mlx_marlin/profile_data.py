@@ -1,21 +1,20 @@
-"""What a tuned profile holds, how two of them merge, and how a table answers for sizes that it does not have."""
+"""What a tuned profile holds, and how two of them merge."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from . import kernels
 from .device import Fingerprint, canonical_name, device_family, device_name, fingerprint
 from .kernels import KernelConfig, Problem
+from .search_space import SIMDGROUPS, TILE_SIZES
 
 Table = dict[int, dict[int, dict[tuple[int, ...], KernelConfig]]]
 
-# Tiles and simdgroups by bit width, from mixed_bpw_autotuning: fewer bits unpack into more weights per byte.
-TILE_SIZES = {2: 128, 3: 96, 4: 64, 8: 64}
-SIMDGROUPS = {2: 16, 3: 12, 4: 8, 8: 4}
+# A compiler's message can be a whole log; its beginning says what is wrong.
+MAX_REASON = 4096
 
 
 class ProfileError(ValueError):
@@ -61,6 +60,11 @@ class Rejected:
     config: KernelConfig
     reason: str
 
+    @classmethod
+    def because(cls, config: KernelConfig, reason: str) -> Rejected:
+        """With the reason cut to what a profile holds, and without characters that no file can have."""
+        return cls(config, reason.encode("utf-8", "replace").decode()[:MAX_REASON])
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -72,12 +76,16 @@ class Entry:
         default: The default config at the time.
         baseline: The default's samples, interleaved with ``samples``.
         ratio: Time of ``config`` over time of ``default``, with its 95 % interval: ``(ratio, low, high)``.
-        decision: ``"faster"`` (a challenger won), ``"default"`` (no challenger is faster by the margin) or
-            ``"undecided"`` (one looked faster, but the noise did not allow a decision); both keep the default.
+        decision: ``"faster"`` (a challenger won by the objective), ``"default"`` (no challenger is better by the
+            margin) or ``"undecided"`` (one looked better, but the noise did not allow a decision); both keep the
+            default.
         verdict: ``"correct"`` if ``config`` was compared with the codec, ``"unchecked"`` in predicted profiles.
         timestamp: Seconds since the epoch.
         timings: Every candidate that was measured.
         rejected: Every candidate that was not, with its reason.
+        objective: Weights of latency, throughput and memory that the decision was made with.
+        over_control: Time of ``config`` over that of a fixed product of MLX's, interleaved, with its 95 % interval:
+            what a later check compares with, whatever the machine's speed then. ``None`` where not measured.
     """
 
     config: KernelConfig
@@ -90,6 +98,8 @@ class Entry:
     timestamp: float = 0.0
     timings: tuple[Measured, ...] = ()
     rejected: tuple[Rejected, ...] = ()
+    objective: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    over_control: tuple[float, float, float] | None = None
 
 
 @dataclass
@@ -105,7 +115,7 @@ class AutotuneConfig:
         adaptation_enabled: Whether ``adapt_selection`` may answer.
         adaptation_history_len: Samples kept per key.
         benchmark_count: Candidates measured so far.
-        fingerprint: The machine; ``None`` in files of the documents' schema.
+        fingerprint: The machine; ``None`` in files that only name a device.
         source: ``"measured"`` or ``"predicted"``.
         problems: The table that layers select from. ``lookup_table`` is its projection.
     """
@@ -134,83 +144,44 @@ class AutotuneConfig:
         project(self, {table_key(problem)})
 
 
-def default_entry(profile: AutotuneConfig, batch_size: int, widths: Iterable[int]) -> KernelConfig:
-    """The default of the widest bit width present: tiles and simdgroups by the profile's mappings, variant by rows."""
-    variant = kernels.default_variant(batch_size)
-    widest = max(widths)
-    tile = _nearest_value(profile.tile_size_mapping, widest, TILE_SIZES)
-    simdgroups = _nearest_value(profile.simdgroup_mapping, widest, SIMDGROUPS)
-    # large_batch is the kernel with tile_n = 128.
-    tile_n = 128 if variant == "large_batch" else tile
-    return KernelConfig(kernels.make_name(variant), tile, tile_n, simdgroups, True, variant)
-
-
-def _nearest_value(mapping: dict[int, int], key: int, fallback: dict[int, int]) -> int:
-    mapping = mapping or fallback
-    return mapping[by_distance(mapping, key)[0]]
-
-
-def by_distance(keys: Iterable[int], target: int) -> list[int]:
-    """Keys by absolute distance to a target, the smaller first where two are equally far."""
-    return sorted(keys, key=lambda key: (abs(key - target), key))
-
-
-def search_table(
-    table: Table, batch_size: int, hidden: int, widths: tuple[int, ...], accept: Callable[[KernelConfig], bool]
-) -> KernelConfig | None:
-    """Exact match, then the nearest batch size, then the nearest hidden size; neighbours only where accepted."""
-    exact = table.get(batch_size, {}).get(hidden, {}).get(widths)
-    if exact is not None:
-        return exact
-    hiddens = {h for row in table.values() for h in row}
-    for near_hidden in by_distance(hiddens, hidden):
-        for batch in by_distance(table, batch_size):
-            config = table[batch].get(near_hidden, {}).get(widths)
-            if config is not None and accept(config):
-                return config
-    return None
-
-
-def fitted(problem: Problem, config: KernelConfig) -> KernelConfig | None:
-    """A config from elsewhere with its tiles clamped to the nearest that its variant has here.
-
-    Returns:
-        A feasible config of the same kernel, or ``None`` if the kernel cannot run this problem.
-    """
-    if kernels.feasible(problem, config) is None:
-        return config
-    same = [c for c in kernels.candidates(problem) if c.kernel_variant == config.kernel_variant]
-    if not same:
-        return None
-    near = min(same, key=lambda c: _tile_distance(c, config))
-    near = replace(config, tile_size_m=near.tile_size_m, tile_size_n=near.tile_size_n, simdgroups=near.simdgroups)
-    return near if kernels.feasible(problem, near) is None else None
-
-
-def _tile_distance(a: KernelConfig, b: KernelConfig) -> tuple[int, int, int]:
-    return (abs(a.tile_size_m - b.tile_size_m), abs(a.tile_size_n - b.tile_size_n), abs(a.simdgroups - b.simdgroups))
-
-
 def table_key(problem: Problem) -> tuple[int, int, tuple[int, ...]]:
     return problem.rows, problem.hidden, problem.widths
+
+
+def projected(problems: Mapping[Problem, Entry]) -> Table:
+    """The table of problems of one kind.
+
+    Several may share a key; of the configs that tuning chose for one of them, the one with the lowest geometric mean of
+    its times over all of them is entered.
+    """
+    groups = defaultdict(list)
+    for problem, entry in problems.items():
+        groups[table_key(problem)].append(entry)
+    table: Table = {}
+    for (rows, hidden, widths), entries in groups.items():
+        best = min(_chosen(entries), key=lambda config: _mean_log_time(config, entries))
+        table.setdefault(rows, {}).setdefault(hidden, {})[widths] = best
+    return table
 
 
 def project(profile: AutotuneConfig, keys: set | None = None) -> None:
     """Bring ``lookup_table`` up to date with ``problems``.
 
-    Several problems may share a key; of the configs that tuning chose for one of them, the one with the lowest
-    geometric mean of its times over all of them is entered.
+    Experts and single products are timed with different work behind the same key: they do not mix, and the experts
+    have the keys that both pose.
 
     Args:
         keys: ``(tokens, hidden, widths)`` to bring up to date. Default: all that ``problems`` has.
     """
-    groups = defaultdict(list)
-    for problem, entry in profile.problems.items():
-        if keys is None or table_key(problem) in keys:
-            groups[table_key(problem)].append(entry)
-    for (rows, hidden, widths), entries in groups.items():
-        best = min(_chosen(entries), key=lambda config: _mean_log_time(config, entries))
-        profile.lookup_table.setdefault(rows, {}).setdefault(hidden, {})[widths] = best
+    asked = {p: e for p, e in profile.problems.items() if keys is None or table_key(p) in keys}
+    for kind in ("linear", "swiglu"):
+        _update(profile.lookup_table, projected({p: e for p, e in asked.items() if p.kind == kind}))
+
+
+def _update(table: Table, newer: Table) -> None:
+    for batch, row in newer.items():
+        for hidden, cell in row.items():
+            table.setdefault(batch, {}).setdefault(hidden, {}).update(cell)
 
 
 def _chosen(entries: list[Entry]) -> list[KernelConfig]:
@@ -252,9 +223,7 @@ def merge(older: AutotuneConfig, newer: AutotuneConfig) -> AutotuneConfig:
             problems[problem] = entry
     table: Table = {}
     for source in (older.lookup_table, newer.lookup_table):
-        for batch, row in source.items():
-            for hidden, cell in row.items():
-                table.setdefault(batch, {}).setdefault(hidden, {}).update(cell)
+        _update(table, source)
     timed = sum(len(e.timings) for e in problems.values())
     merged = AutotuneConfig(
         newer.device_name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,22 +12,23 @@ from typing import Annotated, Any, Literal
 import msgspec
 import platformdirs
 
-from . import kernels
+from . import files, kernels
 from .device import Fingerprint, fingerprint
 from .kernels import KernelConfig, Problem
-from .profile_data import AutotuneConfig, Entry, Measured, ProfileError, Rejected, Timing, merge
+from .profile_data import MAX_REASON, AutotuneConfig, Entry, Measured, ProfileError, Rejected, Timing, merge
 
 # A profile of a thousand problems with all candidates is about 20 MB.
 MAX_FILE_BYTES = 256 << 20
 
 _Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-_Reason = Annotated[str, msgspec.Meta(max_length=4096)]
+_Reason = Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 _Rows = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 _Tile = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 _Bits = Annotated[int, msgspec.Meta(ge=1, le=kernels.MAX_KERNEL_BITS)]
 _Positive = Annotated[float, msgspec.Meta(ge=0.0, le=1e15)]
+_Ratio = Annotated[float, msgspec.Meta(gt=0.0, le=1e15)]
 _Family = Literal["M1", "M2", "M3", "M4", "M5", "CPU", "Unknown"]
 
 
@@ -36,7 +37,7 @@ class _Record(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class _Config(_Record):
-    kernel_name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_]{1,128}$")]
+    kernel_name: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_]{1,128}\Z")]
     tile_size_m: _Tile
     tile_size_n: _Tile
     simdgroups: _Tile
@@ -44,7 +45,7 @@ class _Config(_Record):
     kernel_variant: Literal["decode", "prefill4", "prefill", "base", "large_batch"] = "base"
 
     def value(self) -> KernelConfig:
-        # The documents' "prefill" is the kernel for 2 to 16 rows.
+        # "prefill", in files without a fingerprint, is the kernel for 2 to 16 rows.
         variant = "prefill4" if self.kernel_variant == "prefill" else self.kernel_variant
         return KernelConfig(
             self.kernel_name, self.tile_size_m, self.tile_size_n, self.simdgroups, self.use_fp32_acc, variant
@@ -76,6 +77,8 @@ class _Problem(_Record):
                 raise ValueError(f"{name} must be sorted and distinct")
         if (self.activation == "none") != (self.kind == "linear"):
             raise ValueError(f"kind {self.kind!r} does not go with activation {self.activation!r}")
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} is more than the {self.experts} experts")
 
     def value(self) -> Problem:
         return Problem(**{name: getattr(self, name) for name in self.__struct_fields__})
@@ -114,12 +117,14 @@ class _Entry(_Record):
     samples: _Timing
     default: _Config
     baseline: _Timing
-    ratio: tuple[_Positive, _Positive, _Positive]
+    ratio: tuple[_Ratio, _Ratio, _Ratio]
     decision: Literal["faster", "default", "undecided"]
     verdict: Literal["correct", "unchecked"]
     timestamp: _Positive
     timings: tuple[_Measured, ...] = ()
     rejected: tuple[_Rejected, ...] = ()
+    objective: tuple[_Positive, _Positive, _Positive] = (1.0, 0.0, 0.0)
+    over_control: tuple[_Ratio, _Ratio, _Ratio] | None = None
 
     def __post_init__(self):
         for name in ("config", "default"):
@@ -135,9 +140,12 @@ class _Entry(_Record):
             self.ratio,
             self.decision,
             self.verdict,
-            self.timestamp,
+            # From a clock that was ahead: it must not look newer than what is measured from now on.
+            self.timestamp if self.timestamp <= time.time() else 0.0,
             tuple(t.value() for t in self.timings),
             tuple(r.value() for r in self.rejected),
+            self.objective,
+            self.over_control,
         )
 
 
@@ -148,7 +156,7 @@ class _Fingerprint(_Record):
     instruction_set: Annotated[str, msgspec.Meta(max_length=64)]
     os: _Text
     mlx_version: _Text
-    kernel_hash: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{0,64}$")]
+    kernel_hash: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{0,64}\Z")]
 
 
 class _Profile(_Record):
@@ -177,31 +185,64 @@ def default_path(device: str) -> Path:
     Args:
         device: ``"cpu"`` or ``"gpu"``.
     """
+    return cache_dir() / "profiles" / f"{_stem(device)}-{fingerprint(device).kernel_hash[:8]}.json"
+
+
+def latest_path(device: str) -> Path:
+    """The newest profile of this machine, of whatever build of the kernels; :func:`default_path` if there is none."""
+    mine = default_path(device)
+    builds = [p for p in mine.parent.glob(f"{_stem(device)}-*.json") if re.fullmatch("[0-9a-f]{8}", p.stem[-8:])]
+    return mine if mine.exists() or not builds else max(builds, key=lambda path: path.stat().st_mtime)
+
+
+def _stem(device: str) -> str:
     f = fingerprint(device)
-    parts = (f.device, f.chip, f"{f.cores}c" if f.cores else "", f.instruction_set, f.kernel_hash[:8])
-    stem = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", part).strip("_").lower() for part in parts if part)
-    return cache_dir() / "profiles" / f"{stem}.json"
+    parts = (f.device, f.chip, f"{f.cores}c" if f.cores else "", f.instruction_set)
+    return "-".join(re.sub(r"[^A-Za-z0-9]+", "_", part).strip("_").lower() for part in parts if part)
 
 
-def check_native(profile: AutotuneConfig, device: str, path: Path) -> None:
+def foreign_machine(profile: AutotuneConfig, device: str) -> str | None:
+    """Why a profile is not one of this machine's device, or ``None``."""
+    here, there = fingerprint(device), profile.fingerprint
+    if there is None:
+        return f"it has no fingerprint, only the device name {profile.device_name!r}"
+    if not there.same_machine(here):
+        return f"it was measured on {there.chip} ({there.cores} cores), this is {here.chip} ({here.cores} cores)"
+    return None
+
+
+def foreign(profile: AutotuneConfig, device: str) -> str | None:
+    """Why a profile does not hold timings of this machine and these kernels, or ``None``."""
+    here, there = fingerprint(device), profile.fingerprint
+    why = foreign_machine(profile, device)
+    if why is None and there.kernel_hash != here.kernel_hash:
+        why = f"it was measured with kernels {there.kernel_hash}, these are {here.kernel_hash}"
+    return why
+
+
+def check_native(profile: AutotuneConfig, device: str, path: Path, *, any_build: bool = False) -> None:
     """Whether a profile holds timings of this machine and these kernels.
+
+    Args:
+        any_build: Whether other builds of the kernels will do. Default: ``False``.
 
     Raises:
         ProfileError: If not.
     """
-    here, there = fingerprint(device), profile.fingerprint
-    if there is None:
-        why = f"it has no fingerprint, only the device name {profile.device_name!r}"
-    elif not there.same_machine(here):
-        why = f"it was measured on {there.chip} ({there.cores} cores), this is {here.chip} ({here.cores} cores)"
-    elif there.kernel_hash != here.kernel_hash:
-        why = f"it was measured with kernels {there.kernel_hash}, these are {here.kernel_hash}"
-    else:
-        return
-    raise ProfileError(
-        f"{path} is a foreign profile: {why}. Tune this machine with mlx_marlin-tune, "
-        "or pass allow_foreign=True to use it all the same"
-    )
+    why = (foreign_machine if any_build else foreign)(profile, device)
+    if why is not None:
+        raise ProfileError(
+            f"{path} is a foreign profile: {why}. Tune this machine with mlx_marlin-tune, "
+            "or pass allow_foreign=True to use it all the same"
+        )
+
+
+def storable(config: KernelConfig) -> bool:
+    """Whether a profile can hold a config: a user may have made up any."""
+    try:
+        return msgspec.convert(asdict(config), _Config).value() == config
+    except (msgspec.ValidationError, TypeError):
+        return False
 
 
 def _fail(where: Path | str, path: str, problem: str):
@@ -240,8 +281,8 @@ def _widths(where, key: str, path: str) -> tuple[int, ...]:
 def _table(where, value) -> dict:
     table: dict = {}
     # 10 digits hold every number of rows that the kernels take; longer keys are refused before int() sees them.
-    for batch, row, at_row in _items(where, value, "$.lookup_table", r"\d{1,10}", "a number of tokens"):
-        for hidden, cell, at_cell in _items(where, row, at_row, r"[1-9]\d{0,7}", "a hidden size"):
+    for batch, row, at_row in _items(where, value, "$.lookup_table", "[1-9][0-9]{0,9}", "a number of tokens"):
+        for hidden, cell, at_cell in _items(where, row, at_row, "[1-9][0-9]{0,7}", "a hidden size"):
             widths = _items(
                 where, cell, at_cell, r"\(([1-8](, [1-8])+|[1-8],)\)", 'bit widths such as "(2, 4)" or "(2,)"'
             )
@@ -331,7 +372,7 @@ def load(path) -> AutotuneConfig:
 
 
 def save(profile: AutotuneConfig, path) -> AutotuneConfig:
-    """Merge a profile into the file at ``path`` and write it: under a lock, beside the file, then renamed.
+    """Merge a profile into the file at ``path`` and write it whole, under a lock.
 
     Returns:
         The merged profile, as written.
@@ -350,14 +391,9 @@ def save(profile: AutotuneConfig, path) -> AutotuneConfig:
                 profile = merge(on_disk, profile)
             except ProfileError as error:
                 raise ProfileError(f"{path} is not overwritten: {error}. Choose another output file") from None
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(encode(profile))
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    return profile
+        # What cannot be read back must not take the place of what can.
+        settled = decode(encode(profile), f"the profile for {path}")
+        if settled.problems.keys() != profile.problems.keys() or settled.lookup_table != profile.lookup_table:
+            raise ProfileError(f"{path} is not overwritten: the new profile would not read back as it is")
+        files.replace(path, encode(settled))
+    return settled

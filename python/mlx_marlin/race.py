@@ -14,12 +14,14 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from .measure import Comparison, compare, holm, p_faster, without_drift
+from .stats import Comparison, compare, holm, p_faster, without_drift
 
 # Slower than the best median by these factors after 1, 2, and 3 or more rounds: hopeless. Noise averages out.
 HOPELESS = (2.0, 1.5, 1.25)
 # From this many rounds on a candidate that is significantly slower than the best leaves too.
 ROUNDS_TO_TEST = 5
+# Without two samples of each candidate nothing can be said: a race that has begun takes them whatever its share.
+FEWEST_ROUNDS = 2
 MAX_FINALISTS = 4
 
 
@@ -56,10 +58,12 @@ class Race:
         winner: The incumbent, or the challenger that beat it.
         decision: ``"faster"``, ``"default"`` (no challenger is faster by the margin) or ``"undecided"`` (the noise does
             not tell); the latter two keep the incumbent.
-        comparison: Winner against incumbent, on the fresh samples, freed of drift.
+        comparison: Times of the winner against the incumbent's, on the fresh samples, freed of drift.
         samples: Seconds per candidate, before picking.
         fresh: Seconds of the incumbent and the finalists, after picking; empty if there was nothing to confirm.
+        control: Seconds of the control, interleaved with ``fresh``, or with ``samples`` where that is empty.
         failures: Reason per candidate that raised.
+        complete: Whether all candidates entered, and two rounds were run to their end.
     """
 
     winner: Hashable
@@ -67,7 +71,25 @@ class Race:
     comparison: Comparison = Comparison(1.0, 1.0, 1.0, 1.0)
     samples: dict = field(default_factory=dict)
     fresh: dict = field(default_factory=dict)
+    control: list = field(default_factory=list)
     failures: dict = field(default_factory=dict)
+    complete: bool = False
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a race ends early, in ``time.perf_counter()`` seconds.
+
+    Attributes:
+        share: After it no round begins but the first two, without which a race has no outcome.
+        deadline: After it nothing begins: no check, no warm-up, no round.
+    """
+
+    share: float = math.inf
+    deadline: float = math.inf
+
+
+NO_LIMITS = Limits()
 
 
 def race(
@@ -76,22 +98,26 @@ def race(
     rules: Rules = Rules(),
     *,
     cost: Callable[[Hashable], float] = lambda key: 1.0,
-    deadline: float = math.inf,
+    control: Callable[[], float] | None = None,
+    limits: Limits = NO_LIMITS,
     on_round: Callable[[int, int], None] | None = None,
 ) -> Race:
     """Whether a challenger beats the incumbent.
 
-    All candidates are sampled once per round, in an order that changes. Those that cannot win leave early. A
-    challenger that passes Welch's test with Holm's correction is sampled afresh, again interleaved, and must pass
-    again. Of several that pass and that the samples cannot tell apart, the first in the order of ``candidates`` wins.
+    Candidates enter one after the other, the incumbent first; then all are sampled once per round, in an order that
+    changes. Those that cannot win leave early. A challenger that passes Welch's test with Holm's correction is sampled
+    afresh, again interleaved, and must pass again. Of several that pass and that the samples cannot tell apart, the
+    first in the order of ``candidates`` wins.
 
     Args:
         candidates: Clocks: each call gives one time in seconds. A ``warm_up(calls)`` method is called once if there is
-            one. Whatever a clock raises is recorded as its failure; only the incumbent's is raised.
+            one, when the candidate enters. Whatever a clock raises is recorded as its failure; only the incumbent's
+            is raised.
         incumbent: The key that stays unless it is beaten.
         rules: Rounds, margin and significance.
         cost: Factor on the times of a candidate, for objectives other than latency.
-        deadline: ``time.perf_counter()`` after which no further round begins.
+        control: A clock that is sampled in each round and takes no part: it tells later how fast the machine was.
+        limits: When to end early.
         on_round: Called with the candidates left and the rounds left.
 
     Raises:
@@ -99,16 +125,22 @@ def race(
     """
     if incumbent not in candidates:
         raise ValueError(f"the incumbent {incumbent!r} is not among the candidates")
-    table = _Table(candidates, incumbent, rules, cost, deadline, on_round)
+    table = _Table(candidates, incumbent, rules, cost, control, limits, on_round)
     result = Race(incumbent, failures=table.failures)
-    table.warm_up()
-    result.samples = table.run(list(table.clocks), rules.rounds, eliminate=True)
+    if not table.enter():
+        result.decision = "undecided"
+        return result
+    result.samples, result.control = table.run(list(table.clocks), rules.rounds, eliminate=True)
+    result.complete = table.rounds >= FEWEST_ROUNDS
     steady = without_drift(result.samples)
     passed = table.significant(steady, tests=len(candidates) - 1)
     if passed:
-        result.fresh = table.run([incumbent, *table.finalists(passed, steady)], rules.rounds, eliminate=False)
-        fresh = without_drift(result.fresh)
-        confirmed = table.significant(fresh, tests=len(fresh) - 1)
+        finalists = [incumbent, *table.finalists(passed, steady)]
+        fresh_times, fresh_control = table.run(finalists, rules.rounds, eliminate=False)
+        fresh = without_drift(fresh_times)
+        confirmed = table.significant(fresh, tests=len(finalists) - 1)
+        if incumbent in fresh_times:
+            result.fresh, result.control = fresh_times, fresh_control
         if confirmed:
             result.winner, result.decision = table.first_of_best(confirmed, fresh), "faster"
             result.comparison = compare(fresh[result.winner], fresh[incumbent], rules.margin)
@@ -120,41 +152,58 @@ def race(
 class _Table:
     """The clocks of a race and the tests on their samples."""
 
-    def __init__(self, candidates, incumbent, rules, cost, deadline, on_round):
+    def __init__(self, candidates, incumbent, rules, cost, control, limits, on_round):
         self.clocks = dict(candidates)
-        self.incumbent, self.rules, self.cost = incumbent, rules, cost
-        self.deadline, self.on_round = deadline, on_round
+        self.incumbent, self.rules, self.cost, self.control = incumbent, rules, cost, control
+        self.limits, self.on_round = limits, on_round
         self.failures: dict = {}
+        self.rounds = 0  # of the first phase
         self.order = {key: i for i, key in enumerate(candidates)}
         self.random = random.Random(rules.seed)
 
-    def warm_up(self) -> None:
-        for key in list(self.clocks):
+    def enter(self) -> bool:
+        """Warm all candidates up, the incumbent first; whether there was time for all."""
+        for key in sorted(self.clocks, key=lambda key: key != self.incumbent):
+            if time.perf_counter() > self.limits.deadline:
+                return False
             warm = getattr(self.clocks[key], "warm_up", None)
             if warm is not None:
                 self._guarded(key, partial(warm, self.rules.warmup))
+        if hasattr(self.control, "warm_up"):
+            self.control.warm_up(self.rules.warmup)
+        return True
 
-    def run(self, keys: list, rounds: int, eliminate: bool) -> dict:
-        """Sample in rounds; returns the times of every candidate that has any."""
+    def run(self, keys: list, rounds: int, eliminate: bool) -> tuple[dict, list]:
+        """Sample in rounds; the times of every candidate that has any, and those of the control."""
         times = {key: [] for key in keys if key in self.clocks}
-        active = list(times)
+        active, control = list(times), []
         for done in range(rounds):
             alone = eliminate and len(active) < 2 and done >= ROUNDS_TO_TEST
-            if alone or time.perf_counter() > self.deadline:
+            if alone or self._late(done, eliminate):
                 break
             self.random.shuffle(active)
             for key in list(active):
+                if time.perf_counter() > self.limits.deadline:
+                    return _sampled(times), control
                 sample = self._guarded(key, self.clocks[key])
                 if sample is None:
                     active.remove(key)
                     del times[key]
                 else:
-                    times[key].append(sample * self.cost(key))
+                    times[key].append(sample)
+            if self.control is not None:
+                control.append(self.control())
             if eliminate:
+                self.rounds = done + 1
                 active = self._survivors(active, times, done + 1)
             if self.on_round is not None:
                 self.on_round(len(active), rounds - done - 1)
-        return {key: samples for key, samples in times.items() if samples}
+        return _sampled(times), control
+
+    def _late(self, done: int, first: bool) -> bool:
+        now = time.perf_counter()
+        owed = first and done < FEWEST_ROUNDS
+        return now > self.limits.deadline or (now > self.limits.share and not owed)
 
     def _guarded(self, key, call):
         """The value of a call, or ``None`` if a challenger raised, which then leaves the race."""
@@ -173,7 +222,7 @@ class _Table:
 
     def _survivors(self, active: list, times: dict, rounds: int) -> list:
         limit = HOPELESS[min(rounds, len(HOPELESS)) - 1]
-        times = without_drift(times)
+        times = self._weighted(without_drift(times))
         medians = {key: statistics.median(times[key]) for key in active}
         best = min(medians, key=medians.get)
 
@@ -187,12 +236,17 @@ class _Table:
 
         return [key for key in active if stays(key)]
 
+    def _weighted(self, times: dict) -> dict:
+        """What the times are worth by the objective."""
+        return {key: [sample * self.cost(key) for sample in samples] for key, samples in times.items()}
+
     def _challengers(self, times: dict) -> list:
         if len(times.get(self.incumbent, ())) < 2:
             return []
         return [key for key, samples in times.items() if key != self.incumbent and len(samples) > 1]
 
     def significant(self, times: dict, tests: int) -> set:
+        times = self._weighted(times)
         base, margin = times.get(self.incumbent), self.rules.margin
         p_values = {key: p_faster(times[key], base, margin) for key in self._challengers(times)}
         return holm(p_values, self.rules.alpha, tests)
@@ -201,6 +255,7 @@ class _Table:
         """Whether some challenger looks faster by the margin, or nothing can be said."""
         if len(times.get(self.incumbent, ())) < 2:
             return True
+        times = self._weighted(times)
         limit = (1 - self.rules.margin) * statistics.geometric_mean(times[self.incumbent])
         return any(statistics.geometric_mean(times[key]) < limit for key in self._challengers(times))
 
@@ -216,10 +271,15 @@ class _Table:
 
     def finalists(self, passed: set, times: dict) -> list:
         """The fastest that passed, and the first of those that the samples cannot tell from it."""
+        times = self._weighted(times)
         best = self._fastest(passed, times)
         others = [key for key in self._challengers(times) if len(times[key]) >= ROUNDS_TO_TEST]
         first = [key for key in self._tied({best, *others}, times) if key != best]
         return [best, *first[: MAX_FINALISTS - 1]]
 
     def first_of_best(self, confirmed: set, times: dict):
-        return self._tied(confirmed, times)[0]
+        return self._tied(confirmed, self._weighted(times))[0]
+
+
+def _sampled(times: dict) -> dict:
+    return {key: samples for key, samples in times.items() if samples}

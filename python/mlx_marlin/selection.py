@@ -92,18 +92,16 @@ class MixedKernelSelector:
             gpu_memory_pressure: Share of the memory in use, in [0, 1]. Default: ``0.0``.
             gate_bits: With up_bits and down_bits: states that all active experts have these widths. Default:
                 ``None``.
-            up_bits: See gate_bits.
-            down_bits: See gate_bits.
+            up_bits, down_bits: See gate_bits.
             use_fp32_acc: Take the kernel's ``_fp32acc`` twin. Default: ``False``.
             available_kernels: Only these may be returned. Default: ``None``, all.
             pattern: What :func:`analyze_expert_activation_pattern` returns. Default: ``None``.
-            problem: Whose timings and tuned entry count; evidence is never shared between problems. Default:
-                ``None``, a class of its own.
+            problem: Whose timings and tuned entry count, and no others. Default: ``None``, a class of its own.
 
         Returns:
             The kernel's name, and a dict with ``kernel_name``, ``family``, ``reason``, ``explored``,
-            ``batch_bucket`` and ``candidates``: for each kernel considered its evidence (``samples``,
-            geometric ``mean_ms`` and the moving average ``ema_ms``; empty where it has none).
+            ``batch_bucket`` and ``candidates``: for each kernel considered its evidence (``samples``, geometric
+            ``mean_ms`` and the moving average ``ema_ms``).
 
         Raises:
             ValueError: If an argument is out of range or no kernel is available.
@@ -117,36 +115,22 @@ class MixedKernelSelector:
         with self._lock:
             ledger = self._ledgers.get((problem, bucket))
             candidates = rules.candidates(batch_size, triple, use_fp32_acc, ledger)
-            if available is not None:
-                candidates = [name for name in candidates if name in available]
+            candidates = [name for name in candidates if available is None or name in available]
             pressed = pressure > self._threshold
             if pressed:
-                name = rules.make("base", fp32acc=use_fp32_acc)
-                reason = f"memory_pressure: {pressure:.2f} exceeds {self._threshold:.2f}, base needs least scratch"
+                name, reason = self._pressed(pressure, use_fp32_acc)
             else:
                 name, reason = rules.by_table(problem, use_fp32_acc) or rules.by_rules(
                     batch_size, triple, use_fp32_acc, pattern, problem
                 )
-            if available is not None and name not in available:
-                substitute = rules.nearest(name, triple, available)
-                reason = f"fallback_availability: Selected kernel {name} not available, using {substitute} instead"
-                name = substitute
+            name, reason = _substituted(name, reason, triple, available)
             # Before the decision: a switch restarts the histories that led to it.
-            histories = {} if ledger is None else ledger.histories
-            considered = dict.fromkeys([name, *candidates])
-            evidence = {c: histories[c].summary() if c in histories else {"samples": 0} for c in considered}
-            explored = False
-            if not pressed:
-                name, reason, explored = self._by_evidence(name, reason, candidates, ledger)
+            evidence = _evidence(ledger, [name, *candidates])
+            kept = name, reason, False
+            name, reason, explored = kept if pressed else self._by_evidence(name, reason, candidates, ledger)
             self._selections += 1
-        return name, {
-            "kernel_name": name,
-            "family": family,
-            "reason": reason,
-            "explored": explored,
-            "batch_bucket": bucket,
-            "candidates": evidence,
-        }
+        told = {"family": family, "reason": reason, "explored": explored, "batch_bucket": bucket}
+        return name, {"kernel_name": name, **told, "candidates": evidence}
 
     def record_latency(
         self, kernel_name: str, batch_size: int, latency_ms: float, problem: Problem | None = None
@@ -195,6 +179,10 @@ class MixedKernelSelector:
                 "tracked_kernels": len(self._tracked),
             }
 
+    def _pressed(self, pressure: float, fp32acc: bool) -> tuple[str, str]:
+        reason = f"memory_pressure: {pressure:.2f} exceeds {self._threshold:.2f}, base needs least scratch"
+        return rules.make("base", fp32acc=fp32acc), reason
+
     def _by_evidence(
         self, name: str, reason: str, candidates: list[str], ledger: Ledger | None
     ) -> tuple[str, str, bool]:
@@ -227,7 +215,11 @@ def _check_width(what: str, bits) -> None:
 
 
 def _check_bits(active_expert_bits) -> list[int]:
-    bits = list(active_expert_bits)
+    # Arrays of MLX and NumPy: their elements are no integers, those of their lists are.
+    bits = active_expert_bits.tolist() if hasattr(active_expert_bits, "tolist") else active_expert_bits
+    if isinstance(bits, str) or not isinstance(bits, Iterable):
+        bits = [bits]
+    bits = list(bits)
     for width in bits:
         _check_width("active_expert_bits", width)
     return bits
@@ -250,6 +242,20 @@ def _available(names: Iterable[str] | None) -> frozenset[str] | set[str] | None:
     if not names:
         raise ValueError("available_kernels is empty: no kernel may run; pass None to allow all of them")
     return names
+
+
+def _substituted(name: str, reason: str, triple, available) -> tuple[str, str]:
+    """A kernel that is available: the one asked for, or the one most like it."""
+    if available is None or name in available:
+        return name, reason
+    substitute = rules.nearest(name, triple, available)
+    return substitute, f"fallback_availability: Selected kernel {name} not available, using {substitute} instead"
+
+
+def _evidence(ledger: Ledger | None, names: list[str]) -> dict[str, dict]:
+    """What is known of each kernel."""
+    histories = {} if ledger is None else ledger.histories
+    return {n: histories[n].summary() if n in histories else {"samples": 0} for n in dict.fromkeys(names)}
 
 
 _shared = MixedKernelSelector()

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from . import choices, kernels, ops, profile_io, reference
+from . import choices, files, kernels, ops, profile_io, reference
 from .choices import Choice
 from .device import fingerprint
 from .kernels import KernelConfig, Problem
@@ -179,11 +177,7 @@ class SelfTest:
         """A disk that cannot be written costs a repeat of the tests, no more."""
         text = json.dumps({"machine": self._machine, "verdicts": self._verdicts}, indent=1)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, beside = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.replace(beside, self._path)
+            files.replace(self._path, text.encode())
         except OSError as error:
             _log.debug("self-test verdicts are not kept: %s", error)
 

@@ -11,14 +11,16 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
-from . import kernels, profile_io, tuning_run
-from .device import default_device
+from . import files, kernels, profile_io, regression, report, tuning_run
+from .device import default_device, memory_bytes
 from .kernels import Problem
-from .profile_data import Entry, ProfileError
+from .profile_data import ProfileError
 from .progress import Progress
 from .race import Rules
 
@@ -112,8 +114,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--check",
         action="store_true",
-        help="re-measure the stored profile; exit code 1 if a tuned config "
-        "has become slower than it was, or slower than the default",
+        help="measure the stored profile again, all of it or the part that --model, --shape and --batch-sizes name; "
+        "exit code 1 if something has become slower than it was or than the default, wrong, or impossible",
     )
     p.add_argument(
         "--tolerance",
@@ -129,23 +131,22 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _problems(args, device: str, dtype: str) -> list[Problem]:
-    """The problems to tune, small batches first."""
+def layers(args, device: str) -> list[Problem]:
+    """The problems that the arguments name, at one row."""
+    dtype = args.dtype or ("float32" if device == "cpu" else "float16")
     if args.model:
         from .lm.problems import model_problems
 
-        problems = list(model_problems(args.model, dtype, device))
-    else:
-        hidden, inter, experts, top_k = args.shape or DEFAULT_SHAPE
-        padded = -(-inter // 128) * 128
-        mixes = ((args.bits or ((4, 4, 4),)),) if args.shape else DEFAULT_MIXES
-        problems = [
-            Problem("swiglu", 1, top_k, hidden, padded, experts, bits, ("mul1",), "silu", dtype, device)
-            for bits in mixes
-        ]
-        if not args.shape:
-            problems.append(Problem("linear", 1, 1, *DEFAULT_LINEAR, 1, ((4,),), ("mul1",), "none", dtype, device))
-    return tuning_run.at_rows(problems, args.batch_sizes)
+        return list(model_problems(args.model, dtype, device))
+    hidden, inter, experts, top_k = args.shape or DEFAULT_SHAPE
+    mixes = ((args.bits or ((4, 4, 4),)),) if args.shape else DEFAULT_MIXES
+    problems = [
+        Problem("swiglu", 1, top_k, hidden, kernels.padded(inter), experts, bits, ("mul1",), "silu", dtype, device)
+        for bits in mixes
+    ]
+    if not args.shape:
+        problems.append(Problem("linear", 1, 1, *DEFAULT_LINEAR, 1, ((4,),), ("mul1",), "none", dtype, device))
+    return problems
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,14 +156,14 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments. Default: ``None``, those of the process.
 
     Returns:
-        0; 1 for a significant regression with ``--check``; 2 for a wrong argument or file; 130 if interrupted.
+        0; 1 for a regression with ``--check``; 2 for a wrong argument or file, or where nothing could be measured; 130
+        if interrupted.
     """
     args = parser().parse_args(argv)
     if args.bits and not args.shape:
         parser().error("--bits goes with --shape; a model has its own bits")
     if args.warmup < 0:
         parser().error(f"argument --warmup: must be at least 0, got {args.warmup}")
-    args.batch_sizes = args.batch_sizes or (QUICK_BATCH_SIZES if args.quick else BATCH_SIZES)
     args.iterations = args.iterations or (QUICK_ITERATIONS if args.quick else Rules.rounds)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="mlx_marlin-tune: %(message)s")
     # A terminated run is an interrupted one: what is measured is on disk.
@@ -182,100 +183,67 @@ def _run(args) -> int:
     if device == "gpu" and not mx.is_available(mx.Device(mx.gpu)):
         raise ValueError("--device gpu: this machine has no GPU that MLX can use")
     mx.set_default_device(mx.Device(mx.gpu if device == "gpu" else mx.cpu))
-    path = args.output or profile_io.default_path(device)
-    limit = int(args.memory_limit * 1e9) if args.memory_limit else None
-    run = tuning_run.Run(
-        path, device, args.dtype, limit, Rules(rounds=max(2, args.iterations), warmup=args.warmup), args.quick
-    )
-    if args.check:
-        return _check(args, run)
-    problems = _problems(args, device, run.tuner.dtype)
-    group = mx.distributed.init()
+    limit = int(args.memory_limit * 1e9) if args.memory_limit else memory_bytes(device) // 2
+    rules = Rules(rounds=max(2, args.iterations), warmup=args.warmup)
     deadline = time.perf_counter() + args.budget if args.budget else math.inf
+    return (_check if args.check else _tune)(args, device, limit, rules, deadline)
+
+
+def _tune(args, device: str, limit: int, rules: Rules, deadline: float) -> int:
+    path = args.output or profile_io.default_path(device)
+    try:  # before anything is measured
+        files.check_writable(path)
+    except OSError as error:
+        raise ProfileError(f"{path} cannot be written: {error}. Choose another place with --output") from None
+    run = tuning_run.Run(path, device, args.dtype, limit, rules, args.quick)
+    sizes = args.batch_sizes or (QUICK_BATCH_SIZES if args.quick else BATCH_SIZES)
+    problems = tuning_run.at_rows(layers(args, device), sizes)
+    group = mx.distributed.init()
     with Progress(0, enabled=True, lines=True) as bar:
-        entries, left = run.tune(problems, group, deadline, bar)
+        outcome = run.tune(problems, group, deadline, bar)
     if group.rank():
         return 0
     print(f"mlx_marlin-tune: profile {path}", file=sys.stderr)
-    if left:
-        print(f"mlx_marlin-tune: the budget ended {left} problems early; the same command continues", file=sys.stderr)
-    _report(args, entries)
-    return 0
+    if outcome.left:
+        left = f"{outcome.left} problem{'s' * (outcome.left > 1)} early"
+        print(f"mlx_marlin-tune: the budget ended {left}; the same command continues", file=sys.stderr)
+    for problem, reason in outcome.failed.items():
+        where = f"{report.problem_label(problem)}, {problem.rows} rows"
+        print(f"mlx_marlin-tune: could not tune {where}: {reason}", file=sys.stderr)
+    _print(args, report.tuned_json(outcome.entries, outcome.failed), report.tuned_table(outcome.entries))
+    return 2 if outcome.failed and not outcome.entries else 0
 
 
-def _check(args, run: tuning_run.Run) -> int:
-    if not run.path.exists():
-        raise ProfileError(f"there is no profile {run.path} to check; tune first")
+def _check(args, device: str, limit: int, rules: Rules, deadline: float) -> int:
+    path = args.output or profile_io.latest_path(device)
+    if not path.exists():
+        raise ProfileError(f"there is no profile {path} to check; tune first")
+    stored = profile_io.load(path)
+    # Whether another build of the kernels is slower is what a check is for.
+    profile_io.check_native(stored, device, path, any_build=True)
+    check = regression.Check(rules, limit, args.tolerance, tuning_run.clock_lock())
     with Progress(0, enabled=True, lines=True) as bar:
-        findings = run.check(args.tolerance, args.budget, bar)
-    rows = [
-        {
-            "problem": _label(f.problem),
-            "rows": f.problem.rows,
-            "config": config_label(f.config),
-            "stored_ms": f.stored_ms,
-            "now_ms": f.now_ms,
-            "default_ms": f.default_ms,
-            "regression": f.regression,
-        }
-        for f in findings
-    ]
-    if args.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        _print_table(rows)
+        findings = check.run(stored, _wanted(args, device), deadline, bar)
+    print(f"mlx_marlin-tune: profile {path}", file=sys.stderr)
+    _print(args, report.checked_json(findings), report.checked_table(findings))
+    if not any(f.measured for f in findings):
+        raise ProfileError(
+            f"nothing was measured: of the {len(stored.problems)} entries of {path} none was asked for, reached in "
+            "the budget, or fits the memory limit. Tune these problems first, or raise --budget or --memory-limit"
+        )
     return int(any(f.regression for f in findings))
 
 
-def _report(args, entries: dict[Problem, Entry]) -> None:
-    rows = []
-    for problem, e in entries.items():
-        gain, low, high = (100 * (1 / r - 1) for r in (e.ratio[0], e.ratio[2], e.ratio[1]))
-        rows.append(
-            {
-                "problem": _label(problem),
-                "rows": problem.rows,
-                "best": config_label(e.config),
-                "default": config_label(e.default),
-                "best_ms": e.samples.median_ms,
-                "default_ms": e.baseline.median_ms,
-                "gain": f"{gain:+.1f} % ({low:+.1f} to {high:+.1f})" if e.decision == "faster" else "0",
-                "decision": e.decision,
-                "measured": len(e.timings),
-                "rejected": len(e.rejected),
-            }
-        )
-    if args.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        _print_table(rows)
+def _wanted(args, device: str) -> Callable[[Problem], bool]:
+    """Which stored problems the arguments name; without any all of them."""
+    named = {replace(p, rows=1) for p in layers(args, device)} if args.model or args.shape else None
+    return lambda p: (named is None or replace(p, rows=1) in named) and p.rows in (args.batch_sizes or (p.rows,))
 
 
-def _label(p: Problem) -> str:
-    bits = ",".join("_".join(map(str, sorted(set(t)) if len(set(t)) == 1 else t)) for t in p.bits)
-    if p.kind == "linear":
-        return f"linear {p.hidden}x{p.intermediate} {bits}"
-    return f"swiglu {p.hidden}x{p.intermediate} {p.experts}/{p.top_k} {bits}"
-
-
-def config_label(c: kernels.KernelConfig) -> str:
-    """A config in a few characters: variant, rows x columns, simdgroups (threads on the CPU)."""
-    return f"{c.kernel_variant} {c.tile_size_m}x{c.tile_size_n} s{c.simdgroups}{'' if c.use_fp32_acc else ' half'}"
-
-
-def _print_table(rows: list[dict]) -> None:
-    """Aligned columns on stdout; numbers to the right."""
-    if not rows:
-        print("nothing was measured")
-        return
-    cells = [list(rows[0])] + [
-        [f"{v:.3f}" if isinstance(v, float) else str(v or "") for v in row.values()] for row in rows
-    ]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    numeric = [not isinstance(v, str) for v in rows[0].values()]
+def _print(args, full: list[dict], rows: list[dict]) -> None:
+    text = json.dumps(full, indent=2) if args.json else report.as_text(rows) if rows else "nothing was measured"
     with contextlib.suppress(BrokenPipeError):
-        for row in cells:
-            print("  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric)).rstrip())
+        print(text)
 
 
 if __name__ == "__main__":

@@ -191,6 +191,16 @@ class ExpertStack:
         """``(k, n)`` as stored."""
         return self.suh.shape[1], self.svh.shape[1]
 
+    def __getitem__(self, e: int) -> TrellisWeight:
+        """The weight of one expert."""
+        k, n = self.padded_shape
+        bits = self.bits[e]  # IndexError beyond the last
+        start = int(self.offsets[e].item())
+        trellis = self.codes[start : start + k * n * bits // 32].view(mx.int16).reshape(k // 16, n // 16, 16 * bits)
+        bias = None if self.bias is None else self.bias[e]
+        sizes = self.in_features, self.out_features
+        return TrellisWeight(trellis, self.suh[e], self.svh[e], self.codebooks[e], bias, *sizes)
+
     def __getstate__(self) -> dict:
         """Without what ops keep here, which a copy makes again."""
         return {name: value for name, value in self.__dict__.items() if name != "_prepared"}

@@ -15,7 +15,9 @@ from .. import _ext, shaders
 from .planning import plan
 from .problems import DTYPES, Activation, _native, device_of, linear_problem, resolve, swiglu_problem
 from .products import (
+    cpu_digest,
     gather_linear,
+    instruction_set,
     is_traced,
     linear,
     set_num_threads,
@@ -36,9 +38,11 @@ __all__ = [
     "_ext",
     "_native",
     "_prepare_weight",
+    "cpu_digest",
     "device_of",
     "gather_linear",
     "half_scales",
+    "instruction_set",
     "is_traced",
     "linear",
     "linear_problem",

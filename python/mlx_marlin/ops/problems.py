@@ -64,7 +64,7 @@ def _native(config: KernelConfig) -> _ext.KernelConfig:
 
 @lru_cache(maxsize=4096)
 def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> _ext.KernelConfig:
-    """A config as the primitives take it; ``None`` stands for the default.
+    """A config as the primitives take it, its sizes fitted to the problem; ``None`` stands for the default.
 
     Raises:
         ValueError: If it cannot run the problem.
@@ -76,9 +76,10 @@ def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> _ex
     elif not isinstance(config, KernelConfig):
         raise ValueError(f"[{op}] config must be a KernelConfig or a kernel name, got {type(config).__name__}")
     else:
-        reason = kernels.feasible(problem, config)
-        if reason is not None:
-            raise ValueError(f"[{op}] {config} cannot run this problem: {reason}")
+        runnable = kernels.fitted(problem, config)
+        if runnable is None:
+            raise ValueError(f"[{op}] {config} cannot run this problem: {kernels.feasible(problem, config)}")
+        config = runnable
     return _native(config)
 
 

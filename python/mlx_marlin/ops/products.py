@@ -235,6 +235,16 @@ def is_traced(x: mx.array) -> bool:
     return _ext.is_tracer(x)
 
 
+def instruction_set() -> str:
+    """The best instruction set of this CPU that the kernels have code for, such as avx512vbmi or neon."""
+    return _ext.instruction_sets()[-1]
+
+
+def cpu_digest() -> str:
+    """SHA-256 of what the CPU kernels were built from: sources, compiler and flags."""
+    return _ext.cpu_digest()
+
+
 def set_num_threads(n: int) -> None:
     """Set the number of CPU workers. Default: the cores that this process may use.
 
