@@ -25,7 +25,8 @@ mx::Shape linear_shape(const mx::array& leading, const LinearCall& call) {
 LinearCall sized(const LinearCall& call, const mx::array& x, const mx::array& ids) {
   LinearCall out = call;
   const auto x_rows = static_cast<int64_t>(x.size()) / call.x_size();
-  out.x_divisor = call.gathered && x_rows > 0 ? static_cast<int>(static_cast<int64_t>(ids.size()) / x_rows) : 1;
+  const auto slots = static_cast<int64_t>(ids.size());
+  out.x_divisor = call.gathered && x_rows > 0 && slots > 0 ? static_cast<int>(slots / x_rows) : 1;
   return out;
 }
 

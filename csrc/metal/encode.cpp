@@ -157,6 +157,9 @@ struct Prepared {
       std::vector<size_t>& places_of = places.emplace_back();
       for (const Binding& b : d.buffers) {
         const auto found = std::find(names.begin(), names.end(), b.name);
+        if (found == names.end()) {
+          throw std::logic_error("[mlx_marlin] " + d.kernel + " binds " + b.name + ", which the call does not have.");
+        }
         places_of.push_back(static_cast<size_t>(found - names.begin()));
       }
     }
@@ -261,14 +264,24 @@ void encode(const Prepared& prepared, mx::Stream stream, std::vector<mx::array> 
     encoder.dispatch_threadgroups(
         MTL::Size(d.grid[0], d.grid[1], d.grid[2]), MTL::Size(d.threads[0], d.threads[1], d.threads[2]));
   }
+  // The length stays set for whatever MLX encodes next, beside the static memory of its kernels: the least there is.
+  encoder.set_threadgroup_memory_length(16, 0);
 }
 
-// Everything that can fail comes before the output has memory and the first dispatch is encoded.
-void run(
-    const char* op, const Prepared& prepared, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {
-  require_contiguous(op, inputs);
+// MLX ends a command buffer when the arrays bound in it have more than 40 to 50 Mi elements, by the chip: less than the
+// codes of one large layer, of which a call may read a few experts. It is shown what is read at most. The memory is the
+// same, so that hazards are seen as ever.
+mx::array as_read(const mx::array& codes, int64_t slots, int experts) {
+  const auto read = static_cast<size_t>(std::min<int64_t>(slots, experts));
+  mx::array view(codes.shape(), codes.dtype(), nullptr, {});
+  view.copy_shared_buffer(codes, codes.strides(), codes.flags(), codes.data_size() / experts * read);
+  return view;
+}
+
+// Everything that can fail comes before the output has memory and the first dispatch is encoded. arrays: the inputs.
+void run(const char* op, const Prepared& prepared, mx::Stream stream, std::vector<mx::array> arrays, mx::array& out) {
+  require_contiguous(op, arrays);
   out.set_data(mx::allocator::malloc(out.nbytes()));
-  std::vector<mx::array> arrays = inputs;
   arrays.push_back(out);
   encode(prepared, stream, std::move(arrays));
 }
@@ -303,7 +316,11 @@ void encode_linear(const LinearCall& call, mx::Stream stream, const std::vector<
     names.push_back("y");
     return Prepared(plan_linear(call, rows, dtype), stream, std::move(names));
   });
-  run("trellis_linear", *prepared, stream, inputs, out);
+  std::vector<mx::array> arrays = inputs;
+  if (call.gathered) {
+    arrays[1] = as_read(inputs[1], static_cast<int64_t>(inputs.back().size()), call.stack.experts);
+  }
+  run("trellis_linear", *prepared, stream, std::move(arrays), out);
 }
 
 void encode_swiglu(const SwigluCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {
@@ -321,7 +338,14 @@ void encode_swiglu(const SwigluCall& call, mx::Stream stream, const std::vector<
     names.push_back("y");
     return Prepared(plan_swiglu(call, rows, top_k, dtype), stream, std::move(names));
   });
-  run("trellis_swiglu", *prepared, stream, inputs, out);
+  std::vector<mx::array> arrays = inputs;
+  const auto slots = static_cast<int64_t>(inputs[1].size());
+  size_t codes = 2;
+  for (const StackInfo* stack : {&call.gate, &call.up, &call.down}) {
+    arrays[codes] = as_read(inputs[codes], slots, stack->experts);
+    codes += static_cast<size_t>(stack->num_arrays());
+  }
+  run("trellis_swiglu", *prepared, stream, std::move(arrays), out);
 }
 
 void encode_decode(const DecodeCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {

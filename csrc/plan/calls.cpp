@@ -40,9 +40,18 @@ void check_route(const Pass& pass) {
   }
 }
 
+void check_sizes(int64_t rows, int slots_per_row, int experts) {
+  if (rows < 0 || slots_per_row < 1 || experts < 1) {
+    throw std::invalid_argument(
+        "[plan] a call has 0 rows or more, 1 slot per row or more and 1 expert or more; got " + std::to_string(rows) +
+        ", " + std::to_string(slots_per_row) + " and " + std::to_string(experts) + ".");
+  }
+}
+
 }  // namespace
 
 Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
+  check_sizes(rows, call.gathered ? call.x_divisor : 1, call.stack.experts);
   Weights weights{"weight", call.stack, call.transposed};
   KernelConfig config = call.config;
   if (call.transposed) {
@@ -87,6 +96,7 @@ Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
 }
 
 Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
+  check_sizes(rows, top_k, call.gate.experts);
   const Tiling tiling = make_tiling(call.config, 2, call.gate.k, call.gate.n);
   const Tiling down_tiling = make_tiling(call.config, 1, call.down.k, call.down.n);
   const bool routed = tiling.rows > 1;
