@@ -23,7 +23,7 @@ NAMES = ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in SLO
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_linear_is_quantized_and_the_model_runs(name, tmp_path):
-    layers = 1 if name in ("mixtral", "gpt_oss") else 2  # the others' first layer is unlike the second
+    layers = 1 if name == "mixtral" else 2  # the others' first layer is unlike the second
     sizes = replace(SIZES, vocab=VOCABULARY, experts=3, layers=layers)
     checkpoint = architectures.ARCHITECTURES[name](sizes)
     source = checkpoint.write_dense(tmp_path / "source")
@@ -42,7 +42,7 @@ def test_every_linear_is_quantized_and_the_model_runs(name, tmp_path):
     for name in loader.names:
         w, truth = loader.load_weight(name), codec.dequantize(original.load_weight(name))
         rows, columns = (min(sizes) for sizes in zip(truth.shape, w.padded_shape))
-        error = codec.dequantize(w)[:rows, :columns] - truth[:rows, :columns]
-        # Whatever the calibration makes of it at 2 bits; another matrix would give 2.
-        assert np.mean(np.square(error)) < 0.5 * np.mean(np.square(truth)), name
+        found, truth = codec.dequantize(w)[:rows, :columns], truth[:rows, :columns]
+        # 1 for this matrix, whatever its width; 0 for another. Padding is 0 in what was found, noise in the original.
+        assert np.sum(found * truth) / np.sum(found * found) == pytest.approx(1, abs=0.3), name
     assert np.isfinite(logits(load_exl3_model(tmp_path / "exl3")[0])).all()
