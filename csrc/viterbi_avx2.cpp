@@ -19,9 +19,6 @@ struct Avx2 {
   static void store(float* p, __m256 x) {
     _mm256_store_ps(p, x);
   }
-  static __m256 sub(__m256 a, __m256 b) {
-    return _mm256_sub_ps(a, b);
-  }
   static __m256 fma(__m256 a, __m256 b, __m256 c) {
     return _mm256_fmadd_ps(a, b, c);
   }

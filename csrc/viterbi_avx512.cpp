@@ -24,9 +24,6 @@ struct Avx512 {
   static void store(float* p, __m512 x) {
     _mm512_store_ps(p, x);
   }
-  static __m512 sub(__m512 a, __m512 b) {
-    return _mm512_sub_ps(a, b);
-  }
   static __m512 fma(__m512 a, __m512 b, __m512 c) {
     return _mm512_fmadd_ps(a, b, c);
   }

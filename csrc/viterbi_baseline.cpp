@@ -17,9 +17,6 @@ struct Scalar {
   static void store(float* p, float x) {
     *p = x;
   }
-  static float sub(float a, float b) {
-    return a - b;
-  }
   static float fma(float a, float b, float c) {
     return std::fma(a, b, c);
   }

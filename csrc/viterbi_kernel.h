@@ -90,7 +90,7 @@ struct Search {
       for (int h = 0; h < kBranches; ++h, table += kLanes) {
         const auto value = V::load(table);
         for (int t = 0; t < kTiles; ++t) {
-          const auto d = V::sub(target[t], value);
+          const auto d = target[t] - value;
           const auto cost = V::fma(d, d, V::broadcast(base[h * kHigh + t * kPitch]));
           best[t] = V::min(best[t], cost);
         }
@@ -123,7 +123,7 @@ struct Search {
         for (int low = 0; low < kBranches; ++low, table += kLanes) {
           const auto value = V::load(table);
           for (int t = 0; t < kTiles; ++t) {
-            const auto d = V::sub(target[t], value);
+            const auto d = target[t] - value;
             best[t][low] = V::min(best[t][low], V::fma(d, d, before[t]));
           }
         }

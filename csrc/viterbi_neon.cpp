@@ -19,9 +19,6 @@ struct Neon {
   static void store(float* p, float32x4_t x) {
     vst1q_f32(p, x);
   }
-  static float32x4_t sub(float32x4_t a, float32x4_t b) {
-    return vsubq_f32(a, b);
-  }
   static float32x4_t fma(float32x4_t a, float32x4_t b, float32x4_t c) {
     return vfmaq_f32(c, a, b);
   }

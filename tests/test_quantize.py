@@ -1,38 +1,29 @@
 """quantize_weight: the error of the codes, the gain of calibration, padding, determinism."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from mlx_marlin import TrellisWeight, codec, ops
+from mlx_marlin import TrellisWeight, codec
 from mlx_marlin.quantize import hessian as hessians
 from mlx_marlin.quantize import quantize_weight
 from mlx_marlin.quantize.ldlq import ldlq, quantize_tiles
+from mlx_marlin.quantize.regularise import expected_scale, feedback_scale
+from mlx_marlin.quantize.weight import expected_loss, prepare, quantize_prepared
 
-# Mean squared error of unit Gaussian tiles and the input scale that gives it (ExLlamaV3's search at the best scale,
-# 320 tiles), K = 1..8.
-TABLE = {
-    "3inst": (0.2657, 0.06862, 0.01779, 0.004645, 0.001228, 0.000338, 9.833e-05, 3.757e-05),
-    "mcg": (0.2655, 0.06821, 0.01738, 0.004533, 0.001216, 0.0003338, 9.784e-05, 3.831e-05),
-    "mul1": (0.2715, 0.06813, 0.01733, 0.004468, 0.001157, 0.0003164, 9.315e-05, 3.132e-05),
-}
-SCALES = {
-    "3inst": (1.393, 1.225, 1.146, 1.143, 1.094, 1.040, 0.995, 0.995),
-    "mcg": (1.393, 1.235, 1.167, 1.132, 1.095, 1.037, 0.995, 0.995),
-    "mul1": (1.120, 0.988, 0.927, 0.880, 0.880, 0.880, 0.852, 0.825),
-}
-
-
-def tile_error(codebook, bits, count):
-    tiles = np.random.default_rng(2026).standard_normal((count, 256)) * SCALES[codebook][bits - 1]
-    found = codec.decode(ops.viterbi_search(tiles, bits, codebook), codebook).astype(np.float64)
-    return np.mean(np.square(found - tiles)) / SCALES[codebook][bits - 1] ** 2
+spec = importlib.util.spec_from_file_location("tile_error", Path(__file__).parents[1] / "bench/tile_error.py")
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+TABLE = bench.REFERENCE
 
 
 @pytest.mark.parametrize("codebook", codec.CODEBOOKS)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_tile_error(codebook, bits):
     """120 tiles have a standard error near 1 %, so the bound is wider than the 4000 tiles' one below."""
-    assert tile_error(codebook, bits, 120) <= 1.04 * TABLE[codebook][bits - 1]
+    assert bench.tile_error(codebook, bits, 120) <= 1.04 * TABLE[codebook][bits - 1]
 
 
 @pytest.mark.slow
@@ -40,7 +31,7 @@ def test_tile_error(codebook, bits):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_tile_error_of_4000_tiles(codebook, bits):
     """K = 7 and 8 are dominated by clipped tails, whose standard error in the table is 10 to 30 %."""
-    error = tile_error(codebook, bits, 4000)
+    error = bench.tile_error(codebook, bits, 4000)
     print(f"{codebook} K={bits}: {error:.4g}, table {TABLE[codebook][bits - 1]:.4g}")
     assert error <= (1.015 if bits <= 6 else 1.3) * TABLE[codebook][bits - 1]
 
@@ -104,6 +95,58 @@ def test_feedback_identity():
     _, plain = quantize_tiles(inner, 2, "mul1")
     plain_error = (inner - plain).astype(np.float64)
     assert loss < np.sum((r @ plain_error) * plain_error)
+
+
+def test_feedback_gain():
+    """What independent rounding errors of the blocks below add to a block's target."""
+    rng = np.random.default_rng(4)
+    a = rng.standard_normal((400, 192)) * np.exp(-np.arange(192) / 40)
+    lower, _ = hessians.block_factor(a.T @ a / 400 + 0.01 * np.eye(192))
+    sizes = np.repeat(rng.uniform(0.5, 2, 12), 16)
+    errors = sizes[:, None] * rng.standard_normal((192, 4000))
+    added = errors - np.linalg.solve(lower.T, errors)
+    found = hessians.feedback_gain(lower) @ np.square(sizes[::16])
+    np.testing.assert_allclose(found, np.square(added).reshape(12, -1).mean(1), rtol=0.05, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """A weight and a Hessian without padding, strongly correlated inputs."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((1500, 128)) @ (rng.standard_normal((128, 128)) * np.exp(-np.arange(128) / 25)[:, None])
+    return (0.05 * rng.standard_normal((128, 128))).astype(np.float32), x.T @ x / len(x)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_expected_loss_is_what_quantization_leaves(whole, bits):
+    """Bits are allocated by it. The least-squares scales that follow the search lower it, most at 1 bit."""
+    weight, h = whole
+    prepared = prepare(weight, h, 0)
+    c = quantize_prepared(prepared, bits, "mul1")
+    error = weight - codec.dequantize(TrellisWeight(c.trellis, c.suh, c.svh, "mul1"))
+    found = np.sum((prepared.hessian @ error) * error)
+    assert 0.85 * found < expected_loss(prepared, bits, "mul1") < (1.3 if bits == 1 else 1.15) * found
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_the_scale_makes_room_for_the_feedback(calibrated, bits):
+    prepared = prepare(*calibrated, 0)
+    inner = prepared.regularised.inner
+    wide = expected_scale(inner, bits, "mul1")
+    narrow, _ = feedback_scale(inner, prepared.gain, prepared.spread, bits, "mul1")
+    losses = []
+    for scale in (narrow, wide):
+        _, values = ldlq(inner * np.float32(scale), prepared.factor, bits, "mul1")
+        rounding = prepared.factor.T @ (inner - values / scale)
+        losses.append(np.sum(prepared.spread[:, None] * np.square(rounding)))
+    assert narrow < 0.95 * wide and losses[0] < 0.97 * losses[1]
+
+
+@pytest.mark.parametrize("bits", [1, 3, 5])
+def test_without_feedback_the_scale_is_the_codebooks_own(bits):
+    inner = np.random.default_rng(0).standard_normal((128, 128)).astype(np.float32)
+    found, _ = feedback_scale(inner, np.zeros((8, 8)), np.ones(128), bits, "mul1")
+    assert found == pytest.approx(expected_scale(inner, bits, "mul1"), rel=0.11)
 
 
 def test_zero_columns_and_rows_are_exact():

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_marlin import codec
+from mlx_marlin import codec, ops
 from mlx_marlin.kernels import ACTIVATIONS, DTYPES
 from mlx_marlin.weights import ExpertStack
 
@@ -38,28 +38,62 @@ pytestmark = [
 ]
 
 
+class Build:
+    """Sources to a static aarch64 program."""
+
+    def __init__(self, directory: Path):
+        self.directory, self.objects = directory, []
+        self.zig = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-std=c++20"]
+        self.zig.append(f"-I{ROOT / 'csrc'}")
+
+    def compile(self, source: Path, name: str, flags: list[str]) -> None:
+        self.objects.append(str(self.directory / f"{name}.o"))
+        subprocess.run([*self.zig, *flags, "-c", str(source), "-o", self.objects[-1]], check=True)
+
+    def link(self) -> Path:
+        program = self.directory / "driver"
+        subprocess.run([*self.zig, "-static", "-s", *self.objects, "-o", str(program)], check=True)
+        return program
+
+
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
     """The kernels and their driver as a static aarch64 program."""
-    build = tmp_path_factory.mktemp("neon")
-    zig = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-std=c++20"]
-    zig.append(f"-I{ROOT / 'csrc'}")
+    build = Build(tmp_path_factory.mktemp("neon"))
     kernels = ROOT / "csrc" / "cpu"
-    objects = []
-
-    def compile_(source, name, flags):
-        objects.append(str(build / f"{name}.o"))
-        subprocess.run([*zig, *flags, "-c", str(source), "-o", objects[-1]], check=True)
-
     for name, flags in {"baseline": ["-DMARLIN_PORTABLE", "-mcpu=generic"], **SETS}.items():
-        compile_(kernels / "tier.cpp", name, ["-O1", "-ffp-contract=off", f"-DMARLIN_TIER={name}", *flags])
+        build.compile(kernels / "tier.cpp", name, ["-O1", "-ffp-contract=off", f"-DMARLIN_TIER={name}", *flags])
     for source in sorted(kernels.glob("*.cpp")):
         if source.name != "tier.cpp":
-            compile_(source, source.stem, ["-O1", "-mcpu=generic"])
-    compile_(Path(__file__).with_name("kernels_driver.cpp"), "driver", ["-O1", "-mcpu=generic"])
-    program = build / "driver"
-    subprocess.run([*zig, "-static", "-s", *objects, "-o", str(program)], check=True)
-    return program
+            build.compile(source, source.stem, ["-O1", "-mcpu=generic"])
+    build.compile(Path(__file__).with_name("kernels_driver.cpp"), "driver", ["-O1", "-mcpu=generic"])
+    return build.link()
+
+
+@pytest.fixture(scope="module")
+def search_driver(tmp_path_factory):
+    """The encoder's search and its driver."""
+    build = Build(tmp_path_factory.mktemp("viterbi"))
+    for name in ("viterbi", "viterbi_baseline", "viterbi_neon"):
+        build.compile(ROOT / f"csrc/{name}.cpp", name, ["-O2", "-mcpu=generic"])
+    build.compile(Path(__file__).with_name("viterbi_driver.cpp"), "driver", ["-O1", "-mcpu=generic"])
+    return build.link()
+
+
+# One width of the search's interleaved form and one of its broadcast form; emulated, a batch takes seconds.
+SEARCHES = [1, 3, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 4, 5, 6, 7, 8))]
+
+
+@pytest.mark.parametrize("bits", SEARCHES)
+def test_search_under_qemu(search_driver, bits, tmp_path):
+    """The states that this machine's own search finds, the tail of a batch included."""
+    tiles = np.random.default_rng(bits).standard_normal((1, codec.TILE_SIZE)).astype(np.float16)
+    files = [tmp_path / name for name in ("values", "tiles", "states")]
+    codec.decode(np.arange(1 << 16, dtype=np.uint16), "mul1").astype(np.float32).tofile(files[0])
+    tiles.astype(np.float32).tofile(files[1])
+    subprocess.run([QEMU, "-cpu", "max", str(search_driver), "neon", str(bits), *map(str, files)], check=True)
+    found = np.fromfile(files[2], np.uint16).reshape(tiles.shape)
+    np.testing.assert_array_equal(found, ops.viterbi_search(tiles, bits, "mul1"))
 
 
 FORMATS = [(bits, codebook) for bits in range(1, codec.MAX_BITS + 1) for codebook in codec.CODEBOOKS]

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +23,16 @@ from .calibration import calibration_tokens
 from .head import head_tensors
 from .jobs import Job, layer_jobs, seed_of, wanted
 from .layered import LayeredModel, Taps
+from .sensitivity import disturbed, sensitivities
 from .source import Source
 from .tensors import Tensor, write_array, write_tensors, write_text
-from .weight import Codes, measured_loss, prepare, quantize_prepared
+from .weight import Codes, expected_loss, prepare, quantize_prepared
 from .writer import FINISHED, MARKERS, assemble, stored_tensors
 
-# Tiles that are quantized to measure a width: their mean error has a standard deviation of 2 %.
-_MEASURED_TILES = 16
 # Candidate widths reach this far below and above the budget.
 _BELOW, _ABOVE = 2, 3
-CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 96, 256
+# 65536 tokens: of 128 experts, 8 per token, each sees 4096 on average, twice as many as it has inputs of 2048.
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 256, 256
 _BATCH = 8  # windows per call of a layer
 
 
@@ -203,10 +203,17 @@ class _Conversion:
 
     def _measure(self) -> list[Item]:
         count = len(self.model.layers)
-        hidden, first = self._last_state("measured", count, self.model.embeddings)
-        items: list[Item] = []
+        batches = len(self.model.batches)
+        state, first = self._last_state("measured", count, self.model.embeddings)
+        # Behind the hidden states of the batches come the streams: those of the first windows, each disturbed after
+        # another layer.
+        hidden, streams = state[:batches], state[batches:]
+        items: list[list[Item]] = []
+        energies: list[float] = []
         for index in range(first):
-            items += _load_items(self.work / f"measured-{index:04}.json")
+            found, energy = _load_items(self.work / f"measured-{index:04}.json")
+            items.append(found)
+            energies.append(energy)
         self.clock.skip(first)
         for index in range(first, count):
             self.model.load(index)
@@ -216,18 +223,35 @@ class _Conversion:
                 taps.record(False)
                 jobs = layer_jobs(self.model, index, taps, self.source, hidden, self.settings.seed)
                 found = self._parallel(self._measure_job, jobs)
+                streams = [self.model.run(index, [s])[0] for s in streams]
             self.model.unload(index)
+            stream, energy = disturbed(hidden[0], after[0], [self.settings.seed, index])
+            streams.append(stream)
+            energies.append(energy)
             hidden = after
-            self._save_state("measured", index, hidden)
-            _save_items(self.work / f"measured-{index:04}.json", found)
-            items += found
+            self._save_state("measured", index, hidden + streams)
+            _save_items(self.work / f"measured-{index:04}.json", found, energy)
+            items.append(found)
             self.clock.advance(f"measured layer {index + 1} of {count}", 1.0)
-        return items
+        return self._in_output_units(items, hidden[0], streams, energies)
+
+    def _in_output_units(self, items: list[list[Item]], hidden, streams, energies) -> list[Item]:
+        """Losses as KL divergence of the model's output."""
+        target = self.work / "sensitivity.json"
+        if not target.exists():
+            found = sensitivities(self.model, hidden, streams, energies)
+            write_text(target, json.dumps([v.hex() for v in found]))
+        scales = [float.fromhex(v) for v in json.loads(target.read_text())]
+        return [
+            replace(item, loss={k: scale * v for k, v in item.loss.items()})
+            for scale, layer in zip(scales, items)
+            for item in layer
+        ]
 
     def _measure_job(self, job: Job, threads: int) -> Item:
         s = self.settings
         prepared = prepare(job.weight(), job.hessian, seed_of(s.seed, job.name))
-        loss = {k: job.effect * measured_loss(prepared, k, s.codebook, _MEASURED_TILES) for k in self.candidates}
+        loss = {k: job.effect * expected_loss(prepared, k, s.codebook) for k in self.candidates}
         size = {k: stored_bits(job.shape, k, s.codebook, job.bias is not None) for k in self.candidates}
         return Item(job.name, job.group, job.shape[0] * job.shape[1], size, loss)
 
@@ -297,18 +321,20 @@ def half_round(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float16).astype(np.float32)
 
 
-def _save_items(path: Path, items: list[Item]) -> None:
+def _save_items(path: Path, items: list[Item], energy: float) -> None:
     rows = [
         [i.name, i.group, i.weights, list(i.bits.items()), [[k, v.hex()] for k, v in i.loss.items()]] for i in items
     ]
-    write_text(path, json.dumps(rows))
+    write_text(path, json.dumps({"energy": energy.hex(), "items": rows}))
 
 
-def _load_items(path: Path) -> list[Item]:
-    return [
+def _load_items(path: Path) -> tuple[list[Item], float]:
+    stored = json.loads(path.read_text())
+    items = [
         Item(name, group, weights, dict(bits), {k: float.fromhex(v) for k, v in loss})
-        for name, group, weights, bits, loss in json.loads(path.read_text())
+        for name, group, weights, bits, loss in stored["items"]
     ]
+    return items, float.fromhex(stored["energy"])
 
 
 def plan_table(items: list[Item], allocation: Allocation) -> str:

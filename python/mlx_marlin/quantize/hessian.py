@@ -73,3 +73,34 @@ def block_factor(r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         d[block] = diagonal[block, block].sum(axis=1)
         lower[i:, block] = lower[i:, block] @ np.linalg.inv(lower[block, block])
     return lower, d
+
+
+def feedback_gain(lower: np.ndarray) -> np.ndarray:
+    """How much the feedback of LDLQ widens its targets.
+
+    With ``eta`` the blocks' own rounding errors, the error is ``L^-T eta`` and a block's target is the matrix plus
+    ``(I - L^-T) eta``.
+
+    Args:
+        lower: ``L`` of :func:`block_factor`, ``[k, k]``.
+
+    Returns:
+        ``[k / 16, k / 16]``: variance of a block row's target (row) per unit of squared rounding error of a block row
+        below it (column).
+    """
+    blocks = len(lower) // codec.TILE
+    power = np.square(_lower_inverse(lower).T).reshape(blocks, codec.TILE, blocks, codec.TILE)
+    return np.triu(power.sum(axis=3).mean(axis=1), 1)
+
+
+def _lower_inverse(lower: np.ndarray) -> np.ndarray:
+    """Inverse of a lower triangular matrix by halves: a sixth of the arithmetic of a general inverse."""
+    k = len(lower)
+    if k <= 4 * codec.TILE:
+        return np.linalg.inv(lower)
+    half = k // 2
+    result = np.zeros_like(lower)
+    result[:half, :half] = _lower_inverse(lower[:half, :half])
+    result[half:, half:] = _lower_inverse(lower[half:, half:])
+    result[half:, :half] = -result[half:, half:] @ lower[half:, :half] @ result[:half, :half]
+    return result

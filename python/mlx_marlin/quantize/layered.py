@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,19 @@ class _Recorder:
     def __call__(self, x, *args, **kwargs):
         self.calls.append((x, args, kwargs))
         return x
+
+    def __getattr__(self, name):
+        return getattr(self.layer, name)
+
+
+class _Feed:
+    """Stands in for a layer: gives what it is told, or passes the hidden state on."""
+
+    def __init__(self, layer, values=None):
+        self.layer, self.values = layer, values
+
+    def __call__(self, x, *args, **kwargs):
+        return x if self.values is None else mx.array(next(self.values))
 
     def __getattr__(self, name):
         return getattr(self.layer, name)
@@ -220,15 +234,22 @@ class LayeredModel:
             return x
 
         untie = self._tap_head(note)
-        feeds = iter(hidden)
-        first = self.names[0]
-        for name in self.names:
-            _replace(self.model, name, lambda x, *args, **kwargs: x)
-        _replace(self.model, first, lambda x, *args, **kwargs: mx.array(next(feeds)))
+        self._feed(hidden)
         for tokens in self.batches:
             self.model(tokens)
         untie()
         return seen
+
+    def _feed(self, hidden: list[np.ndarray]) -> None:
+        """Let the layers give these states, one per call of the model."""
+        for i, (name, layer) in enumerate(zip(self.names, self.layers)):
+            _replace(self.model, name, _Feed(layer, None if i else iter(hidden)))
+
+    def logits(self, hidden: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """The model's output, float32, for each of some states after the last layer, ``[windows, length, hidden]``."""
+        self._feed(hidden)
+        for h in hidden:
+            yield np.array(self.model(self.batches[0][: h.shape[0], : h.shape[1]]).astype(mx.float32))
 
     def _tap_head(self, note):
         if getattr(self.model, "lm_head", None) is not None:

@@ -61,8 +61,9 @@ class Source:
 
     def base(self, path: str) -> str | None:
         """The checkpoint's name of the linear at an mlx-lm module path, without ``.weight``."""
-        if f"{path}.weight" in self.tensors:
-            return path
+        for spelling in _spellings(path):
+            if f"{spelling}.weight" in self.tensors:
+                return spelling
         ends = [n for n in self.tensors if n.endswith(f".{path}.weight")]
         return ends[0][: -len(".weight")] if len(ends) == 1 else None
 
@@ -72,11 +73,12 @@ class Source:
         Raises:
             ValueError: If the checkpoint has no experts there.
         """
-        for prefix in {n[: n.index(f"{block}.experts.")] for n in self.tensors if f"{block}.experts." in n}:
-            full = f"{prefix}{block}.experts"
-            if f"{full}.0.w1.weight" in self.tensors:
-                return full, {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-            return full, {part: part for part in ("gate_proj", "up_proj", "down_proj")}
+        for spelling in _spellings(block):
+            for prefix in {n[: n.index(f"{spelling}.experts.")] for n in self.tensors if f"{spelling}.experts." in n}:
+                full = f"{prefix}{spelling}.experts"
+                if f"{full}.0.w1.weight" in self.tensors:
+                    return full, {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+                return full, {part: part for part in ("gate_proj", "up_proj", "down_proj")}
         raise ValueError(f"{self.path} holds no tensors {block}.experts.*, which the model's experts should come from")
 
     def kept(self, name: str) -> Tensor:
@@ -92,6 +94,12 @@ class Source:
         if dtype == "F32" or (dtype == "BF16" and name.endswith(_HALF_SUFFIXES)):
             return "F16"
         return dtype
+
+
+def _spellings(path: str) -> list[str]:
+    """A module path, and as checkpoints have it that say ``model.language_model`` for ``language_model.model``."""
+    head, layers, tail = path.partition(".layers.")
+    return [path, ".".join(reversed(head.split("."))) + layers + tail]
 
 
 def half(name: str, values: np.ndarray) -> Tensor:

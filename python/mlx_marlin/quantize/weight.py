@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import codec, ops
+from .. import codec
 from ..weights import TrellisWeight
 from . import hessian as hessians
 from .ldlq import ldlq, quantize_tiles
-from .regularise import Regularised, expected_scale, global_scale, padded, random_signs, regularise
+from .regularise import Regularised, feedback_scale, global_scale, padded, random_signs, regularise
 
 # Exponents (a, b) of the input scales |W_row|^a * h^-b that are tried: (1, 0) is best if LDLQ whitens the error
 # fully, (1/2, 1/4) without any feedback. The one with the least predicted loss is taken.
@@ -29,6 +29,7 @@ class Prepared:
         hessian: Damped Hessian in the weight's own basis, float64 ``[k, k]``, or ``None``.
         factor: ``L`` of the rotated Hessian, or ``None``.
         spread: Diagonal of ``D``, float64 ``[k]``: loss per unit of each row's rounding error.
+        gain: What feedback adds to the targets, ``[k / 16, k / 16]``.
     """
 
     weight: np.ndarray
@@ -37,6 +38,7 @@ class Prepared:
     hessian: np.ndarray | None
     factor: np.ndarray | None
     spread: np.ndarray
+    gain: np.ndarray
 
 
 def _row_magnitudes(weight: np.ndarray) -> np.ndarray:
@@ -81,7 +83,9 @@ def prepare(weight: np.ndarray, hessian: np.ndarray | None, seed) -> Prepared:
     if hessian is not None:
         h = hessians.damped(np.pad(np.asarray(hessian, np.float64), (0, k - rows)))
     suh, factor, spread = _input_scales(weight, h, signs[:k])
-    return Prepared(weight, (rows, columns), regularise(weight, suh, signs[k:]), h, factor, spread)
+    blocks = k // codec.TILE
+    gain = np.zeros((blocks, blocks)) if factor is None else hessians.feedback_gain(factor)
+    return Prepared(weight, (rows, columns), regularise(weight, suh, signs[k:]), h, factor, spread, gain)
 
 
 @dataclass(frozen=True)
@@ -96,30 +100,21 @@ class Codes:
     out_features: int
 
 
-def measured_loss(p: Prepared, bits: int, codebook: str, tiles: int) -> float:
-    """Expected squared output error per input row at one K, from quantizing a sample of the tiles.
-
-    With feedback the loss is the sum over rows of D times the rounding error, and the rounding error is that of
-    tiles like these.
-    """
-    inner = p.regularised.inner
-    every = codec.matrix_to_tiles(inner).reshape(-1, codec.TILE_SIZE)
-    sample = every[np.unique(np.linspace(0, len(every) - 1, tiles).astype(int))]
-    scale = np.float32(expected_scale(inner, bits, codebook))
-    found = codec.decode(ops.viterbi_search(sample * scale, bits, codebook, threads=1), codebook)
-    error = float(np.mean(np.square(found.astype(np.float64) / scale - sample)))
-    return error * float(p.spread.sum()) * float(np.sum(np.square(p.regularised.svh, dtype=np.float64)))
+def expected_loss(p: Prepared, bits: int, codebook: str) -> float:
+    """Expected squared output error per input row at one K."""
+    _, loss = feedback_scale(p.regularised.inner, p.gain, p.spread, bits, codebook)
+    return loss * float(np.sum(np.square(p.regularised.svh, dtype=np.float64)))
 
 
 def quantize_prepared(p: Prepared, bits: int, codebook: str, threads=None) -> Codes:
     """Quantize a prepared weight at one K."""
     r = p.regularised
-    scale = np.float32(global_scale(r.inner, bits, codebook, threads))
-    target = r.inner * scale
     if p.factor is None:
-        states, values = quantize_tiles(target, bits, codebook, threads)
+        scale = np.float32(global_scale(r.inner, bits, codebook, threads))
+        states, values = quantize_tiles(r.inner * scale, bits, codebook, threads)
     else:
-        states, values = ldlq(target, p.factor, bits, codebook, threads)
+        scale = np.float32(feedback_scale(r.inner, p.gain, p.spread, bits, codebook)[0])
+        states, values = ldlq(r.inner * scale, p.factor, bits, codebook, threads)
     outer = codec.hadamard(codec.hadamard(values, axis=0), axis=1)
     suh, svh = _refine_scales(p, outer, r.suh, r.svh / scale)
     return Codes(codec.pack(states, bits), suh, svh, codebook, *p.shape)
