@@ -1,0 +1,51 @@
+"""The Metal encoder compiles against MLX's own headers: what of a Mac's build the quick tests look at."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ziglang = pytest.importorskip("ziglang", reason="the macOS cross-build needs PyPI's ziglang (pip install ziglang)")
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import build_macos  # noqa: E402
+
+ENCODER = build_macos.ROOT / "csrc/metal/encode.cpp"
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="on a Mac the encoder is part of the extension")
+
+
+@pytest.fixture(scope="module")
+def include():
+    try:
+        return build_macos.mlx_site() / "mlx/include"
+    except build_macos.NoNetwork as error:
+        pytest.skip(f"NOT TESTED: the Metal encoder. {error}")
+
+
+def check(source: Path, include: Path) -> subprocess.CompletedProcess:
+    """Parse and type-check a source as for macOS."""
+    command = [sys.executable, "-m", "ziglang", "c++", "-target", build_macos.TARGET, "-std=c++20", "-fsyntax-only"]
+    command += ["-Wall", "-Wextra", "-Werror"]
+    command += ["-Wno-unused-command-line-argument"]  # zig itself adds -c
+    command += [f"-I{build_macos.ROOT / folder}" for folder in ("csrc", "kernels")]
+    for folder in (include, include / "metal_cpp", HERE / "stubs"):
+        command += ["-isystem", str(folder)]
+    return subprocess.run([*command, str(source)], capture_output=True, text=True)
+
+
+def test_the_encoder_compiles(include):
+    done = check(ENCODER, include)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_a_wrong_call_is_found(include, tmp_path):
+    text = ENCODER.read_text()
+    assert text.count("encoder.set_input_array(") == 1
+    wrong = tmp_path / "encode.cpp"
+    wrong.write_text(text.replace("encoder.set_input_array(", "encoder.set_input_arrays("))
+    done = check(wrong, include)
+    assert done.returncode != 0 and "set_input_arrays" in done.stderr
