@@ -271,13 +271,13 @@ def test_constants_and_kernels_exist_in_the_sources():
     text = (KERNELS / "args.h").read_text()
     names = set(re.findall(r"X\(\d+, \w+, (\w+)\)", text)) | set(re.findall(r"X\((\w+)\)", text))
     assert set(ops._ext.SOURCE_CONSTANTS) <= names
+    texts = shaders.sources(ops.SHADERS)
     for problem in PROBLEMS:
         for chosen in configs(problem)[::7]:
             for d in ops.plan(problem, chosen)["dispatches"]:
                 assert set(d["constants"]) <= names
                 function = d["kernel"].split("<")[0]
-                text = shaders.sources(ops.SHADERS)[function.removeprefix("trellis_")]
-                assert re.search(rf"\[\[kernel.*\]\] void {function}\(", text)
+                assert re.search(rf"\[\[kernel.*\]\] void {function}\(", texts[function.removeprefix("trellis_")])
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
