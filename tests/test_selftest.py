@@ -13,6 +13,8 @@ from mlx_marlin.kernels import Problem
 from mlx_marlin.weights import ExpertBank
 
 SWIGLU = Problem("swiglu", 1, 8, 2048, 768, 128, ((2, 3, 2), (3, 3, 4)), ("3inst", "mcg"), "silu", "float32", "gpu")
+# One projection of experts; rows are slots.
+GATHERED = Problem("linear", 8, 1, 1024, 768, 64, ((2,), (3,)), ("mcg", "mul1"), "none", "float16", "gpu")
 LINEAR = Problem("linear", 4, 1, 1024, 1024, 1, ((3,),), ("mul1",), "none", "float32", "gpu")
 
 
@@ -20,7 +22,7 @@ def right(problem, config, case):
     """A correct executor: the CPU's kernels."""
     x = mx.array(case["x"]).astype(getattr(mx, problem.dtype))
     if problem.kind == "linear":
-        y = ops.trellis_linear(x, case["weight"], stream=mx.cpu)
+        y = selftest.gathered(replace(problem, device="cpu"), None, case, x)
     else:
         scores = None if case["scores"] is None else mx.array(case["scores"])
         bank = ExpertBank(*case["weights"])
@@ -75,6 +77,8 @@ def self_test(tmp_path, execute):
         SWIGLU,
         replace(SWIGLU, combine=True, bias=True, activation="swiglu_oai"),
         LINEAR,
+        GATHERED,
+        replace(GATHERED, rows=1, bias=True),
         replace(SWIGLU, activation="gelu_tanh", dtype="float16"),
         replace(SWIGLU, dtype="bfloat16"),
     ],
@@ -89,7 +93,7 @@ def test_right_kernels_pass(tmp_path, problem):
 
 
 @pytest.mark.parametrize("spoil", [one_column, last_row_of_nan, halved, not_compiled])
-@pytest.mark.parametrize("problem", [SWIGLU, LINEAR])
+@pytest.mark.parametrize("problem", [SWIGLU, LINEAR, GATHERED])
 def test_a_wrong_kernel_is_refused(tmp_path, problem, spoil):
     wrong = kernels.default(problem)
     test = self_test(tmp_path, Planted(lambda config: config == wrong, spoil))
@@ -198,6 +202,19 @@ def test_the_small_case_runs_the_kernels_that_the_layer_runs(hidden, intermediat
     wide, narrow = replace(problem, hidden=8192), replace(problem, hidden=1024)
     if columns > 16:
         assert selftest._key(wide, config) != selftest._key(narrow, config)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_gathered_products_are_tested_as_such(rows):
+    """A verdict on a linear is none on one projection of experts: rows are routed and indexed there."""
+    problem = replace(GATHERED, rows=rows)
+    config = kernels.default(problem)
+    small = selftest.small_problem(problem, config)
+    assert small.experts >= 3 and small.bits == problem.bits
+    alone = replace(problem, experts=1, bits=((2,),))
+    assert selftest._key(problem, config) != selftest._key(alone, config)
+    plan = ops.plan(small, config)["dispatches"]
+    assert any(b["name"] == "indices" for d in plan for b in d["buffers"])
 
 
 def test_a_call_without_rows_says_nothing_about_kernels(tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ class Problem:
         top_k: Experts per token; 1 for a linear.
         hidden: Logical input size.
         intermediate: Padded width between gate/up and down; for a linear, the logical output size.
-        experts: Experts in the bank; 1 for a linear.
+        experts: Experts in the bank; 1 for a linear, more for one projection of experts, whose rows are slots.
         bits: Sorted distinct (gate, up, down) bits present; for a linear, ``((K,),)``.
         codebooks: Sorted distinct codebooks present.
         activation: One of :data:`ACTIVATIONS`; ``"none"`` for a linear.

@@ -44,7 +44,7 @@ def infeasible(problem, config) -> str | None:
         return f"the narrowest output has {_narrowest(problem)} columns, got tile_size_n={columns}"
     if config.simdgroups not in SIMDGROUPS:
         return f"a threadgroup has {_either(SIMDGROUPS)} simdgroups, got simdgroups={config.simdgroups}"
-    if problem.kind == "swiglu" and rows > 1 and problem.experts > MAX_EXPERTS:
+    if rows > 1 and problem.experts > MAX_EXPERTS:
         return (
             f"the slots of more than {MAX_EXPERTS} experts cannot be sorted and the layer has {problem.experts}; "
             "use tile_size_m=1"

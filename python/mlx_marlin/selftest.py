@@ -23,7 +23,7 @@ from . import choices, files, kernels, ops, profile_io, reference
 from .choices import Choice
 from .device import fingerprint
 from .kernels import KernelConfig, Problem
-from .weights import ExpertBank, TrellisWeight
+from .weights import ExpertBank, ExpertStack, TrellisWeight
 
 __all__ = ["SelfTest", "fault", "select"]
 
@@ -56,7 +56,7 @@ def small_problem(problem: Problem, config: KernelConfig) -> Problem:
         ValueError: If none of the sizes has such a plan.
     """
     rows = config.tile_size_m + 1
-    experts = max(len(problem.bits), _EXPERTS) if problem.kind == "swiglu" else 1
+    experts = max(len(problem.bits), _EXPERTS) if problem.kind == "swiglu" or problem.experts > 1 else 1
     same = replace(problem, rows=rows, top_k=min(problem.top_k, experts, 2), experts=experts)
     wanted = _code(replace(problem, rows=rows), config)
     for hidden, intermediate in sorted(product(_SIZES, _SIZES), key=lambda sizes: (sizes[0] * sizes[1], sizes)):
@@ -83,9 +83,10 @@ def make_case(problem: Problem) -> dict:
     x = rng.standard_normal((problem.rows, problem.hidden)).astype(np.float32)
     x[:, ::128] = 16 * x[:, ::128] + np.copysign(12, x[:, ::128])
     if problem.kind == "linear":
-        (bits,) = problem.bits[0]
-        w = _weight(rng, problem.hidden, problem.intermediate, bits, codebooks[0], problem.bias)
-        return {"x": x, "weight": w}
+        sizes = problem.hidden, problem.intermediate
+        formats = zip((problem.bits[e % len(problem.bits)][0] for e in range(problem.experts)), codebooks)
+        weights = [_weight(rng, *sizes, *format, problem.bias) for format in formats]
+        return {"x": x, "weights": weights, "indices": rng.integers(0, len(weights), problem.rows, np.uint32)}
     shapes = [(problem.hidden, problem.intermediate)] * 2 + [(problem.intermediate, problem.hidden)]
     lists = [
         [
@@ -103,15 +104,18 @@ def expected(problem: Problem, case: dict) -> np.ndarray:
     """What the case must give, by the codec, in float64."""
     x = np.array(mx.array(case["x"]).astype(getattr(mx, problem.dtype)).astype(mx.float32)).astype(np.float64)
     if problem.kind == "linear":
-        return reference.linear(x, case["weight"])
+        return np.concatenate([reference.linear(row[None], case["weights"][e]) for row, e in zip(x, case["indices"])])
     return reference.swiglu(x, case["indices"], case["weights"], case["scores"], problem.activation, 1.702, 7.0)
 
 
 def run_on_gpu(problem: Problem, config: KernelConfig, case: dict) -> np.ndarray:
     """The case through the primitives, on the GPU; float32."""
     x = mx.array(case["x"]).astype(getattr(mx, problem.dtype))
-    if problem.kind == "linear":
-        y = ops.trellis_linear(x, case["weight"], config=config, stream=mx.gpu)
+    if problem.kind == "linear" and problem.experts == 1:
+        y = ops.trellis_linear(x, case["weights"][0], config=config, stream=mx.gpu)
+    elif problem.kind == "linear":
+        with mx.stream(mx.gpu):
+            y = gathered(problem, config, case, x)
     else:
         scores = None if case["scores"] is None else mx.array(case["scores"])
         y = ops.trellis_swiglu(
@@ -124,6 +128,13 @@ def run_on_gpu(problem: Problem, config: KernelConfig, case: dict) -> np.ndarray
             stream=mx.gpu,
         )
     return np.array(y.astype(mx.float32))
+
+
+def gathered(problem: Problem, config: KernelConfig, case: dict, x: mx.array) -> mx.array:
+    """One projection of experts, each row by its own, on the current stream."""
+    stack = ops.prepare(ExpertStack.of("experts", case["weights"]))
+    indices = mx.array(case["indices"])[:, None]
+    return ops.gather_linear(x, indices, stack, select=lambda *_: ops.resolve("self-test", problem, config))[:, 0]
 
 
 def _key(problem: Problem, config: KernelConfig) -> str:

@@ -51,7 +51,7 @@ def plan(
             problem.hidden,
             problem.intermediate,
             1,
-            False,
+            problem.experts > 1,
             False,
             native,
         )

@@ -97,27 +97,27 @@ def _row_count(rows) -> int:
     return int(rows)
 
 
+@lru_cache(maxsize=4096)
+def _distinct(*per_expert: tuple) -> tuple:
+    return tuple(sorted(set(zip(*per_expert))))
+
+
 def linear_problem(stack: ExpertStack, rows: int, dtype: mx.Dtype | str, device: str) -> Problem:
-    """The problem that a linear poses for a number of rows."""
+    """The problem that a linear, or one projection of several experts, poses for a number of rows."""
     return Problem(
         kind="linear",
         rows=_row_count(rows),
         top_k=1,
         hidden=stack.in_features,
         intermediate=stack.out_features,
-        experts=1,
-        bits=((stack.bits[0],),),
-        codebooks=(stack.codebooks[0],),
+        experts=len(stack.bits),
+        bits=_distinct(stack.bits),
+        codebooks=tuple(sorted(set(stack.codebooks))),
         activation="none",
         dtype=_dtype_name(dtype),
         device=device,
         bias=stack.bias is not None,
     )
-
-
-@lru_cache(maxsize=4096)
-def _distinct(*per_expert: tuple) -> tuple:
-    return tuple(sorted(set(zip(*per_expert))))
 
 
 def swiglu_problem(
