@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,8 +74,11 @@ def layer_jobs(model: LayeredModel, index: int, taps: Taps, source: Source, hidd
     prefix = model.names[index]
     jobs = []
     for path, tap in taps.linears.items():
+        if tap.hessian is None:
+            continue
         name = source.base(f"{prefix}.{path}")
-        if name is None or tap.hessian is None:
+        if name is None:  # made by mlx-lm's sanitize: what it was made of is copied
+            warnings.warn(f"{prefix}.{path} is not quantized: the checkpoint has no tensor of that name", stacklevel=2)
             continue
         effect = 1.0 if seed is None else _linear_effect(model, index, tap, hidden, seed_of(seed, name))
         jobs.append(_linear_job(name, tap, effect))
