@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -42,15 +43,19 @@ class Build:
     """Sources to a static aarch64 program."""
 
     def __init__(self, directory: Path):
-        self.directory, self.objects = directory, []
+        self.directory, self.objects, self.running = directory, [], []
+        self.pool = ThreadPoolExecutor(2)
         self.zig = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-std=c++20"]
         self.zig.append(f"-I{ROOT / 'csrc'}")
 
     def compile(self, source: Path, name: str, flags: list[str]) -> None:
         self.objects.append(str(self.directory / f"{name}.o"))
-        subprocess.run([*self.zig, *flags, "-c", str(source), "-o", self.objects[-1]], check=True)
+        command = [*self.zig, *flags, "-c", str(source), "-o", self.objects[-1]]
+        self.running.append(self.pool.submit(subprocess.run, command, check=True))
 
     def link(self) -> Path:
+        for done in self.running:
+            done.result()
         program = self.directory / "driver"
         subprocess.run([*self.zig, "-static", "-s", *self.objects, "-o", str(program)], check=True)
         return program
