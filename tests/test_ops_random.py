@@ -43,14 +43,15 @@ def check_random_layer(seed: int) -> None:
         stream=mx.cpu,
     )
     x64 = np.array(x.astype(mx.float32)).astype(np.float64)
+    slots = cases.reference_swiglu(x64, indices, weights, None, activation)
     if scores is None:
-        assert (
-            cases.row_error(y, cases.reference_swiglu(x64, indices, weights, None, activation))
-            <= cases.TOLERANCE[dtype]
-        )
+        error = np.linalg.norm(np.array(y.astype(mx.float32)) - slots, axis=-1)
+        # A slot of few outputs may be near zero by chance; all slots together are not.
+        scale = np.maximum(np.linalg.norm(slots, axis=-1), np.sqrt(hidden * np.mean(np.square(slots))))
+        assert (error <= cases.TOLERANCE[dtype] * scale).all()
         return
     # Scores of both signs may cancel: the error is measured against the slots that were added.
-    slots = cases.reference_swiglu(x64, indices, weights, None, activation) * scores[..., None]
+    slots *= scores[..., None]
     error = np.linalg.norm(np.array(y.astype(mx.float32)) - slots.sum(axis=1), axis=-1)
     assert (error <= cases.TOLERANCE[dtype] * np.linalg.norm(slots, axis=-1).sum(axis=-1)).all()
 
