@@ -1,5 +1,7 @@
 """Fixtures that several files share."""
 
+import signal
+
 import pytest
 
 from mlx_marlin import _ext
@@ -20,3 +22,17 @@ def instruction_set(request):
     _ext.set_instruction_set(request.param)
     yield request.param
     _ext.set_instruction_set("auto")
+
+
+@pytest.fixture
+def tuning_sandbox(tmp_path, monkeypatch):
+    """No profile of the machine, weight copies for a small cache; afterwards the process is as it was."""
+    from mlx_marlin import profile, workload
+
+    monkeypatch.setenv("MLX_MARLIN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(workload, "last_level_cache", lambda: 1 << 16)
+    handler = signal.getsignal(signal.SIGTERM)
+    profile.refresh()
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    profile.use_profile(None)

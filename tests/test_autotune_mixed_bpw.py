@@ -10,21 +10,13 @@ import numpy as np
 import pytest
 from tuning import BASE, DECODE, DOCUMENT, LARGE, PREFILL, linear, mixed_experts, table
 
-from mlx_marlin import autotune, device, kernels, ops, profile, workload
+from mlx_marlin import autotune, device, kernels, ops, profile
 from mlx_marlin.autotune import AutotuneConfig, BenchmarkResult, KernelConfig, MixedBPWAutoTuner
 from mlx_marlin.kernels import Problem
 from mlx_marlin.profile import ProfileError
 from mlx_marlin.workload import Workload
 
-
-@pytest.fixture(autouse=True)
-def sandbox(tmp_path, monkeypatch):
-    """No profile of the machine, and weight copies for a small cache."""
-    monkeypatch.setenv("MLX_MARLIN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(workload, "last_level_cache", lambda: 1 << 16)
-    profile.refresh()
-    yield
-    profile.use_profile(None)
+pytestmark = pytest.mark.usefixtures("tuning_sandbox")
 
 
 def tuner_with(table, **keywords):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from tuning import DECODE, DOCUMENT, PREFILL, cpu_profile, linear
 
-from mlx_marlin import device, profile, profile_io, workload
+from mlx_marlin import device, profile_io
 from mlx_marlin.autotune import AutotuneConfig, MixedBPWAutoTuner
 from mlx_marlin.profile import ProfileError
 from mlx_marlin.race import Rules
@@ -14,14 +14,7 @@ from mlx_marlin.race import Rules
 FAST = Rules(rounds=2, warmup=1)
 
 
-@pytest.fixture(autouse=True)
-def sandbox(tmp_path, monkeypatch):
-    """No profile of the machine, and weight copies for a small cache."""
-    monkeypatch.setenv("MLX_MARLIN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(workload, "last_level_cache", lambda: 1 << 16)
-    profile.refresh()
-    yield
-    profile.refresh()
+pytestmark = pytest.mark.usefixtures("tuning_sandbox")
 
 
 def foreign(tmp_path, kind):

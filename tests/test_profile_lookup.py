@@ -11,14 +11,7 @@ from mlx_marlin import choices, kernels, profile
 from mlx_marlin.kernels import Problem
 from mlx_marlin.profile import ProfileError
 
-
-@pytest.fixture(autouse=True)
-def sandbox(tmp_path, monkeypatch):
-    """No profile of the machine."""
-    monkeypatch.setenv("MLX_MARLIN_CACHE_DIR", str(tmp_path / "cache"))
-    profile.refresh()
-    yield
-    profile.use_profile(None)
+pytestmark = pytest.mark.usefixtures("tuning_sandbox")
 
 
 def layer_problem(rows=1, **changes):

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from tuning import PlantedClock, linear, mixed_experts
 
-from mlx_marlin import kernels, profile, profile_io, trial, workload
+from mlx_marlin import kernels, profile_io, trial, workload
 from mlx_marlin.autotune import BenchmarkResult, MixedBPWAutoTuner
 from mlx_marlin.kernels import KernelConfig, Problem
 from mlx_marlin.layers import TrellisLinear
@@ -21,14 +21,7 @@ from mlx_marlin.workload import ConfigClock, Workload
 FAST = Rules(rounds=3, warmup=1)
 
 
-@pytest.fixture(autouse=True)
-def sandbox(tmp_path, monkeypatch):
-    """No profile of the machine, and weight copies for a small cache."""
-    monkeypatch.setenv("MLX_MARLIN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(workload, "last_level_cache", lambda: 1 << 16)
-    profile.refresh()
-    yield
-    profile.use_profile(None)
+pytestmark = pytest.mark.usefixtures("tuning_sandbox")
 
 
 def tuner(**more):

@@ -1,35 +1,22 @@
 """The mlx_marlin-tune command: arguments, profile, failures, several processes."""
 
 import json
-import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from tuning import SMALL, tune
 
-from mlx_marlin import kernels, profile, profile_io, tune_cli, tuning_run, workload
+from mlx_marlin import kernels, profile, profile_io, tune_cli, tuning_run
 from mlx_marlin.kernels import Problem
 from mlx_marlin.workload import Workload
 
 MODELS = Path(__file__).parents[1] / "models"
-SMALL = ["--shape", "256,128,4,2", "--bits", "2,3", "--device", "cpu", "--iterations", "2", "--warmup", "1", "--quick"]
 
 
-@pytest.fixture(autouse=True)
-def sandbox(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_MARLIN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(workload, "last_level_cache", lambda: 1 << 16)
-    handler = signal.getsignal(signal.SIGTERM)
-    profile.refresh()
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    profile.refresh()
-
-
-def tune(*more):
-    return tune_cli.main([*SMALL, *more])
+pytestmark = pytest.mark.usefixtures("tuning_sandbox")
 
 
 def test_writes_the_profile_that_layers_find(capsys):

@@ -7,26 +7,12 @@ import sys
 import time
 
 import pytest
+from tuning import SMALL, tune
 
-from mlx_marlin import profile, tune_cli, tuning_run, workload
+from mlx_marlin import profile, tuning_run, workload
 from mlx_marlin.workload import Workload
 
-SMALL = ["--shape", "256,128,4,2", "--bits", "2,3", "--device", "cpu", "--iterations", "2", "--warmup", "1", "--quick"]
-
-
-@pytest.fixture(autouse=True)
-def sandbox(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLX_MARLIN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(workload, "last_level_cache", lambda: 1 << 16)
-    handler = signal.getsignal(signal.SIGTERM)
-    profile.refresh()
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    profile.refresh()
-
-
-def tune(*more):
-    return tune_cli.main([*SMALL, *more])
+pytestmark = pytest.mark.usefixtures("tuning_sandbox")
 
 
 def sessions():

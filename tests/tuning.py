@@ -6,7 +6,7 @@ import random
 import cases
 import numpy as np
 
-from mlx_marlin import kernels
+from mlx_marlin import kernels, tune_cli
 from mlx_marlin.kernels import KernelConfig
 from mlx_marlin.layers import TrellisSwitchGLU
 from mlx_marlin.profile import AutotuneConfig
@@ -18,6 +18,9 @@ DECODE = KernelConfig("moe_trellis_swiglu_decode", 2, 64, 1, True, "decode")
 PREFILL = KernelConfig("moe_trellis_swiglu_prefill4", 4, 64, 1, True, "prefill4")
 BASE = KernelConfig("moe_trellis_swiglu", 16, 64, 1, True, "base")
 LARGE = KernelConfig("moe_trellis_swiglu_large_batch", 64, 128, 1, True, "large_batch")
+
+# A run of mlx_marlin-tune that takes a second or two.
+SMALL = ["--shape", "256,128,4,2", "--bits", "2,3", "--device", "cpu", "--iterations", "2", "--warmup", "1", "--quick"]
 
 # A profile of the schema without a fingerprint: the example of mixed_bpw_autotuning, to the letter.
 DOCUMENT = {
@@ -43,6 +46,11 @@ DOCUMENT = {
     "adaptation_history_len": 100,
     "benchmark_count": 250,
 }
+
+
+def tune(*more):
+    """The exit code of a small run."""
+    return tune_cli.main([*SMALL, *more])
 
 
 def linear(bits=3, out=256):

@@ -16,7 +16,6 @@ from itertools import product
 from . import cpu_rules, metal_rules, search_space
 from .cpu_rules import PANEL_ROWS as CPU_PANEL_ROWS
 from .cpu_rules import TASK_COLUMNS as CPU_TASK_COLUMNS
-from .cpu_rules import padded as padded
 from .search_space import Hardware
 
 VARIANTS = ("decode", "prefill4", "base", "large_batch")

@@ -21,6 +21,7 @@ from .progress import Progress
 from .race import Rules
 from .stats import holm, p_faster, p_slower_than, without_drift
 from .trial import Objective
+from .tuning_run import name_of
 from .workload import ConfigClock, Workload, release
 
 # Probability that a check in which nothing has changed takes anything for a regression, before it confirms it.
@@ -117,7 +118,7 @@ class Check:
         for problem, entry in entries:
             if time.perf_counter() > deadline:
                 break
-            bar.begin(f"{problem.kind} {problem.hidden}x{problem.intermediate}, {problem.rows} rows")
+            bar.begin(name_of(problem))
             looked.append(self._look(problem, entry))
             bar.end()
         suspects = self._significant({i: s for i, s in enumerate(looked) if isinstance(s, _Sampled)}, None)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from . import files, kernels, profile_io, regression, report, tuning_run
+from . import codec, files, kernels, profile_io, regression, report, tuning_run
 from .device import default_device, memory_bytes
 from .kernels import Problem
 from .profile_data import ProfileError
@@ -141,7 +141,7 @@ def layers(args, device: str) -> list[Problem]:
     hidden, inter, experts, top_k = args.shape or DEFAULT_SHAPE
     mixes = ((args.bits or ((4, 4, 4),)),) if args.shape else DEFAULT_MIXES
     problems = [
-        Problem("swiglu", 1, top_k, hidden, kernels.padded(inter), experts, bits, ("mul1",), "silu", dtype, device)
+        Problem("swiglu", 1, top_k, hidden, codec.padded(inter), experts, bits, ("mul1",), "silu", dtype, device)
         for bits in mixes
     ]
     if not args.shape:

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import codec, kernels, ops, reference
 from .device import last_level_cache
-from .kernels import KernelConfig, Problem, padded
+from .kernels import KernelConfig, Problem
 from .layers import TrellisLinear, TrellisSwitchGLU
 from .measure import Chain
 from .ops import Stack
@@ -317,7 +317,7 @@ def call_bytes(problem: Problem) -> int:
     if problem.device == "gpu":
         return inputs + outputs * item + sum(ops.plan(problem)["scratch"].values())
     inner = problem.intermediate if problem.kind == "swiglu" else 0
-    rotated = min(_ROTATED_BYTES, 4 * slots * (2 * padded(problem.hidden) + inner))
+    rotated = min(_ROTATED_BYTES, 4 * slots * (2 * codec.padded(problem.hidden) + inner))
     combined = min(_COMBINED_BYTES, 4 * slots * problem.hidden) if problem.combine else 0
     return inputs + outputs * item + rotated + combined
 
@@ -359,12 +359,12 @@ def _bits(problem: Problem, part: int) -> list[int]:
 
 
 def _words(problem: Problem, part: int, rows: int, columns: int) -> int:
-    return sum(_bits(problem, part)) * (padded(rows) * padded(columns) // 32)
+    return sum(_bits(problem, part)) * (codec.padded(rows) * codec.padded(columns) // 32)
 
 
 def _random_stack(rng: np.random.Generator, problem: Problem, part: int, rows: int, columns: int) -> Stack:
     """Random weights of one projection."""
-    k, n, experts = padded(rows), padded(columns), problem.experts
+    k, n, experts = codec.padded(rows), codec.padded(columns), problem.experts
     # Each codebook meets each mix of widths: the codebook steps once per round of the widths.
     ids = [
         codec.CODEBOOKS.index(problem.codebooks[e // len(problem.bits) % len(problem.codebooks)])

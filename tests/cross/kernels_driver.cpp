@@ -5,19 +5,11 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "open_file.h"
 
 using namespace mlx_marlin::cpu;
 
 namespace {
-
-FILE* open_file(const char* path, const char* mode) {
-  FILE* file = std::fopen(path, mode);
-  if (!file) {
-    std::perror(path);
-    std::exit(1);
-  }
-  return file;
-}
 
 struct Reader {
   FILE* file;

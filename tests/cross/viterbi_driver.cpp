@@ -4,18 +4,10 @@
 #include <cstdlib>
 #include <vector>
 
+#include "open_file.h"
 #include "viterbi.h"
 
 namespace {
-
-FILE* open_file(const char* path, const char* mode) {
-  FILE* file = std::fopen(path, mode);
-  if (!file) {
-    std::perror(path);
-    std::exit(1);
-  }
-  return file;
-}
 
 std::vector<float> read_floats(const char* path) {
   FILE* file = open_file(path, "rb");

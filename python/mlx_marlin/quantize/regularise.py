@@ -49,11 +49,6 @@ class Regularised:
     svh: np.ndarray
 
 
-def padded(size: int) -> int:
-    """The next multiple of 128."""
-    return -(-size // codec.HADAMARD_SIZE) * codec.HADAMARD_SIZE
-
-
 def random_signs(seed, count: int) -> np.ndarray:
     """float32 ``[count]`` of +1 and -1."""
     return 1.0 - 2.0 * np.random.default_rng(seed).integers(0, 2, count).astype(np.float32)

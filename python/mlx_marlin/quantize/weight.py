@@ -10,7 +10,7 @@ from .. import codec
 from ..weights import TrellisWeight
 from . import hessian as hessians
 from .ldlq import ldlq, quantize_tiles
-from .regularise import Regularised, feedback_scale, global_scale, padded, random_signs, regularise
+from .regularise import Regularised, feedback_scale, global_scale, random_signs, regularise
 
 # Exponents (a, b) of the input scales |W_row|^a * h^-b that are tried: (1, 0) is best if LDLQ whitens the error
 # fully, (1/2, 1/4) without any feedback. The one with the least predicted loss is taken.
@@ -76,7 +76,7 @@ def prepare(weight: np.ndarray, hessian: np.ndarray | None, seed) -> Prepared:
         seed: Seed of the signs: an int or a sequence of ints.
     """
     rows, columns = weight.shape
-    k, n = padded(rows), padded(columns)
+    k, n = codec.padded(rows), codec.padded(columns)
     weight = np.pad(np.asarray(weight, np.float32), ((0, k - rows), (0, n - columns)))
     signs = random_signs(seed, k + n)
     h = None
