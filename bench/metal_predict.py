@@ -136,7 +136,7 @@ def _one_row(bits: int) -> dict:
         },
         "chips": {
             codebook: {name: _on_chip(replace(problem, codebooks=(codebook,)), CHIPS[name]) for name in FLOORS}
-            for codebook in ("mcg", "mul1")
+            for codebook in CODEBOOKS
         },
     }
 

@@ -85,15 +85,21 @@ METAL_FUNC void align_codes(thread LaneCodes<K>& codes, bool odd_lane, uint zero
 }
 
 // The value of a 16-bit state, rounded to half as the format says.
+//
+// MUL1 needs s, the sum of the four bytes of x. The halves of x add up to 256 * (b3 + b1) + (b2 + b0), and with the odd
+// bytes set to 0xFF to b2 + b0 + 0x1FE00: the first plus 255 times the second is 256 s + 255 * 0x1FE00, a multiply-add
+// without a shift to the right. 16 times that are the bits of the float 2^-75 * (3074 + s). Multiplied out, every
+// value is exact in 24 bits: it is rounded once, to half.
 template <int Codebook>
 METAL_FUNC half codebook_value(ushort state) {
   if constexpr (Codebook == MARLIN_CODEBOOK_MUL1) {
+    constexpr float step = 0x1.bb8p-8f;   // half 0x1EEE
+    constexpr float bias = -0x1.4c4p+3f;  // half 0xC931, of 1024 + s
     const uint x = uint(state) * 0x83DCD12Du;
-    const uint pairs = (x & 0x00FF00FFu) + ((x >> 8) & 0x00FF00FFu);
-    const ushort2 sums = as_type<ushort2>(pairs);
-    // 0x6400 + s are the bits of half(1024 + s).
-    const half biased = as_type<half>(ushort(sums.x + sums.y + 0x6400));
-    return fma(biased, as_type<half>(ushort(0x1EEE)), as_type<half>(ushort(0xC931)));
+    const ushort2 halves = as_type<ushort2>(x);
+    const ushort2 even = as_type<ushort2>(x | 0xFF00FF00u);
+    const uint sum = (uint(even.x) + even.y) * 4080 + ((uint(halves.x) + halves.y) << 4);
+    return half(fma(as_type<float>(sum), step * 0x1p75f, bias - (3074 - 1024) * step));
   } else {
     uint x = uint(state) * (Codebook == MARLIN_CODEBOOK_MCG ? 0xCBAC1FEDu : 89226354u);
     x += Codebook == MARLIN_CODEBOOK_MCG ? 0u : 64248484u;

@@ -38,6 +38,10 @@ WINDOWS = {
         "ulong p = (ulong(t) << 32) | v; sum += float(value(v & 0xffff)) + float(value(uint(p >> lane) & 0xffff));",
         5.5,
     ),
+    "shift that feeds the add of a multiply-add": (
+        "sum += float(value(v & 0xffff)) + float(value(((v & 0xff) * 255 + (v << 4)) >> 16));",
+        3,
+    ),
     "conversion": ("sum += float(value(v & 0xffff)) + float(value(v >> 16)) + float(t);", 3),
 }
 
@@ -62,6 +66,15 @@ def test_the_multiply_add_is_one_operation():
     assert weights and counts["multiply"] == counts["load"] == weights
     assert counts["half"] == counts["float"] == weights  # adding the halves, and the sum
     assert counts["integer"] >= 2 * weights  # and, xor; then the loop's own
+
+
+def test_half_and_library_functions_are_counted():
+    body = "sum += float(fma(value(v & 0xffff), half(xt), half(0.5h))) + exp(xt);"
+    library = compile_counted(HEAD + DECODE.replace("BODY", body))
+    codes, x = np.arange(96, dtype=np.uint32), np.ones(3, np.float32)
+    counts = library.run("k", [codes, x, metal_sim.Out(32, "f4"), np.int32(3)], grid=1, threads=32).inner_loop.counts
+    assert counts["half"] == 2 * counts["multiply"] == 2 * 96  # the sum of the halves, and fma
+    assert counts["special"] == 96
 
 
 def test_counted_and_checked_builds_agree():

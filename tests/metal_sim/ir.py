@@ -208,7 +208,7 @@ def _classify(function):
 
 
 def _joins_a_multiply(i, definitions, users):
-    """The add of a multiply-add: one instruction, IMAD."""
+    """The add of a multiply-add: one instruction, IMAD, which also shifts its addend (Mesa's table of AGX opcodes)."""
     factors = [definitions[o] for o in i.operands if o in definitions and definitions[o].op == "mul"]
     return i.op == "add" and i.bits < 64 and any(len(users[f.result]) == 1 for f in factors)
 
@@ -281,9 +281,10 @@ def _shift(i, users, wide):
 
 
 def _call(i):
-    name = re.search(r"@llvm\.([a-z0-9]+)", i.rest)
+    callee = re.search(r"@([\w.]+)", i.rest)
+    name = re.match(r"llvm\.([a-z0-9]+)", callee[1]) if callee else None
     if not name:
-        return None, 0
+        return _library_call(callee[1]) if callee else (None, 0)
     if name[1] in ("fshl", "fshr"):
         amount = i.rest.rsplit(",", 1)[-1]
         if "%" in amount:
@@ -292,6 +293,13 @@ def _call(i):
     kind = _INTRINSIC.get(name[1])
     kind = "half" if kind == "float" and i.bits == 16 else kind
     return (kind, i.lanes) if kind else (None, 0)
+
+
+def _library_call(callee):
+    if callee == "msl_fma_half":
+        return "half", 1
+    # The runtime counts its own calls; the kernels' functions count themselves. The others are libm's.
+    return (None, 0) if callee.startswith(("msl_", "_Z")) else ("special", 1)
 
 
 def natural_loops(function: Function) -> list[set[int]]:
