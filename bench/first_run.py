@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -29,8 +30,10 @@ from mlx_marlin import (
     choices,
     codec,
     device,
+    files,
     kernels,
     measure,
+    metal_rules,
     ops,
     selftest,
     stats,
@@ -59,25 +62,31 @@ def machine(where: str) -> dict:
     }
 
 
-def run_tests(files: tuple[str, ...]) -> dict:
-    """Run pytest; counts, and every failure with its message."""
+def run_tests(files: tuple[str, ...], validated: bool = False) -> dict:
+    """Run pytest; counts, and every failure with its message.
+
+    Args:
+        files: In tests/.
+        validated: Under Metal's validation, quick tests only: also what that reports. It names accesses outside
+            buffers, which a GPU otherwise ignores.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    environment = dict(os.environ)
+    if validated:
+        command += ["-s", "-m", "not slow"]
+        environment |= {
+            "MTL_SHADER_VALIDATION": "1",
+            "MTL_SHADER_VALIDATION_REPORT_TO_STDERR": "1",
+            "MTL_DEBUG_LAYER": "1",
+            "MTL_DEBUG_LAYER_ERROR_MODE": "nslog",  # the default ends the process
+        }
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={report}",
-            *(f"tests/{name}" for name in files),
-        ]
-        # Shader validation reports accesses outside buffers, which a GPU otherwise ignores.
-        environment = {**os.environ, "MTL_SHADER_VALIDATION": "1", "MTL_DEBUG_LAYER": "1"}
+        command += [f"--junitxml={report}", *(f"tests/{name}" for name in files)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        output = done.stdout + done.stderr
         if not report.exists():
-            return {"crashed": done.returncode, "output": (done.stdout + done.stderr)[-4000:]}
+            return {"crashed": done.returncode, "output": output[-4000:]}
         suite = ElementTree.parse(report).getroot().find("testsuite")
     failures = {}
     for case in suite.iter("testcase"):
@@ -85,7 +94,14 @@ def run_tests(files: tuple[str, ...]) -> dict:
             problem = case.find(kind)
             if problem is not None:
                 failures[f"{case.get('classname')}::{case.get('name')}"] = (problem.get("message") or "")[:1000]
-    return {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")} | {"failed": failures}
+    counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")} | {"failed": failures}
+    return counts | ({"reported": _validation_lines(output)} if validated else {})
+
+
+def _validation_lines(output: str) -> list[str]:
+    """What Metal's validation says, each once."""
+    lines = (line.strip()[:300] for line in output.splitlines())
+    return list(dict.fromkeys(line for line in lines if re.search(r"Invalid|alidation|assert", line)))[:200]
 
 
 def self_tests(where: str, small: bool) -> dict:
@@ -118,10 +134,20 @@ def _run_on_cpu(problem: Problem, config: KernelConfig, case: dict) -> np.ndarra
     return np.array(y.astype(mx.float32))
 
 
-def _problem(bits: int, rows: int, where: str, hidden: int = 2048, intermediate: int = 768, experts: int = 128):
+def _problem(
+    bits: int,
+    rows: int,
+    where: str,
+    codebook: str = "mcg",
+    hidden: int = 2048,
+    intermediate: int = 768,
+    experts: int = 128,
+):
     dtype = "float16" if where == "gpu" else "float32"
     bits = ((bits,) * 3,)
-    return Problem("swiglu", rows, 8, hidden, intermediate, experts, bits, ("mcg",), "silu", dtype, where, combine=True)
+    return Problem(
+        "swiglu", rows, 8, hidden, intermediate, experts, bits, (codebook,), "silu", dtype, where, combine=True
+    )
 
 
 def _bank(rng, problem: Problem) -> ExpertBank:
@@ -133,7 +159,7 @@ def _bank(rng, problem: Problem) -> ExpertBank:
                     rng.integers(-(1 << 15), 1 << 15, (k // 16, n // 16, 16 * bits), np.int16),
                     np.ones(k, np.float16),
                     np.ones(n, np.float16),
-                    "mcg",
+                    problem.codebooks[0],
                 )
                 for _ in range(problem.experts)
             ]
@@ -143,23 +169,32 @@ def _bank(rng, problem: Problem) -> ExpertBank:
 
 
 def _configs(problem: Problem) -> list[KernelConfig]:
-    """The default, the chosen one, and one of every tile width."""
-    chosen = [kernels.default(problem), choices.choose(problem).config]
-    widths = {}
-    for config in kernels.candidates(problem):
-        if config.kernel_variant == chosen[0].kernel_variant:
-            widths.setdefault((config.tile_size_m, config.tile_size_n), config)
-    return list(dict.fromkeys([*chosen, *widths.values()]))
+    """What section 5 of FIRST_RUN_ON_A_MAC.md asks about.
+
+    The chosen config, and each variant's default with and without fp32 accumulation. For one row also every width with
+    4, 8 and 16 simdgroups.
+    """
+    found = [kernels.default(problem), choices.choose(problem).config]
+    for variant in kernels.VARIANTS:
+        default = kernels.config_for(problem, kernels.make_name(variant))
+        found += [default, replace(default, use_fp32_acc=not default.use_fp32_acc)]
+    if problem.rows == 1:
+        found += [
+            replace(found[0], tile_size_n=columns, simdgroups=simdgroups)
+            for columns in metal_rules.TILE_COLUMNS
+            for simdgroups in (4, 8, 16)
+        ]
+    return [c for c in dict.fromkeys(found) if kernels.feasible(problem, c) is None]
 
 
-def layer_times(where: str, bits: tuple[int, ...], rows: tuple[int, ...], sizes: dict) -> list[dict]:
-    """Microseconds per call of the MoE layer, by bits, rows and config: medians over samples."""
+def layer_times(where: str, formats: list[tuple[int, str]], rows: tuple[int, ...], sizes: dict) -> list[dict]:
+    """Microseconds per call of the MoE layer, by format, rows and config: medians over samples."""
     rng, floor, found = np.random.default_rng(0), measure.launch_floor(), []
     mx.set_default_device(mx.gpu if where == "gpu" else mx.cpu)
-    for width in bits:
-        layer = TrellisSwitchGLU(bank=_bank(rng, _problem(width, 1, where, **sizes)))
+    for width, codebook in formats:
+        layer = TrellisSwitchGLU(bank=_bank(rng, _problem(width, 1, where, codebook, **sizes)))
         for count in rows:
-            problem = _problem(width, count, where, **sizes)
+            problem = _problem(width, count, where, codebook, **sizes)
             draws = rng.random((ROUTINGS, count, problem.experts)).argpartition(problem.top_k, axis=2)
             routings = [mx.array(d[:, : problem.top_k].astype(np.uint32)) for d in draws]
             x = mx.array(rng.standard_normal((count, problem.hidden))).astype(getattr(mx, problem.dtype))
@@ -176,6 +211,7 @@ def layer_times(where: str, bits: tuple[int, ...], rows: tuple[int, ...], sizes:
                 found.append(
                     {
                         "bits": width,
+                        "codebook": codebook,
                         "rows": count,
                         "config": asdict(config),
                         "us": round(statistics.median(samples), 1),
@@ -187,39 +223,44 @@ def layer_times(where: str, bits: tuple[int, ...], rows: tuple[int, ...], sizes:
 
 def beside_predictions(times: list[dict], chip: str) -> list[dict]:
     """The measured times of one row, of the default and of the predicted choice, beside their predictions."""
-    layers = json.loads(PREDICTED.read_text())["bits"]
+    predictions = json.loads(PREDICTED.read_text())["every chip"].get(chip, {})
     out = []
     for t in times:
-        row = layers.get(str(t["bits"]), {}).get("chips", {}).get("mcg", {}).get(chip)
+        row = predictions.get(str(t["bits"]), {}).get(t["codebook"])
         if row is None or t["rows"] != 1:
             continue
         config = KernelConfig(**t["config"])
-        default = kernels.default(_problem(t["bits"], 1, "gpu"))
+        default = kernels.default(_problem(t["bits"], 1, "gpu", t["codebook"]))
         for what, matches in (
             ("predicted us", label(config) == row["config"]),
             ("predicted us, default", config == default),
         ):
-            if matches:
-                ratio = round(t["us"] / row[what], 2)
-                out.append(
-                    {"bits": t["bits"], "config": label(config), "measured": t["us"], what: row[what], "ratio": ratio}
-                )
+            if matches and config.use_fp32_acc:
+                found = {"bits": t["bits"], "codebook": t["codebook"], "config": label(config), "measured": t["us"]}
+                out.append(found | {what: row[what], "ratio": round(t["us"] / row[what], 2)})
     return out
 
 
-def collect(where: str, small: bool) -> dict:
-    """Everything, in the order of FIRST_RUN_ON_A_MAC.md."""
+def collect(where: str, small: bool):
+    """Yields the report after each of its parts, in the order of FIRST_RUN_ON_A_MAC.md."""
     sizes = {"hidden": 256, "intermediate": 128, "experts": 16} if small else {}
-    rows, bits = ((1, 4), (3,)) if small else ((1, 4, 16, 64), (2, 3, 4))
     report = {"machine": machine(where)}
-    chip = report["machine"]["fingerprint"]["chip"]
-    report["known chip"] = chip in CHIPS
+    here = report["machine"]["fingerprint"]
+    report["known chip"] = here["chip"] in CHIPS and CHIPS[here["chip"]].cores == here["cores"]
+    yield "machine", report
+    report["self-tests"] = self_tests(where, small)
+    yield "self-tests", report
+    one_row = [(3, "mcg")] if small else [(2, "mcg"), (3, "mcg"), (4, "mcg"), (3, "mul1")]
+    report["layer"] = layer_times(where, one_row, (1,), sizes)
+    report["beside predictions"] = beside_predictions(report["layer"], here["chip"]) if report["known chip"] else []
+    yield "layer, one row", report
+    report["layer"] += layer_times(where, one_row[:2], (4,) if small else (4, 16, 64), sizes)
+    yield "layer", report
     if not small:
         report["tests"] = run_tests(TESTS)
-    report["self-tests"] = self_tests(where, small)
-    report["layer"] = layer_times(where, bits, rows, sizes)
-    report["beside predictions"] = beside_predictions(report["layer"], chip)
-    return report
+        yield "tests", report
+        report["validated tests"] = run_tests(TESTS[:2], validated=True)
+        yield "validated tests", report
 
 
 def main() -> None:
@@ -232,10 +273,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "gpu" and not mx.is_available(mx.Device(mx.gpu)):
         parser.error("MLX finds no GPU here; this script is for a Mac (--device cpu --small tries it elsewhere)")
-    report = collect(arguments.device, arguments.small)
-    chip = report["machine"]["fingerprint"]["chip"]
+    chip = device.fingerprint(arguments.device).chip
     path = arguments.output or Path("first_run_" + "_".join(chip.lower().split()) + ".json")
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    for part, report in collect(arguments.device, arguments.small):  # a later part may crash
+        files.replace(path, (json.dumps(report, indent=1) + "\n").encode())
+        print(f"{part} written", file=sys.stderr)
     print(path)
 
 

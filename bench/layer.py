@@ -181,7 +181,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--codebooks", nargs="+", choices=codec.CODEBOOKS, default=["mul1"])
     parser.add_argument("--instruction-set", nargs="+", choices=sets, default=sets[-1:], help="default: %(default)s")
     parser.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES), help="default: %(default)s")
-    parser.add_argument("--peers", nargs="*", choices=("affine", "ggml"), default=["affine", "ggml"])
+    has_ggml = importlib.util.find_spec("xllamacpp") is not None
+    peers = ["affine", *["ggml"] * has_ggml]
+    parser.add_argument("--peers", nargs="*", choices=("affine", "ggml"), default=peers, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for ours and ggml; affine has one")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=3.0, help="per contender and number of rows, beyond 2 calls")
@@ -193,6 +195,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few rounds, no ceilings")
     parser.add_argument("--output", type=Path, help="JSON with every sample; results already in it are kept")
     arguments = parser.parse_args(argv)
+    if "ggml" in arguments.peers and not has_ggml:
+        parser.error("ggml's peer needs xllamacpp: pip install '.[bench]'")
     if arguments.cpu_time:
         arguments.threads = 1
     if arguments.quick:

@@ -42,10 +42,6 @@ def count() -> dict:
         result = library.run(kernel, [codes, x, y, np.uint32(TILES), *places], grid=1, threads=32)
         simd = {op: round(n / TILES, 3) for op, n in result.stats["simd"].items() if n}
         counts = dict(result.inner_loop.counts)
-        # The simulator passes a simdgroup operation's operands through memory.
-        marshalled = result.inner_loop.weights / 8 * sum(simd.values())
-        for op in ("load", "store") if simd else ():
-            counts[op] -= marshalled
         operations = {op: round(8 * n / result.inner_loop.weights, 3) for op, n in sorted(counts.items()) if n}
         found[name] = {"weights": 8, "rows": rows, "bits": bits, "operations": operations, "simd": simd}
     return {

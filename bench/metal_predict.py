@@ -123,6 +123,20 @@ def _on_chip(problem: Problem, chip: Chip) -> dict:
     }
 
 
+def _every_chip() -> dict:
+    """What a layer runs on each chip, and how long that and the default take: chip, bits, codebook."""
+    table = {}
+    for chip in CHIPS.values():
+        for bits in (2, 3, 4):
+            for codebook in CODEBOOKS:
+                problem = qwen3_30b(bits, codebook=codebook)
+                config, default = choice(problem, chip), kernels.default(problem)
+                us, default_us = (round(predicted_us(problem, c, chip), 1) for c in (config, default))
+                row = {"config": label(config), "predicted us": us, "predicted us, default": default_us}
+                table.setdefault(chip.name, {}).setdefault(str(bits), {})[codebook] = row
+    return table
+
+
 def _one_row(bits: int) -> dict:
     problem = qwen3_30b(bits)
     default = kernels.default(problem)
@@ -180,6 +194,7 @@ def predict() -> dict:
         "source": "predicted",
         "layer": "MoE block of Qwen3-30B-A3B, one row, float16",
         "bits": {bits: _one_row(bits) for bits in (2, 3, 4)},
+        "every chip": _every_chip(),
         "inner loops": _inner_loops(),
         "peers": peers(),
         "peers' dispatches": PEER_DISPATCHES,

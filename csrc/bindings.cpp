@@ -112,6 +112,7 @@ void bind_runtime(nb::module_& m) {
       "Number of elements: fails where mx.array is not the type that this extension was built for.");
   m.def("is_tracer", &mx::array::is_tracer, "x"_a, "Whether the array is being traced.");
   m.def("cpu_digest", [] { return MARLIN_CPU_DIGEST; }, "Digest of what the CPU kernels were built from.");
+  m.def("plan_digest", [] { return MARLIN_PLAN_DIGEST; }, "Digest of what plans and launches the Metal kernels.");
   m.def("set_num_threads", &cpu::set_threads, "n"_a, "Set the number of CPU workers.");
   m.def("num_threads", &cpu::threads, "The number of CPU workers.");
   m.def("instruction_sets", &cpu::instruction_sets, "Instruction sets that this machine can run, best last.");

@@ -86,6 +86,19 @@ void bind_plan(nb::module_& m) {
       "plan_decode", [](const StackInfo& stack, int expert) { return to_python(plan_decode({expert, stack})); },
       "stack"_a, "expert"_a, "The Metal dispatch of a trellis_decode.");
 
+  m.def(
+      "kernel_library",
+      [](const std::string& kernel, const std::unordered_map<std::string, uint32_t>& constants,
+         const std::string& file) {
+        Dispatch d;
+        d.kernel = kernel;
+        for (const auto& [name, value] : constants) {
+          d.constants.push_back({name, value});
+        }
+        return nb::make_tuple(d.host_name(), d.library(file));
+      },
+      "kernel"_a, "constants"_a, "file"_a, "What is compiled for a dispatch: the kernel's name in it, and its text.");
+
   m.attr("SOURCE_CONSTANTS") = nb::cast(kSourceConstants);
 
   m.def("set_shaders", &metal::set_shaders, "sources"_a, "Self-contained Metal source by kernel family.");

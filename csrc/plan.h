@@ -48,8 +48,10 @@ struct Dispatch {
   std::string stem() const;
   // The value of a constant, 0 if the dispatch does not name it.
   uint32_t constant(std::string_view name) const;
-  // What stands before the kernel's source: a definition for each of kSourceConstants.
-  std::string preamble() const;
+  // The kernel's name in its library: Metal wants an identifier.
+  std::string host_name() const;
+  // The library: a definition for each of kSourceConstants, the kernel's file, and if it is a template its instance.
+  std::string library(const std::string& file) const;
 };
 
 struct Plan {

@@ -82,10 +82,13 @@ struct MarlinProductArgs {
   unsigned int positions;
   unsigned int experts;
   unsigned int slots_per_row;
-  unsigned int column_tiles;  // 16-column tiles per threadgroup and projection
-  unsigned int k_splits;      // simdgroups that share a column tile's sum
-  unsigned int zero;          // see shift_left in trellis.h
-  float alpha;                // swiglu_oai
+  unsigned int column_tiles;      // 16-column tiles per threadgroup and projection
+  unsigned int k_splits;          // simdgroups that share a column tile's sum
+  unsigned int k_splits_inverse;  // of an item's number: 65536 / k_splits, rounded up
+  unsigned int split_tiles;       // tiles of k in each split; the first long_splits have one more
+  unsigned int long_splits;
+  unsigned int zero;  // see shift_left in trellis.h
+  float alpha;        // swiglu_oai
   float limit;
 };
 
@@ -115,7 +118,7 @@ struct MarlinDecodeArgs {
 static_assert(sizeof(struct MarlinRowTile) == 12, "layout");
 static_assert(sizeof(struct MarlinRouteArgs) == 28, "layout");
 static_assert(sizeof(struct MarlinRotateArgs) == 20, "layout");
-static_assert(sizeof(struct MarlinProductArgs) == 48, "layout");
+static_assert(sizeof(struct MarlinProductArgs) == 60, "layout");
 static_assert(sizeof(struct MarlinActivateArgs) == 20, "layout");
 static_assert(sizeof(struct MarlinCombineArgs) == 20, "layout");
 static_assert(sizeof(struct MarlinDecodeArgs) == 16, "layout");

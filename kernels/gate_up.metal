@@ -17,23 +17,24 @@ struct GateUpFinish {
   uint simdgroups;
   ushort lane;
 
+  // Writes `count` rows: raw sums, or activated blocks of 128, one per simdgroup. There are one or two.
   METAL_FUNC void slice(uint first_row, uint count) const {
     const uint columns = min(args->column_tiles * MARLIN_TILE, args->n - first_column);
     if (raw_output) {
-      const uint threads = simdgroups * MARLIN_SIMD_SIZE;
-      for (uint i = simdgroup * MARLIN_SIMD_SIZE + lane; i < 2 * columns * count; i += threads) {
-        const uint column = i % columns;
-        const uint projection = i / columns % 2;
-        const uint row = i / columns / 2;
+      for (uint task = simdgroup; task < 2 * count; task += simdgroups) {
+        const uint projection = task % 2;
+        const uint row = task / 2;
         const ulong at = (2 * ulong(rows.first + first_row + row) + projection) * args->n;
-        out[at + first_column + column] = items.sum(sums, projection, column, row);
+        for (uint column = lane; column < columns; column += MARLIN_SIMD_SIZE) {
+          out[at + first_column + column] = items.sum(sums, projection, column, row);
+        }
       }
       return;
     }
-    const uint blocks = columns / MARLIN_HADAMARD_SIZE;
-    for (uint task = simdgroup; task < blocks * count; task += simdgroups) {
-      const uint row = task / blocks;
-      const uint first = task % blocks * MARLIN_HADAMARD_SIZE;
+    const bool two_blocks = columns > MARLIN_HADAMARD_SIZE;
+    for (uint task = simdgroup; task < (two_blocks ? 2 * count : count); task += simdgroups) {
+      const uint row = two_blocks ? task / 2 : task;
+      const uint first = two_blocks ? task % 2 * MARLIN_HADAMARD_SIZE : 0;
       const uint position = rows.first + first_row + row;
       store(
           position, first_column + first, items.block(sums, 0, first, row, lane),
@@ -102,7 +103,8 @@ template <int Rows, int T, bool Matrix>
   if (rows.count == 0 || rows.expert >= args.experts) {
     return;
   }
-  const Items<2> items = {args.column_tiles / T, args.k_splits, T * MARLIN_TILE, Matrix ? 8 : Rows};
+  const Items<2> items = {
+      args.column_tiles / T, args.k_splits, args.k_splits_inverse, T * MARLIN_TILE, Matrix ? 8 : Rows};
   GateUpFinish finish_slice;
   finish_slice.args = &args;
   finish_slice.items = items;

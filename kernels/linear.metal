@@ -24,22 +24,22 @@ struct LinearFinish {
     return position;
   }
 
-  // Calls for each 128-block of the threadgroup's columns and each row: one simdgroup each.
+  // Writes `count` rows: raw sums, or blocks of 128, one per simdgroup. There are one or two.
   METAL_FUNC void slice(uint first_row, uint count) const {
     const uint columns = min(args->column_tiles * MARLIN_TILE, args->n - first_column);
     if (raw_output) {
-      const uint threads = simdgroups * MARLIN_SIMD_SIZE;
-      for (uint i = simdgroup * MARLIN_SIMD_SIZE + lane; i < columns * count; i += threads) {
-        const uint row = i / columns;
-        const uint column = i % columns;
-        slots[ulong(slot(first_row + row)) * args->n + first_column + column] = items.sum(sums, 0, column, row);
+      for (uint row = simdgroup; row < count; row += simdgroups) {
+        const ulong at = ulong(slot(first_row + row)) * args->n + first_column;
+        for (uint column = lane; column < columns; column += MARLIN_SIMD_SIZE) {
+          slots[at + column] = items.sum(sums, 0, column, row);
+        }
       }
       return;
     }
-    const uint blocks = columns / MARLIN_HADAMARD_SIZE;
-    for (uint task = simdgroup; task < blocks * count; task += simdgroups) {
-      const uint row = task / blocks;
-      const uint first = task % blocks * MARLIN_HADAMARD_SIZE;
+    const bool two_blocks = columns > MARLIN_HADAMARD_SIZE;
+    for (uint task = simdgroup; task < (two_blocks ? 2 * count : count); task += simdgroups) {
+      const uint row = two_blocks ? task / 2 : task;
+      const uint first = two_blocks ? task % 2 * MARLIN_HADAMARD_SIZE : 0;
       store(first_row + row, first_column + first, items.block(sums, 0, first, row, lane));
     }
   }
@@ -96,8 +96,8 @@ METAL_FUNC void activate_rows(
     ushort lane) {
   const uint blocks = args.k / MARLIN_HADAMARD_SIZE;
   for (uint task = simdgroup; task < R * blocks; task += simdgroups) {
-    const uint r = task / blocks;
-    const uint first = task % blocks * MARLIN_HADAMARD_SIZE;
+    const uint r = row_of<R>(task, blocks);
+    const uint first = (task - r * blocks) * MARLIN_HADAMARD_SIZE;
     float4 v = float4(0.0f);
     if (r < rows.count) {
       const ulong at = ulong(rows.expert) * args.k + first;
@@ -183,7 +183,8 @@ template <int Rows, int T, bool Matrix>
     finish_slice.store_nan();
     return;
   }
-  const Items<1> items = {args.column_tiles / T, args.k_splits, T * MARLIN_TILE, Matrix ? 8 : Rows};
+  const Items<1> items = {
+      args.column_tiles / T, args.k_splits, args.k_splits_inverse, T * MARLIN_TILE, Matrix ? 8 : Rows};
   finish_slice.items = items;
   const ExpertWeights weights = find_expert(codes, offsets, formats, rows.expert);
 

@@ -45,11 +45,13 @@ struct Formats {
   static constant constexpr const uint codebooks = Projections == 2 ? gate_codebooks | up_codebooks : down_codebooks;
 };
 
-// How a threadgroup's items and their sums are numbered. The sums of an item: [16 * T columns][slice_rows].
+// How a threadgroup's items and their sums are numbered. The sums of an item: [16 * T columns][slice_rows]. Nothing is
+// divided by a number that is not known when the kernel is compiled: these GPUs have no instruction for it.
 template <int Projections>
 struct Items {
   uint column_groups;  // per projection
   uint k_splits;
+  uint k_splits_inverse;
   uint columns;  // per item
   uint slice_rows;
 
@@ -59,12 +61,15 @@ struct Items {
   METAL_FUNC bool second(uint item) const {
     return Projections == 2 && item >= column_groups * k_splits;
   }
+  // item / k_splits: exact for items and splits up to 256.
+  METAL_FUNC uint group(uint item) const {
+    return item * k_splits_inverse >> 16;
+  }
   METAL_FUNC uint column_group(uint item) const {
-    const uint group = item / k_splits;
-    return second(item) ? group - column_groups : group;
+    return second(item) ? group(item) - column_groups : group(item);
   }
   METAL_FUNC uint k_split(uint item) const {
-    return item % k_splits;
+    return item - group(item) * k_splits;
   }
   METAL_FUNC uint item_sums() const {
     return columns * slice_rows;
@@ -88,6 +93,17 @@ struct Items {
     return v;
   }
 };
+
+// task / blocks, where there are R * blocks tasks and R is at most 4.
+template <int R>
+METAL_FUNC uint row_of(uint task, uint blocks) {
+  uint row = 0;
+  MARLIN_UNROLL
+  for (int r = 1; r < R; ++r) {
+    row += task >= r * blocks ? 1 : 0;
+  }
+  return row;
+}
 
 // Rotated rows of a row tile in threadgroup memory: `copies` times [R, k] operands, then with halves their scales.
 template <int R>
@@ -113,6 +129,15 @@ struct LocalBuffer {
   }
 };
 
+// The row of x that a position of a row tile reads.
+METAL_FUNC uint row_of_x(constant MarlinProductArgs& args, device const uint* order, uint position) {
+  uint slot = position;
+  if (routed) {
+    slot = order[position];
+  }
+  return slot / args.slots_per_row;
+}
+
 // Rotates the row tile's rows of x into threadgroup memory, one simdgroup per 128-block; with two copies also by
 // another projection's scales. Rows beyond the tile's are zeros.
 template <int R, int Copies>
@@ -129,17 +154,15 @@ METAL_FUNC void rotate_rows(
     ushort lane) {
   const uint blocks = args.k / MARLIN_HADAMARD_SIZE;
   const ulong expert = ulong(rows.expert) * args.k;
+  const uint first_row = row_of_x(args, order, rows.first);  // a division less in the loop
   for (uint task = simdgroup; task < R * blocks; task += simdgroups) {
-    const uint r = task / blocks;
-    const uint first = task % blocks * MARLIN_HADAMARD_SIZE;
+    const uint r = row_of<R>(task, blocks);
+    const uint first = (task - r * blocks) * MARLIN_HADAMARD_SIZE;
     float4 v = float4(0.0f);
     float4 second = float4(0.0f);
     if (r < rows.count) {
-      uint slot = rows.first + r;
-      if (routed) {
-        slot = order[slot];
-      }
-      const float4 row = load_row(x, slot / args.slots_per_row, args.in_columns, first, lane);
+      const uint x_row = R == 1 ? first_row : row_of_x(args, order, rows.first + r);
+      const float4 row = load_row(x, x_row, args.in_columns, first, lane);
       v = hadamard(row * load_halves(suh + expert + first, lane), lane);
       if (Copies == 2) {
         second = hadamard(row * load_halves(second_suh + expert + first, lane), lane);
@@ -176,8 +199,8 @@ METAL_FUNC bool place_item(
   product.x.values = second ? operands.x[1].values : operands.x[0].values;
   product.x.scales = second ? operands.x[1].scales : operands.x[0].scales;
   product.depth = args.k / MARLIN_TILE;
-  product.k_begin = product.depth * split / items.k_splits;
-  product.k_end = product.depth * (split + 1) / items.k_splits;
+  product.k_begin = split * args.split_tiles + min(split, args.long_splits);
+  product.k_end = product.k_begin + args.split_tiles + (split < args.long_splits ? 1 : 0);
   product.lane = lane;
   product.zero = args.zero;
   return product.first_tile < args.n / MARLIN_TILE;

@@ -126,8 +126,8 @@ METAL_FUNC void store_rotated_unit(
   MARLIN_UNROLL
   for (uint j = 0; j < 4; ++j) {
     const uint column = first + lane_column(lane) + value_offset(j);
-    device Operand4* fragment = (device Operand4*)(to + ulong(column) * 8);
-    fragment[0] = vec<Operand, 4>(operands[0][j], operands[1][j], operands[2][j], operands[3][j]);
-    fragment[1] = vec<Operand, 4>(operands[4][j], operands[5][j], operands[6][j], operands[7][j]);
+    device Operand4* rows = (device Operand4*)(to + ulong(column) * 8);
+    rows[0] = vec<Operand, 4>(operands[0][j], operands[1][j], operands[2][j], operands[3][j]);
+    rows[1] = vec<Operand, 4>(operands[4][j], operands[5][j], operands[6][j], operands[7][j]);
   }
 }

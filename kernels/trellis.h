@@ -59,42 +59,33 @@ METAL_FUNC uint join(ushort high, ushort low) {
   return as_type<uint>(ushort2(low, high));
 }
 
-// For odd K the bits of odd lanes begin in the middle of a piece: move them up by 8. `zero` keeps the compiler from
-// turning the choice of a value into a choice of shift amounts, which is slow.
+// For odd K the bits of odd lanes begin in the middle of a piece: move them up by 8, times 256, as other lanes do times
+// 1. A multiplication takes as long as a shift; by a factor that the compiler does not know it cannot become a shift by a
+// register amount, which takes twice as long.
 template <int K>
-METAL_FUNC void align_codes(thread LaneCodes<K>& codes, bool odd_lane, uint zero) {
-  constexpr int size = LaneCodes<K>::size;
+METAL_FUNC void align_codes(thread LaneCodes<K>& codes, uint factor) {
   MARLIN_UNROLL
-  for (int i = 0; i + 1 < size; i += 2) {
-    const uint pair = join(codes.piece[i], codes.piece[i + 1]);
-    uint moved = pair << 8;
-    uint kept = pair;
-    if (i + 2 < size) {
-      moved |= codes.piece[i + 2] >> 8;
-    } else {
-      kept += zero;
-    }
-    const ushort2 aligned = as_type<ushort2>(odd_lane ? moved : kept);
+  for (int i = 0; i + 1 < LaneCodes<K>::size; ++i) {
+    const ushort2 aligned = as_type<ushort2>(join(codes.piece[i], codes.piece[i + 1]) * factor);
     codes.piece[i] = aligned.y;
-    codes.piece[i + 1] = aligned.x;
-  }
-  if (size % 2) {
-    const ushort last = codes.piece[size - 1];
-    codes.piece[size - 1] = ushort(odd_lane ? uint(last) << 8 : last + zero);
+    if (i + 2 == LaneCodes<K>::size) {
+      codes.piece[i + 1] = aligned.x;
+    }
   }
 }
 
 // The value of a 16-bit state, rounded to half as the format says.
 //
-// MUL1 needs s, the sum of the four bytes of x. The halves of x add up to 256 * (b3 + b1) + (b2 + b0), and with the odd
-// bytes set to 0xFF to b2 + b0 + 0x1FE00: the first plus 255 times the second is 256 s + 255 * 0x1FE00, a multiply-add
-// without a shift to the right. 16 times that are the bits of the float 2^-75 * (3074 + s). Multiplied out, every
-// value is exact in 24 bits: it is rounded once, to half.
+// MUL1 needs s, the sum of the four bytes of x, here without a shift to the right. The halves of x add up to
+// 256 * (b3 + b1) + (b2 + b0), and with the odd bytes set to 0xFF to (b2 + b0) + 0x1FE00: the first plus 255 times the
+// second is 256 s + 255 * 0x1FE00, one multiply-add. 16 times that is 0x1FC02000 + 4096 s, the bits of the float
+// 2^-75 * (3074 + s): s is at most 1020, and the exponent changes at 4096. Every value fits in 24 bits, so that fma is
+// exact and only the conversion rounds.
 template <int Codebook>
 METAL_FUNC half codebook_value(ushort state) {
   if constexpr (Codebook == MARLIN_CODEBOOK_MUL1) {
     constexpr float step = 0x1.bb8p-8f;   // half 0x1EEE
-    constexpr float bias = -0x1.4c4p+3f;  // half 0xC931, of 1024 + s
+    constexpr float bias = -0x1.4c4p+3f;  // half 0xC931: the value is (1024 + s) * step + bias
     const uint x = uint(state) * 0x83DCD12Du;
     const ushort2 halves = as_type<ushort2>(x);
     const ushort2 even = as_type<ushort2>(x | 0xFF00FF00u);
@@ -141,7 +132,7 @@ template <int K, int Codebook>
 METAL_FUNC LaneWeights decode_lane(device const ushort* tile, ushort lane, uint zero) {
   LaneCodes<K> codes = load_codes<K>(tile, lane);
   if constexpr (K % 2 == 1) {
-    align_codes<K>(codes, (lane & 1) != 0, zero);
+    align_codes<K>(codes, lane & 1 ? 256 : 1 + zero);
   }
   LaneWeights weights;
   decode_window<K, Codebook, 0>(weights, codes, 0, zero);

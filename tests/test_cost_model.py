@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import metal_sim
 import pytest
 
-from mlx_marlin import kernels, profile_io
+from mlx_marlin import kernels, metal_rules, profile_io
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 PROFILES = Path(profile_io.__file__).parent / "profiles"
@@ -118,27 +119,64 @@ def test_complex_operations_per_weight(bits, codebook):
         assert c.barriers / c.work.groups <= 4
 
 
-@pytest.mark.slow  # the kernels may change within a tenth before the predictions are made anew
+@pytest.mark.slow
 @needs_simulator
-def test_a_prediction_is_what_the_model_gives():
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("codebook", ["mcg", "mul1"])
+def test_a_prediction_is_what_the_model_gives(bits, codebook):
     import metal_predict
 
     committed = json.loads((BENCH / "results" / "metal_predicted.json").read_text())
-    problem = metal_predict.qwen3_30b(3)
-    times = committed["bits"]["3"]["chips"]["mcg"]
-    for name in times:
-        now = metal_predict.predicted_us(problem, kernels.default(problem), CHIPS[name])
-        assert now == pytest.approx(times[name]["predicted us, default"], rel=0.1), "run bench/metal_cost.py predict"
+    problem = metal_predict.qwen3_30b(bits, codebook=codebook)
+    for name, chip in CHIPS.items():
+        now = metal_predict.predicted_us(problem, kernels.default(problem), chip)
+        row = committed["every chip"][name][str(bits)][codebook]
+        assert now == pytest.approx(row["predicted us, default"], rel=0.01), "run bench/metal_cost.py predict"
+
+
+@pytest.mark.slow
+@needs_simulator
+def test_the_shipped_profiles_are_what_the_model_gives():
+    import metal_predict
+
+    problem = replace(metal_predict.qwen3_30b(3), combine=False)
+    for chip in CHIPS.values():
+        profile = profile_io.load(PROFILES / f"{chip.name.lower().replace(' ', '_')}.json")
+        entry = profile.problems[problem]
+        for config, timing in ((entry.config, entry.samples), (kernels.default(problem), entry.baseline)):
+            now = metal_predict.predicted_us(problem, config, chip) / 1e3
+            assert now == pytest.approx(timing.median_ms, rel=0.01), "run bench/metal_cost.py profiles"
 
 
 def test_measured_times_stand_beside_their_predictions():
     import first_run
 
-    config = kernels.default(first_run._problem(3, 1, "gpu"))
-    times = [{"bits": 3, "rows": 1, "config": asdict(config), "us": 100.0}]
-    (found,) = first_run.beside_predictions(times, "M4 Max")
-    assert found["ratio"] == round(100.0 / found["predicted us, default"], 2)
-    assert first_run.beside_predictions(times, "M9") == []
+    for codebook in ("mcg", "mul1"):
+        config = kernels.default(first_run._problem(3, 1, "gpu", codebook))
+        times = [{"bits": 3, "codebook": codebook, "rows": 1, "config": asdict(config), "us": 100.0}]
+        for chip in CHIPS:
+            found = [f for f in first_run.beside_predictions(times, chip) if "predicted us, default" in f]
+            assert found[0]["ratio"] == round(100.0 / found[0]["predicted us, default"], 2)
+        assert first_run.beside_predictions(times, "M9") == []
+
+
+def test_the_first_run_times_what_its_questions_are_about():
+    import first_run
+
+    one_row = first_run._configs(first_run._problem(3, 1, "gpu"))
+    assert {(c.tile_size_n, c.simdgroups) for c in one_row} >= set(product(metal_rules.TILE_COLUMNS, (4, 8, 16)))
+    for rows in (16, 64):
+        configs = first_run._configs(first_run._problem(3, rows, "gpu"))
+        assert {(c.kernel_variant, c.use_fp32_acc) for c in configs} == set(product(kernels.VARIANTS, (True, False)))
+
+
+def test_what_metals_validation_says_is_kept():
+    import first_run
+
+    output = (
+        "2 passed\nInvalid device load at offset 64\nInvalid device load at offset 64\nMetal GPU Validation Enabled\n"
+    )
+    assert first_run._validation_lines(output) == ["Invalid device load at offset 64", "Metal GPU Validation Enabled"]
 
 
 def test_first_run_collects_a_report(tmp_path):
@@ -156,6 +194,6 @@ def test_first_run_collects_a_report(tmp_path):
     subprocess.run(command, check=True, capture_output=True, text=True)
     report = json.loads(output.read_text())
     assert report["machine"]["fingerprint"]["device"] == "cpu"
-    assert {(t["bits"], t["rows"]) for t in report["layer"]} == {(3, 1), (3, 4)}
+    assert {(t["bits"], t["codebook"], t["rows"]) for t in report["layer"]} == {(3, "mcg", 1), (3, "mcg", 4)}
     assert all(t["us"] > 0 for t in report["layer"])
     assert report["self-tests"]["calls"] >= 16 and report["self-tests"]["wrong"] == {}

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +66,21 @@ def test_the_kernel_hash_is_that_of_the_sources():
     """The extension's bytes differ from build to build; what it was built from does not."""
     here = device.fingerprint("cpu")
     assert re.fullmatch("[0-9a-f]{64}", ops.cpu_digest()) and here.kernel_hash == ops.cpu_digest()[:16]
+    assert re.fullmatch("[0-9a-f]{64}", ops.plan_digest()) and ops.plan_digest() != ops.cpu_digest()
     assert device._kernel_hash("gpu") not in ("", here.kernel_hash)
+
+
+@pytest.mark.parametrize("changed", ["shader", "plan"])
+def test_the_hash_of_the_gpu_is_that_of_shaders_and_plan(monkeypatch, tmp_path, changed):
+    before = device._kernel_hash("gpu")
+    if changed == "plan":
+        monkeypatch.setattr(ops, "plan_digest", lambda: "0" * 64)
+    else:
+        shutil.copytree(ops.SHADERS, tmp_path / "kernels")
+        with open(tmp_path / "kernels" / "combine.metal", "a") as shader:
+            shader.write("\n")
+        monkeypatch.setattr(ops, "SHADERS", tmp_path / "kernels")
+    assert device._kernel_hash("gpu") != before
 
 
 def test_another_build_is_the_same_machine():

@@ -4,13 +4,20 @@ GPU of a Mac.
 All of the simulator's checks are on: bounds, races, divergence, address spaces, poisoned memory, 32 KB.
 """
 
+from itertools import combinations, product
+from types import SimpleNamespace
+
 import cases
+import metal_executor
+import metal_selection
+import metal_sim
 import mlx.core as mx
 import numpy as np
 import pytest
 from metal_backends import BACKENDS, Gpu, run
+from metal_selection import TILES, config, key_of, selection, tile
 
-from mlx_marlin import codec, kernels, metal_rules, ops
+from mlx_marlin import _ext, codec, kernels, metal_rules, ops, shaders
 from mlx_marlin.kernels import KernelConfig, make_name
 from mlx_marlin.weights import ExpertBank, ExpertStack, TrellisWeight
 
@@ -18,20 +25,6 @@ FORMATS = [(bits, codebook) for bits in range(1, codec.MAX_BITS + 1) for codeboo
 
 # Half operands and half sums inside a tile: the rounding of both, through three products.
 HALF_TOLERANCE = {"float32": 1.5e-3, "float16": 1.5e-3, "bfloat16": 4e-3}
-
-# (tile_size_m, tile_size_n, simdgroups) by variant, prologue and epilogue. At the sizes of the cases a product makes
-# its own input (rotates x, or activates sums of gate and up) where its variant is decode and it has more than 16
-# columns; it finishes its output where these are whole Hadamard blocks.
-TILES = {
-    ("decode", "fused", "fused"): [(1, 128, 16), (1, 128, 4), (2, 128, 8), (3, 128, 12), (1, 128, 8)],
-    ("decode", "fused", "separate"): [(1, 32, 4), (2, 64, 8), (3, 48, 4), (1, 96, 12)],
-    ("decode", "separate", "separate"): [(1, 16, 8), (2, 16, 4)],
-    ("prefill4", "separate", "fused"): [(4, 128, 16), (4, 128, 8)],
-    ("prefill4", "separate", "separate"): [(4, 64, 16), (4, 16, 4), (4, 96, 8)],
-    ("base", "separate", "fused"): [(8, 128, 8), (16, 128, 16)],
-    ("base", "separate", "separate"): [(8, 64, 4), (16, 48, 12), (8, 96, 16)],
-    ("large_batch", "separate", "fused"): [(64, 128, 16)],
-}
 
 
 @pytest.fixture(params=list(BACKENDS))
@@ -48,10 +41,6 @@ def simulator():
     if found.unavailable():
         pytest.skip(found.unavailable())
     return found
-
-
-def config(variant: str, rows: int, columns: int, simdgroups: int, fp32_acc: bool = True) -> KernelConfig:
-    return KernelConfig(make_name(variant), rows, columns, simdgroups, fp32_acc, variant)
 
 
 def check(backend, case: cases.Case, config: KernelConfig | None, **options) -> np.ndarray:
@@ -74,76 +63,43 @@ def test_decode_is_bit_exact(backend, bits, codebook):
     np.testing.assert_array_equal(decoded.view(np.uint16), codec.inner(w).view(np.uint16))
 
 
-def _selection() -> list:
-    """Every pair of (kernel, variant, prologue, epilogue, sums, K, codebook, dtype, rows); the rest goes round."""
-    axes = {
-        "kernel": ("linear", "silu"),
-        "variant": kernels.VARIANTS,
-        "prologue": ("fused", "separate"),
-        "epilogue": ("fused", "separate"),
-        "sums": ("float", "half"),
-        "bits": cases.AXES["bits"],
-        "codebook": codec.CODEBOOKS,
-        "dtype": kernels.DTYPES,
-        "rows": (1, 3, 5, 17, 64),
-    }
-    others = list(kernels.ACTIVATIONS)
-    chosen = []
-
-    def legal(values: dict) -> bool:
-        known = ("variant", "prologue", "epilogue")
-        return any(all(values.get(name, value) == value for name, value in zip(known, key)) for key in TILES)
-
-    for i, row in enumerate(cases.covering_array(axes, legal)):
-        tiles = TILES[row["variant"], row["prologue"], row["epilogue"]]
-        linear = row["kernel"] == "linear"
-        dims = list(cases.DIMS)[i % len(cases.DIMS)]
-        options = (
-            {}
-            if linear
-            else {
-                "mix": ("uniform", "uniform", "both")[i % 3],
-                "top_k": (1, 2, 5)[i % 3],
-                "scores": i % 2 == 0,
-                "routing": "one_expert" if i % 7 == 3 else "random",
-            }
-        )
-        case = cases.Case(
-            row["bits"],
-            row["codebook"],
-            row["dtype"],
-            row["rows"],
-            dims,
-            "none" if linear else others[i % len(others)],
-            bias=i % 4 == 1,
-            **options,
-        )
-        chosen.append((case, config(row["variant"], *tiles[i % len(tiles)], row["sums"] == "float")))
-    return chosen
-
-
 @pytest.mark.parametrize(
-    "case, config", [pytest.param(*pair, id=f"{pair[1].kernel_variant}-{pair[0]}") for pair in _selection()]
+    "case, config", [pytest.param(*pair, id=f"{pair[1].kernel_variant}-{pair[0]}") for pair in selection()]
 )
 def test_selection(backend, case, config):
     assert kernels.feasible(case.problem("gpu"), config) is None
     check(backend, case, config)
 
 
+def test_selection_covers_every_pair_and_every_tile():
+    met, tiles = set(), set()
+    for case, chosen in selection():
+        key = key_of(chosen)
+        kernel = "linear" if case.linear else "combined experts" if case.scores else "experts"
+        sums = "float" if chosen.use_fp32_acc else "half"
+        values = (kernel, *key, sums, case.bits, case.codebook, case.dtype, case.rows)
+        met |= set(combinations(zip(metal_selection.AXES, values), 2))
+        tiles.add((chosen.kernel_variant, *tile(chosen)))
+    wanted = {
+        pair
+        for (a, left), (b, right) in combinations(metal_selection.AXES.items(), 2)
+        for pair in product(product((a,), left), product((b,), right))
+        if metal_selection.legal(dict(pair))
+    }
+    assert wanted <= met
+    assert tiles == {(key[0], *tile) for key, listed in TILES.items() for tile in listed}
+
+
 def test_selection_has_the_stages_that_it_names():
-    for case, chosen in _selection():
+    for case, chosen in selection():
         problem = case.problem("gpu")
         if problem.rows == 0:
             continue
-        key = next(key for key, tiles in TILES.items() if key[0] == chosen.kernel_variant and _tile(chosen) in tiles)
+        key = key_of(chosen)
         stems = [d["kernel"].split("<")[0] for d in ops.plan(problem, chosen)["dispatches"]]
         assert ("trellis_rotate" in stems) == (key[1] == "separate"), (case, chosen)
         constants = ops.plan(problem, chosen)["dispatches"][-1 if "trellis_combine" not in stems else -2]["constants"]
         assert constants["fused_epilogue"] == (key[2] == "fused"), (case, chosen)
-
-
-def _tile(config: KernelConfig) -> tuple[int, int, int]:
-    return config.tile_size_m, config.tile_size_n, config.simdgroups
 
 
 @pytest.mark.parametrize(
@@ -158,13 +114,19 @@ def test_one_row_by_default(backend, bits, codebook):
     check(backend, cases.Case(bits, codebook, "float16", 1, "blocks", "silu", top_k=2, scores=True), None)
 
 
+ORDERS = ("forward", "reverse", "random:5")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases.pairwise(), ids=str)
+@pytest.mark.parametrize("number, case", list(enumerate(cases.pairwise())), ids=str)
 @pytest.mark.parametrize("fp32_acc", [True, False])
 @pytest.mark.parametrize("variant", kernels.VARIANTS)
-def test_pairwise(backend, case, variant, fp32_acc):
+def test_pairwise(backend, number, case, variant, fp32_acc):
+    """Each case meets each schedule, with other variants."""
     chosen = kernels.config_for(case.problem("gpu"), make_name(variant))
-    check(backend, case, config(variant, *_tile(chosen), fp32_acc))
+    order = ORDERS[(number + 2 * kernels.VARIANTS.index(variant) + fp32_acc) % len(ORDERS)]
+    options = {"order": order} if backend.name == "simulated" else {}
+    check(backend, case, config(variant, *tile(chosen), fp32_acc), **options)
 
 
 SMALL = cases.Case(3, "mcg", "float16", 5, "blocks", "silu", mix="both", top_k=2, scores=True)
@@ -173,7 +135,7 @@ SMALL = cases.Case(3, "mcg", "float16", 5, "blocks", "silu", mix="both", top_k=2
 @pytest.mark.slow
 @pytest.mark.parametrize("fp32_acc", [True, False])
 @pytest.mark.parametrize("tiles", [(v, *t) for v in kernels.VARIANTS for t in metal_rules.tiles(v)], ids=str)
-def test_every_tile(backend, tiles, fp32_acc):
+def test_everytile(backend, tiles, fp32_acc):
     chosen = config(*tiles, fp32_acc)
     reason = kernels.feasible(SMALL.problem("gpu"), chosen)
     if reason is not None:
@@ -181,7 +143,7 @@ def test_every_tile(backend, tiles, fp32_acc):
     check(backend, SMALL, chosen)
 
 
-SOME_TILES = [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 8, 128, 16)]
+SOME_TILES = [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 8, 128, 16), ("large_batch", 64, 128, 16)]
 
 
 @pytest.mark.parametrize("fp32_acc", [True, False])
@@ -189,14 +151,28 @@ SOME_TILES = [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 8, 128, 
 def test_schedules_give_the_same_bits(simulator, tiles, fp32_acc):
     inputs = SMALL.inputs()
     chosen = config(*tiles, fp32_acc)
-    first, *others = (
-        run(simulator, SMALL, inputs, chosen, order=order) for order in ("forward", "reverse", "random:5")
-    )
+    first, *others = (run(simulator, SMALL, inputs, chosen, order=order) for order in ORDERS)
     for other in others:
         np.testing.assert_array_equal(first, other)
 
 
 @pytest.mark.parametrize("tiles", SOME_TILES, ids=str)
+def test_what_a_mac_compiles_gives_the_same_bits(simulator, monkeypatch, tiles):
+    """The text that the host hands to Metal: macros, a file with its includes in it, and the instance of a template."""
+    inputs, chosen, files = SMALL.inputs(), config(*tiles), shaders.sources(ops.SHADERS)
+    expected = run(simulator, SMALL, inputs, chosen)
+
+    def library(kernel, constants, directory):
+        name, text = _ext.kernel_library(kernel, dict(constants), files[metal_executor.stem(kernel)])
+        given = metal_executor.compile_options(kernel, constants)["function_constants"]
+        compiled = metal_sim.compile(text, function_constants=given, kernels=[name])
+        return SimpleNamespace(run=lambda kernel, *arguments, **options: compiled.run(name, *arguments, **options))
+
+    monkeypatch.setattr(metal_executor, "library", library)
+    np.testing.assert_array_equal(run(simulator, SMALL, inputs, chosen), expected)
+
+
+@pytest.mark.parametrize("tiles", SOME_TILES[:3], ids=str)
 def test_repeated_runs_give_the_same_bits(backend, tiles):
     inputs = SMALL.inputs()
     first, *others = (run(backend, SMALL, inputs, config(*tiles)) for _ in range(3))
@@ -275,6 +251,19 @@ def test_transposed_linear(backend, bits, dims, gathered):
     y = backend.linear(cotangent, stack, None, indices if gathered else None, transposed=True)
     dense = [codec.dequantize(w).astype(np.float64) for w in bank]
     expected = np.stack([np.array(cotangent)[r].astype(np.float64) @ dense[e].T for r, e in enumerate(indices)])
+    assert cases.row_error(y, expected) <= cases.TOLERANCE["float32"]
+
+
+def test_transposed_linear_of_more_experts_than_can_be_sorted(backend):
+    experts = 2500
+    rng = np.random.default_rng(0)
+    bank = [cases.random_weight(rng, 128, 128, 1) for _ in range(experts)]
+    stack = ops.prepare(ExpertStack.of("up", bank))
+    cotangent = cases.random_rows(np.random.default_rng(1), 3, 128)
+    indices = np.array([2499, 0, 1234])
+    y = backend.linear(cotangent, stack, None, indices, transposed=True)
+    rows = np.array(cotangent).astype(np.float64)
+    expected = np.stack([row @ codec.dequantize(bank[e]).astype(np.float64).T for row, e in zip(rows, indices)])
     assert cases.row_error(y, expected) <= cases.TOLERANCE["float32"]
 
 

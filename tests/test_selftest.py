@@ -198,10 +198,49 @@ def test_the_small_case_runs_the_kernels_that_the_layer_runs(hidden, intermediat
         plan = ops.plan(replace(problem, rows=2), config)
         return [(d["kernel"], d["constants"]) for d in plan["dispatches"]]
 
-    assert compiled(small) == compiled(problem)
+    assert compiled(small) == compiled(problem)  # two rows are one pass
     wide, narrow = replace(problem, hidden=8192), replace(problem, hidden=1024)
     if columns > 16:
         assert selftest._key(wide, config) != selftest._key(narrow, config)
+
+
+@pytest.mark.parametrize("hidden, intermediate, top_k", [(12288, 4096, 8), (6144, 2048, 16)])
+def test_rows_in_several_passes_have_a_small_case(hidden, intermediate, top_k):
+    sizes = {"hidden": hidden, "intermediate": intermediate, "top_k": top_k}
+    problem = replace(SWIGLU, rows=65, combine=True, **sizes)
+    config = kernels.default(problem)
+    kinds = [d["kernel"] for d in ops.plan(problem, config)["dispatches"]]
+    assert len(kinds) > len(set(kinds))
+    small = selftest.small_problem(problem, config)
+    assert {d["kernel"] for d in ops.plan(small, config)["dispatches"]} == set(kinds)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        replace(LINEAR, rows=1, hidden=14336, intermediate=4096),
+        replace(LINEAR, rows=1, hidden=28672, intermediate=8192, dtype="float16"),
+        replace(SWIGLU, rows=1, hidden=4096, intermediate=14336),
+    ],
+    ids=str,
+)
+def test_every_candidate_of_a_wide_layer_has_a_small_case(problem):
+    for config in kernels.candidates(problem):
+        selftest.small_problem(problem, config)
+
+
+def test_a_config_without_a_small_case_is_refused(tmp_path, monkeypatch):
+    wrong = kernels.default(LINEAR)
+    real = selftest.small_problem
+
+    def small_problem(problem, config):
+        if config == wrong:
+            raise LookupError("no small problem")
+        return real(problem, config)
+
+    monkeypatch.setattr(selftest, "small_problem", small_problem)
+    with pytest.warns(RuntimeWarning, match="no small problem"):
+        assert self_test(tmp_path, right).select(LINEAR).config != wrong
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64])

@@ -227,6 +227,8 @@ COMPILE = {  # body, prelude, pattern
         "recursion",
     ),
     "goto": ("goto x; x: o[i] = 0;", "", "goto"),
+    "keyword as a name": ("float fragment = 1; o[i] = fragment;", "", "fragment is a keyword"),
+    "keyword as a parameter's name": ("o[i] = f(1);", "inline float f(float vertex) { return vertex; }\n", "vertex is"),
     "vla": ("int n = lid; float q[n]; q[0] = 1; o[i] = q[0];", "", "array size is not a constant"),
     "new": ("o[i] = *new float(1);", "", "new"),
     "virtual": ("o[i] = 0;", "struct S { virtual int f(); };\n", "virtual"),

@@ -1,7 +1,6 @@
 #include "metal/encode.h"
 
 #include <algorithm>
-#include <cctype>
 #include <cstdio>
 #include <deque>
 #include <functional>
@@ -55,28 +54,12 @@ std::string hex_hash(const std::string& text) {
   return digits;
 }
 
-// The kernel's name inside its library: Metal wants an identifier.
-std::string host_name(const Dispatch& d) {
-  std::string name;
-  for (const char c : d.kernel) {
-    if (c != ' ') {
-      name += std::isalnum(static_cast<unsigned char>(c)) ? c : '_';
-    }
-  }
-  return name;
-}
-
 std::string library_source(const Dispatch& d) {
-  const auto source = shaders().find(d.stem());
-  if (source == shaders().end()) {
+  const auto file = shaders().find(d.stem());
+  if (file == shaders().end()) {
     throw std::runtime_error("there is no Metal source for it; reinstall mlx_marlin");
   }
-  std::string text = d.preamble() + source->second;
-  if (d.kernel.find('<') != std::string::npos) {
-    text +=
-        "\ntemplate [[host_name(\"" + host_name(d) + "\")]] [[kernel]] decltype(" + d.kernel + ") " + d.kernel + ";\n";
-  }
-  return text;
+  return d.library(file->second);
 }
 
 // Metal wants a value for every constant that a function mentions; those that a dispatch does not name are 0. MLX's
@@ -95,9 +78,10 @@ MTL::ComputePipelineState* build_pipeline(mx::metal::Device& device, const Dispa
   }
   try {
     const std::string text = library_source(d);
+    const std::string host_name = d.host_name();
     MTL::Library* library =
-        device.get_library("mlx_marlin_" + host_name(d) + "_" + hex_hash(text), [&text] { return text; });
-    return device.get_kernel(host_name(d), library, host_name(d) + "_" + hex_hash(name + text), constants);
+        device.get_library("mlx_marlin_" + host_name + "_" + hex_hash(text), [&text] { return text; });
+    return device.get_kernel(host_name, library, host_name + "_" + hex_hash(name + text), constants);
   } catch (const std::runtime_error& error) {
     throw std::runtime_error("[mlx_marlin] the Metal kernel " + name + " could not be built: " + error.what());
   }
@@ -237,12 +221,11 @@ mx::array new_scratch(uint64_t bytes) {
   return scratch;
 }
 
-// arrays: in the order of the names that the plan was prepared with.
+// arrays: in the order of the names that the plan was prepared with, scratch last.
 void encode(const Prepared& prepared, mx::Stream stream, std::vector<mx::array> arrays) {
   mx::metal::CommandEncoder& encoder = mx::metal::get_command_encoder(stream);
-  for (const auto& [name, bytes] : prepared.plan.scratch) {
-    arrays.push_back(new_scratch(bytes));
-    encoder.add_temporary(arrays.back());
+  for (size_t i = arrays.size() - prepared.plan.scratch.size(); i < arrays.size(); ++i) {
+    encoder.add_temporary(arrays[i]);
   }
   for (size_t i = 0; i < prepared.plan.dispatches.size(); ++i) {
     const Dispatch& d = prepared.plan.dispatches[i];
@@ -281,8 +264,13 @@ mx::array as_read(const mx::array& codes, int64_t slots, int experts) {
 // Everything that can fail comes before the output has memory and the first dispatch is encoded. arrays: the inputs.
 void run(const char* op, const Prepared& prepared, mx::Stream stream, std::vector<mx::array> arrays, mx::array& out) {
   require_contiguous(op, arrays);
+  std::vector<mx::array> scratch;
+  for (const auto& [name, bytes] : prepared.plan.scratch) {
+    scratch.push_back(new_scratch(bytes));
+  }
   out.set_data(mx::allocator::malloc(out.nbytes()));
   arrays.push_back(out);
+  arrays.insert(arrays.end(), scratch.begin(), scratch.end());
   encode(prepared, stream, std::move(arrays));
 }
 

@@ -33,8 +33,12 @@ void for_passes(Pass pass, int64_t rows, uint64_t bytes_per_row, const AddPass& 
   }
 }
 
+bool can_route(const Pass& pass) {
+  return (pass.buckets() * 4ull + 1) * 4 <= kMaxThreadgroupBytes;
+}
+
 void check_route(const Pass& pass) {
-  if ((pass.buckets() * 4ull + 1) * 4 > kMaxThreadgroupBytes) {
+  if (!can_route(pass)) {
     throw std::invalid_argument(
         "[plan] " + std::to_string(pass.experts) + " experts are too many to be sorted in threadgroup memory.");
   }
@@ -54,16 +58,18 @@ Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
   check_sizes(rows, call.gathered ? call.x_divisor : 1, call.stack.experts);
   Weights weights{"weight", call.stack, call.transposed};
   KernelConfig config = call.config;
+  Pass pass{};
+  pass.experts = static_cast<uint32_t>(call.stack.experts);
   if (call.transposed) {
     std::swap(weights.info.k, weights.info.n);
-    config = {Variant::prefill4, 4, 128, config.simdgroups, true};  // the matrix kernels do not transpose
+    // The matrix kernels do not transpose, and rows of more experts than can be sorted come one by one.
+    const bool several_rows = !call.gathered || can_route(pass);
+    config = {several_rows ? Variant::prefill4 : Variant::decode, several_rows ? 4 : 1, 128, config.simdgroups, true};
   }
   const StackInfo& info = weights.info;
   const Tiling tiling = make_tiling(config, 1, info.k, info.n);
-  Pass pass{};
   pass.dtype = dtype;
   pass.slots_per_row = static_cast<uint32_t>(call.gathered ? call.x_divisor : 1);
-  pass.experts = static_cast<uint32_t>(info.experts);
   pass.indexed = call.gathered;
   pass.routed = call.gathered && tiling.rows > 1;
   pass.matrix = tiling.matrix;

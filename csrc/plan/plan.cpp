@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cctype>
 
 #include "args.h"
 
@@ -16,10 +17,24 @@ uint32_t Dispatch::constant(std::string_view name) const {
   return found == constants.end() ? 0 : found->value;
 }
 
-std::string Dispatch::preamble() const {
+std::string Dispatch::host_name() const {
+  std::string name;
+  for (const char c : kernel) {
+    if (c != ' ') {
+      name += std::isalnum(static_cast<unsigned char>(c)) ? c : '_';
+    }
+  }
+  return name;
+}
+
+std::string Dispatch::library(const std::string& file) const {
   std::string text;
   for (const std::string& name : kSourceConstants) {
     text += "#define MARLIN_SOURCE_" + name + " " + std::to_string(constant(name)) + "\n";
+  }
+  text += file;
+  if (kernel.find('<') != std::string::npos) {
+    text += "\ntemplate [[host_name(\"" + host_name() + "\")]] [[kernel]] decltype(" + kernel + ") " + kernel + ";\n";
   }
   return text;
 }

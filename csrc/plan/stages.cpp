@@ -30,6 +30,9 @@ MarlinProductArgs product_args(
   args.slots_per_row = pass.slots_per_row;
   args.column_tiles = static_cast<uint32_t>(t.column_tiles);
   args.k_splits = static_cast<uint32_t>(t.k_splits);
+  args.k_splits_inverse = ceil_div(1u << 16, args.k_splits);
+  args.split_tiles = args.k / MARLIN_TILE / args.k_splits;
+  args.long_splits = args.k / MARLIN_TILE % args.k_splits;
   return args;
 }
 

@@ -38,7 +38,8 @@ class Fingerprint:
         instruction_set: Of the CPU; ``""`` for the GPU.
         os: System and release.
         mlx_version: MLX's version.
-        kernel_hash: SHA-256 of what the CPU kernels were built from, or of the shader sources, shortened to 16 digits.
+        kernel_hash: SHA-256, shortened to 16 digits, of what the CPU kernels were built from, or of the shader sources
+            and of what launches them.
     """
 
     device: str
@@ -246,10 +247,10 @@ def _gpu_cores() -> int:
 
 
 def _kernel_hash(device: str) -> str:
-    """Digest of what runs: the shader sources, compiled at run time, or what the CPU kernels were built from."""
+    """Digest of what runs: what the CPU kernels were built from, or the shaders and what plans and launches them."""
     if device == "cpu":
         return ops.cpu_digest()[:16]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(ops.plan_digest().encode())
     for path in sorted(p for p in ops.SHADERS.glob("*") if p.suffix in (".metal", ".h")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

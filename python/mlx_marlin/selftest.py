@@ -35,8 +35,8 @@ LIMIT = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 8e-3}
 # With half operands and half sums inside a tile: rounding alone reaches 1.5e-3.
 HALF_LIMIT = 6e-3
 # Sizes of the small case. 128 is one Hadamard block; up to 2048 narrow tiles become legal; from 3072 on a product no
-# longer makes its own input.
-_SIZES = (128, 256, 384, 512, 640, 768, 1024, 1280, 2048, 3072, 4096, 5120, 6144, 8192)
+# longer makes its own input, with half operands from 10240 on.
+_SIZES = (128, 256, 384, 512, 640, 768, 1024, 1280, 2048, 3072, 4096, 5120, 6144, 8192, 10240)
 _EXPERTS = 3
 _MAX_FILE_BYTES = 1 << 20
 
@@ -44,16 +44,16 @@ Executor = Callable[[Problem, KernelConfig, dict], np.ndarray]
 
 
 def _code(problem: Problem, config: KernelConfig) -> list:
-    """What a plan compiles: each dispatch's kernel with its constants."""
+    """What a plan compiles: each kernel with its constants, once; rows in several passes run the same again."""
     plan = ops.plan(problem, config)
-    return [[d["kernel"], sorted(d["constants"].items())] for d in plan["dispatches"]]
+    return list(dict.fromkeys((d["kernel"], tuple(sorted(d["constants"].items()))) for d in plan["dispatches"]))
 
 
 def small_problem(problem: Problem, config: KernelConfig) -> Problem:
     """The smallest problem whose plan has the same kernels and constants; one row more than a tile has.
 
     Raises:
-        ValueError: If none of the sizes has such a plan.
+        LookupError: If none of the sizes has such a plan.
     """
     rows = config.tile_size_m + 1
     experts = max(len(problem.bits), _EXPERTS) if problem.kind == "swiglu" or problem.experts > 1 else 1
@@ -63,7 +63,7 @@ def small_problem(problem: Problem, config: KernelConfig) -> Problem:
         small = replace(same, hidden=hidden, intermediate=intermediate)
         if kernels.feasible(small, config) is None and _code(small, config) == wanted:
             return small
-    raise ValueError(f"no small problem runs the kernels that {config} runs for {problem}")
+    raise LookupError(f"no small problem runs the kernels that {config} runs for {problem}")
 
 
 def _weight(rng, k: int, n: int, bits: int, codebook: str, bias: bool) -> TrellisWeight:
@@ -206,7 +206,8 @@ class SelfTest:
             if key not in self._verdicts:
                 try:
                     self._verdicts[key] = self._judge(problem, config)
-                except RuntimeError as failure:  # what MLX raises for kernels that do not compile or run
+                # MLX's for kernels that do not compile or run, and small_problem's.
+                except (RuntimeError, LookupError) as failure:
                     # Not kept on disk: memory may have been short.
                     self._broken[key] = f"it does not run: {str(failure)[:500]}"
                     return self._broken[key]

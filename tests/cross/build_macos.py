@@ -57,8 +57,12 @@ os.execv(sys.executable, [sys.executable, "-I", "-m", "ziglang", {command}, *arg
 """
 
 
+# What pip prints where it finds no index.
+_UNREACHABLE = ("NewConnectionError", "ConnectTimeoutError", "No matching distribution found")
+
+
 class NoNetwork(RuntimeError):
-    """The macOS wheels of MLX cannot be had."""
+    """What the macOS build needs cannot be downloaded."""
 
 
 def mlx_site() -> Path:
@@ -142,24 +146,29 @@ def build(output: Path) -> Path:
     environment = {**os.environ, "SETUPTOOLS_EXT_SUFFIX": SUFFIX}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise RuntimeError("the macOS build failed:\n" + (done.stdout + done.stderr)[-6000:])
+        printed = done.stdout + done.stderr
+        if any(sign in printed for sign in _UNREACHABLE):
+            raise NoNetwork("pip cannot download what the build needs:\n" + printed[-1000:])
+        raise RuntimeError("the macOS build failed:\n" + printed[-6000:])
     return max(output.glob(f"mlx_marlin-*-{TAG}.whl"), key=lambda path: path.stat().st_mtime)
 
 
-def describe(wheel: Path) -> str:
-    """The wheel's files with their sizes, and where its extension's undefined symbols come from."""
+def describe(wheel: Path) -> tuple[str, bool]:
+    """The wheel's files and where its extension's undefined symbols come from; whether all of these are known."""
     library = mach_o.read((mlx_site() / "mlx" / "lib" / "libmlx.dylib").read_bytes())
     with zipfile.ZipFile(wheel) as archive:
         files = [f"{entry.file_size:9d}  {entry.filename}" for entry in archive.infolist()]
         extension = mach_o.read(archive.read(f"mlx_marlin/_ext{SUFFIX}"))
     found = symbols.origins(extension.undefined, library.defined)
-    return "\n".join([str(wheel), *files, str(found), *sorted(found.unknown)])
+    return "\n".join([str(wheel), *files, str(found), *sorted(found.unknown)]), not found.unknown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "dist")
-    print(describe(build(parser.parse_args().folder)))
+    text, complete = describe(build(parser.parse_args().folder))
+    print(text)
+    sys.exit(not complete)
 
 
 if __name__ == "__main__":

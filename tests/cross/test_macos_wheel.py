@@ -23,9 +23,9 @@ pytestmark = [
 def wheel(tmp_path_factory):
     try:
         site = build_macos.mlx_site()
+        path = build_macos.build(tmp_path_factory.mktemp("wheel"))
     except build_macos.NoNetwork as error:
         pytest.skip(f"NOT TESTED: the macOS wheel. {error}")
-    path = build_macos.build(tmp_path_factory.mktemp("wheel"))
     with zipfile.ZipFile(path) as archive:
         return path, site, {name: archive.read(name) for name in archive.namelist()}
 

@@ -21,6 +21,8 @@ FORBIDDEN = {
     "__asm__": "no asm in MSL",
     "wchar_t": "no wchar_t in MSL",
 }
+# Qualifiers of functions and address spaces; clang would take them for names.
+KEYWORDS = {"kernel", "vertex", "fragment", "ray_data", "object_data", "threadgroup_imageblock"}
 _STATEMENTS = set("if while for switch return sizeof decltype alignas catch else static_assert".split())
 _AFTER_PARAMETERS = {"const", "thread", "device", "threadgroup", "constant", "noexcept", "override"}
 
@@ -54,6 +56,10 @@ def _forbidden(source, i):
     allowed = (s == "std" and t[i + 1] != "::") or (s == "delete" and t[i - 1] == "=")
     if s in FORBIDDEN and not allowed:
         source.error(i, FORBIDDEN[s])
+    if s in KEYWORDS and not any(first <= i < end for first, end in source.attrs.items()):
+        qualifies = source.k[i + 1] == "I" or i + 1 in source.attrs
+        if not qualifies or t[i - 1] in ("*", "&"):
+            source.error(i, f"{s} is a keyword in MSL")
 
 
 def _function_body(source, i):

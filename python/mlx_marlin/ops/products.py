@@ -245,6 +245,11 @@ def cpu_digest() -> str:
     return _ext.cpu_digest()
 
 
+def plan_digest() -> str:
+    """SHA-256 of the sources that plan and launch the Metal kernels."""
+    return _ext.plan_digest()
+
+
 def set_num_threads(n: int) -> None:
     """Set the number of CPU workers. Default: the cores that this process may use.
 
