@@ -62,11 +62,11 @@ def machine(where: str) -> dict:
     }
 
 
-def run_tests(files: tuple[str, ...], validated: bool = False) -> dict:
+def run_tests(names: tuple[str, ...], validated: bool = False) -> dict:
     """Run pytest; counts, and every failure with its message.
 
     Args:
-        files: In tests/.
+        names: Files in tests/.
         validated: Under Metal's validation, quick tests only: also what that reports. It names accesses outside
             buffers, which a GPU otherwise ignores.
     """
@@ -82,11 +82,12 @@ def run_tests(files: tuple[str, ...], validated: bool = False) -> dict:
         }
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        command += [f"--junitxml={report}", *(f"tests/{name}" for name in files)]
+        command += [f"--junitxml={report}", *(f"tests/{name}" for name in names)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         output = done.stdout + done.stderr
+        found = validation(output) if validated else {}
         if not report.exists():
-            return {"crashed": done.returncode, "output": output[-4000:]}
+            return found | {"crashed": done.returncode, "output": output[-4000:]}
         suite = ElementTree.parse(report).getroot().find("testsuite")
     failures = {}
     for case in suite.iter("testcase"):
@@ -94,14 +95,20 @@ def run_tests(files: tuple[str, ...], validated: bool = False) -> dict:
             problem = case.find(kind)
             if problem is not None:
                 failures[f"{case.get('classname')}::{case.get('name')}"] = (problem.get("message") or "")[:1000]
-    counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")} | {"failed": failures}
-    return counts | ({"reported": _validation_lines(output)} if validated else {})
+    counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+    return found | counts | {"failed": failures}
 
 
-def _validation_lines(output: str) -> list[str]:
-    """What Metal's validation says, each once."""
-    lines = (line.strip()[:300] for line in output.splitlines())
-    return list(dict.fromkeys(line for line in lines if re.search(r"Invalid|alidation|assert", line)))[:200]
+def validation(output: str) -> dict:
+    """Whether Metal validated, and each message once: its line and the next two, which have buffer and source."""
+    # NSLog begins with date, time, process and thread.
+    lines = [re.sub(r"^\d{4}-\d\d-\d\d \S+ \S+\[\d+:\w+\] ", "", line).strip() for line in output.splitlines()]
+    messages = {}
+    for i, line in enumerate(lines):
+        if re.search(r"Invalid (device|threadgroup|constant)|[Ff]ailed assertion|[Vv]alidation error", line):
+            if not line.startswith(("E ", ">")):  # pytest's
+                messages["\n".join(lines[i : i + 3])[:600]] = None
+    return {"validation on": "Validation Enabled" in output, "reported": list(messages)[:100]}
 
 
 def self_tests(where: str, small: bool) -> dict:

@@ -24,7 +24,7 @@ struct LinearFinish {
     return position;
   }
 
-  // Writes `count` rows: raw sums, or blocks of 128, one per simdgroup. There are one or two.
+  // Writes `count` rows: raw sums, or blocks of 128, one per simdgroup. A row has one or two.
   METAL_FUNC void slice(uint first_row, uint count) const {
     const uint columns = min(args->column_tiles * MARLIN_TILE, args->n - first_column);
     if (raw_output) {

@@ -59,9 +59,9 @@ METAL_FUNC uint join(ushort high, ushort low) {
   return as_type<uint>(ushort2(low, high));
 }
 
-// For odd K the bits of odd lanes begin in the middle of a piece: move them up by 8, times 256, as other lanes do times
-// 1. A multiplication takes as long as a shift; by a factor that the compiler does not know it cannot become a shift by a
-// register amount, which takes twice as long.
+// For odd K the bits of odd lanes begin in the middle of a piece: times 256 they move up by 8; even lanes multiply by 1.
+// That takes as long as a shift by a constant. As the compiler does not know the factors, it cannot make a shift by a
+// register amount of it, which takes twice as long.
 template <int K>
 METAL_FUNC void align_codes(thread LaneCodes<K>& codes, uint factor) {
   MARLIN_UNROLL

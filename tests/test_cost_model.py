@@ -35,6 +35,7 @@ def test_the_committed_table_is_the_model():
     now = metal_cost.calibration()
     assert committed["rows"] == now["rows"]
     assert committed["chips"] == now["chips"]
+    assert committed["changes since"] == now["changes since"]
 
 
 @needs_simulator
@@ -173,10 +174,14 @@ def test_the_first_run_times_what_its_questions_are_about():
 def test_what_metals_validation_says_is_kept():
     import first_run
 
-    output = (
-        "2 passed\nInvalid device load at offset 64\nInvalid device load at offset 64\nMetal GPU Validation Enabled\n"
-    )
-    assert first_run._validation_lines(output) == ["Invalid device load at offset 64", "Metal GPU Validation Enabled"]
+    load = "Invalid device load executing kernel function trellis_combine encoder: 0, dispatch: 1\n"
+    load += "buffer: x, length:64, resident:Read\n* frame #0: trellis_combine() at /program_source:885:56\n"
+    logged = "2026-11-21 10:00:0{}.5+0100 python3[12:3a] -[X y:]:1: failed assertion `z'\n1\n2\n"
+    banner = "2026-11-21 10:00:00.1+0100 python3[12:3a] Metal GPU Validation Enabled\n"
+    output = banner + load + logged.format(1) + load + logged.format(2) + "E assert Invalid device load\n2 passed\n"
+    found = first_run.validation(output)
+    assert found["validation on"] and found["reported"] == [load.strip(), "-[X y:]:1: failed assertion `z'\n1\n2"]
+    assert first_run.validation("2 passed\n") == {"validation on": False, "reported": []}
 
 
 def test_first_run_collects_a_report(tmp_path):

@@ -135,7 +135,7 @@ def test_a_regression_must_show_again(tuned, capsys, monkeypatch):
     assert check(capsys)[0] == 0 and looks == [16, 64, 16, 64]
 
 
-@pytest.mark.parametrize("runs", [10, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [5, pytest.param(40, marks=pytest.mark.slow)])
 def test_noise_alone_is_no_regression(tuned, capsys, runs):
     tuned.noise = 0.2
     assert sum(check(capsys)[0] for _ in range(runs)) <= 1

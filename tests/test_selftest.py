@@ -235,11 +235,11 @@ def test_a_config_without_a_small_case_is_refused(tmp_path, monkeypatch):
 
     def small_problem(problem, config):
         if config == wrong:
-            raise LookupError("no small problem")
+            raise selftest.NoSmallCase("no small problem")
         return real(problem, config)
 
     monkeypatch.setattr(selftest, "small_problem", small_problem)
-    with pytest.warns(RuntimeWarning, match="no small problem"):
+    with pytest.warns(RuntimeWarning, match="cannot be tested: no small problem"):
         assert self_test(tmp_path, right).select(LINEAR).config != wrong
 
 

@@ -249,7 +249,7 @@ def sabotage(monkeypatch, wrong=(), crashing=()):
     monkeypatch.setattr(Workload, "_call", sabotaged)
 
 
-@pytest.mark.parametrize("runs", [20, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runs", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_wrong_and_crashing_configs_never_win(planted, monkeypatch, runs):
     layer = linear(out=384)
     default = default_of(layer, 4)

@@ -40,6 +40,11 @@ _SIZES = (128, 256, 384, 512, 640, 768, 1024, 1280, 2048, 3072, 4096, 5120, 6144
 _EXPERTS = 3
 _MAX_FILE_BYTES = 1 << 20
 
+
+class NoSmallCase(Exception):
+    """No small problem runs the kernels that a config runs."""
+
+
 Executor = Callable[[Problem, KernelConfig, dict], np.ndarray]
 
 
@@ -53,7 +58,7 @@ def small_problem(problem: Problem, config: KernelConfig) -> Problem:
     """The smallest problem whose plan has the same kernels and constants; one row more than a tile has.
 
     Raises:
-        LookupError: If none of the sizes has such a plan.
+        NoSmallCase: If none of the sizes has such a plan.
     """
     rows = config.tile_size_m + 1
     experts = max(len(problem.bits), _EXPERTS) if problem.kind == "swiglu" or problem.experts > 1 else 1
@@ -63,7 +68,7 @@ def small_problem(problem: Problem, config: KernelConfig) -> Problem:
         small = replace(same, hidden=hidden, intermediate=intermediate)
         if kernels.feasible(small, config) is None and _code(small, config) == wanted:
             return small
-    raise LookupError(f"no small problem runs the kernels that {config} runs for {problem}")
+    raise NoSmallCase(f"no small problem runs the kernels that {config} runs for {problem}")
 
 
 def _weight(rng, k: int, n: int, bits: int, codebook: str, bias: bool) -> TrellisWeight:
@@ -206,8 +211,10 @@ class SelfTest:
             if key not in self._verdicts:
                 try:
                     self._verdicts[key] = self._judge(problem, config)
-                # MLX's for kernels that do not compile or run, and small_problem's.
-                except (RuntimeError, LookupError) as failure:
+                except NoSmallCase as failure:
+                    self._broken[key] = f"it cannot be tested: {failure}"
+                    return self._broken[key]
+                except RuntimeError as failure:  # what MLX raises for kernels that do not compile or run
                     # Not kept on disk: memory may have been short.
                     self._broken[key] = f"it does not run: {str(failure)[:500]}"
                     return self._broken[key]

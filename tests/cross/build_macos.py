@@ -57,8 +57,8 @@ os.execv(sys.executable, [sys.executable, "-I", "-m", "ziglang", {command}, *arg
 """
 
 
-# What pip prints where it finds no index.
-_UNREACHABLE = ("NewConnectionError", "ConnectTimeoutError", "No matching distribution found")
+# pip warns of the first where it cannot connect, and at last finds nothing.
+_UNREACHABLE = ("Connect", "No matching distribution found")
 
 
 class NoNetwork(RuntimeError):
@@ -147,7 +147,7 @@ def build(output: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         printed = done.stdout + done.stderr
-        if any(sign in printed for sign in _UNREACHABLE):
+        if all(sign in printed for sign in _UNREACHABLE):
             raise NoNetwork("pip cannot download what the build needs:\n" + printed[-1000:])
         raise RuntimeError("the macOS build failed:\n" + printed[-6000:])
     return max(output.glob(f"mlx_marlin-*-{TAG}.whl"), key=lambda path: path.stat().st_mtime)

@@ -52,7 +52,7 @@ _DIVISION = {"udiv", "sdiv", "urem", "srem"}
 _DIVISION_COST = 6
 # 64-bit adds take 4 clocks on M1 and M2 (metal-benchmarks), two registers of bits 2.
 _WIDE = {"add": 4, "sub": 4}
-_ANNOTATIONS = {"lifetime", "assume", "experimental", "dbg"}
+_ANNOTATIONS = {"lifetime", "assume", "experimental.noalias.scope.decl", "dbg"}
 _INTRINSIC = {
     "fma": "float",
     "fmuladd": "float",
@@ -107,8 +107,10 @@ class Instruction:
 
     @property
     def bits(self) -> int:
-        """Width of one element of the first type that is named."""
+        """Width of one element of the first type that is named; of ``select``'s, of the values."""
         text = _FLAGS.sub("", self.rest)
+        if self.op == "select":
+            text = text.split(",", 1)[1]
         found = re.search(r"\bi(\d+)\b|\b(half|bfloat|float|double|ptr)\b", text)
         return 32 if not found else int(found[1]) if found[1] else _BITS[found[2]]
 
@@ -220,8 +222,9 @@ def _classify(function):
 def _passed_through_memory(function, users):
     """Addresses of the operands and results of simdgroup operations: in memory only for the simulator's runtime."""
     calls = (i for b in function.blocks for i in b.instructions if i.op == "call" and "@msl_simd(" in i.rest)
-    found = {operand for i in calls for operand in i.operands}
-    return found | {u.result for a in found for u in users.get(a, []) if u.op == "getelementptr"}
+    found = {pointer for i in calls for pointer in re.findall(rf"\bptr (?:\w+ )*({_NAME})", i.rest)}
+    inside = (u for a in found for u in users.get(a, []) if u.op == "getelementptr" and u.operands[0] == a)
+    return found | {u.result for u in inside}
 
 
 def _joins_a_multiply(i, definitions, users):
@@ -246,7 +249,7 @@ def _used_lanes(i, users):
 def _cost(i, users):
     """(class, operations) of one instruction; class None if it is free."""
     lanes = _used_lanes(i, users)
-    # A 64-bit integer operation is two of 32 bits, a 64-bit multiply four.
+    # Most 64-bit integer operations are two of 32 bits, a multiply four.
     wide = 2 if i.bits == 64 else 1
     if i.op == "insertelement" and i.bits == 16 and "poison" not in i.rest:
         return "integer", 1  # of two halves that become a register one is moved
@@ -312,7 +315,7 @@ def _call(i):
         if "%" in amount:
             return "variable_shift", i.lanes
         return (None, 0) if re.search(r"\b16\)", amount) else ("shift", i.lanes)
-    if name[1] in _ANNOTATIONS:
+    if name[1] in _ANNOTATIONS or callee[1].removeprefix("llvm.") in _ANNOTATIONS:
         return None, 0
     if name[1] not in _INTRINSIC:
         raise NotImplementedError(f"what does @llvm.{name[1]} cost? Add it to _INTRINSIC in {__file__}")
