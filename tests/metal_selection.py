@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import cases
+from covering import covering_array
 
 from mlx_marlin import codec, kernels
 from mlx_marlin.kernels import KernelConfig, make_name
@@ -60,7 +61,7 @@ def selection() -> list:
     """Pairs of a case and a config."""
     others = list(kernels.ACTIVATIONS)
     chosen, turns = [], Counter()
-    for i, row in enumerate(cases.covering_array(AXES, legal)):
+    for i, row in enumerate(covering_array(AXES, legal)):
         key = row["variant"], row["prologue"], row["epilogue"]
         sizes = TILES[key][turns[key] % len(TILES[key])]
         turns[key] += 1
