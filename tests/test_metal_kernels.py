@@ -240,6 +240,14 @@ def test_gathered_linear(backend, tiles):
     assert cases.row_error(y, expected) <= cases.TOLERANCE["float32"]
 
 
+def transposed(rows, bank, indices) -> np.ndarray:
+    """float64 ``[rows, in]``: each row times its expert's W^T."""
+    rows = np.array(rows).astype(np.float64)
+    return np.stack(
+        [row @ codec.dequantize(bank[e]).astype(np.float64).T for row, e in zip(rows, indices, strict=True)]
+    )
+
+
 @pytest.mark.parametrize("bits", [2, 5])
 @pytest.mark.parametrize("dims", ["padded", "narrow"])
 @pytest.mark.parametrize("gathered", [False, True])
@@ -252,9 +260,7 @@ def test_transposed_linear(backend, bits, dims, gathered):
     cotangent = cases.random_rows(rng, 6, stack.source.out_features)
     indices = rng.integers(0, len(bank), 6)
     y = backend.linear(cotangent, stack, None, indices if gathered else None, transposed=True)
-    dense = [codec.dequantize(w).astype(np.float64) for w in bank]
-    expected = np.stack([np.array(cotangent)[r].astype(np.float64) @ dense[e].T for r, e in enumerate(indices)])
-    assert cases.row_error(y, expected) <= cases.TOLERANCE["float32"]
+    assert cases.row_error(y, transposed(cotangent, bank, indices)) <= cases.TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("out", [128, pytest.param(5120, marks=pytest.mark.slow)], ids=["local", "rotated apart"])
@@ -265,9 +271,7 @@ def test_transposed_linear_of_more_experts_than_can_be_sorted(backend, out):
     cotangent = cases.random_rows(rng, 3, out)
     indices = np.array([2399, 0, 1234])
     y = backend.linear(cotangent, stack, None, indices, transposed=True)
-    rows = np.array(cotangent).astype(np.float64)
-    expected = np.stack([row @ codec.dequantize(bank[e]).astype(np.float64).T for row, e in zip(rows, indices)])
-    assert cases.row_error(y, expected) <= cases.TOLERANCE["float32"]
+    assert cases.row_error(y, transposed(cotangent, bank, indices)) <= cases.TOLERANCE["float32"]
 
 
 def test_the_calls_of_the_gpu_backend_fit_the_extension(monkeypatch):
@@ -284,8 +288,7 @@ def test_the_calls_of_the_gpu_backend_fit_the_extension(monkeypatch):
     expected = np.stack([cases.reference_linear(np.array(x)[[r // 2]], bank[e])[0] for r, e in pairs])
     assert cases.row_error(y, expected) <= case.tolerance
     back = Gpu.linear(mx.array(y), stack, None, np.array(indices).reshape(-1), transposed=True)
-    dense = [codec.dequantize(w).astype(np.float64) for w in bank]
-    assert cases.row_error(back, np.stack([y[r].astype(np.float64) @ dense[e].T for r, e in pairs])) <= case.tolerance
+    assert cases.row_error(back, transposed(y, bank, [e for _, e in pairs])) <= case.tolerance
     np.testing.assert_array_equal(Gpu.decode(stack, 1).view(np.uint16), codec.inner(bank[1]).view(np.uint16))
 
 

@@ -221,11 +221,13 @@ mx::array new_scratch(uint64_t bytes) {
   return scratch;
 }
 
-// arrays: in the order of the names that the plan was prepared with, scratch last.
-void encode(const Prepared& prepared, mx::Stream stream, std::vector<mx::array> arrays) {
+// arrays, then scratch: in the order of the names that the plan was prepared with.
+void encode(
+    const Prepared& prepared, mx::Stream stream, std::vector<mx::array> arrays, const std::vector<mx::array>& scratch) {
   mx::metal::CommandEncoder& encoder = mx::metal::get_command_encoder(stream);
-  for (size_t i = arrays.size() - prepared.plan.scratch.size(); i < arrays.size(); ++i) {
-    encoder.add_temporary(arrays[i]);
+  for (const mx::array& array : scratch) {
+    encoder.add_temporary(array);
+    arrays.push_back(array);
   }
   for (size_t i = 0; i < prepared.plan.dispatches.size(); ++i) {
     const Dispatch& d = prepared.plan.dispatches[i];
@@ -270,8 +272,7 @@ void run(const char* op, const Prepared& prepared, mx::Stream stream, std::vecto
   }
   out.set_data(mx::allocator::malloc(out.nbytes()));
   arrays.push_back(out);
-  arrays.insert(arrays.end(), scratch.begin(), scratch.end());
-  encode(prepared, stream, std::move(arrays));
+  encode(prepared, stream, std::move(arrays), scratch);
 }
 
 int dtype_id(mx::Dtype dtype) {

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from . import ir
+from . import costs, ir
 from .compiler import DIALECT, translate
 from .launch import Library, Result
 from .toolchain import CACHE, CLANG, HERE, LINKER, digest, run_tool, sources_digest, write_atomically
@@ -125,7 +125,7 @@ def compile_counted(source: str, *, fp_contract: str = "off", **options) -> Coun
     """
     unit = translate(source, **{"unroll": True, **options})
     flags = [*DIALECT, "-O2", f"-ffp-contract={fp_contract}", "-fPIC", "-fvisibility=hidden", "-w"]
-    counter = "\n".join((HERE / f).read_text() for f in ("counting.py", "ir.py"))
+    counter = "\n".join((HERE / f).read_text() for f in ("counting.py", "costs.py", "ir.py"))
     key = digest(unit.text, sources_digest(), counter, *flags)
     text, library = CACHE / f"counted_{key}.ll", CACHE / f"counted_{key}.so"
     if not text.exists():
@@ -134,6 +134,8 @@ def compile_counted(source: str, *, fp_contract: str = "off", **options) -> Coun
         command = [*CLANG, *flags, f"-I{HERE / 'shim'}", "-S", "-emit-llvm", "-o", "-", str(unit_file)]
         write_atomically(text, run_tool(command, f"compiling {unit.name}").stdout)
     module = ir.Module(text.read_text())
+    for function in module.functions:
+        costs.classify(function)
     if not library.exists():
         instrumented = CACHE / f"counted_{key}_blocks.ll"
         write_atomically(instrumented, module.instrumented())
