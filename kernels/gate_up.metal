@@ -17,7 +17,7 @@ struct GateUpFinish {
   uint simdgroups;
   ushort lane;
 
-  // Writes `count` rows: raw sums, or activated blocks of 128, one per simdgroup. A row has one or two.
+  // Writes `count` rows: raw sums, or activated blocks of 128, one per simdgroup.
   METAL_FUNC void slice(uint first_row, uint count) const {
     const uint columns = min(args->column_tiles * MARLIN_TILE, args->n - first_column);
     if (raw_output) {
@@ -31,10 +31,10 @@ struct GateUpFinish {
       }
       return;
     }
-    const bool two_blocks = columns > MARLIN_HADAMARD_SIZE;
-    for (uint task = simdgroup; task < (two_blocks ? 2 * count : count); task += simdgroups) {
-      const uint row = two_blocks ? task / 2 : task;
-      const uint first = two_blocks ? task % 2 * MARLIN_HADAMARD_SIZE : 0;
+    const uint blocks = columns / MARLIN_HADAMARD_SIZE;
+    for (uint task = simdgroup; task < blocks * count; task += simdgroups) {
+      const uint row = row_of_block(task, blocks);
+      const uint first = (task - row * blocks) * MARLIN_HADAMARD_SIZE;
       const uint position = rows.first + first_row + row;
       store(
           position, first_column + first, items.block(sums, 0, first, row, lane),

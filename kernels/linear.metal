@@ -24,7 +24,7 @@ struct LinearFinish {
     return position;
   }
 
-  // Writes `count` rows: raw sums, or blocks of 128, one per simdgroup. A row has one or two.
+  // Writes `count` rows: raw sums, or blocks of 128, one per simdgroup.
   METAL_FUNC void slice(uint first_row, uint count) const {
     const uint columns = min(args->column_tiles * MARLIN_TILE, args->n - first_column);
     if (raw_output) {
@@ -36,10 +36,10 @@ struct LinearFinish {
       }
       return;
     }
-    const bool two_blocks = columns > MARLIN_HADAMARD_SIZE;
-    for (uint task = simdgroup; task < (two_blocks ? 2 * count : count); task += simdgroups) {
-      const uint row = two_blocks ? task / 2 : task;
-      const uint first = two_blocks ? task % 2 * MARLIN_HADAMARD_SIZE : 0;
+    const uint blocks = columns / MARLIN_HADAMARD_SIZE;
+    for (uint task = simdgroup; task < blocks * count; task += simdgroups) {
+      const uint row = row_of_block(task, blocks);
+      const uint first = (task - row * blocks) * MARLIN_HADAMARD_SIZE;
       store(first_row + row, first_column + first, items.block(sums, 0, first, row, lane));
     }
   }
@@ -67,8 +67,9 @@ struct LinearFinish {
       const uint columns = min(args->column_tiles * MARLIN_TILE, args->n - first_column);
       const uint blocks = columns / MARLIN_HADAMARD_SIZE;
       for (uint task = simdgroup; task < blocks * rows.count; task += simdgroups) {
-        const uint first = first_column + task % blocks * MARLIN_HADAMARD_SIZE;
-        store_row(y, slot(task / blocks), args->out_columns, first, lane, float4(NAN));
+        const uint row = row_of_block(task, blocks);
+        const uint first = first_column + (task - row * blocks) * MARLIN_HADAMARD_SIZE;
+        store_row(y, slot(row), args->out_columns, first, lane, float4(NAN));
       }
     }
   }

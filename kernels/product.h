@@ -94,7 +94,12 @@ struct Items {
   }
 };
 
-// task / blocks, where there are R * blocks tasks and R is at most 4.
+// task / blocks, where blocks are those of a threadgroup's columns: one or two.
+METAL_FUNC uint row_of_block(uint task, uint blocks) {
+  return blocks == 2 ? task / 2 : task;
+}
+
+// task / blocks, where there are R * blocks tasks and R is small.
 template <int R>
 METAL_FUNC uint row_of(uint task, uint blocks) {
   uint row = 0;
