@@ -13,7 +13,7 @@ CPP_SOURCES = $(shell git ls-files "*.cpp" "*.h" "*.metal")
 .PHONY: bench demo format lint test test-full macos-wheel clean
 
 demo: $(VENV)/installed
-	$(RUN) bench/demo.py
+	$(RUN) examples/demo.py
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -m "not slow"
@@ -24,7 +24,7 @@ test-full: $(VENV)/installed
 # One layer beside its peers: about ten minutes on an idle machine.
 bench: $(VENV)/installed
 	$(RUN) -m pip install --quiet ".[bench]"
-	$(RUN) bench/layer.py
+	$(RUN) -m bench.cpu.layer
 
 # Both fail where `make format` would change something.
 lint: $(VENV)/lint
@@ -38,7 +38,7 @@ format: $(VENV)/lint
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
 macos-wheel: $(VENV)/installed
-	$(RUN) tests/cross/build_macos.py
+	$(RUN) -m tests.cross.build_macos
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "mlx_marlin needs Python 3.10 to 3.13; set PYTHON=..."; exit 1; }

@@ -4,7 +4,7 @@
 samples: the gains are measured afresh, interleaved, after the picks. What mixed_bpw_autotuning and
 mixed_kernel_selection promise is measured beside, and what selecting costs.
 
-    python bench/bench_moe_kernel_selection.py --rows 1 4 16 64 256 --output bench/results/<machine>/selection.json
+    python -m bench.bench_moe_kernel_selection --rows 1 4 16 64 256 --output bench/results/<machine>/selection.json
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import sys
 import time
 import timeit
 
-import contest
 import mlx.core as mx
 
+from bench.cpu import contest
 from mlx_marlin import device, kernels, measure
-from mlx_marlin.race import Limits, Rules, race
-from mlx_marlin.report import config_label
-from mlx_marlin.workload import ConfigClock, Workload
+from mlx_marlin.autotune.labels import config_label
+from mlx_marlin.autotune.workload import ConfigClock, Workload
+from mlx_marlin.measure.race import Limits, Rules, race
 
 # mixed_kernel_selection, "Expected Improvements".
 CLAIMS = {"uniform": "15 to 20 %", "specialised": "up to 17 %", "large_batch": "20 to 30 %"}

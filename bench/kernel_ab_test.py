@@ -1,6 +1,6 @@
 """Two kernels against each other on one layer: Welch's test on interleaved samples, 95 % interval, verdict.
 
-    python bench/kernel_ab_test.py --iterations 100 \\
+    python -m bench.kernel_ab_test --iterations 100 \\
         --baseline moe_trellis_swiglu --optimized moe_trellis_swiglu_decode
 """
 
@@ -12,10 +12,10 @@ import math
 import statistics
 import sys
 
-import contest
-
-from mlx_marlin import device, kernels, measure, stats
-from mlx_marlin.workload import ConfigClock, Workload
+from bench.cpu import contest
+from mlx_marlin import device, kernels, measure
+from mlx_marlin.autotune.workload import ConfigClock, Workload
+from mlx_marlin.measure import stats
 
 
 def parse_args(argv=None) -> argparse.Namespace:

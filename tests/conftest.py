@@ -27,7 +27,8 @@ def instruction_set(request):
 @pytest.fixture
 def tuning_sandbox(tmp_path, monkeypatch):
     """No profile of the machine, weight copies for a small cache; afterwards the process is as it was."""
-    from mlx_marlin import profile, workload
+    from mlx_marlin import profile
+    from mlx_marlin.autotune import workload
 
     monkeypatch.setenv("MLX_MARLIN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(workload, "last_level_cache", lambda: 1 << 16)

@@ -8,13 +8,13 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from tuning import BASE, DECODE, DOCUMENT, LARGE, PREFILL, linear, mixed_experts, table
 
 from mlx_marlin import autotune, device, kernels, ops, profile
-from mlx_marlin.autotune import AutotuneConfig, BenchmarkResult, KernelConfig, MixedBPWAutoTuner
+from mlx_marlin.autotune.tuner import AutotuneConfig, BenchmarkResult, KernelConfig, MixedBPWAutoTuner
+from mlx_marlin.autotune.workload import Workload
 from mlx_marlin.kernels import Problem
-from mlx_marlin.profile import ProfileError
-from mlx_marlin.workload import Workload
+from mlx_marlin.profile.active import ProfileError
+from tests.support.tuning import BASE, DECODE, DOCUMENT, LARGE, PREFILL, linear, mixed_experts, table
 
 pytestmark = pytest.mark.usefixtures("tuning_sandbox")
 

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_marlin import kernels, selection
 from mlx_marlin.kernels import Problem
-from mlx_marlin.selection import MixedKernelSelector
+from mlx_marlin.selection.selector import MixedKernelSelector
 
 DECODE, PREFILL4 = "moe_trellis_swiglu_decode", "moe_trellis_swiglu_prefill4"
 BASE, LARGE = "moe_trellis_swiglu", "moe_trellis_swiglu_large_batch"

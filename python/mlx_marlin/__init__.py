@@ -4,26 +4,25 @@ import importlib
 from typing import TYPE_CHECKING
 
 from . import _abi  # first: explains a mismatch before anything else fails
-from .choices import Choice
 from .codec import CODEBOOKS, decode, dequantize, hadamard, inner, pack, unpack, unpack_signs
 from .dispatch import (
+    Adaptation,
     MixedBpwMoEDispatcher,
     MixedBpwMoEDispatcherExample,
+    adapt,
     analyze_expert_activation_pattern,
     estimate_gpu_memory_pressure,
     get_available_kernels,
     get_expert_bits,
 )
-from .grid import GridWeight
 from .kernels import KernelConfig, Problem, candidates, default, feasible
 from .layers import TrellisLinear, TrellisSwitchGLU
 from .lm import load
 from .loader import TrellisModelLoader
-from .online import Adaptation, adapt
 from .ops import plan, set_num_threads, trellis_decode, trellis_linear, trellis_swiglu
-from .profile import default_path, use_profile
-from .profile_data import ProfileError
+from .profile import ProfileError, default_path, use_profile
 from .selection import (
+    Choice,
     MixedKernelSelector,
     get_mixed_kernel,
     get_statistics,
@@ -31,13 +30,11 @@ from .selection import (
     reset_history,
     set_exploration_rate,
 )
-from .weights import ExpertBank, TrellisWeight
+from .weights import ExpertBank, GridWeight, TrellisWeight
 
 if TYPE_CHECKING:
-    from .autotune import AutotuneConfig, BenchmarkResult, MixedBPWAutoTuner
-    from .quantize.convert import convert
-    from .quantize.weight import quantize_weight
-    from .trial import Objective
+    from .autotune import AutotuneConfig, BenchmarkResult, MixedBPWAutoTuner, Objective
+    from .quantize import convert, quantize_weight
 
 __version__ = _abi.VERSION
 
@@ -98,9 +95,9 @@ _LAZY = {
     "AutotuneConfig": "autotune",
     "BenchmarkResult": "autotune",
     "MixedBPWAutoTuner": "autotune",
-    "Objective": "trial",
-    "convert": "quantize.convert",
-    "quantize_weight": "quantize.weight",
+    "Objective": "autotune",
+    "convert": "quantize",
+    "quantize_weight": "quantize",
 }
 
 

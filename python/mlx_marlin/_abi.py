@@ -9,7 +9,7 @@ from importlib import metadata
 import mlx.core as mx
 
 VERSION = metadata.version("mlx_marlin")
-# pyproject.toml pins the same version for the build and at run time; tests/test_build.py compares them.
+# pyproject.toml pins the same version for the build and at run time; tests/project/test_build.py compares them.
 BUILT_FOR_MLX = "0.32.4"
 
 if mx.__version__ != BUILT_FOR_MLX:

@@ -13,10 +13,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import mach_o
-import symbols
+from tests.cross import mach_o, symbols
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 MLX_VERSION = "0.32.4"
 TARGET = "aarch64-macos.14.0"

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.cross import build_macos
+
 ziglang = pytest.importorskip("ziglang", reason="the macOS cross-build needs PyPI's ziglang (pip install ziglang)")
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-import build_macos  # noqa: E402
 
 ENCODER = build_macos.ROOT / "csrc/metal/encode.cpp"
 
@@ -30,7 +29,7 @@ def build(source: Path, include: Path, folder: Path) -> subprocess.CompletedProc
     command = [sys.executable, "-m", "ziglang", "c++", "-target", build_macos.TARGET, "-std=c++20", "-c"]
     command += ["-Wall", "-Wextra", "-Werror"]
     command += [f"-I{build_macos.ROOT / name}" for name in ("csrc", "kernels")]
-    for system in (include, include / "metal_cpp", HERE / "stubs"):
+    for system in (include, include / "metal_cpp", build_macos.HERE / "stubs"):
         command += ["-isystem", str(system)]
     return subprocess.run([*command, "-o", str(folder / "encode.o"), str(source)], capture_output=True, text=True)
 

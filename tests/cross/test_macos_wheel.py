@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.cross import build_macos, mach_o, symbols
+
 ziglang = pytest.importorskip("ziglang", reason="the macOS cross-build needs PyPI's ziglang (pip install ziglang)")
 
-sys.path.insert(0, str(Path(__file__).parent))
-import build_macos  # noqa: E402
-import mach_o  # noqa: E402
-import symbols  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

@@ -15,12 +15,9 @@ import pytest
 
 from mlx_marlin import codec, ops
 from mlx_marlin.kernels import ACTIVATIONS, DTYPES
-from mlx_marlin.weights import ExpertStack
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tests"))
-import golden  # noqa: E402
-from cases import (  # noqa: E402
+from mlx_marlin.weights.experts import ExpertStack
+from tests.support import golden
+from tests.support.cases import (
     TOLERANCE,
     random_experts,
     random_rows,
@@ -29,6 +26,7 @@ from cases import (  # noqa: E402
     reference_swiglu,
     row_error,
 )
+from tests.support.paths import ROOT
 
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 SETS = {"neon": ["-mcpu=generic"], "neonfp16": ["-mcpu=generic+fullfp16"]}

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm import cli as mlx_lm_cli
 from mlx_lm import utils as mlx_lm_utils
 
-from ..loader import INDEX_NAME
+from ..loader.directory import INDEX_NAME
 from .hub import DESCRIPTION_FILES, fetch
 from .model import LayerProgress, is_exl3, load_exl3_model, open_checkpoint
 from .sharding import open_sharded, sharded_load

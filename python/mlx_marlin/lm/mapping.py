@@ -18,7 +18,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from ..codec import HADAMARD_SIZE, padded
-from ..loader import QuantizedLinear, TrellisModelLoader
+from ..loader.directory import TrellisModelLoader
+from ..loader.exl3 import QuantizedLinear
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # What model code raises on a config or a set of tensors that it was not written for.

@@ -17,12 +17,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 
-from .. import metal_marlin
-from ..layers import TrellisExperts, TrellisLinear, TrellisSwitchGLU
-from ..loader import TrellisModelLoader, names_trellis
+from ..layers.experts import TrellisExperts, TrellisSwitchGLU
+from ..layers.linear import TrellisLinear
+from ..loader import metal_marlin
+from ..loader.directory import TrellisModelLoader, names_trellis
 from ..ops import DTYPES, Activation
-from ..safetensors import parse_json
-from ..weights import ExpertStack, TrellisWeight
+from ..storage.safetensors import parse_json
+from ..weights.experts import ExpertStack
+from ..weights.trellis import TrellisWeight
 from .mapping import MODEL_ERRORS, PROJECTIONS, LinearSource, WeightMap, map_weights
 
 LayerProgress = Callable[[int, int], None]

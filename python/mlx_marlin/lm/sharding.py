@@ -20,8 +20,8 @@ from mlx.nn.layers.distributed import AllToShardedLinear, ShardedToAllLinear, su
 from mlx_lm import utils as mlx_lm_utils
 
 from ..codec import HADAMARD_SIZE
-from ..layers import TrellisLinear
-from ..weights import TrellisWeight
+from ..layers.linear import TrellisLinear
+from ..weights.trellis import TrellisWeight
 from .hub import fetch
 from .mapping import MODEL_ERRORS, PROJECTIONS, LinearSource, WeightMap
 from .model import LayerProgress, build, fill, load_source, make_glu, module_at, open_checkpoint

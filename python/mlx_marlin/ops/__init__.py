@@ -5,28 +5,21 @@
 - ``products``: the ops themselves.
 - ``planning``: what a GPU would run.
 - ``search``: the encoder's search.
+- ``shaders``: the Metal sources, made self-contained.
+- ``reference``: what a call must give, by the codec, for checks at run time.
+- ``runtime``: threads, instruction set, digests.
 """
 
 from pathlib import Path
 
 import mlx.core as mx
 
-from .. import _ext, shaders
+from .. import _ext
+from . import shaders
 from .planning import plan
 from .problems import DTYPES, Activation, _native, device_of, linear_problem, resolve, swiglu_problem
-from .products import (
-    cpu_digest,
-    gather_linear,
-    instruction_set,
-    is_traced,
-    linear,
-    plan_digest,
-    set_num_threads,
-    swiglu,
-    trellis_decode,
-    trellis_linear,
-    trellis_swiglu,
-)
+from .products import gather_linear, is_traced, linear, swiglu, trellis_decode, trellis_linear, trellis_swiglu
+from .runtime import cpu_digest, instruction_set, plan_digest, set_num_threads
 from .search import set_viterbi_instruction_set, viterbi_instruction_sets, viterbi_search
 from .stacks import BUILD_LOCK, Stack, _prepare_weight, half_scales, prepare, with_parameters
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import _ext, kernels
 from ..kernels import KernelConfig, Problem
-from ..weights import ExpertStack
+from ..weights.experts import ExpertStack
 
 DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 

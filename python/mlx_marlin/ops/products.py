@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 
 from .. import _ext, kernels
-from ..weights import ExpertBank, TrellisWeight
+from ..weights.experts import ExpertBank
+from ..weights.trellis import TrellisWeight
 from .problems import DTYPES, Activation, device_of, linear_problem, resolve, swiglu_problem
 from .stacks import Stack, _prepare_weight, prepare
 
@@ -233,29 +234,3 @@ def trellis_decode(w: TrellisWeight, *, stream=None) -> mx.array:
 def is_traced(x: mx.array) -> bool:
     """Whether x belongs to a function that is being traced (``mx.compile``, ``mx.vjp``, ...)."""
     return _ext.is_tracer(x)
-
-
-def instruction_set() -> str:
-    """The best instruction set of this CPU that the kernels have code for, such as avx512vbmi or neon."""
-    return _ext.instruction_sets()[-1]
-
-
-def cpu_digest() -> str:
-    """SHA-256 of what the CPU kernels were built from: sources, compiler and flags."""
-    return _ext.cpu_digest()
-
-
-def plan_digest() -> str:
-    """SHA-256 of the sources that plan and launch the Metal kernels."""
-    return _ext.plan_digest()
-
-
-def set_num_threads(n: int) -> None:
-    """Set the number of CPU workers. Default: the cores that this process may use.
-
-    Raises:
-        ValueError: If n is less than 1.
-    """
-    if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1:
-        raise ValueError(f"the number of threads must be an integer >= 1, got {n!r}")
-    _ext.set_num_threads(int(n))

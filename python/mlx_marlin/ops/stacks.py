@@ -8,7 +8,8 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .. import _ext, codec
-from ..weights import ExpertStack, TrellisWeight, format_word
+from ..weights.experts import ExpertStack, format_word
+from ..weights.trellis import TrellisWeight
 
 BUILD_LOCK = threading.RLock()
 """Held while a stack is made from a weight or from a layer's parameters."""

@@ -1,6 +1,6 @@
 """Quantize weights and whole models to EXL3."""
 
-from .convert import Progress, convert
+from .conversion import Progress, convert
 from .weight import quantize_weight
 
 __all__ = ["Progress", "convert", "quantize_weight"]

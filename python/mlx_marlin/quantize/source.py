@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..safetensors import TensorInfo, parse_json, read_header
+from ..storage.safetensors import TensorInfo, parse_json, read_header
 from .tensors import Tensor, read_bytes, read_values
 
 # Linears that EXL3 leaves alone: routers, gates of shared experts, MLA's kv_b (its two halves are used apart), and

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..safetensors import ITEM_BYTES, NUMPY_DTYPES, TensorInfo
+from ..storage.safetensors import ITEM_BYTES, NUMPY_DTYPES, TensorInfo
 
 _NAMES = {np.dtype(np.float16): "F16", np.dtype(np.int16): "I16", np.dtype(np.int32): "I32"}
 

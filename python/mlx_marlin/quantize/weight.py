@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import codec
-from ..weights import TrellisWeight
+from ..weights.trellis import TrellisWeight
 from . import hessian as hessians
 from .ldlq import ldlq, quantize_tiles
 from .regularise import Regularised, feedback_scale, global_scale, random_signs, regularise

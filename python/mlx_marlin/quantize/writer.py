@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import codec
-from ..safetensors import ITEM_BYTES, TensorInfo, read_header
+from ..storage.safetensors import ITEM_BYTES, TensorInfo, read_header
 from .source import SIDE_FILES, Source
 from .tensors import Tensor, read_bytes, write_file, write_text
 from .weight import Codes

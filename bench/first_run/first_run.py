@@ -1,0 +1,283 @@
+"""Collect what a first run on a Mac shows into one JSON file; bench/first_run/FIRST_RUN_ON_A_MAC.md says what to look at.
+
+python -m bench.first_run.first_run            # writes first_run_<chip>.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from bench.metal.chips import CHIPS, label
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, codec, device, kernels, measure, ops
+from mlx_marlin.kernels import metal
+from mlx_marlin.kernels.config import KernelConfig
+from mlx_marlin.kernels.problem import Problem
+from mlx_marlin.measure import stats
+from mlx_marlin.selection import choices, selftest
+from mlx_marlin.storage import atomic
+
+ROOT = Path(__file__).resolve().parents[2]
+PREDICTED = ROOT / "bench" / "results" / "metal_predicted.json"
+SAMPLES = 9
+# Random indices per timing: enough that consecutive calls use other experts.
+ROUTINGS = 16
+TESTS = ("test_metal_kernels.py", "test_gpu.py", "test_ops.py", "test_layers.py", "test_numeric_robustness.py")
+
+
+def machine(where: str) -> dict:
+    """What the numbers depend on."""
+    stream = mx.Device(mx.gpu if where == "gpu" else mx.cpu)
+    return {
+        "fingerprint": asdict(device.fingerprint(where)),
+        "mlx": version("mlx"),
+        "python": platform.python_version(),
+        "macos": platform.mac_ver()[0],
+        "device_info": {k: str(v) for k, v in mx.device_info(stream).items()},
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(("MLX_", "MTL_"))},
+        "eval floor us": round(1e6 * measure.launch_floor(), 1),
+    }
+
+
+def run_tests(names: tuple[str, ...], validated: bool = False) -> dict:
+    """Run pytest; counts, and every failure with its message.
+
+    Args:
+        names: Files in tests/.
+        validated: Under Metal's validation, quick tests only: also what that reports. It names accesses outside
+            buffers, which a GPU otherwise ignores.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    environment = dict(os.environ)
+    if validated:
+        command += ["-s", "-m", "not slow"]
+        environment |= {
+            "MTL_SHADER_VALIDATION": "1",
+            "MTL_SHADER_VALIDATION_REPORT_TO_STDERR": "1",
+            "MTL_DEBUG_LAYER": "1",
+            "MTL_DEBUG_LAYER_ERROR_MODE": "nslog",  # the default ends the process
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        command += [f"--junitxml={report}", *(f"tests/{name}" for name in names)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        output = done.stdout + done.stderr
+        found = validation(output) if validated else {}
+        if not report.exists():
+            return found | {"crashed": done.returncode, "output": output[-4000:]}
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+    failures = {}
+    for case in suite.iter("testcase"):
+        for kind in ("failure", "error"):
+            problem = case.find(kind)
+            if problem is not None:
+                failures[f"{case.get('classname')}::{case.get('name')}"] = (problem.get("message") or "")[:1000]
+    counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+    return found | counts | {"failed": failures}
+
+
+def validation(output: str) -> dict:
+    """Whether Metal validated, and each message once: its line and the next two, which have buffer and source."""
+    # NSLog begins with date, time, process and thread.
+    lines = [re.sub(r"^\d{4}-\d\d-\d\d \S+ \S+\[\d+:\w+\] ", "", line).strip() for line in output.splitlines()]
+    messages = {}
+    for i, line in enumerate(lines):
+        if re.search(r"Invalid (device|threadgroup|constant)|[Ff]ailed assertion|[Vv]alidation error", line):
+            if not line.startswith(("E ", ">")):  # pytest's
+                messages["\n".join(lines[i : i + 3])[:600]] = None
+    return {"validation on": "Validation Enabled" in output, "reported": list(messages)[:100]}
+
+
+def self_tests(where: str, small: bool) -> dict:
+    """The verdicts: every config at 3 bits with all codebooks, and each variant's default at all widths and dtypes."""
+    every = replace(_problem(3, 1, "gpu"), codebooks=codec.CODEBOOKS)
+    configs = {c: None for rows in (1, 4, 16, 64) for c in kernels.candidates(replace(every, rows=rows))}
+    calls = [(every, config) for config in (list(configs)[:4] if small else configs)]
+    for bits in (3,) if small else range(1, codec.MAX_BITS + 1):
+        for dtype in kernels.DTYPES:
+            for variant, rows in zip(kernels.VARIANTS, (1, 4, 17, 64)):
+                problem = replace(_problem(bits, rows, "gpu"), dtype=dtype, combine=rows == 1)
+                calls.append((problem, kernels.config_for(problem, kernels.make_name(variant))))
+    wrong = {}
+    with tempfile.TemporaryDirectory() as folder:
+        execute = selftest.run_on_gpu if where == "gpu" else _run_on_cpu
+        test = selftest.SelfTest(where, execute, Path(folder) / "verdicts.json")
+        for problem, config in calls:
+            fault = test.fault(problem, config)
+            if fault is not None:
+                wrong[f"{config} for {problem}"] = fault
+    return {"calls": len(calls), "wrong": wrong}
+
+
+def _run_on_cpu(problem: Problem, config: KernelConfig, case: dict) -> np.ndarray:
+    """Stands in for the GPU where this script is tried without one."""
+    x = mx.array(case["x"]).astype(getattr(mx, problem.dtype))
+    scores = None if case["scores"] is None else mx.array(case["scores"])
+    bank, indices = ExpertBank(*case["weights"]), mx.array(case["indices"])
+    y = ops.trellis_swiglu(x, indices, bank, scores=scores, activation=problem.activation, stream=mx.cpu)
+    return np.array(y.astype(mx.float32))
+
+
+def _problem(
+    bits: int,
+    rows: int,
+    where: str,
+    codebook: str = "mcg",
+    hidden: int = 2048,
+    intermediate: int = 768,
+    experts: int = 128,
+):
+    dtype = "float16" if where == "gpu" else "float32"
+    bits = ((bits,) * 3,)
+    return Problem(
+        "swiglu", rows, 8, hidden, intermediate, experts, bits, (codebook,), "silu", dtype, where, combine=True
+    )
+
+
+def _bank(rng, problem: Problem) -> ExpertBank:
+    shapes = [(problem.hidden, problem.intermediate)] * 2 + [(problem.intermediate, problem.hidden)]
+    return ExpertBank(
+        *(
+            [
+                TrellisWeight(
+                    rng.integers(-(1 << 15), 1 << 15, (k // 16, n // 16, 16 * bits), np.int16),
+                    np.ones(k, np.float16),
+                    np.ones(n, np.float16),
+                    problem.codebooks[0],
+                )
+                for _ in range(problem.experts)
+            ]
+            for (k, n), bits in zip(shapes, problem.bits[0])
+        )
+    )
+
+
+def _configs(problem: Problem) -> list[KernelConfig]:
+    """What section 5 of FIRST_RUN_ON_A_MAC.md asks about.
+
+    The chosen config, and each variant's default with and without fp32 accumulation. For one row also every width with
+    4, 8 and 16 simdgroups.
+    """
+    found = [kernels.default(problem), choices.choose(problem).config]
+    for variant in kernels.VARIANTS:
+        default = kernels.config_for(problem, kernels.make_name(variant))
+        found += [default, replace(default, use_fp32_acc=not default.use_fp32_acc)]
+    if problem.rows == 1:
+        found += [
+            replace(found[0], tile_size_n=columns, simdgroups=simdgroups)
+            for columns in metal.TILE_COLUMNS
+            for simdgroups in (4, 8, 16)
+        ]
+    return [c for c in dict.fromkeys(found) if kernels.feasible(problem, c) is None]
+
+
+def layer_times(where: str, formats: list[tuple[int, str]], rows: tuple[int, ...], sizes: dict) -> list[dict]:
+    """Microseconds per call of the MoE layer, by format, rows and config: medians over samples."""
+    rng, floor, found = np.random.default_rng(0), measure.launch_floor(), []
+    mx.set_default_device(mx.gpu if where == "gpu" else mx.cpu)
+    for width, codebook in formats:
+        layer = TrellisSwitchGLU(bank=_bank(rng, _problem(width, 1, where, codebook, **sizes)))
+        for count in rows:
+            problem = _problem(width, count, where, codebook, **sizes)
+            draws = rng.random((ROUTINGS, count, problem.experts)).argpartition(problem.top_k, axis=2)
+            routings = [mx.array(d[:, : problem.top_k].astype(np.uint32)) for d in draws]
+            x = mx.array(rng.standard_normal((count, problem.hidden))).astype(getattr(mx, problem.dtype))
+            scores = mx.full((count, problem.top_k), 1 / problem.top_k)
+            mx.eval(x, routings, scores)
+            for config in _configs(problem):
+
+                def step(x, i, layer=layer, config=config, routings=routings, scores=scores):
+                    return layer.run(x, routings[i % ROUTINGS], scores, config=config)
+
+                clock = measure.Chain(step, x, floor)
+                clock.warm_up(5)
+                samples = [1e6 * clock() for _ in range(SAMPLES)]
+                found.append(
+                    {
+                        "bits": width,
+                        "codebook": codebook,
+                        "rows": count,
+                        "config": asdict(config),
+                        "us": round(statistics.median(samples), 1),
+                        "spread": round(stats.spread(samples), 3),
+                    }
+                )
+    return found
+
+
+def beside_predictions(times: list[dict], chip: str) -> list[dict]:
+    """The measured times of one row, of the default and of the predicted choice, beside their predictions."""
+    predictions = json.loads(PREDICTED.read_text())["every chip"].get(chip, {})
+    out = []
+    for t in times:
+        row = predictions.get(str(t["bits"]), {}).get(t["codebook"])
+        if row is None or t["rows"] != 1:
+            continue
+        config = KernelConfig(**t["config"])
+        default = kernels.default(_problem(t["bits"], 1, "gpu", t["codebook"]))
+        for what, matches in (
+            ("predicted us", label(config) == row["config"]),
+            ("predicted us, default", config == default),
+        ):
+            if matches and config.use_fp32_acc:
+                found = {"bits": t["bits"], "codebook": t["codebook"], "config": label(config), "measured": t["us"]}
+                out.append(found | {what: row[what], "ratio": round(t["us"] / row[what], 2)})
+    return out
+
+
+def collect(where: str, small: bool):
+    """Yields the report after each of its parts, in the order of FIRST_RUN_ON_A_MAC.md."""
+    sizes = {"hidden": 256, "intermediate": 128, "experts": 16} if small else {}
+    report = {"machine": machine(where)}
+    here = report["machine"]["fingerprint"]
+    report["known chip"] = here["chip"] in CHIPS and CHIPS[here["chip"]].cores == here["cores"]
+    yield "machine", report
+    report["self-tests"] = self_tests(where, small)
+    yield "self-tests", report
+    one_row = [(3, "mcg")] if small else [(2, "mcg"), (3, "mcg"), (4, "mcg"), (3, "mul1")]
+    report["layer"] = layer_times(where, one_row, (1,), sizes)
+    report["beside predictions"] = beside_predictions(report["layer"], here["chip"]) if report["known chip"] else []
+    yield "layer, one row", report
+    report["layer"] += layer_times(where, one_row[:2], (4,) if small else (4, 16, 64), sizes)
+    yield "layer", report
+    if not small:
+        report["tests"] = run_tests(TESTS)
+        yield "tests", report
+        report["validated tests"] = run_tests(TESTS[:2], validated=True)
+        yield "validated tests", report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument(
+        "--small", action="store_true", help="a layer of toy size and no test suite: checks this script"
+    )
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.device == "gpu" and not mx.is_available(mx.Device(mx.gpu)):
+        parser.error("MLX finds no GPU here; this script is for a Mac (--device cpu --small tries it elsewhere)")
+    chip = device.fingerprint(arguments.device).chip
+    path = arguments.output or Path("first_run_" + "_".join(chip.lower().split()) + ".json")
+    for part, report in collect(arguments.device, arguments.small):  # a later part may crash
+        atomic.replace(path, (json.dumps(report, indent=1) + "\n").encode())
+        print(f"{part} written", file=sys.stderr)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""From what a dispatch does to how long it takes on an Apple GPU. Pure; predictions, not measurements.
+
+A scheduler issues one 32-lane instruction per clock. The complex pipe, which runs beside it, takes four clocks for each
+integer multiply, shift or conversion. A dispatch takes as long as the slowest of issue, the complex pipe and memory.
+Cores that have too few simdgroups to hide latency, or fewer threadgroups than others, stretch the first two.
+
+Not in the model: barriers, caches (bytes count once, at the bandwidth of long reads, which reads of a few MB do not
+reach), the width of loads, and registers that spill.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from bench.metal.chips import (
+    COMPLEX_CYCLES,
+    OTHER_SIMD_CYCLES,
+    RANDOM_SHUFFLE_CYCLES,
+    SATURATING_SIMDGROUPS,
+    SCHEDULERS,
+    SIMD_CYCLES,
+    SPECIAL_CYCLES,
+    STAGE_US,
+    WIDE_SHIFT_INSTRUCTIONS,
+    Chip,
+)
+
+# Time on the complex pipe in multiples of one multiply, as tests/metal_sim/counting.py counts.
+COMPLEX = {"multiply": 1, "shift": 1, "convert": 1, "variable_shift": 2, "wide_variable_shift": 3.5}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one dispatch does.
+
+    Attributes:
+        operations: Operations by class, summed over lanes.
+        simd: Simdgroup operations by name, summed over simdgroups.
+        bytes: Device bytes that must come from or go to memory.
+        groups: Threadgroups.
+        simdgroups: Simdgroups per threadgroup.
+        after: Dispatches that must have finished.
+    """
+
+    operations: dict[str, float]
+    bytes: float
+    groups: int
+    simdgroups: int
+    simd: dict[str, float] = field(default_factory=dict)
+    after: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Time:
+    """Predicted microseconds of a dispatch, and of what it is made.
+
+    Attributes:
+        issue: Issuing instructions.
+        complex: The complex pipe.
+        memory: Moving ``Work.bytes``.
+    """
+
+    issue: float
+    complex: float
+    memory: float
+
+    @property
+    def total(self) -> float:
+        return max(self.issue, self.complex, self.memory)
+
+    @property
+    def bound(self) -> str:
+        """Which of the three is slowest."""
+        return max(("issue", "complex", "memory"), key=lambda part: getattr(self, part))
+
+
+def scheduler_cycles(operations: dict[str, float], simd: dict[str, float], chip: Chip) -> tuple[float, float]:
+    """(issue, complex pipe) in clocks of a chip, summed over schedulers."""
+    wide = operations.get("wide_variable_shift", 0)
+    plain = sum(n for name, n in operations.items() if name not in ("special", "wide_variable_shift"))
+    plain += SPECIAL_CYCLES * operations.get("special", 0)
+    groups = sum(_simd_cycles(op, chip) * n for op, n in simd.items())
+    complex_pipe = COMPLEX_CYCLES * sum(
+        n * operations.get(name, 0) for name, n in COMPLEX.items() if name != "wide_variable_shift"
+    )
+    wide_complex = COMPLEX_CYCLES * COMPLEX["wide_variable_shift"] * wide
+    return (
+        (plain / 32 + groups) / chip.issue + WIDE_SHIFT_INSTRUCTIONS * wide / 32,
+        complex_pipe / 32 / chip.issue + wide_complex / 32,
+    )
+
+
+def _simd_cycles(op: str, chip: Chip) -> float:
+    if op == "shuffle":
+        return RANDOM_SHUFFLE_CYCLES.get(chip.family, OTHER_SIMD_CYCLES)
+    return SIMD_CYCLES.get(op, OTHER_SIMD_CYCLES)
+
+
+def stretch(chip: Chip, groups: int, simdgroups: int) -> float:
+    """How much longer than on evenly and fully loaded cores."""
+    if not groups:
+        return 1.0
+    uneven = math.ceil(groups / chip.cores) * chip.cores / groups
+    busiest = math.ceil(groups / chip.cores) * simdgroups
+    # The busiest core decides; simdgroups it lacks to hide latency are lost in proportion.
+    return uneven * max(1.0, SATURATING_SIMDGROUPS / busiest)
+
+
+def dispatch_time(work: Work, chip: Chip) -> Time:
+    """Predicted time of one dispatch, without launching it."""
+    issue, complex_pipe = scheduler_cycles(work.operations, work.simd, chip)
+    clocks_per_us = SCHEDULERS * chip.cores * chip.ghz * 1e3
+    factor = stretch(chip, work.groups, work.simdgroups) / clocks_per_us
+    return Time(issue * factor, complex_pipe * factor, work.bytes / (chip.read_gbps * 1e3))
+
+
+def layer_time(work: list[Work], chip: Chip) -> float:
+    """Predicted microseconds of a list of dispatches: independent ones share the machine, dependent ones
+    wait."""
+    stages = {}
+    for index, w in enumerate(work):
+        stages[index] = 1 + max((stages[a] for a in w.after), default=-1)
+    total = 0.0
+    for stage in range(max(stages.values(), default=-1) + 1):
+        times = [dispatch_time(w, chip) for i, w in enumerate(work) if stages[i] == stage]
+        # Sharing the machine: each resource adds up, and no dispatch is faster than alone.
+        shared = max(sum(getattr(t, part) for t in times) for part in ("issue", "complex", "memory"))
+        total += max([shared, *(t.total for t in times)]) + STAGE_US
+    return total
+
+
+def decode_rate(operations: dict[str, float], simd: dict[str, float], weights: float, bits: float, chip: Chip) -> float:
+    """Weights per second, in 1e9, of a decoding loop that fills the machine."""
+    clocks = max(scheduler_cycles(operations, simd, chip))
+    seconds = clocks / (SCHEDULERS * chip.cores * chip.ghz * 1e9)
+    return min(weights / seconds, chip.read_gbps * 1e9 * 8 / bits) / 1e9

@@ -1,0 +1,69 @@
+"""The shipped profiles: what the cost model predicts to be fastest on each chip, until somebody measures there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from bench.metal.chips import CHIPS, Chip
+from bench.metal.predict import RANKED, choice, predicted_us, qwen3_30b, ranking
+from mlx_marlin import kernels
+from mlx_marlin.kernels.problem import Problem
+from mlx_marlin.profile import json as profile_json
+from mlx_marlin.profile.schema import AutotuneConfig, Entry, Measured, Timing
+
+PROFILES = Path(__file__).resolve().parents[2] / "python/mlx_marlin/profile/predicted"
+
+# (in, out) of Qwen3-30B-A3B's attention: queries, keys and values, output.
+LINEARS = ((2048, 4096), (2048, 512), (4096, 2048))
+
+
+def problems() -> list[Problem]:
+    """The calls of a 30B mixture-of-experts model that are predicted; look-ups take the nearest for others."""
+    layers = [
+        qwen3_30b(bits, rows) for rows, widths in ((1, (2, 3, 4)), (2, (3,)), (4, (3,)), (8, (3,))) for bits in widths
+    ]
+    layers = [replace(p, combine=False) for p in layers]  # as mlx-lm's blocks call their experts
+    linears = [
+        Problem("linear", rows, 1, *size, 1, ((4,),), ("mcg",), "none", "float16", "gpu")
+        for rows in (1, 4)
+        for size in LINEARS
+    ]
+    return layers + linears
+
+
+def _timing(us: float) -> Timing:
+    return Timing(0, round(us / 1e3, 4), 0.0)
+
+
+def profile(chip: Chip) -> AutotuneConfig:
+    """The predicted profile of a chip."""
+    table = AutotuneConfig(chip.name, chip.family, source="predicted")
+    for problem in problems():
+        config, default = choice(problem, chip), kernels.default(problem)
+        us, baseline = (predicted_us(problem, c, chip) for c in (config, default))
+        ratio = us / baseline
+        table.add(
+            problem,
+            Entry(
+                config,
+                _timing(us),
+                default,
+                _timing(baseline),
+                (ratio, ratio, ratio),
+                "default" if config == default else "faster",
+                timings=tuple(Measured(c, _timing(t)) for t, c in ranking(problem, chip)[:RANKED]),
+            ),
+        )
+    return table
+
+
+def write() -> list[Path]:
+    """Write the shipped profiles, one per chip."""
+    PROFILES.mkdir(exist_ok=True)
+    paths = []
+    for chip in CHIPS.values():
+        path = PROFILES / f"{chip.name.lower().replace(' ', '_')}.json"
+        path.write_bytes(profile_json.encode(profile(chip)))
+        paths.append(path)
+    return paths

@@ -1,0 +1,11 @@
+"""The tuner: candidates, checked and timed, and what is kept of them."""
+
+from .trial import Objective
+from .tuner import AutotuneConfig, BenchmarkResult, MixedBPWAutoTuner
+
+__all__ = [
+    "AutotuneConfig",
+    "BenchmarkResult",
+    "MixedBPWAutoTuner",
+    "Objective",
+]

@@ -1,0 +1,255 @@
+"""The ``mlx_marlin-tune`` command."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from .. import codec, kernels
+from ..device.machine import default_device, memory_bytes
+from ..kernels import Problem
+from ..measure.race import Rules
+from ..profile import files as profile_files
+from ..profile.schema import ProfileError
+from ..storage import atomic
+from . import check as regression
+from . import report
+from . import run as tuning_run
+from .progress import Progress
+
+BATCH_SIZES = (1, 4, 8, 16, 32, 64)
+# --quick: one size per variant that serving meets most, and samples enough to tell 20 % apart at 5 % noise.
+QUICK_BATCH_SIZES, QUICK_ITERATIONS = (1, 16, 64), 8
+# Without --model or --shape: the experts of Qwen3-30B-A3B, uniform and mixed, and its largest attention projection.
+DEFAULT_SHAPE, DEFAULT_MIXES, DEFAULT_LINEAR = (
+    (2048, 768, 128, 8),
+    (((3, 3, 3),), ((2, 2, 2), (3, 3, 3), (4, 4, 4))),
+    (2048, 4096),
+)
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers with commas between them, got {text!r}") from None
+
+
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    sizes = tuple(dict.fromkeys(_integers(text)))
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1 each, got {text!r}")
+    return sizes
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    shape = _integers(text)
+    if len(shape) != 4 or min(shape) < 1 or shape[3] > shape[2]:
+        raise argparse.ArgumentTypeError(
+            f"must be hidden,inter,experts,top_k, each at least 1, top_k <= experts; got {text!r}"
+        )
+    return shape
+
+
+def _bits(text: str) -> tuple[tuple[int, int, int], ...]:
+    triples = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"([1-8])(?:_([1-8])_([1-8]))?", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(
+                f"must be widths from 1 to 8 such as 2,3,4, or gate_up_down such as 6_2_3; got {part!r}"
+            )
+        triples.add(tuple(int(b or match[1]) for b in match.groups()))
+    return tuple(sorted(triples))
+
+
+def _positive(kind):
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    return parse
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of ``mlx_marlin-tune``."""
+    p = argparse.ArgumentParser(
+        prog="mlx_marlin-tune",
+        description="Measure the kernels of mlx_marlin on this machine and write the profile that layers select from.",
+        epilog="Interrupted runs are continued by the same command. "
+        "mlx.launch -n 2 --backend ring -- mlx_marlin-tune ... splits the problems over machines of one kind; "
+        "processes on one machine take turns at the clock.",
+    )
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--model", metavar="DIR", help="tune for the problems of this EXL3 directory")
+    what.add_argument("--shape", type=_shape, metavar="HIDDEN,INTER,EXPERTS,TOP_K", help="tune for an expert layer")
+    p.add_argument(
+        "--bits",
+        type=_bits,
+        metavar="2,3,4",
+        help="with --shape: widths of the experts, in equal shares (or gate_up_down such as 6_2_3); default 4",
+    )
+    p.add_argument("--quick", action="store_true", help="3 batch sizes, fewer candidates and iterations")
+    p.add_argument("--batch-sizes", type=_batch_sizes, metavar="1,4,8", help="rows; default 1,4,8,16,32,64")
+    p.add_argument("--iterations", type=_positive(int), metavar="N", help="samples per candidate; default 20")
+    p.add_argument("--warmup", type=int, default=5, metavar="N", help="calls before the first sample; default 5")
+    p.add_argument("--budget", type=_positive(float), metavar="SECONDS", help="stop after this time")
+    p.add_argument(
+        "--memory-limit",
+        type=_positive(float),
+        metavar="GB",
+        help="for weight copies and scratch; default half of the device's memory",
+    )
+    p.add_argument("--output", type=Path, metavar="FILE", help="profile to write; default where the layers look")
+    p.add_argument(
+        "--check",
+        action="store_true",
+        help="measure the stored profile again, all of it or the part that --model, --shape and --batch-sizes name; "
+        "exit code 1 if something has become slower than it was or than the default, wrong, or impossible",
+    )
+    p.add_argument(
+        "--tolerance",
+        type=_positive(float),
+        default=0.25,
+        metavar="PART",
+        help="with --check: slowdown that is put down to the machine's state; default 0.25",
+    )
+    p.add_argument("--device", choices=kernels.DEVICES, help="default: MLX's default device")
+    p.add_argument("--dtype", choices=kernels.DTYPES, help="of the activations; default float32 on cpu, float16 on gpu")
+    p.add_argument("--json", action="store_true", help="results as JSON on stdout")
+    p.add_argument("--verbose", action="store_true", help="log rejected configs with their reasons")
+    return p
+
+
+def layers(args, device: str) -> list[Problem]:
+    """The problems that the arguments name, at one row."""
+    dtype = args.dtype or ("float32" if device == "cpu" else "float16")
+    if args.model:
+        from ..lm.problems import model_problems
+
+        return list(model_problems(args.model, dtype, device))
+    hidden, inter, experts, top_k = args.shape or DEFAULT_SHAPE
+    mixes = ((args.bits or ((4, 4, 4),)),) if args.shape else DEFAULT_MIXES
+    problems = [
+        Problem("swiglu", 1, top_k, hidden, codec.padded(inter), experts, bits, ("mul1",), "silu", dtype, device)
+        for bits in mixes
+    ]
+    if not args.shape:
+        problems.append(Problem("linear", 1, 1, *DEFAULT_LINEAR, 1, ((4,),), ("mul1",), "none", dtype, device))
+    return problems
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments. Default: ``None``, those of the process.
+
+    Returns:
+        0; 1 for a regression with ``--check``; 2 for a wrong argument or file, or where nothing could be measured; 130
+        if interrupted.
+    """
+    args = parser().parse_args(argv)
+    if args.bits and not args.shape:
+        parser().error("--bits goes with --shape; a model has its own bits")
+    if args.warmup < 0:
+        parser().error(f"argument --warmup: must be at least 0, got {args.warmup}")
+    args.iterations = args.iterations or (QUICK_ITERATIONS if args.quick else Rules.rounds)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="mlx_marlin-tune: %(message)s")
+    # A terminated run is an interrupted one: what is measured is on disk.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        print("mlx_marlin-tune: interrupted; what was measured is kept, the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, MemoryError, OSError) as error:
+        print(f"mlx_marlin-tune: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args) -> int:
+    device = args.device or default_device()
+    if device == "gpu" and not mx.is_available(mx.Device(mx.gpu)):
+        raise ValueError("--device gpu: this machine has no GPU that MLX can use")
+    mx.set_default_device(mx.Device(mx.gpu if device == "gpu" else mx.cpu))
+    limit = int(args.memory_limit * 1e9) if args.memory_limit else memory_bytes(device) // 2
+    rules = Rules(rounds=max(2, args.iterations), warmup=args.warmup)
+    deadline = time.perf_counter() + args.budget if args.budget else math.inf
+    return (_check if args.check else _tune)(args, device, limit, rules, deadline)
+
+
+def _tune(args, device: str, limit: int, rules: Rules, deadline: float) -> int:
+    path = args.output or profile_files.default_path(device)
+    try:  # before anything is measured
+        atomic.check_writable(path)
+    except OSError as error:
+        raise ProfileError(f"{path} cannot be written: {error}. Choose another place with --output") from None
+    run = tuning_run.Run(path, device, args.dtype, limit, rules, args.quick)
+    sizes = args.batch_sizes or (QUICK_BATCH_SIZES if args.quick else BATCH_SIZES)
+    problems = tuning_run.at_rows(layers(args, device), sizes)
+    group = mx.distributed.init()
+    with Progress(0, enabled=True, lines=True) as bar:
+        outcome = run.tune(problems, group, deadline, bar)
+    if group.rank():
+        return 0
+    print(f"mlx_marlin-tune: profile {path}", file=sys.stderr)
+    if outcome.left:
+        left = f"{outcome.left} problem{'s' * (outcome.left > 1)} early"
+        print(f"mlx_marlin-tune: the budget ended {left}; the same command continues", file=sys.stderr)
+    for problem, reason in outcome.failed.items():
+        where = f"{report.problem_label(problem)}, {problem.rows} rows"
+        print(f"mlx_marlin-tune: could not tune {where}: {reason}", file=sys.stderr)
+    _print(args, report.tuned_json(outcome.entries, outcome.failed), report.tuned_table(outcome.entries))
+    return 2 if outcome.failed and not outcome.entries else 0
+
+
+def _check(args, device: str, limit: int, rules: Rules, deadline: float) -> int:
+    path = args.output or profile_files.latest_path(device)
+    if not path.exists():
+        raise ProfileError(f"there is no profile {path} to check; tune first")
+    stored = profile_files.load(path)
+    # Whether another build of the kernels is slower is what a check is for.
+    profile_files.check_native(stored, device, path, any_build=True)
+    check = regression.Check(rules, limit, args.tolerance, tuning_run.clock_lock())
+    with Progress(0, enabled=True, lines=True) as bar:
+        findings = check.run(stored, _wanted(args, device), deadline, bar)
+    print(f"mlx_marlin-tune: profile {path}", file=sys.stderr)
+    _print(args, report.checked_json(findings), report.checked_table(findings))
+    if not any(f.measured for f in findings):
+        raise ProfileError(
+            f"nothing was measured: of the {len(stored.problems)} entries of {path} none was asked for, reached in "
+            "the budget, or fits the memory limit. Tune these problems first, or raise --budget or --memory-limit"
+        )
+    return int(any(f.regression for f in findings))
+
+
+def _wanted(args, device: str) -> Callable[[Problem], bool]:
+    """Which stored problems the arguments name; without any all of them."""
+    named = {replace(p, rows=1) for p in layers(args, device)} if args.model or args.shape else None
+    return lambda p: (named is None or replace(p, rows=1) in named) and p.rows in (args.batch_sizes or (p.rows,))
+
+
+def _print(args, full: list[dict], rows: list[dict]) -> None:
+    text = json.dumps(full, indent=2) if args.json else report.as_text(rows) if rows else "nothing was measured"
+    with contextlib.suppress(BrokenPipeError):
+        print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

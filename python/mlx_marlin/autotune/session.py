@@ -1,0 +1,111 @@
+"""What a tuning run has done so far, beside the profile until all is done: an interrupted run is continued."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from ..kernels import KernelConfig, Problem
+from ..storage import atomic
+from .trial import Verdicts
+
+# A run that nobody has continued for a month: nobody will.
+_FORGOTTEN_SECONDS = 30 * 24 * 3600
+
+
+class _Failure(msgspec.Struct):
+    problem: Problem
+    reason: str
+
+
+class _Verdict(msgspec.Struct):
+    problem: Problem
+    config: KernelConfig
+    verdict: float | str
+
+
+class _State(msgspec.Struct):
+    plan: str
+    done: list[Problem] = []
+    failed: list[_Failure] = []
+    verdicts: list[_Verdict] = []
+
+
+class Session:
+    """The progress of one plan; the processes of a machine that work on it share the file.
+
+    Args:
+        profile: The profile's path.
+        plan: Digest of all that the run is asked for; another plan has another session.
+    """
+
+    def __init__(self, profile: Path, plan: str):
+        self.path = profile.with_name(f"{profile.name}.session-{plan[:8]}")
+        self._plan = plan
+        self._lock_path = Path(f"{profile}.lock")
+        self._state = self._stored()
+        self._clean()
+
+    @property
+    def done(self) -> set[Problem]:
+        """Problems whose entries this session has written."""
+        return set(self._state.done)
+
+    @property
+    def failed(self) -> dict[Problem, str]:
+        """Problems that cannot be tuned, with the reasons."""
+        return {failure.problem: failure.reason for failure in self._state.failed}
+
+    @property
+    def verdicts(self) -> Verdicts:
+        """Outcomes of checks."""
+        return {(v.problem, v.config): v.verdict for v in self._state.verdicts}
+
+    def add(self, done=(), failed=None, verdicts: Verdicts | None = None) -> None:
+        """Add to what is known, and to the file."""
+        from filelock import FileLock
+
+        self._lock_path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._lock_path):
+            self._state = self._stored()
+            all_done = dict.fromkeys([*self._state.done, *done])
+            all_failed = self.failed | dict(failed or {})
+            all_verdicts = self.verdicts | (verdicts or {})
+            self._state = _State(
+                self._plan,
+                list(all_done),
+                [_Failure(*item) for item in all_failed.items() if item[0] not in all_done],
+                [_Verdict(*key, verdict) for key, verdict in all_verdicts.items()],
+            )
+            atomic.replace(self.path, msgspec.json.encode(self._state))
+
+    def encode(self) -> bytes:
+        """What is done and what failed, for the other processes."""
+        return msgspec.json.encode(_State(self._plan, self._state.done, self._state.failed))
+
+    def absorb(self, text: bytes) -> None:
+        """Add what another process has done."""
+        theirs = msgspec.json.decode(text, type=_State)
+        self.add(theirs.done, {failure.problem: failure.reason for failure in theirs.failed})
+
+    def close(self) -> None:
+        """All is done: whoever notices removes the file."""
+        self.path.unlink(missing_ok=True)
+
+    def _clean(self) -> None:
+        """Remove what runs left behind that were never continued."""
+        with suppress(OSError):
+            for path in self.path.parent.glob(f"*.session-{8 * '[0-9a-f]'}"):
+                if path != self.path and time.time() - path.stat().st_mtime > _FORGOTTEN_SECONDS:
+                    path.unlink(missing_ok=True)
+
+    def _stored(self) -> _State:
+        """What the file holds; a damaged one, or another plan's, starts afresh."""
+        try:
+            state = msgspec.json.decode(self.path.read_bytes(), type=_State)
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+            return _State(self._plan)
+        return state if state.plan == self._plan else _State(self._plan)

@@ -1,0 +1,84 @@
+"""How a call runs: a kernel, its tiles, and the names of kernels."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+VARIANTS = ("decode", "prefill4", "base", "large_batch")
+MAX_KERNEL_BITS = 8
+
+_BASE_NAMES = ("moe_trellis_swiglu", "moe_trellis_mixed_swiglu")
+_NAME = re.compile(
+    r"(?P<base>moe_trellis_(?:mixed_)?swiglu)"
+    r"(?:_(?P<variant>decode|prefill4|large_batch))?"
+    r"(?:_(?P<gate>[1-8])_(?P<up>[1-8])_(?P<down>[1-8]))?"
+    r"(?P<fp32acc>_fp32acc)?"
+)
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """How a call runs.
+
+    On the CPU, ``tile_size_m`` is the rows per decoded panel, ``tile_size_n`` the columns per task and
+    ``simdgroups`` the worker threads; ``use_fp32_acc`` changes nothing, sums are always float32 there.
+
+    Attributes:
+        kernel_name: A name that :func:`parse_name` accepts.
+        tile_size_m: Rows per tile.
+        tile_size_n: Columns per threadgroup or task.
+        simdgroups: Simdgroups per threadgroup.
+        use_fp32_acc: False allows half-precision sums inside one 16-deep tile; sums across tiles are float32 always.
+            A config written by hand leaves it off; :func:`default` turns it on.
+        kernel_variant: One of :data:`VARIANTS`.
+    """
+
+    kernel_name: str
+    tile_size_m: int
+    tile_size_n: int
+    simdgroups: int
+    use_fp32_acc: bool = False
+    kernel_variant: str = "base"
+
+
+@dataclass(frozen=True)
+class KernelName:
+    """A kernel name taken apart."""
+
+    mixed: bool
+    variant: str
+    triple: tuple[int, int, int] | None
+    fp32acc: bool
+
+
+def parse_name(name: str) -> KernelName:
+    """Take a kernel name apart.
+
+    Raises:
+        ValueError: If no kernel has this name.
+    """
+    match = _NAME.fullmatch(name) if isinstance(name, str) else None
+    if match is None or (match["gate"] and match["variant"] != "decode"):
+        raise ValueError(
+            f"no kernel is called {name!r}; names are moe_trellis_swiglu or moe_trellis_mixed_swiglu, then nothing, "
+            "_decode, _prefill4, _large_batch or _decode_<gate>_<up>_<down>, then optionally _fp32acc"
+        )
+    triple = tuple(int(match[part]) for part in ("gate", "up", "down")) if match["gate"] else None
+    return KernelName("mixed" in match["base"], match["variant"] or "base", triple, bool(match["fp32acc"]))
+
+
+def make_name(
+    variant: str, triple: tuple[int, int, int] | None = None, *, mixed: bool = False, fp32acc: bool = False
+) -> str:
+    """The kernel name of a variant; the inverse of :func:`parse_name`."""
+    parts = [_BASE_NAMES[mixed]]
+    if variant != "base":
+        parts.append(variant)
+    if triple is not None:
+        parts.extend(str(b) for b in triple)
+    if fp32acc:
+        parts.append("fp32acc")
+    name = "_".join(parts)
+    parse_name(name)
+    return name

@@ -1,0 +1,107 @@
+"""A drop-in for ``nn.Linear`` over a trellis weight.
+
+Trellis words and scales are parameters, so that they survive save and load; they are frozen, and stay so when the
+model is unfrozen.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, overload
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from ..kernels import KernelConfig, Problem
+from ..selection import choices
+from ..selection.choices import Choice
+from ..weights.experts import ExpertStack, format_word
+from ..weights.grid import GridWeight
+from ..weights.trellis import TrellisWeight
+from .grid import GridLinear
+from .state import StackedModule
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class TrellisLinear(StackedModule):
+    """A linear layer over a trellis weight. A drop-in for ``nn.Linear``.
+
+    Parameters: ``trellis`` (uint32 ``[k / 16, n / 16, 8 * K]``), ``suh``, ``svh`` and optionally ``bias``.
+
+    Args:
+        w: The weight. ``TrellisLinear`` of a :class:`GridWeight` is a :class:`GridLinear`, as ``pathlib.Path`` of a
+            string is a path of the system's kind.
+    """
+
+    @overload
+    def __new__(cls, w: GridWeight) -> GridLinear: ...
+    @overload
+    def __new__(cls, w: TrellisWeight | None = None, *args, **keywords) -> Self: ...
+
+    def __new__(cls, w=None, *args, **keywords):  # w is None where a copy is made; a subclass may take more
+        return GridLinear(w) if cls is TrellisLinear and isinstance(w, GridWeight) else super().__new__(cls)
+
+    def __init__(self, w: TrellisWeight | GridWeight):  # type checkers that look here only see both
+        super().__init__()
+        stack = ExpertStack.of("w", [w])
+        self._sizes = (w.in_features, w.out_features)
+        self._codebook = w.codebook
+        k, n = w.padded_shape
+        self.trellis = stack.codes.reshape(k // 16, n // 16, 8 * w.bits)
+        self.suh = stack.suh.reshape(-1)
+        self.svh = stack.svh.reshape(-1)
+        if w.bias is not None:
+            self.bias = stack.bias.reshape(-1)
+        mx.eval(self.parameters())
+        self._derived.collected = self._parameters(), ops.prepare(stack)
+
+    def _stack_arrays(self, traced: bool) -> tuple[mx.array | None, ...]:
+        trellis, bias = self.trellis, self.get("bias")
+        if trellis.ndim != 3:
+            raise ValueError(f"trellis must have shape [k/16, n/16, 8*K], got {list(trellis.shape)}")
+        formats = None
+        if not traced:  # the bits follow from the shape, which a trace holds fast
+            formats = mx.array([format_word(trellis.shape[2] // 8, self._codebook)], mx.uint32)
+        bias = None if bias is None else bias.astype(mx.float32)[None]
+        return trellis.reshape(-1), formats, self.suh[None], self.svh[None], bias
+
+    def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int = 1) -> Problem:
+        """What a call with this many rows asks for; combine and top_k mean nothing to a linear."""
+        return ops.linear_problem(self.stack.source, rows, dtype, device)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[..., in_features]`` -> ``[..., out_features]``, dtype of x."""
+        tap = self._derived.adaptation
+        return self.run(x) if tap is None else tap(x)
+
+    def run(self, x: mx.array, config: KernelConfig | None = None) -> mx.array:
+        """The call with a given config, or with the one that is selected for it."""
+        stack = self.stack
+        select = self._derived.selection.current(stack) if config is None else None
+        return ops.linear(x, stack, config=config, select=select)
+
+    def explain(self, rows: int, dtype: mx.Dtype | None = None) -> Choice:
+        """Which config a call with this many rows runs, and why.
+
+        Args:
+            rows: Tokens.
+            dtype: Dtype of x. Default: ``None``, as in the latest new kind of call, or float32.
+
+        Returns:
+            A :class:`Choice`: ``problem``, ``config`` and ``reason``; printable.
+        """
+        dtype = self._selection.dtype if dtype is None else dtype
+        return choices.choose(self.problem(rows, dtype, ops.device_of(None)))
+
+    def to_lora(self, r: int = 8, scale: float = 20.0, dropout: float = 0.0) -> nn.Module:
+        """Wrap in mlx-lm's LoRA layer: the trellis stays frozen under it."""
+        from mlx_lm.tuner.lora import LoRALinear
+
+        lora = LoRALinear(*self._sizes, r=r, dropout=dropout, scale=scale)
+        lora.linear = self
+        return lora
+
+    def _extra_repr(self) -> str:
+        return f"{self._sizes[0]} -> {self._sizes[1]}, bits={self.trellis.shape[-1] // 8}"

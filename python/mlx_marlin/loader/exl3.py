@@ -1,0 +1,151 @@
+"""One EXL3 linear of a checkpoint, known from the headers, and read from the file.
+
+Quantized tensors are copied out of a memory map, so that taking a slice reads only its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .. import codec
+from ..storage.safetensors import TensorInfo
+from ..weights.trellis import TrellisWeight
+
+# Suffixes that only a quantized linear has. A bias belongs to it too, but other modules also have one.
+QUANTIZED_SUFFIXES = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1")
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One EXL3 linear of a checkpoint, known from the headers.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        parts: Its tensors by suffix: trellis, suh or su, svh or sv, and maybe mcg, mul1, bias.
+    """
+
+    name: str
+    parts: dict[str, TensorInfo]
+
+    @property
+    def bits(self) -> int:
+        return self.parts["trellis"].shape[2] // codec.TILE
+
+    @property
+    def codebook(self) -> str:
+        """Told by which marker is present; its value is not looked at, as in ExLlamaV3."""
+        return next((marker for marker in ("mcg", "mul1") if marker in self.parts), "3inst")
+
+    @property
+    def padded_shape(self) -> tuple[int, int]:
+        """``(k, n)`` as stored: multiples of 128."""
+        k_tiles, n_tiles, _ = self.parts["trellis"].shape
+        return codec.TILE * k_tiles, codec.TILE * n_tiles
+
+    def check(self) -> None:
+        """Raise ValueError, naming file and tensor, unless the tensors are what the format says."""
+        trellis = self.parts.get("trellis")
+        if trellis is None:
+            suffix, info = next(iter(self.parts.items()))
+            raise ValueError(f"{info.file}: {self.name}.{suffix} is there, but {self.name}.trellis is missing")
+        where = f"{trellis.file}: {self.name}"
+        if "scale" in self.parts:
+            raise ValueError(
+                f"{where}.scale belongs to an early form of EXL3 that is not supported; convert the model again"
+            )
+        if "mcg" in self.parts and "mul1" in self.parts:
+            raise ValueError(f"{where} has both .mcg and .mul1; a linear has one codebook")
+        if trellis.dtype != "I16":
+            raise ValueError(f"{where}.trellis must be I16, got {trellis.dtype}")
+        try:
+            codec.trellis_bits(trellis.shape)
+        except ValueError as error:
+            raise ValueError(f"{where}.trellis: {error}") from None
+        k, n = self.padded_shape
+        if not k or not n or k % codec.HADAMARD_SIZE or n % codec.HADAMARD_SIZE:
+            raise ValueError(
+                f"{where}.trellis {list(trellis.shape)} stands for a [{k}, {n}] matrix; both sizes must be positive "
+                f"multiples of {codec.HADAMARD_SIZE}"
+            )
+        self._check_scales(where, ("suh", "su"), k)
+        self._check_scales(where, ("svh", "sv"), n)
+        for suffix in ("mcg", "mul1"):
+            if suffix in self.parts and (self.parts[suffix].dtype, self.parts[suffix].shape) != ("I32", ()):
+                part = self.parts[suffix]
+                raise ValueError(
+                    f"{where}.{suffix} must be I32 without dimensions, got {part.dtype} {list(part.shape)}"
+                )
+        bias = self.parts.get("bias")
+        if bias is not None and (bias.dtype not in ("F16", "BF16", "F32") or bias.shape != (n,)):
+            raise ValueError(f"{where}.bias must be floating point of shape [{n}], got {bias.dtype} {list(bias.shape)}")
+
+    def _check_scales(self, where: str, suffixes: tuple[str, str], size: int) -> None:
+        full, packed = suffixes
+        wanted = {full: ("F16", (size,)), packed: ("I16", (size // 16,))}
+        present = [suffix for suffix in suffixes if suffix in self.parts]
+        if len(present) != 1:
+            raise ValueError(f"{where} needs either .{full} or .{packed}, got {' and '.join(present) or 'neither'}")
+        part = self.parts[present[0]]
+        dtype, shape = wanted[present[0]]
+        if (part.dtype, part.shape) != (dtype, shape):
+            raise ValueError(f"{where}.{present[0]} must be {dtype} {list(shape)}, got {part.dtype} {list(part.shape)}")
+
+    def load(
+        self,
+        rows: Sequence[int] | None = None,
+        columns: Sequence[int] | None = None,
+        in_features: int | None = None,
+        out_features: int | None = None,
+    ) -> TrellisWeight:
+        """Read the weight, or some of its 128-blocks.
+
+        Args:
+            rows: Blocks of 128 inputs to keep, in this order. Default: all.
+            columns: Blocks of 128 outputs to keep, in this order. Default: all.
+            in_features: Logical number of inputs of the result. Default: the padded one.
+            out_features: Logical number of outputs of the result. Default: the padded one.
+        """
+        trellis = self.parts["trellis"].map()
+        tiles = codec.HADAMARD_SIZE // codec.TILE
+        if rows is not None or columns is not None:
+            blocks = trellis.reshape(trellis.shape[0] // tiles, tiles, trellis.shape[1] // tiles, tiles, -1)
+            blocks = blocks if rows is None else blocks[list(rows)]
+            blocks = blocks if columns is None else blocks[:, :, list(columns)]
+            trellis = blocks.reshape(blocks.shape[0] * tiles, blocks.shape[2] * tiles, -1)
+        k, n = self.padded_shape
+        return TrellisWeight(
+            mx.array(np.ascontiguousarray(trellis)),
+            _take_blocks(self._scales("suh", "su"), k, rows),
+            _take_blocks(self._scales("svh", "sv"), n, columns),
+            self.codebook,
+            bias=self.load_bias(columns),
+            in_features=in_features,
+            out_features=out_features,
+        )
+
+    def load_bias(self, columns: Sequence[int] | None = None) -> mx.array | None:
+        """The bias, padded as stored, or blocks of 128 of it."""
+        if "bias" not in self.parts:
+            return None
+        return _take_blocks(_read_floats(self.parts["bias"]), self.padded_shape[1], columns)
+
+    def _scales(self, full: str, packed: str) -> mx.array:
+        if full in self.parts:
+            return _read_floats(self.parts[full])
+        return mx.array(codec.unpack_signs(self.parts[packed].map()))
+
+
+def _read_floats(info: TensorInfo) -> mx.array:
+    values = mx.array(info.map())
+    return values.view(mx.bfloat16) if info.dtype == "BF16" else values
+
+
+def _take_blocks(values: mx.array, size: int, blocks: Sequence[int] | None) -> mx.array:
+    if blocks is None:
+        return values
+    grouped = values.reshape(size // codec.HADAMARD_SIZE, codec.HADAMARD_SIZE)
+    return grouped[mx.array(list(blocks))].reshape(-1)

@@ -1,0 +1,85 @@
+"""What a call must give, by the codec, in float64: for the self-test and the tuner, which check kernels at run time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from .. import codec
+from ..weights.trellis import TrellisWeight
+
+
+def linear(x: np.ndarray, w: TrellisWeight, *, padded: bool = False) -> np.ndarray:
+    """``x @ W + bias``.
+
+    Args:
+        x: float64, shape ``[rows, in_features]``, or the padded width.
+        w: The weight.
+        padded: Whether the result keeps the padded width, as between gate/up and down. Default: ``False``.
+
+    Returns:
+        float64, shape ``[rows, out_features]``.
+    """
+    k, _ = w.padded_shape
+    x = np.pad(x, ((0, 0), (0, k - x.shape[1])))
+    suh, svh = (np.array(v).astype(np.float64) for v in (w.suh, w.svh))
+    y = codec.hadamard(codec.hadamard(x * suh) @ codec.inner(w).astype(np.float64)) * svh
+    if w.bias is not None:
+        y = y + np.array(w.bias.astype(mx.float32)).astype(np.float64).reshape(-1)
+    return y if padded else y[:, : w.out_features]
+
+
+def activate(gate: np.ndarray, up: np.ndarray, activation: str, alpha: float, limit: float) -> np.ndarray:
+    """The activation between gate/up and down, by the formulas of :func:`mlx_marlin.trellis_swiglu`."""
+    if activation == "gelu_tanh":
+        return 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+    if activation == "swiglu_oai":
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit) + 1
+        return gate / (1 + np.exp(-alpha * gate)) * up
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def swiglu(
+    x: np.ndarray,
+    indices: np.ndarray,
+    experts: Sequence[Sequence[TrellisWeight]],
+    scores: np.ndarray | None,
+    activation: str,
+    alpha: float,
+    limit: float,
+) -> np.ndarray:
+    """The experts of a layer.
+
+    Args:
+        x: float64, shape ``[rows, hidden]``.
+        indices: Integers, shape ``[rows, top_k]``.
+        experts: Gate, up and down: a sequence of weights each, or anything else that is indexed by expert.
+        scores: Optional, shape ``[rows, top_k]``.
+        activation, alpha, limit: As for :func:`activate`.
+
+    Returns:
+        float64, shape ``[rows, top_k, hidden]``, or ``[rows, hidden]`` with scores.
+    """
+    gate, up, down = experts
+    out = np.zeros((*indices.shape, x.shape[1]))
+    for e in np.unique(indices):
+        row, slot = np.nonzero(indices == e)
+        sums = (linear(x[row], projection[e], padded=True) for projection in (gate, up))
+        out[row, slot] = linear(activate(*sums, activation, alpha, limit), down[e])
+    return out if scores is None else np.einsum("rs,rsh->rh", scores.astype(np.float64), out)
+
+
+def row_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """The largest error of a row over the row's norm; infinite if anything is not finite.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(f"the result has shape {list(actual.shape)}, expected {list(expected.shape)}")
+    norm = np.linalg.norm(expected, axis=-1)
+    error = np.linalg.norm(actual - expected, axis=-1) / np.where(norm > 0, norm, 1.0)
+    return float(np.where(np.isfinite(error), error, np.inf).max(initial=0.0))

@@ -1,0 +1,33 @@
+"""The extension as it runs here: threads, instruction set, and the digests of what it was built from."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import _ext
+
+
+def instruction_set() -> str:
+    """The best instruction set of this CPU that the kernels have code for, such as avx512vbmi or neon."""
+    return _ext.instruction_sets()[-1]
+
+
+def cpu_digest() -> str:
+    """SHA-256 of what the CPU kernels were built from: sources, compiler and flags."""
+    return _ext.cpu_digest()
+
+
+def plan_digest() -> str:
+    """SHA-256 of the sources that plan and launch the Metal kernels."""
+    return _ext.plan_digest()
+
+
+def set_num_threads(n: int) -> None:
+    """Set the number of CPU workers. Default: the cores that this process may use.
+
+    Raises:
+        ValueError: If n is less than 1.
+    """
+    if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"the number of threads must be an integer >= 1, got {n!r}")
+    _ext.set_num_threads(int(n))

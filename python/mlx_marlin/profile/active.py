@@ -1,0 +1,181 @@
+"""The profiles that the layers of this process select from, and the look-up of a problem in them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .. import kernels
+from ..device.fingerprint import device_family
+from ..device.machine import device_name
+from ..kernels import KernelConfig, Problem
+from . import files
+from .files import default_path, load
+from .lookup import search_table, table_of
+from .schema import AutotuneConfig, ProfileError
+
+_log = logging.getLogger("mlx_marlin")
+
+
+class Tuned(NamedTuple):
+    """A config from a profile, and where it comes from."""
+
+    config: KernelConfig
+    origin: str
+
+
+class _Active:
+    """The profiles that layers of this process look into, per device; loaded when first asked for."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.chosen: dict[str, tuple[str, AutotuneConfig]] = {}
+        self.found: dict[str, list[tuple[str, AutotuneConfig]]] = {}
+        self.generation = 0
+
+    def sources(self, device: str) -> list[tuple[str, AutotuneConfig]]:
+        with self.lock:
+            if device not in self.found:
+                self.found[device] = self._load(device)
+            return self.found[device]
+
+    def _load(self, device: str) -> list[tuple[str, AutotuneConfig]]:
+        sources = []
+        # Elsewhere a problem of the GPU is only planned, never run.
+        present = device == "cpu" or mx.is_available(mx.Device(mx.gpu))
+        if device in self.chosen:
+            sources.append(self.chosen[device])
+        elif present and (found := tuned(device)) is not None:
+            sources.append((f"tuned profile {default_path(device)}", found))
+        if device == "gpu" and present:
+            shipped = predicted(device_name(device))
+            sources += [shipped] if shipped else []
+        return sources
+
+    def reset(self) -> None:
+        with self.lock:
+            self.found.clear()
+            self.generation += 1
+
+
+_active = _Active()
+
+
+def tuned(device: str) -> AutotuneConfig | None:
+    """The tuned profile of this machine, if there is one that can be used.
+
+    A bad file is ignored, with a warning: the defaults handle every problem.
+    """
+    path = default_path(device)
+    try:
+        if path.exists():
+            found = load(path)
+            files.check_native(found, device, path)
+            return found
+    except (ProfileError, OSError) as error:
+        _log.warning("ignoring the tuned profile: %s", error)
+    return None
+
+
+@cache
+def predicted(name: str) -> tuple[str, AutotuneConfig] | None:
+    """The in-package profile of a device, else of its family."""
+    for stem in (name.lower().replace(" ", "_"), device_family(name).lower()):
+        path = Path(__file__).parent / "predicted" / f"{stem}.json"
+        if path.exists():
+            return f"predicted profile {path.name}", load(path)
+    return None
+
+
+def generation() -> int:
+    """A number that changes whenever :func:`find` may answer differently."""
+    return _active.generation
+
+
+def refresh() -> None:
+    """Forget the loaded profiles; the next look-up reads the files again."""
+    _active.reset()
+
+
+def use_profile(path, allow_foreign: bool = False) -> None:
+    """Let the layers of this process select from a profile instead of the one found automatically.
+
+    Args:
+        path: A profile, or ``None`` to go back to the one found automatically.
+        allow_foreign: Whether a profile of another machine, of other kernels, or without a fingerprint may be used.
+            Default: ``False``.
+
+    Raises:
+        ProfileError: If the file is malformed, or foreign and not allowed.
+    """
+    with _active.lock:
+        if path is None:
+            _active.chosen.clear()
+        else:
+            path = Path(path)
+            profile = load(path)
+            devices = [profile.fingerprint.device] if profile.fingerprint else list(kernels.DEVICES)
+            for device in devices:
+                if not allow_foreign:
+                    files.check_native(profile, device, path)
+                _active.chosen[device] = (f"profile {path}", profile)
+        _active.reset()
+
+
+def find(problem: Problem) -> Tuned | None:
+    """The tuned config of a problem, with its origin; ``None`` if no profile knows one.
+
+    In each profile (the tuned one, then the predicted one): the problem itself; the same with or without scores, or in
+    another dtype; the nearest number of rows that has the same default variant, of the problem itself, then of those;
+    ``lookup_table``, as far as it is about this kind of problem. Configs from elsewhere are fitted to the problem.
+    """
+    for origin, profile in _active.sources(problem.device):
+        found = _find_in(profile, problem)
+        if found is not None:
+            return Tuned(found[0], f"{found[1]} in the {origin}")
+    return None
+
+
+def _find_in(profile: AutotuneConfig, problem: Problem) -> tuple[KernelConfig, str] | None:
+    alike = {p: e.config for p, e in profile.problems.items() if _alike(p, problem)}
+    for candidates in ({p: c for p, c in alike.items() if p.rows == problem.rows}, alike):
+        for p in sorted(candidates, key=lambda p: (*_unlikeness(p, problem), abs(p.rows - problem.rows), p.rows)):
+            config = kernels.fitted(problem, candidates[p])
+            if config is not None:
+                return config, _described(p, problem)
+    variant = kernels.default_variant(problem.rows)
+    table = {b: row for b, row in table_of(profile, problem.kind).items() if kernels.default_variant(b) == variant}
+    # A config from elsewhere keeps its tiles verbatim in the file; here it must fit this problem.
+    fits = {
+        b: {h: {w: fit for w, c in cell.items() if (fit := kernels.fitted(problem, c))} for h, cell in row.items()}
+        for b, row in table.items()
+    }
+    config = search_table(fits, problem.rows, problem.hidden, problem.widths, lambda c: True)
+    return (config, "lookup_table") if config else None
+
+
+def _alike(a: Problem, b: Problem) -> bool:
+    """Whether two problems differ in rows of one variant, dtype and combination at most: the products are the same."""
+    same_variant = kernels.default_variant(a.rows) == kernels.default_variant(b.rows)
+    return same_variant and replace(a, rows=b.rows, dtype=b.dtype, combine=b.combine) == b
+
+
+def _unlikeness(a: Problem, b: Problem) -> tuple[bool, bool]:
+    # The dtype bears on every load and sum, the combination on one small stage.
+    return a.dtype != b.dtype, a.combine != b.combine
+
+
+def _described(found: Problem, asked: Problem) -> str:
+    """The entry that answers, and in what it differs from what was asked."""
+    text = f"entry for {found.rows} rows"
+    if found.dtype != asked.dtype:
+        text += f" of {found.dtype}"
+    if found.combine != asked.combine:
+        text += " with scores" if found.combine else " without scores"
+    return text if found.rows == asked.rows else f"{text}, the nearest to {asked.rows},"

@@ -1,0 +1,104 @@
+"""What a profile's lookup table answers for a batch size, a hidden size and bit widths. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from .. import kernels
+from ..kernels import KernelConfig, Problem
+from ..kernels.search_space import SIMDGROUPS, TILE_SIZES
+from .schema import AutotuneConfig, Table, projected, table_key
+
+
+def distinct_widths(bit_widths: Iterable[int]) -> tuple[int, ...]:
+    """Sorted distinct bit widths.
+
+    Raises:
+        ValueError: If there are none, or one is out of range.
+    """
+    widths = tuple(sorted({int(b) for b in bit_widths}))
+    if not widths or not 1 <= widths[0] <= widths[-1] <= kernels.MAX_KERNEL_BITS:
+        raise ValueError(f"bit_widths must be one or more of 1 to {kernels.MAX_KERNEL_BITS}, got {list(widths)}")
+    return widths
+
+
+def find(
+    profile: AutotuneConfig,
+    device: str,
+    batch_size: int,
+    hidden: int,
+    widths: tuple[int, ...],
+    wanted: Callable[[KernelConfig], bool] | None = None,
+) -> KernelConfig | None:
+    """What a profile's table says: see :func:`search_table`; neighbours only where they can run.
+
+    Args:
+        device: Of profiles without a fingerprint.
+        wanted: Which configs count. Default: ``None``, all.
+    """
+    on = profile.fingerprint.device if profile.fingerprint else device
+    problem = _stand_in(batch_size, hidden, widths, on)
+    table = profile.lookup_table
+    if wanted is not None:
+        table = {
+            b: {h: {w: c for w, c in cell.items() if wanted(c)} for h, cell in row.items()} for b, row in table.items()
+        }
+    return search_table(table, batch_size, hidden, widths, lambda c: kernels.fitted(problem, c) is not None)
+
+
+def by_distance(keys: Iterable[int], target: int) -> list[int]:
+    """Keys by absolute distance to a target, the smaller first where two are equally far."""
+    return sorted(keys, key=lambda key: (abs(key - target), key))
+
+
+def search_table(
+    table: Table, batch_size: int, hidden: int, widths: tuple[int, ...], accept: Callable[[KernelConfig], bool]
+) -> KernelConfig | None:
+    """Exact match, then the nearest batch size, then the nearest hidden size; neighbours only where accepted."""
+    exact = table.get(batch_size, {}).get(hidden, {}).get(widths)
+    if exact is not None:
+        return exact
+    hiddens = {h for row in table.values() for h in row}
+    for near_hidden in by_distance(hiddens, hidden):
+        for batch in by_distance(table, batch_size):
+            config = table[batch].get(near_hidden, {}).get(widths)
+            if config is not None and accept(config):
+                return config
+    return None
+
+
+def table_of(profile: AutotuneConfig, kind: str) -> Table:
+    """What a profile's table says about problems of one kind. Cells that no problem stands behind are of experts."""
+    keys: dict[str, set] = {"linear": set(), "swiglu": set()}
+    for problem in profile.problems:
+        keys[problem.kind].add(table_key(problem))
+    if kind == "linear":
+        return projected({p: e for p, e in profile.problems.items() if p.kind == "linear"})
+    others = keys["linear"] - keys["swiglu"]
+    return {
+        batch: {h: {w: c for w, c in cell.items() if (batch, h, w) not in others} for h, cell in row.items()}
+        for batch, row in profile.lookup_table.items()
+    }
+
+
+def default_entry(profile: AutotuneConfig, batch_size: int, widths: Iterable[int]) -> KernelConfig:
+    """The default of the widest bit width present: tiles and simdgroups by the profile's mappings, variant by rows."""
+    variant = kernels.default_variant(batch_size)
+    widest = max(widths)
+    tile = _nearest_value(profile.tile_size_mapping, widest, TILE_SIZES)
+    simdgroups = _nearest_value(profile.simdgroup_mapping, widest, SIMDGROUPS)
+    # large_batch is the kernel with tile_n = 128.
+    tile_n = 128 if variant == "large_batch" else tile
+    return KernelConfig(kernels.make_name(variant), tile, tile_n, simdgroups, True, variant)
+
+
+def _nearest_value(mapping: dict[int, int], key: int, fallback: dict[int, int]) -> int:
+    mapping = mapping or fallback
+    return mapping[by_distance(mapping, key)[0]]
+
+
+def _stand_in(rows: int, hidden: int, widths: tuple[int, ...], device: str) -> Problem:
+    """A problem with the key of a table cell, for asking which configs can run."""
+    dtype = "float32" if device == "cpu" else "float16"
+    bits = tuple((b, b, b) for b in widths)
+    return Problem("swiglu", rows, 1, hidden, hidden, len(widths), bits, ("mul1",), "silu", dtype, device)

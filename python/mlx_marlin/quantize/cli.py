@@ -1,0 +1,77 @@
+"""mlx_marlin-convert: quantize a checkpoint to EXL3. Progress on stderr, the result on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .allocate import MODES
+
+    parser = argparse.ArgumentParser(
+        prog="mlx_marlin-convert",
+        description="Quantize a Hugging Face checkpoint that mlx-lm can run into an EXL3 directory.",
+    )
+    parser.add_argument("--model", required=True, help="directory of the fp16, bf16 or fp32 checkpoint")
+    parser.add_argument("--output", required=True, help="directory to be made")
+    parser.add_argument(
+        "--bits", type=float, required=True, help="stored bits per weight of the quantized layers, scales included"
+    )
+    parser.add_argument("--head-bits", type=int, default=6, help="K of lm_head, or 16 for half precision (default: 6)")
+    parser.add_argument("--codebook", choices=("mul1", "mcg", "3inst"), default="mul1", help="(default: mul1)")
+    parser.add_argument("--calibration", help="UTF-8 text file (default: the bundled text)")
+    parser.add_argument(
+        "--mixed",
+        choices=MODES,
+        default=MODES[0],
+        help="who shares a width; loaders other than this package need per-layer or uniform (default: per-expert)",
+    )
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted conversion")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random signs (default: 0)")
+    return parser
+
+
+def _show(progress) -> None:
+    left = "" if progress.seconds_left is None else f", {_duration(progress.seconds_left)} left"
+    print(f"{100 * progress.done:5.1f} %  {progress.stage}{left}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min {int(seconds) % 60:02} s"
+
+
+def _convert(options: dict) -> int:
+    """Run a conversion; returns the exit status."""
+    from . import convert
+
+    try:
+        plan = convert(options.pop("model"), options.pop("output"), progress=_show, **options)
+    except (ValueError, FileExistsError) as error:
+        print(f"mlx_marlin-convert: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            advice = "make room and run again with --resume; every finished layer is kept"
+        else:
+            advice = "mend this and run again with --resume; every finished layer is kept"
+        print(f"mlx_marlin-convert: {error}; {advice}", file=sys.stderr)
+        return 1
+    gap = 100 * (plan.loss / plan.bound - 1) if plan.bound > 0 else 0.0
+    print(f"{plan.bits:.4f} bits per weight, allocation within {gap:.3g} % of the best possible; see plan.txt")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    try:
+        return _convert(vars(_parser().parse_args(arguments)))
+    except ModuleNotFoundError as error:
+        print(f"mlx_marlin-convert: {error}; in a clone of mlx_marlin run: pip install '.[lm]'", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Which config a layer's call runs, and why: what feedback has shown, else the tuned profile, else the default.
+
+One choice per problem for the whole process. A choice is made from shapes and dtypes only and never waits for an array.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from .. import kernels, profile
+from ..kernels import KernelConfig, Problem
+
+# A server meets ever new row counts; one choice is a few hundred bytes.
+_MAX_CHOICES = 65536
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The config that runs a problem, and the reason; tuned: whether it rests on a profile or on feedback."""
+
+    problem: Problem
+    config: KernelConfig
+    reason: str
+    tuned: bool = True
+
+    def __str__(self) -> str:
+        c = self.config
+        return (
+            f"{c.kernel_name} (variant {c.kernel_variant}, tile {c.tile_size_m} x {c.tile_size_n}, "
+            f"simdgroups {c.simdgroups}, fp32 accumulation {'on' if c.use_fp32_acc else 'off'}): "
+            f"{self.reason}"
+        )
+
+
+class _Choices:
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.table: dict[Problem, Choice] = {}
+        self.feedback: dict[Problem, Choice] = {}
+        self.refused: dict[Problem, dict[KernelConfig, str]] = {}
+        self.changes = 0
+        self.profile_generation = profile.generation()
+
+    def get(self, problem: Problem) -> Choice:
+        choice = self.table.get(problem) if self.profile_generation == profile.generation() else None
+        return choice or self.make(problem)
+
+    def make(self, problem: Problem) -> Choice:
+        with self.lock:
+            current = profile.generation()
+            if current != self.profile_generation or len(self.table) >= _MAX_CHOICES:
+                self.table.clear()
+            choice = self.allowed(self.feedback.get(problem) or from_profile(problem))
+            self.table[problem] = choice
+            self.profile_generation = current
+            return choice
+
+    def allowed(self, choice: Choice) -> Choice:
+        """The choice itself, or where it was refused the first candidate that was not."""
+        problem, refused = choice.problem, self.refused.get(choice.problem, {})
+        if choice.config not in refused:
+            return choice
+        for config in (kernels.default(problem), *kernels.candidates(problem)):
+            if config not in refused:
+                reason = f"{choice.config.kernel_name} is refused here: {refused[choice.config]}"
+                return Choice(problem, config, reason, tuned=False)
+        raise RuntimeError(
+            f"every kernel for {problem} is refused on this {problem.device}, the last because: "
+            f"{refused[choice.config]}. "
+            "Run the layer on the CPU (mx.set_default_device(mx.cpu)) and report this"
+        )
+
+
+_choices = _Choices()
+
+
+def from_profile(problem: Problem) -> Choice:
+    """The choice without feedback: the tuned or predicted profile's, else the default."""
+    found = profile.find(problem)
+    # A layer that has not been called knows no top-k and says 1: the reason shows what was assumed.
+    top_k = f" and top-k {problem.top_k}" if problem.kind == "swiglu" else ""
+    asked = f"{problem.rows} row{'' if problem.rows == 1 else 's'}{top_k}"
+    if found is not None:
+        return Choice(problem, found.config, f"for {asked}: {found.origin}")
+    reason = f"the default for {asked}, because no profile knows this problem"
+    return Choice(problem, kernels.default(problem), reason, tuned=False)
+
+
+def choose(problem: Problem) -> Choice:
+    """The config for a problem, and why; a dictionary look-up after the first time."""
+    return _choices.get(problem)
+
+
+def by_name(problem: Problem, names: Iterable[str]) -> dict[str, KernelConfig]:
+    """The configs of those kernels that can run a problem: the chosen one's tiles where it has that name,
+    else the default's.
+    """
+    chosen = choose(problem).config
+    configs = {}
+    for name in names:
+        if _plain(name) == _plain(chosen.kernel_name):
+            config = replace(chosen, kernel_name=name)
+        else:
+            try:
+                config = kernels.config_for(problem, name)
+            except ValueError:  # says why it cannot run
+                continue
+        configs[name] = config
+    return configs
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix("_fp32acc")
+
+
+def generation() -> int:
+    """A number that changes whenever :func:`choose` may answer differently."""
+    return _choices.changes + profile.generation()
+
+
+def set_feedback(problem: Problem, config: KernelConfig | None, reason: str = "") -> None:
+    """Let a measured config run a problem from now on; ``None`` goes back to the profile or the default.
+
+    Raises:
+        ValueError: If the config cannot run the problem.
+    """
+    obstacle = None if config is None else kernels.feasible(problem, config)
+    if obstacle is not None:
+        raise ValueError(f"{config} cannot run {problem}: {obstacle}")
+    with _choices.lock:
+        if config is None:
+            _choices.feedback.pop(problem, None)
+        else:
+            _choices.feedback[problem] = Choice(problem, config, reason)
+        _choices.table.pop(problem, None)
+        _choices.changes += 1
+
+
+def refuse(problem: Problem, config: KernelConfig, reason: str) -> None:
+    """Never choose a config for a problem again in this process."""
+    with _choices.lock:
+        _choices.refused.setdefault(problem, {})[config] = reason
+        _choices.table.pop(problem, None)
+        _choices.changes += 1

@@ -1,0 +1,16 @@
+"""Validated weights: of one linear (:class:`TrellisWeight`, :class:`GridWeight`) and of a layer's experts
+(:class:`ExpertBank`).
+"""
+
+from .experts import ExpertBank, ExpertStack, check_projections, format_word
+from .grid import GridWeight
+from .trellis import TrellisWeight
+
+__all__ = [
+    "ExpertBank",
+    "ExpertStack",
+    "GridWeight",
+    "TrellisWeight",
+    "check_projections",
+    "format_word",
+]

@@ -1,0 +1,204 @@
+"""The experts of a layer: one projection of all of them (:class:`ExpertStack`), and all three (:class:`ExpertBank`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from .. import codec
+from .trellis import TrellisWeight, logical_size
+
+
+def format_word(bits: int, codebook: str) -> int:
+    """A weight's format as the kernels read it: ``bits | codebook id << 8``."""
+    return bits | codec.CODEBOOKS.index(codebook) << 8
+
+
+class ExpertStack:
+    """One projection (gate, up or down) of all experts of a layer, stacked once for the kernels.
+
+    Its arrays are contiguous and evaluated: they belong to no later graph, trace or thread.
+
+    Attributes:
+        codes: uint32, flat: the experts' trellis words one after the other, each in EXL3's own tile order.
+        offsets: int64 ``[experts]``: where each expert begins in ``codes``, in words.
+        formats: uint32 ``[experts]``, see :func:`format_word`.
+        suh: float16 ``[experts, k]``.
+        svh: float16 ``[experts, n]``.
+        bias: float32 ``[experts, n]`` or ``None``.
+        bits: Bits per weight of each expert.
+        codebooks: Codebook of each expert.
+        in_features, out_features: Logical sizes.
+
+    Args:
+        codes, formats, suh, svh, bias: As above.
+        in_features, out_features: Logical sizes. Default: the padded ones.
+
+    Raises:
+        ValueError: If the arrays do not fit together.
+    """
+
+    def __init__(self, codes, formats, suh, svh, bias=None, in_features=None, out_features=None):
+        experts, k, n = _stack_sizes(codes, formats, suh, svh, bias)
+        self.in_features = logical_size("in_features", in_features, k)
+        self.out_features = logical_size("out_features", out_features, n)
+        words = np.array(formats)
+        bits, ids = words & 0xFF, words >> 8
+        if not (np.isin(bits, range(1, codec.MAX_BITS + 1)) & (ids < len(codec.CODEBOOKS))).all():
+            raise ValueError(f"formats must be bits (1..{codec.MAX_BITS}) | codebook id << 8, got {words.tolist()}")
+        sizes = bits.astype(np.int64) * (k * n // 32)
+        if codes.size != sizes.sum():
+            raise ValueError(
+                f"codes has {codes.size} words, but {experts} experts of [{k}, {n}] at {bits.tolist()} bits "
+                f"have {sizes.sum()}"
+            )
+        self.bits = tuple(bits.tolist())
+        self.codebooks = tuple(codec.CODEBOOKS[i] for i in ids)
+        self.codes, self.formats, self.suh, self.svh = (mx.contiguous(a) for a in (codes, formats, suh, svh))
+        self.bias = None if bias is None else mx.contiguous(bias)
+        self.offsets = mx.array(np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64))
+        mx.eval(self.arrays)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Codes, offsets, formats, suh, svh and, where there is one, the bias: in the order of the kernels."""
+        arrays = [self.codes, self.offsets, self.formats, self.suh, self.svh]
+        return arrays if self.bias is None else [*arrays, self.bias]
+
+    @classmethod
+    def of(cls, name: str, weights: Sequence[TrellisWeight]) -> ExpertStack:
+        """Stack one weight per expert; ``name`` is used in errors."""
+        first = _same_sizes(name, weights)
+        formats = [format_word(w.bits, w.codebook) for w in weights]
+        bias = None
+        if any(w.bias is not None for w in weights):
+            zeros = mx.zeros((first.padded_shape[1],), mx.float32)
+            bias = mx.stack([zeros if w.bias is None else w.bias.astype(mx.float32) for w in weights])
+        return cls(
+            mx.concatenate([w.trellis.reshape(-1).view(mx.uint32) for w in weights]),
+            mx.array(np.array(formats, np.uint32)),
+            mx.stack([w.suh for w in weights]),
+            mx.stack([w.svh for w in weights]),
+            bias,
+            first.in_features,
+            first.out_features,
+        )
+
+    @property
+    def padded_shape(self) -> tuple[int, int]:
+        """``(k, n)`` as stored."""
+        return self.suh.shape[1], self.svh.shape[1]
+
+    def __getitem__(self, e: int) -> TrellisWeight:
+        """The weight of one expert."""
+        k, n = self.padded_shape
+        bits = self.bits[e]  # IndexError beyond the last
+        start = int(self.offsets[e].item())
+        trellis = self.codes[start : start + k * n * bits // 32].view(mx.int16).reshape(k // 16, n // 16, 16 * bits)
+        bias = None if self.bias is None else self.bias[e]
+        sizes = self.in_features, self.out_features
+        return TrellisWeight(trellis, self.suh[e], self.svh[e], self.codebooks[e], bias, *sizes)
+
+    def __getstate__(self) -> dict:
+        """Without what ops keep here, which a copy makes again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
+
+def _stack_sizes(codes, formats, suh, svh, bias) -> tuple[int, int, int]:
+    """(experts, k, n) of a stack's arrays, after checking that they agree."""
+    if formats.dtype != mx.uint32 or formats.ndim != 1 or not formats.size:
+        raise ValueError(f"formats must be uint32 [experts], got {formats.dtype} {list(formats.shape)}")
+    if codes.dtype != mx.uint32 or codes.ndim != 1:
+        raise ValueError(f"codes must be flat uint32, got {codes.dtype} {list(codes.shape)}")
+    experts = formats.size
+    for name, scale in (("suh", suh), ("svh", svh)):
+        aligned = scale.ndim == 2 and scale.shape[0] == experts and scale.shape[1] % codec.HADAMARD_SIZE == 0
+        if scale.dtype != mx.float16 or not aligned or not scale.size:
+            raise ValueError(
+                f"{name} must be float16 [{experts}, a positive multiple of {codec.HADAMARD_SIZE}], "
+                f"got {scale.dtype} {list(scale.shape)}"
+            )
+    if bias is not None and (bias.dtype != mx.float32 or bias.shape != svh.shape):
+        raise ValueError(f"bias must be float32 {list(svh.shape)}, got {bias.dtype} {list(bias.shape)}")
+    return experts, suh.shape[1], svh.shape[1]
+
+
+def _listed(name: str, weights: Iterable[TrellisWeight]) -> list[TrellisWeight]:
+    if not isinstance(weights, Iterable):
+        raise ValueError(f"{name} must be a list with one TrellisWeight per expert, got {type(weights).__name__}")
+    return list(weights)
+
+
+def _same_sizes(name: str, weights: Sequence[TrellisWeight]) -> TrellisWeight:
+    if not weights:
+        raise ValueError(f"{name} needs at least one expert")
+    for i, w in enumerate(weights):
+        if not isinstance(w, TrellisWeight):
+            raise ValueError(f"{name}[{i}] must be a TrellisWeight, got {type(w).__name__}")
+        sizes, wanted = ((v.in_features, v.out_features, *v.padded_shape) for v in (w, weights[0]))
+        if sizes != wanted:
+            raise ValueError(f"{name}[{i}] is {w}, but all experts must have the sizes of {name}[0]: {weights[0]}")
+    return weights[0]
+
+
+class ExpertBank:
+    """The gate, up and down weights of all experts of a layer. Bits and codebook may differ per expert and projection.
+
+    Args:
+        gate: One :class:`TrellisWeight` per expert, hidden to intermediate.
+        up: The same.
+        down: The same, intermediate to hidden.
+
+    Raises:
+        ValueError: If the numbers of experts or the sizes do not fit together.
+    """
+
+    def __init__(self, gate: Iterable[TrellisWeight], up: Iterable[TrellisWeight], down: Iterable[TrellisWeight]):
+        gate, up, down = (_listed(*item) for item in (("gate", gate), ("up", up), ("down", down)))
+        if not len(gate) == len(up) == len(down):
+            raise ValueError(
+                f"gate, up and down must have one weight per expert, got {len(gate)}, {len(up)}, {len(down)}"
+            )
+        self.gate, self.up, self.down = (
+            ExpertStack.of(name, weights) for name, weights in (("gate", gate), ("up", up), ("down", down))
+        )
+        check_projections(self.gate, self.up, self.down)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.gate.bits)
+
+    @property
+    def hidden(self) -> int:
+        """Logical hidden size."""
+        return self.gate.in_features
+
+    @property
+    def intermediate(self) -> int:
+        """Padded intermediate size: the padded width flows from gate and up into down."""
+        return self.gate.padded_shape[1]
+
+    @property
+    def triples(self) -> tuple[tuple[int, int, int], ...]:
+        """(gate, up, down) bits of each expert."""
+        return tuple(zip(self.gate.bits, self.up.bits, self.down.bits))
+
+
+def check_projections(gate: ExpertStack, up: ExpertStack, down: ExpertStack) -> None:
+    """Raise ValueError unless gate and up map hidden to one intermediate size, and down maps it back."""
+
+    def sizes(stack: ExpertStack) -> str:
+        return (
+            f"{len(stack.bits)} experts of [{stack.in_features}, {stack.out_features}] "
+            f"(stored as {list(stack.padded_shape)})"
+        )
+
+    same_inputs = (gate.in_features, gate.padded_shape) == (up.in_features, up.padded_shape)
+    maps_back = (down.out_features, down.padded_shape) == (gate.in_features, gate.padded_shape[::-1])
+    if not same_inputs or not maps_back or not len(gate.bits) == len(up.bits) == len(down.bits):
+        raise ValueError(
+            "gate and up must map hidden to one intermediate size and down must map it back, for the same "
+            f"experts; got gate {sizes(gate)}, up {sizes(up)}, down {sizes(down)}"
+        )

@@ -1,0 +1,180 @@
+"""The codec against vectors of an independent implementation, bit for bit; and that planted errors are noticed."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_marlin import codec
+from mlx_marlin.weights.trellis import TrellisWeight
+from tests.support import cases, golden
+from tests.support.planted import PLANTED, PLANTED_FLOAT32
+
+KS = range(1, codec.MAX_BITS + 1)
+FORMATS = [(k, codebook) for k in KS for codebook in codec.CODEBOOKS]
+
+
+def assert_same_bits(actual, expected):
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    assert actual.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("codebook", codec.CODEBOOKS)
+def test_every_state_of_a_codebook(codebook):
+    expected = golden.load("codebooks")[f"t_{codebook}"]
+    values = codec.decode(np.arange(1 << 16, dtype=np.uint16), codebook)
+    assert_same_bits(values.view(np.uint16), expected)
+
+
+@pytest.mark.parametrize("bits, codebook", FORMATS)
+def test_unpack_decode_and_pack(bits, codebook):
+    z = golden.load(f"decode_k{bits}_{codebook}")
+    assert (int(z["K"]), str(z["cb"])) == (bits, codebook)
+    assert_same_bits(codec.unpack(z["trellis"]), z["states"])
+    assert_same_bits(codec.inner(SimpleNamespace(trellis=z["trellis"], codebook=codebook)), z["inner"])
+    assert_same_bits(codec.pack(z["states"], bits), z["trellis"])
+
+
+@pytest.mark.parametrize("bits", KS)
+def test_any_bit_pattern_survives_unpack_and_pack(bits):
+    rng = np.random.default_rng(bits)
+    trellis = rng.integers(0, 1 << 16, (3, 5, 16 * bits), np.uint16).view(np.int16)
+    assert_same_bits(codec.pack(codec.unpack(trellis), bits), trellis)
+
+
+def test_pack_refuses_states_that_do_not_follow_each_other():
+    states = codec.unpack(np.random.default_rng(0).integers(-9, 9, (1, 1, 48)).astype(np.int16))
+    states[0, 0, 100] ^= 0x8000
+    with pytest.raises(ValueError, match="not tail-biting windows of a 3-bit stream"):
+        codec.pack(states, 3)
+    with pytest.raises(ValueError, match=r"bits must be in 1..8, got 9"):
+        codec.pack(states, 9)
+    with pytest.raises(ValueError, match=r"uint16 of shape \[k/16, n/16, 256\], got int64 \[3\]"):
+        codec.pack(np.zeros(3, np.int64), 3)
+
+
+def test_signs():
+    z = golden.load("signs")
+    assert_same_bits(codec.unpack_signs(z["words"]), z["signs"])
+    with pytest.raises(ValueError, match="packed signs are int16"):
+        codec.unpack_signs(z["signs"])
+
+
+def test_tile_order_is_a_permutation_and_undone():
+    matrix = np.arange(48 * 32).reshape(48, 32)
+    tiles = codec.matrix_to_tiles(matrix)
+    assert sorted(tiles.reshape(-1)) == list(range(matrix.size))
+    np.testing.assert_array_equal(codec.tiles_to_matrix(tiles), matrix)
+    # Storage positions 0..7 of a tile, from the format's description.
+    np.testing.assert_array_equal(
+        tiles[0, 0, :8], [r * 32 + c for r, c in ((0, 0), (1, 0), (8, 0), (9, 0), (0, 8), (1, 8), (8, 8), (9, 8))]
+    )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-14), (np.float32, 1e-6), (np.float16, 1e-3)])
+def test_hadamard(dtype, tolerance):
+    x = np.random.default_rng(0).standard_normal((3, 256)).astype(dtype)
+    y = codec.hadamard(x)
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y, cases._rotate(x.astype(np.float64)), atol=8 * tolerance)
+    np.testing.assert_allclose(codec.hadamard(y), x, atol=8 * tolerance)
+    assert_same_bits(codec.hadamard(x.T, axis=0), np.ascontiguousarray(y.T))
+    with pytest.raises(ValueError, match="multiple of 128 long, got 100"):
+        codec.hadamard(x[:, :100])
+
+
+@pytest.mark.parametrize("name", golden.names("linear_*"))
+def test_linear_vectors(name):
+    z = golden.load(name)
+    w = golden.weight(z)
+    bias = 0 if w.bias is None else np.array(w.bias.astype(mx.float32))[: w.out_features]
+    y = z["x"].astype(np.float64) @ codec.dequantize(w) + bias
+    assert cases.row_error(y, z["y64"]) < 1e-6
+    assert cases.row_error(cases.reference_linear(z["x"], w), z["y64"]) < 1e-12
+
+
+@pytest.mark.parametrize("name", golden.names("moe_*"))
+def test_moe_vectors(name):
+    z = golden.load(name)
+    experts = golden.experts(z)
+    np.testing.assert_array_equal([[experts[m][e].bits for m in experts] for e in range(len(z["bits"]))], z["bits"])
+    y = cases.reference_swiglu(z["x"].astype(np.float64), z["ids"], experts, z["probs"])
+    assert cases.row_error(y, z["y64"]) < 1e-12
+
+
+@pytest.mark.parametrize("bits, codebook", FORMATS)
+def test_dequantize_removes_the_padding(bits, codebook):
+    rng = np.random.default_rng(bits)
+    w = cases.random_weight(rng, 200, 130, bits, codebook)
+    dense = codec.dequantize(w)
+    assert (dense.shape, dense.dtype) == ((200, 130), np.float32)
+    x = rng.standard_normal((4, 200))
+    assert cases.row_error(x @ dense, cases.reference_linear(x, w)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_decoder_is_above_the_tolerance_of_every_case(name, dtype, monkeypatch):
+    function, planted, codebooks = PLANTED[name]
+    for case in cases.pairwise():
+        if case.dtype != dtype or not case.rows or case.codebook not in codebooks:
+            continue
+        if case.mix in ("codebooks", "both") and codebooks != codec.CODEBOOKS:
+            continue  # the planted codebook may not be among the experts chosen
+        inputs = case.inputs()
+        right = case.reference(*inputs)
+        with monkeypatch.context() as patch:
+            patch.setattr(codec, function, planted)
+            wrong = case.reference(*inputs)
+        rounded = mx.array(wrong.astype(np.float32)).astype(getattr(mx, dtype))
+        assert cases.row_error(rounded, right) > case.tolerance, f"{name} passes {case}"
+
+
+@pytest.mark.parametrize("name", PLANTED_FLOAT32)
+def test_a_decoder_without_the_rounding_is_above_the_float32_tolerance(name, monkeypatch):
+    function, planted, codebooks = PLANTED_FLOAT32[name]
+    selected = [
+        c
+        for c in cases.pairwise()
+        if c.rows and c.dtype == "float32" and c.codebook in codebooks and c.mix in ("uniform", "bits")
+    ]
+    assert selected
+    for case in selected:
+        inputs = case.inputs()
+        right = case.reference(*inputs)
+        with monkeypatch.context() as patch:
+            patch.setattr(codec, function, planted)
+            assert cases.row_error(case.reference(*inputs), right) > case.tolerance, f"{name} passes {case}"
+
+
+@pytest.mark.parametrize("name", {**PLANTED, **PLANTED_FLOAT32})
+def test_a_planted_decoder_differs_in_the_vectors(name, monkeypatch):
+    function, planted, codebooks = {**PLANTED, **PLANTED_FLOAT32}[name]
+    monkeypatch.setattr(codec, function, planted)
+    for bits in KS:
+        for codebook in codebooks:
+            z = golden.load(f"decode_k{bits}_{codebook}")
+            w = SimpleNamespace(trellis=z["trellis"], codebook=codebook)
+            assert not np.array_equal(codec.inner(w), z["inner"])
+
+
+def test_bad_input():
+    good = np.zeros((8, 8, 48), np.int16)
+    with pytest.raises(ValueError, match=r"a trellis tensor is int16, got float32"):
+        codec.unpack(good.astype(np.float32))
+    for shape in ((8, 8, 0), (8, 8, 40), (8, 8, 144), (8, 48)):
+        with pytest.raises(ValueError, match=r"shape \[k/16, n/16, 16\*K\] with K in 1..8, got \["):
+            codec.unpack(np.zeros(shape, np.int16))
+    with pytest.raises(ValueError, match="codebook must be one of 3inst, mcg, mul1, got 'MUL1'"):
+        codec.decode(np.zeros(4, np.uint16), "MUL1")
+    for states in (np.array([70_000]), np.array([1.5]), [3]):
+        with pytest.raises(ValueError, match="states must be uint16, got"):
+            codec.decode(states, "mcg")
+    for bits in (0, 9, 2.0, "3", None):
+        with pytest.raises(ValueError, match=r"bits must be in 1..8, got"):
+            codec.pack(np.zeros((1, 1, 256), np.uint16), bits)
+    with pytest.raises(ValueError, match="x must be floating point, got int64"):
+        codec.hadamard(np.ones((2, 128), np.int64))
+    assert [codec.padded(size) for size in (1, 128, 129, 576)] == [128, 128, 256, 640]
+    assert isinstance(TrellisWeight(good, np.ones(128, np.float16), np.ones(128, np.float16)), TrellisWeight)

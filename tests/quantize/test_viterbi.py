@@ -1,0 +1,100 @@
+"""The encoder's tile search: exact, tail-biting, the same everywhere."""
+
+import numpy as np
+import pytest
+
+from mlx_marlin import codec, ops
+from tests.support.paths import VECTORS
+
+SEARCHES = np.load(VECTORS / "viterbi.npz")
+CASES = sorted(set(SEARCHES) - {"tiles"})
+SETS = ops.viterbi_instruction_sets()
+
+
+@pytest.fixture(autouse=True)
+def best_instruction_set():
+    yield
+    ops.set_viterbi_instruction_set("auto")
+
+
+def exhaustive(tile, bits, values):
+    """The same two passes in plain NumPy, with stored decisions instead of recomputed ones."""
+    groups = (1 << 16) >> bits
+
+    def run(target, group, last):
+        decisions = []
+        for x in target:
+            cost = np.repeat(group, 1 << bits) + np.square(x - values)
+            decisions.append(cost.reshape(-1, groups).argmin(0))
+            group = cost.reshape(-1, groups).min(0)
+        path = [int(cost.argmin()) if last is None else last]
+        for decision in decisions[-2::-1]:
+            low = path[-1] >> bits
+            path.append(int(decision[low]) * groups + low)
+        return path[::-1]
+
+    tile = tile.astype(np.float16).astype(np.float64)
+    seam = run(np.roll(tile, -128), np.zeros(groups), None)[127]
+    start = np.full(groups, np.inf)
+    start[seam % groups] = 0
+    return np.array(run(tile, start, seam), np.uint16)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("isa", [s for s in SETS if s != "baseline"] or SETS)
+def test_vectors(name, isa):
+    """An independent exact search, state for state."""
+    ops.set_viterbi_instruction_set(isa)
+    bits, codebook = int(name[1]), name.split("_")[1]
+    np.testing.assert_array_equal(ops.viterbi_search(SEARCHES["tiles"], bits, codebook), SEARCHES[name])
+
+
+@pytest.mark.parametrize("bits", [1, 3, 5, 7])
+def test_plain_search(bits):
+    """The widths that the vectors lack, and a tile count that is no multiple of the batch."""
+    tiles = np.random.default_rng(bits).standard_normal((5, 256))
+    found = ops.viterbi_search(tiles, bits, "mul1")
+    values = codec.decode(np.arange(1 << 16, dtype=np.uint16), "mul1").astype(np.float64)
+    for tile, states in zip(tiles[[0, 4]], found[[0, 4]]):
+        np.testing.assert_array_equal(states, exhaustive(tile, bits, values))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_instruction_sets_and_threads_agree(bits):
+    tiles = np.random.default_rng(7).standard_normal((7, 256)).astype(np.float32)
+    tiles[3] = 0  # every cost ties: the lowest state must win everywhere
+    tiles[5] = 100  # far outside the codebook
+    tiles = tiles[:4] if "baseline" in SETS and bits > 2 else tiles
+    results = []
+    for isa in SETS:
+        ops.set_viterbi_instruction_set(isa)
+        results += [ops.viterbi_search(tiles, bits, "3inst", threads=n) for n in (1, 3)]
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+    codec.pack(results[0][None], bits)  # raises unless tail-biting
+
+
+def test_no_tiles():
+    assert ops.viterbi_search(np.empty((0, 256), np.float32), 3, "mcg").shape == (0, 256)
+
+
+@pytest.mark.parametrize(
+    "tiles, bits, codebook, message",
+    [
+        (np.zeros((2, 255), np.float32), 3, "mul1", r"\[2, 255\]"),
+        (np.zeros((2, 256), np.int32), 3, "mul1", "int32"),
+        (np.full((2, 256), np.nan, np.float32), 3, "mul1", "finite"),
+        (np.full((2, 256), 1e5, np.float32), 3, "mul1", "half precision"),
+        (np.zeros((2, 256), np.float32), 0, "mul1", "1..8, got 0"),
+        (np.zeros((2, 256), np.float32), 9, "mul1", "1..8, got 9"),
+        (np.zeros((2, 256), np.float32), 3, "mul2", "'mul2'"),
+    ],
+)
+def test_bad_input(tiles, bits, codebook, message):
+    with pytest.raises(ValueError, match=message):
+        ops.viterbi_search(tiles, bits, codebook)
+
+
+def test_unknown_instruction_set():
+    with pytest.raises(ValueError, match="sse9"):
+        ops.set_viterbi_instruction_set("sse9")

@@ -1,0 +1,310 @@
+"""The self-test: a wrong kernel is refused before it serves a layer, and the next one is taken."""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_marlin import codec, kernels, ops
+from mlx_marlin.kernels import Problem
+from mlx_marlin.selection import choices, selftest
+from mlx_marlin.weights.experts import ExpertBank
+from tests.support.planted import PLANTED
+
+SWIGLU = Problem("swiglu", 1, 8, 2048, 768, 128, ((2, 3, 2), (3, 3, 4)), ("3inst", "mcg"), "silu", "float32", "gpu")
+# One projection of experts; rows are slots.
+GATHERED = Problem("linear", 8, 1, 1024, 768, 64, ((2,), (3,)), ("mcg", "mul1"), "none", "float16", "gpu")
+LINEAR = Problem("linear", 4, 1, 1024, 1024, 1, ((3,),), ("mul1",), "none", "float32", "gpu")
+
+
+def right(problem, config, case):
+    """A correct executor: the CPU's kernels."""
+    x = mx.array(case["x"]).astype(getattr(mx, problem.dtype))
+    if problem.kind == "linear":
+        y = selftest.gathered(replace(problem, device="cpu"), None, case, x)
+    else:
+        scores = None if case["scores"] is None else mx.array(case["scores"])
+        bank = ExpertBank(*case["weights"])
+        indices = mx.array(case["indices"])
+        y = ops.trellis_swiglu(x, indices, bank, scores=scores, activation=problem.activation, stream=mx.cpu)
+    return np.array(y.astype(mx.float32))
+
+
+class Planted:
+    """Wrong for some configs, right for the others; counts its runs."""
+
+    def __init__(self, is_wrong, spoil):
+        self.is_wrong, self.spoil, self.runs = is_wrong, spoil, 0
+
+    def __call__(self, problem, config, case):
+        self.runs += 1
+        y = right(problem, config, case)
+        return self.spoil(y) if self.is_wrong(config) else y
+
+
+def one_column(y):
+    y[..., 5] += np.abs(y).max()
+    return y
+
+
+def last_row_of_nan(y):
+    y[-1] = np.nan
+    return y
+
+
+def halved(y):
+    return y * 0.5
+
+
+def not_compiled(y):
+    raise RuntimeError("[metal] kernel trellis_gate_up failed to compile: no such type")
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices(monkeypatch):
+    monkeypatch.setattr(choices, "_choices", choices._Choices())
+    monkeypatch.setattr(choices.profile, "find", lambda problem: None)  # there is no GPU to look up here
+
+
+def self_test(tmp_path, execute):
+    return selftest.SelfTest("cpu", execute, tmp_path / "verdicts.json")
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        SWIGLU,
+        replace(SWIGLU, combine=True, bias=True, activation="swiglu_oai"),
+        LINEAR,
+        GATHERED,
+        replace(GATHERED, rows=1, bias=True),
+        replace(SWIGLU, activation="gelu_tanh", dtype="float16"),
+        replace(SWIGLU, dtype="bfloat16"),
+    ],
+)
+def test_right_kernels_pass(tmp_path, problem):
+    executor = Planted(lambda config: False, halved)
+    test = self_test(tmp_path, executor)
+    choice = test.select(problem)
+    assert choice.config == kernels.default(problem)
+    assert test.select(problem) == choice
+    assert executor.runs == 1
+
+
+@pytest.mark.parametrize("spoil", [one_column, last_row_of_nan, halved, not_compiled])
+@pytest.mark.parametrize("problem", [SWIGLU, LINEAR, GATHERED])
+def test_a_wrong_kernel_is_refused(tmp_path, problem, spoil):
+    wrong = kernels.default(problem)
+    test = self_test(tmp_path, Planted(lambda config: config == wrong, spoil))
+    with pytest.warns(RuntimeWarning, match=wrong.kernel_name) as warned:
+        choice = test.select(problem)
+    assert choice.config != wrong
+    assert kernels.feasible(problem, choice.config) is None
+    assert "refused" in choice.reason and choices.choose(problem) == choice
+    assert str(choice.config) in str(warned[0].message)
+
+
+def test_no_right_kernel_is_an_error(tmp_path):
+    few = replace(LINEAR, rows=1)
+    test = self_test(tmp_path, Planted(lambda config: True, halved))
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="Run the layer on the CPU"):
+        test.select(few)
+
+
+def test_verdicts_are_kept(tmp_path):
+    wrong = kernels.default(SWIGLU)
+    first = Planted(lambda config: config == wrong, halved)
+    with pytest.warns(RuntimeWarning):
+        chosen = self_test(tmp_path, first).select(SWIGLU).config
+    choices._choices = choices._Choices()
+    again = Planted(lambda config: False, halved)
+    with pytest.warns(RuntimeWarning):
+        assert self_test(tmp_path, again).select(SWIGLU).config == chosen
+    assert (first.runs, again.runs) == (2, 0)
+
+
+@pytest.mark.parametrize("change", [{"machine": {"kernels": "other"}}, {"verdicts": [1]}, {"verdicts": {"a": 1}}, None])
+def test_foreign_or_malformed_verdicts_are_not_believed(tmp_path, change):
+    self_test(tmp_path, right).select(LINEAR)
+    path = tmp_path / "verdicts.json"
+    stored = json.loads(path.read_text())
+    path.write_text("{" if change is None else json.dumps(stored | change))
+    executor = Planted(lambda config: False, halved)
+    self_test(tmp_path, executor).select(LINEAR)
+    assert executor.runs == 1
+
+
+def test_a_read_only_disk_costs_a_repeat(tmp_path):
+    (tmp_path / "file").write_text("")
+    executor = Planted(lambda config: False, halved)
+    for runs in (1, 2):
+        test = selftest.SelfTest("cpu", executor, tmp_path / "file" / "verdicts.json")
+        test.select(LINEAR)
+        test.select(LINEAR)
+        assert executor.runs == runs
+
+
+def test_nothing_runs_in_a_trace(tmp_path, monkeypatch):
+    executor = Planted(lambda config: False, halved)
+    test = self_test(tmp_path, executor)
+    monkeypatch.setattr(selftest, "_gpu", lambda: test)
+    assert selftest.select(LINEAR, traced=True)[1] is False
+    assert executor.runs == 0
+    assert selftest.select(LINEAR, traced=False)[1] is True
+    assert selftest.select(LINEAR, traced=True)[1] is True
+    assert executor.runs == 1
+
+
+def test_tracing_is_seen():
+    seen = []
+
+    def f(x):
+        seen.append(ops.is_traced(x))
+        return x + 1
+
+    x = mx.ones(3)
+    f(x)
+    mx.compile(f)(x)
+    mx.vjp(f, [x], [x])
+    assert seen == [False, True, True]
+
+
+def test_the_cpu_is_not_tested():
+    problem = replace(LINEAR, device="cpu")
+    assert selftest.select(problem, traced=False) == (choices.choose(problem), True)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 64])
+def test_the_small_case_is_small(rows):
+    problem = replace(SWIGLU, rows=rows)
+    for config in kernels.candidates(problem)[::3]:
+        small = selftest.small_problem(problem, config)
+        assert kernels.feasible(small, config) is None
+        assert small.rows == config.tile_size_m + 1
+        assert small.bits == problem.bits and small.experts >= len(problem.bits)
+        assert small.hidden * small.intermediate <= 2048 * 2048
+
+
+@pytest.mark.parametrize("hidden, intermediate", [(2048, 768), (4096, 1536), (7168, 2048), (2048, 8192)])
+@pytest.mark.parametrize("columns, simdgroups", [(128, 16), (32, 8), (16, 4)])
+def test_the_small_case_runs_the_kernels_that_the_layer_runs(hidden, intermediate, columns, simdgroups):
+    """Sizes decide whether a product makes its own input: a verdict on the one is none on the other."""
+    problem = replace(SWIGLU, hidden=hidden, intermediate=intermediate)
+    config = kernels.KernelConfig("moe_trellis_swiglu_decode", 1, columns, simdgroups, True, "decode")
+    small = selftest.small_problem(problem, config)
+
+    def compiled(problem):
+        plan = ops.plan(replace(problem, rows=2), config)
+        return [(d["kernel"], d["constants"]) for d in plan["dispatches"]]
+
+    assert compiled(small) == compiled(problem)  # two rows are one pass
+    wide, narrow = replace(problem, hidden=8192), replace(problem, hidden=1024)
+    if columns > 16:
+        assert selftest._key(wide, config) != selftest._key(narrow, config)
+
+
+@pytest.mark.parametrize("hidden, intermediate, top_k", [(12288, 4096, 8), (6144, 2048, 16)])
+def test_rows_in_several_passes_have_a_small_case(hidden, intermediate, top_k):
+    sizes = {"hidden": hidden, "intermediate": intermediate, "top_k": top_k}
+    problem = replace(SWIGLU, rows=65, combine=True, **sizes)
+    config = kernels.default(problem)
+    kinds = [d["kernel"] for d in ops.plan(problem, config)["dispatches"]]
+    assert len(kinds) > len(set(kinds))
+    small = selftest.small_problem(problem, config)
+    assert {d["kernel"] for d in ops.plan(small, config)["dispatches"]} == set(kinds)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        replace(LINEAR, rows=1, hidden=14336, intermediate=4096),
+        replace(LINEAR, rows=1, hidden=28672, intermediate=8192, dtype="float16"),
+        replace(SWIGLU, rows=1, hidden=4096, intermediate=14336),
+    ],
+    ids=str,
+)
+def test_every_candidate_of_a_wide_layer_has_a_small_case(problem):
+    for config in kernels.candidates(problem):
+        selftest.small_problem(problem, config)
+
+
+def test_a_config_without_a_small_case_is_refused(tmp_path, monkeypatch):
+    wrong = kernels.default(LINEAR)
+    real = selftest.small_problem
+
+    def small_problem(problem, config):
+        if config == wrong:
+            raise selftest.NoSmallCase("no small problem")
+        return real(problem, config)
+
+    monkeypatch.setattr(selftest, "small_problem", small_problem)
+    with pytest.warns(RuntimeWarning, match="cannot be tested: no small problem"):
+        assert self_test(tmp_path, right).select(LINEAR).config != wrong
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_gathered_products_are_tested_as_such(rows):
+    """A verdict on a linear is none on one projection of experts: rows are routed and indexed there."""
+    problem = replace(GATHERED, rows=rows)
+    config = kernels.default(problem)
+    small = selftest.small_problem(problem, config)
+    assert small.experts >= 3 and small.bits == problem.bits
+    alone = replace(problem, experts=1, bits=((2,),))
+    assert selftest._key(problem, config) != selftest._key(alone, config)
+    plan = ops.plan(small, config)["dispatches"]
+    assert any(b["name"] == "indices" for d in plan for b in d["buffers"])
+
+
+def test_a_call_without_rows_says_nothing_about_kernels(tmp_path, monkeypatch):
+    executor = Planted(lambda config: True, halved)
+    test = self_test(tmp_path, executor)
+    monkeypatch.setattr(selftest, "_gpu", lambda: test)
+    empty = replace(SWIGLU, rows=0)
+    assert selftest.select(empty, traced=False) == (choices.choose(empty), True)
+    assert executor.runs == 0 and not (tmp_path / "verdicts.json").exists()
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_several_rows_are_tested_whatever_the_call_has(tmp_path, rows):
+    problem = replace(SWIGLU, rows=rows)
+    config = kernels.KernelConfig("moe_trellis_swiglu", 8, 128, 16, True, "base")
+    spoiled = []
+
+    def last_row(y):
+        spoiled.append(len(y))
+        y[-1] *= 1.1
+        return y
+
+    assert "error against the codec" in self_test(tmp_path, Planted(lambda config: True, last_row)).fault(
+        problem, config
+    )
+    assert spoiled == [9]
+
+
+def test_what_does_not_run_is_tried_again_by_the_next_process(tmp_path):
+    wrong = kernels.default(LINEAR)
+    with pytest.warns(RuntimeWarning, match="does not run"):
+        self_test(tmp_path, Planted(lambda config: config == wrong, not_compiled)).select(LINEAR)
+    choices._choices = choices._Choices()
+    assert self_test(tmp_path, Planted(lambda config: False, halved)).select(LINEAR).config == wrong
+
+
+@pytest.mark.parametrize("fp32_acc", [True, False])
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_decoders_are_refused(tmp_path, monkeypatch, name, dtype, fp32_acc):
+    """What the codec's own tests reject, on the rows that the self-test takes."""
+    what, replacement, codebooks = PLANTED[name]
+    problem = replace(LINEAR, codebooks=(codebooks[-1],), dtype=dtype)
+    config = replace(kernels.default(problem), use_fp32_acc=fp32_acc)
+    assert self_test(tmp_path, right).fault(problem, config) is None
+
+    def wrong(problem, config, case):
+        with monkeypatch.context() as patch:
+            patch.setattr(codec, what, replacement)
+            return selftest.expected(problem, case)
+
+    (tmp_path / "verdicts.json").unlink()
+    assert "error against the codec" in self_test(tmp_path, wrong).fault(problem, config)

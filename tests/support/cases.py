@@ -1,0 +1,401 @@
+"""The one list of problems that every backend is tested with, and their float64 reference.
+
+Any bit pattern is a valid trellis, so weights are random words with scales of a trained model's size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from itertools import product
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_marlin import codec
+from mlx_marlin.kernels import ACTIVATIONS, DTYPES, Problem
+from mlx_marlin.weights.experts import ExpertBank
+from mlx_marlin.weights.trellis import TrellisWeight
+from tests.support.covering import covering_array
+
+TOLERANCE = {"float32": 2e-5, "float16": 5e-4, "bfloat16": 4e-3}
+"""Largest relative error of an output row."""
+
+EXPERTS = 5
+ROWS = (0, 1, 2, 3, 5, 8, 17, 64, 300)
+
+# Logical (hidden, intermediate), or (in, out) of a linear. Files pad both to multiples of 128.
+DIMS = {
+    "block": (128, 128),
+    "blocks": (256, 384),
+    "padded": (192, 320),
+    "odd": (333, 129),
+    "wide": (128, 640),
+    "narrow": (640, 128),
+}
+
+AXES = {
+    "bits": tuple(range(1, codec.MAX_BITS + 1)),
+    "codebook": codec.CODEBOOKS,
+    "dtype": DTYPES,
+    "rows": ROWS,
+    "dims": tuple(DIMS),
+    "activation": ("none", *ACTIVATIONS),
+}
+"""The axes of the full product; activation "none" is a linear."""
+
+OPTIONS = {
+    "mix": ("uniform", "bits", "codebooks", "both"),
+    "bias": (False, True),
+    "score_dtype": ("float32", "float16", "bfloat16"),
+    "top_k": (1, 2, EXPERTS),
+    "routing": ("random", "one_expert"),
+    "scores": (False, True),
+}
+"""What varies beside the axes; a linear has the first value of each, except for the bias."""
+
+# Standard deviation of gate and up outputs for normal inputs: high enough to reach swiglu_oai's limit of 7.
+_GAIN = 3.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: a value of every axis and option."""
+
+    bits: int
+    codebook: str
+    dtype: str
+    rows: int
+    dims: str
+    activation: str
+    mix: str = "uniform"
+    bias: bool = False
+    top_k: int = 1
+    routing: str = "random"
+    scores: bool = False
+    score_dtype: str = "float32"
+
+    alpha = 1.702
+    limit = 7.0
+
+    def __str__(self) -> str:
+        name = f"{self.codebook}-{self.bits}bit-{self.dtype}-{self.rows}x{self.dims}-{self.activation}"
+        options = [
+            str(getattr(self, o)) if type(values[0]) is str else f"{o}{getattr(self, o):d}"
+            for o, values in OPTIONS.items()
+            if getattr(self, o) != values[0]
+        ]
+        return "-".join([name, *options])
+
+    @property
+    def linear(self) -> bool:
+        return self.activation == "none"
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.dtype]
+
+    def weight(self) -> TrellisWeight:
+        """The weight of a linear."""
+        return _linear(self.bits, self.codebook, self.dims, self.bias)
+
+    def bank(self) -> ExpertBank:
+        """The experts of a MoE layer."""
+        return _bank(*self._bank_key)[0]
+
+    def experts(self) -> dict[str, list[TrellisWeight]]:
+        """The weights in the bank: ``gate``, ``up`` and ``down``, a list each."""
+        return _bank(*self._bank_key)[1]
+
+    @property
+    def _bank_key(self) -> tuple:
+        return self.bits, self.codebook, self.dims, self.mix, self.bias
+
+    def problem(self, device: str = "cpu") -> Problem:
+        """The case as the kernels see it."""
+        hidden, intermediate = DIMS[self.dims]
+        if self.linear:
+            return Problem(
+                "linear",
+                self.rows,
+                1,
+                hidden,
+                intermediate,
+                1,
+                ((self.bits,),),
+                (self.codebook,),
+                "none",
+                self.dtype,
+                device,
+                bias=self.bias,
+            )
+        bank = self.bank()
+        codebooks = sorted({c for s in (bank.gate, bank.up, bank.down) for c in s.codebooks})
+        return Problem(
+            "swiglu",
+            self.rows,
+            self.top_k,
+            hidden,
+            bank.intermediate,
+            EXPERTS,
+            tuple(sorted(set(bank.triples))),
+            tuple(codebooks),
+            self.activation,
+            self.dtype,
+            device,
+            combine=self.scores,
+            bias=self.bias,
+        )
+
+    def inputs(self) -> tuple[mx.array, mx.array | None, mx.array | None]:
+        """x [rows, hidden] in the case's dtype, indices uint32 and scores [rows, top_k] in theirs (or None)."""
+        rng = _rng("inputs", self)
+        x = random_rows(rng, self.rows, DIMS[self.dims][0], self.dtype)
+        if self.linear:
+            return x, None, None
+        if self.routing == "one_expert":
+            indices = np.full((self.rows, self.top_k), EXPERTS - 1)
+        else:
+            indices = rng.permuted(np.tile(np.arange(EXPERTS), (self.rows, 1)), axis=1)[:, : self.top_k]
+        scores = mx.array(rng.dirichlet(np.ones(self.top_k), self.rows).astype(np.float32))
+        scores = scores.astype(getattr(mx, self.score_dtype)) if self.scores else None
+        return x, mx.array(indices.astype(np.uint32)), scores
+
+    def reference(self, x, indices=None, scores=None) -> np.ndarray:
+        """The exact result in float64, for x as it is (already rounded to its dtype)."""
+        x = np.array(x.astype(mx.float32)).astype(np.float64)
+        if self.linear:
+            return reference_linear(x, self.weight())
+        return reference_swiglu(
+            x,
+            np.array(indices),
+            self.experts(),
+            None if scores is None else np.array(scores.astype(mx.float32)),
+            self.activation,
+            self.alpha,
+            self.limit,
+        )
+
+
+def _rng(purpose: str, key) -> np.random.Generator:
+    """A generator that depends on its arguments only, the same in every process."""
+    return np.random.default_rng(list(f"{purpose} {key}".encode()))
+
+
+def random_rows(rng: np.random.Generator, rows: int, size: int, dtype: str = "float32") -> mx.array:
+    """Normal activations whose first channel of each 128 is an outlier, as trained models have them.
+
+    The Hadamard transform spreads that channel evenly over its block, so a decoder that is wrong by a small
+    constant (mul1 with offset 510 is 0.0018 off) is wrong by 1 % in every row, above the tolerance of all dtypes.
+    """
+    x = rng.standard_normal((rows, size), np.float32)
+    x[:, :: codec.HADAMARD_SIZE] *= 16
+    x[:, :: codec.HADAMARD_SIZE] += np.copysign(12, x[:, :: codec.HADAMARD_SIZE])
+    return mx.array(x).astype(getattr(mx, dtype))
+
+
+def random_weight(
+    rng: np.random.Generator,
+    in_features: int,
+    out_features: int,
+    bits: int,
+    codebook: str = "mul1",
+    bias: bool = False,
+    gain: float = 1.0,
+) -> TrellisWeight:
+    """A weight of random trellis words.
+
+    Args:
+        rng: Source of everything random.
+        in_features, out_features: Logical sizes; the arrays have the next multiples of 128.
+        bits: K.
+        codebook: One of ``codec.CODEBOOKS``.
+        bias: Whether to add one.
+        gain: Standard deviation of the output for inputs of standard deviation 1.
+    """
+    k, n = codec.padded(in_features), codec.padded(out_features)
+    words = rng.integers(0, 1 << 16, (k // 16, n // 16, 16 * bits), np.uint16).view(np.int16)
+
+    def scales(size, magnitude):
+        return (magnitude * rng.uniform(0.5, 1.5, size) * rng.choice([-1.0, 1.0], size)).astype(np.float16)
+
+    return TrellisWeight(
+        words,
+        scales(k, 1.0),
+        scales(n, gain / in_features**0.5),
+        codebook,
+        bias=rng.standard_normal(n).astype(np.float16) if bias else None,
+        in_features=in_features,
+        out_features=out_features,
+    )
+
+
+def random_experts(
+    rng: np.random.Generator, hidden: int, intermediate: int, formats, bias: bool = False, gain: float = _GAIN
+) -> dict[str, list[TrellisWeight]]:
+    """Gate, up and down weights.
+
+    Args:
+        rng: Source of everything random.
+        hidden, intermediate: Logical sizes.
+        formats: Per expert, three (bits, codebook) pairs: gate, up, down.
+        bias: Whether every projection has one.
+        gain: Standard deviation of the gate and up outputs.
+    """
+    sizes = {
+        "gate": (hidden, intermediate, gain),
+        "up": (hidden, intermediate, gain),
+        "down": (intermediate, hidden, 1.0),
+    }
+    return {
+        name: [random_weight(rng, m, n, *expert[i], bias, g) for expert in formats]
+        for i, (name, (m, n, g)) in enumerate(sizes.items())
+    }
+
+
+def expert_formats(bits: int, codebook: str, mix: str, experts: int = EXPERTS) -> list[tuple[tuple[int, str], ...]]:
+    """(bits, codebook) of gate, up and down of each expert; a mix starts from the given values and goes round."""
+    first = codec.CODEBOOKS.index(codebook)
+    formats = []
+    for e in range(experts):
+        # 3 and 2 steps per expert: gate, up and down of one expert differ, and so do the experts.
+        steps = [3 * e + 2 * p for p in range(3)]
+        formats.append(
+            tuple(
+                (
+                    (bits - 1 + step) % codec.MAX_BITS + 1 if mix in ("bits", "both") else bits,
+                    codec.CODEBOOKS[(first + e + p) % 3] if mix in ("codebooks", "both") else codebook,
+                )
+                for p, step in enumerate(steps)
+            )
+        )
+    return formats
+
+
+@lru_cache(maxsize=32)
+def _linear(bits: int, codebook: str, dims: str, bias: bool) -> TrellisWeight:
+    rng = _rng("linear", (bits, codebook, dims, bias))
+    return random_weight(rng, *DIMS[dims], bits, codebook, bias)
+
+
+@lru_cache(maxsize=32)
+def _bank(bits: int, codebook: str, dims: str, mix: str, bias: bool):
+    rng = _rng("bank", (bits, codebook, dims, mix, bias))
+    experts = random_experts(rng, *DIMS[dims], expert_formats(bits, codebook, mix), bias)
+    return ExpertBank(**experts), experts
+
+
+def _hadamard_matrix() -> np.ndarray:
+    matrix = np.ones((1, 1))
+    while len(matrix) < codec.HADAMARD_SIZE:
+        matrix = np.kron(np.array([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix / codec.HADAMARD_SIZE**0.5
+
+
+_HADAMARD = _hadamard_matrix()
+
+
+def _rotate(x: np.ndarray) -> np.ndarray:
+    return (x.reshape(-1, codec.HADAMARD_SIZE) @ _HADAMARD).reshape(x.shape)
+
+
+def reference_linear(x: np.ndarray, w: TrellisWeight, *, padded: bool = False) -> np.ndarray:
+    """float64 ``[rows, out_features]``, or the padded width.
+
+    Uses the codec for the inner matrix only; the transforms are written out as matrix products.
+    """
+    k, n = w.padded_shape
+    x = np.pad(x.astype(np.float64), ((0, 0), (0, k - x.shape[1])))
+    suh, svh = (np.array(v).astype(np.float64) for v in (w.suh, w.svh))
+    y = _rotate(_rotate(x * suh) @ codec.inner(w).astype(np.float64)) * svh
+    if w.bias is not None:
+        y += np.array(w.bias.astype(mx.float32)).astype(np.float64)
+    return y if padded else y[:, : w.out_features]
+
+
+def reference_activation(gate: np.ndarray, up: np.ndarray, activation: str, alpha: float, limit: float) -> np.ndarray:
+    """The activation between gate/up and down, float64."""
+    if activation == "gelu_tanh":
+        return 0.5 * gate * (1 + np.tanh((2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+    if activation == "swiglu_oai":
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit) + 1
+        return gate / (1 + np.exp(-alpha * gate)) * up
+    if activation == "silu":
+        return gate / (1 + np.exp(-gate)) * up
+    raise ValueError(f"no activation is called {activation!r}")
+
+
+def reference_swiglu(x, indices, experts, scores=None, activation="silu", alpha=1.702, limit=7.0) -> np.ndarray:
+    """float64 ``[rows, top_k, hidden]``, or ``[rows, hidden]`` with scores."""
+    out = np.zeros((*indices.shape, experts["down"][0].out_features))
+    for e in np.unique(indices):
+        row, slot = np.nonzero(indices == e)
+        gate, up = (reference_linear(x[row], experts[name][e], padded=True) for name in ("gate", "up"))
+        hidden = reference_activation(gate, up, activation, alpha, limit)
+        out[row, slot] = reference_linear(hidden, experts["down"][e])
+    return out if scores is None else np.einsum("rs,rsh->rh", scores.astype(np.float64), out)
+
+
+def row_error(actual, expected: np.ndarray) -> float:
+    """Largest ``||actual - expected|| / ||expected||`` over the rows (last axis); infinite where that is not finite."""
+    actual = np.array(actual.astype(mx.float32)) if isinstance(actual, mx.array) else np.asarray(actual)
+    if actual.shape != expected.shape:
+        raise AssertionError(f"the result has shape {list(actual.shape)}, expected {list(expected.shape)}")
+    if not expected.size:
+        return 0.0
+    error = np.linalg.norm(actual.astype(np.float64) - expected, axis=-1)
+    norm = np.linalg.norm(expected, axis=-1)
+    ratio = np.divide(error, norm, out=np.where(error == 0, 0.0, np.inf), where=norm > 0)
+    return float(np.where(np.isfinite(ratio), ratio, np.inf).max())
+
+
+def check(case: Case, actual: mx.array, inputs: tuple) -> None:
+    """Assert that a backend's result for ``case.inputs()`` has the right dtype, shape and values."""
+    assert actual.dtype == inputs[0].dtype, f"{case}: the result is {actual.dtype}, x is {inputs[0].dtype}"
+    error = row_error(actual, case.reference(*inputs))
+    assert error <= case.tolerance, f"{case}: a row is {error:.2e} off, allowed are {case.tolerance:.0e}"
+
+
+def legal(values: dict) -> bool:
+    """Whether a (partial) choice of values is a case: a linear has no experts to mix or to choose.
+
+    Scores that are not given have no dtype.
+    """
+    if values.get("scores") is False and values.get("score_dtype", "float32") != "float32":
+        return False
+    if values.get("activation") != "none":
+        return True
+    return all(values.get(o, OPTIONS[o][0]) == OPTIONS[o][0] for o in OPTIONS if o != "bias")
+
+
+@lru_cache(maxsize=1)
+def pairwise() -> tuple[Case, ...]:
+    """A selection that covers every pair of values of any two axes or options.
+
+    A case without rows computes nothing, so it counts only for the pairs that it alone can have.
+    """
+    axes = {**AXES, **OPTIONS}
+    rows = covering_array({**axes, "rows": ROWS[1:]}, legal)
+    for i in range(max(len(values) for axis, values in axes.items() if axis != "rows")):
+        row = {axis: values[i % len(values)] for axis, values in axes.items()} | {"rows": 0}
+        if not legal(row):
+            row |= {o: OPTIONS[o][0] for o in OPTIONS if o != "bias"}
+        rows.append(row)
+    return tuple(Case(**row) for row in rows)
+
+
+@lru_cache(maxsize=1)
+def full() -> tuple[Case, ...]:
+    """Every combination of the axes; the options are drawn at random, the same in every run."""
+    rng = np.random.default_rng(0)
+    moe = [options for values in product(*OPTIONS.values()) if legal(options := dict(zip(OPTIONS, values)))]
+    linear = [options for options in moe if legal({"activation": "none", **options})]
+    cases = []
+    for values in product(*AXES.values()):
+        axes = dict(zip(AXES, values))
+        choices = linear if axes["activation"] == "none" else moe
+        cases.append(Case(**axes, **choices[rng.integers(len(choices))]))
+    return tuple(cases)
+
+
+assert {f.name for f in fields(Case)} == {*AXES, *OPTIONS}

@@ -1,0 +1,67 @@
+"""Runs a Plan without checks, counting what each dispatch does."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from mlx_marlin import codec, ops
+from mlx_marlin.kernels import KernelConfig, Problem
+from tests.metal_sim import Result
+from tests.metal_sim.counting import CountedResult, compile_counted
+from tests.support.metal_executor import SHADERS, compile_options, stem
+
+
+@cache
+def library(kernel: str, constants: tuple):
+    return compile_counted(str(SHADERS / f"{stem(kernel)}.metal"), **compile_options(kernel, constants))
+
+
+def _contents(problem: Problem, name: str, size: int) -> np.ndarray:
+    """A buffer that makes every expert legal and active in turn; everything else is zeros."""
+    part = name.split(".")[-1]
+    experts = np.arange(problem.experts)
+    index = {"gate": 0, "up": 1, "down": 2, "weight": 0}.get(name.split(".")[0])
+    if part == "indices":
+        return (np.arange(size // 4) % problem.experts).astype(np.uint32).view(np.uint8)
+    bits = [problem.bits[e % len(problem.bits)][index] for e in experts] if index is not None else []
+    if part == "formats":
+        codebooks = [codec.CODEBOOKS.index(problem.codebooks[e % len(problem.codebooks)]) for e in experts]
+        return np.array([b | c << 8 for b, c in zip(bits, codebooks)], np.uint32).view(np.uint8)
+    if part == "offsets":
+        padded = [-(-width // 128) * 128 for width in (problem.hidden, problem.intermediate)]
+        words = np.array(bits) * (padded[0] * padded[1] // 32)
+        return np.concatenate([[0], np.cumsum(words)[:-1]]).astype(np.int64).view(np.uint8)
+    return np.zeros(size, np.uint8)
+
+
+def run(problem: Problem, config: KernelConfig | None, library, **simulator) -> list[tuple[dict, Result]]:
+    """(dispatch, result) of each dispatch; `library(kernel, constants)` compiles, the rest goes to its run."""
+    plan = ops.plan(problem, config)
+    memory = {name: np.zeros(size, np.uint8) for name, size in plan["scratch"].items()}
+    found = []
+    for dispatch in plan["dispatches"]:
+        buffers = {0: dispatch["args"]}
+        for b in dispatch["buffers"]:
+            end = b["offset"] + b["bytes"]
+            if b["name"] not in memory or len(memory[b["name"]]) < end:
+                memory[b["name"]] = _contents(problem, b["name"], end)
+            buffers[b["slot"]] = memory[b["name"]][b["offset"] : end]
+        lib = library(dispatch["kernel"], tuple(dispatch["constants"].items()))
+        shared = {0: dispatch["threadgroup_bytes"]} if dispatch["threadgroup_bytes"] else None
+        result = lib.run(
+            dispatch["kernel"],
+            buffers,
+            grid=dispatch["grid"],
+            threads=dispatch["threads"],
+            threadgroup_memory=shared,
+            **simulator,
+        )
+        found.append((dispatch, result))
+    return found
+
+
+def count(problem: Problem, config: KernelConfig | None = None) -> list[tuple[dict, CountedResult]]:
+    """(dispatch, result with operation and register counts) of each dispatch of a problem."""
+    return run(problem, config, library)
