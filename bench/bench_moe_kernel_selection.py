@@ -19,7 +19,7 @@ import timeit
 import mlx.core as mx
 
 from bench.cpu import contest
-from mlx_marlin import device, kernels, measure
+from mlx_marlin import device, kernels, measure, ops
 from mlx_marlin.autotune.labels import config_label
 from mlx_marlin.autotune.workload import ConfigClock, Workload
 from mlx_marlin.measure.race import Limits, Rules, race
@@ -124,15 +124,13 @@ def selection_overhead_us(layer, top_k: int) -> dict:
     x = mx.zeros((1, layer.gate_proj.input_dims))
     indices = mx.zeros((1, top_k), mx.uint32)
     layer(x, indices)
-    stacks, selection, hidden = layer._stacks(), layer._selection, x.shape[-1]
-
-    def select():
-        selection.current(*stacks)(x, x.size // hidden, indices.shape[-1], False)
+    call = ops.check_swiglu(x, indices, layer.stacks, layer.activation)
+    configs = layer._derived.configs
 
     def best(call) -> float:
         return min(timeit.repeat(call, number=2000, repeat=7)) / 2000 * 1e6
 
-    return {"selection": best(select), "whole lazy call": best(lambda: layer(x, indices))}
+    return {"selection": best(lambda: configs.choose(call)), "whole lazy call": best(lambda: layer(x, indices))}
 
 
 def run(args: argparse.Namespace) -> dict:

@@ -116,7 +116,7 @@ def test_select_kernel_prefers_decode_if_there_is_any():
 
 def test_infeasible_neighbours_are_passed_over(monkeypatch):
     tuner = tuner_with({4: {256: {(2, 4): PREFILL}}, 16: {256: {(2, 4): BASE}}})
-    monkeypatch.setattr(kernels, "feasible", lambda p, c: "no" if c.kernel_variant == "prefill4" else None)
+    monkeypatch.setattr(kernels.catalogue, "feasible", lambda p, c: "no" if c.kernel_variant == "prefill4" else None)
     assert tuner.select_kernel(5, 256, [2, 4]) == BASE
 
 

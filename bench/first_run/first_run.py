@@ -1,4 +1,4 @@
-"""Collect what a first run on a Mac shows into one JSON file; bench/first_run/FIRST_RUN_ON_A_MAC.md says what to look at.
+"""Collect what a first run on a Mac shows into one JSON file; FIRST_RUN_ON_A_MAC.md says what to look at.
 
 python -m bench.first_run.first_run            # writes first_run_<chip>.json
 """

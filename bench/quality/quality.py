@@ -1,6 +1,7 @@
 """Perplexity and KL divergence of quantized versions of models/docs-moe on held-out text.
 
-Usage: python -m bench.quality.quality [--work DIR] [--bits 2 2.5 3 4] [--modes per-expert per-layer uniform] [--output FILE]
+Usage: python -m bench.quality.quality [--work DIR] [--bits 2 2.5 3 4] [--modes per-expert per-layer uniform]
+    [--output FILE]
 
 Trellis models are converted into DIR (finished ones are used again, interrupted ones resumed). Beside them stand the
 data-free EXL3 directories of models/, the same search without calibration, and MLX's own formats. All are evaluated

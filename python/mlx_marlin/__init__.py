@@ -16,7 +16,7 @@ from .dispatch import (
     get_expert_bits,
 )
 from .kernels import KernelConfig, Problem, candidates, default, feasible
-from .layers import TrellisLinear, TrellisSwitchGLU
+from .layers import GridLinear, TrellisLinear, TrellisSwitchGLU
 from .lm import load
 from .loader import TrellisModelLoader
 from .ops import plan, set_num_threads, trellis_decode, trellis_linear, trellis_swiglu
@@ -45,6 +45,7 @@ __all__ = [
     "BenchmarkResult",
     "Choice",
     "ExpertBank",
+    "GridLinear",
     "GridWeight",
     "KernelConfig",
     "MixedBPWAutoTuner",

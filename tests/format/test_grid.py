@@ -7,7 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_marlin import GridWeight, TrellisLinear, TrellisModelLoader
+from mlx_marlin import GridWeight, TrellisModelLoader
+from mlx_marlin.layers import GridLinear
 from tests.support.paths import VECTORS
 
 EXAMPLES = np.load(VECTORS / "metal_marlin.npz")
@@ -62,7 +63,7 @@ def test_directories(directory, bits):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_linear(bits, rows):
-    layer = TrellisLinear(GridWeight(**tensors(bits), shape=SHAPE))
+    layer = GridLinear(GridWeight(**tensors(bits), shape=SHAPE))
     x = np.random.default_rng(bits).standard_normal((2, rows, SHAPE[1])).astype(np.float32)
     wanted = x.astype(np.float64) @ EXAMPLES[f"b{bits}_weight"]
     y = layer(mx.array(x))
@@ -102,7 +103,7 @@ def test_groups_that_mlx_lacks():
     parts["scales"] = np.ones((8, 48), np.float32)
     w = GridWeight(**parts, shape=SHAPE)
     with pytest.raises(ValueError, match="32, 64, 128"):
-        TrellisLinear(w)
+        GridLinear(w)
 
 
 def test_index_and_tensor_disagree(directory):

@@ -18,6 +18,7 @@ from mlx_marlin import (
     TrellisSwitchGLU,
     TrellisWeight,
     _ext,
+    ops,
     trellis_linear,
     trellis_swiglu,
 )
@@ -127,10 +128,10 @@ class Scaled(TrellisLinear):
         return self.scale * super().__call__(x)
 
 
-def test_only_the_class_itself_makes_other_layers():
-    grid = GridWeight.__new__(GridWeight)
-    with pytest.raises(ValueError, match=r"w\[0\] must be a TrellisWeight, got GridWeight"):
-        Scaled(grid, scale=1.0)
+@pytest.mark.parametrize("make", (TrellisLinear, lambda w: Scaled(w, scale=1.0)))
+def test_a_grid_weight_has_a_layer_of_its_own(make):
+    with pytest.raises(ValueError, match=r"GridWeight.*whose layer is GridLinear\(w\)"):
+        make(GridWeight.__new__(GridWeight))
 
 
 # Casts of the whole model.
@@ -228,14 +229,19 @@ def test_a_layer_with_unusable_parameters_can_be_printed():
     assert "5 experts, 128 -> 256, bits=8" in repr(glu)
 
 
-def test_a_running_call_keeps_the_configs_of_its_weights():
-    """Configs are looked up in a table that belongs to the weights of the call, not to those of a later one."""
-    layer = TrellisLinear(make_weight(bits=3))
-    old = layer._selection.current(layer.stack)
+def test_a_running_call_keeps_the_configs_of_its_weights(monkeypatch, resolve=ops.resolve):
+    """A call that was checked before the weights changed gets its own weights' config, not the later ones'."""
+    layer, seen = TrellisLinear(make_weight(bits=3)), []
+    monkeypatch.setattr(
+        ops, "resolve", lambda op, problem, config: seen.append(problem.bits) or resolve(op, problem, config)
+    )
+    old = ops.check_linear(X, layer.stack)
     layer.update(TrellisLinear(make_weight(bits=5)).parameters())
-    new = layer._selection.current(layer.stack)
-    assert new is not old and (old.sources[0].bits, new.sources[0].bits) == ((3,), (5,))
-    assert layer._selection.current(layer.stack) is new
+    new = ops.check_linear(X, layer.stack)
+    configs = layer._derived.configs
+    for call in (old, new, new, old):
+        configs.choose(call)
+    assert seen == [((3,),), ((5,),), ((3,),)]
 
 
 # Captured by a compiled function.

@@ -58,7 +58,7 @@ def test_registers(tiles, fp32_acc):
     if kernels.feasible(problem, config) is not None:
         pytest.skip("not feasible for these sizes")
     for dispatch, result in count(problem, config):
-        # 64 rows need what only M3 and later give to 512 threads; bench/first_run/FIRST_RUN_ON_A_MAC.md asks for it on M1 and M2.
+        # 64 rows need what only M3 and later give to 512 threads; FIRST_RUN_ON_A_MAC.md asks for it on M1, M2.
         limit = 128 if variant == "large_batch" else most_registers(dispatch["threads"][0])
         limit += SLACK
         assert result.loop_registers <= limit, f"{dispatch['kernel']}: {result.loop_registers} registers"

@@ -59,7 +59,7 @@ def test_decode_is_bit_exact(backend, bits, codebook):
     words = np.random.default_rng(1).integers(0, 1 << 16, (64, 64, 16 * bits), np.uint16).view(np.int16)
     w = TrellisWeight(words, np.ones(1024, np.float16), np.ones(1024, np.float16), codebook)
     assert np.unique(codec.unpack(words)).size == 1 << 16
-    decoded = backend.decode(ops._prepare_weight("test", w))
+    decoded = backend.decode(ops.prepare_weight("test", w))
     np.testing.assert_array_equal(decoded.view(np.uint16), codec.inner(w).view(np.uint16))
 
 
@@ -342,7 +342,7 @@ def test_a_row_that_is_not_finite_stays_alone(backend, tiles, value, fp32_acc):
 def test_offsets_beyond_32_bits(simulator, tiles, tmp_path):
     """An expert's codes 2^32 words into the stack, in a sparse file: 32 bits would lead to the zeros at its start."""
     w = cases.Case(3, "mcg", "float32", 3, "block", "none").weight()
-    stack = ops._prepare_weight("test", w)
+    stack = ops.prepare_weight("test", w)
     words = np.array(stack.arrays[0])
     far = np.memmap(tmp_path / "codes", np.uint32, "w+", shape=(1 << 32) + words.size)
     far[1 << 32 :] = words

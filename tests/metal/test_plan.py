@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from mlx_marlin import codec, kernels, ops
+from mlx_marlin import _ext, codec, kernels, ops
 from mlx_marlin.kernels import KernelConfig, Problem, make_name, metal
 from mlx_marlin.ops import shaders
+from mlx_marlin.ops.problems import native_config
 from tests.support import cases
 from tests.support.paths import ROOT
 
@@ -156,16 +157,16 @@ def test_feasible_is_what_the_plan_accepts(problem):
     for tiles in [*ALL_TILES, ("base", 4, 128, 8), ("decode", 1, 80, 8), ("decode", 1, 128, 20), ("decode", 0, 128, 4)]:
         chosen = config(*tiles)
         reason = kernels.feasible(problem, chosen)
-        native = ops._native(chosen)
-        info = ops._ext.StackInfo(problem.experts, padded(problem.hidden), padded(problem.intermediate), False, 8, 1)
-        back = ops._ext.StackInfo(problem.experts, padded(problem.intermediate), padded(problem.hidden), False, 8, 1)
+        native = native_config(chosen)
+        info = _ext.StackInfo(problem.experts, padded(problem.hidden), padded(problem.intermediate), False, 8, 1)
+        back = _ext.StackInfo(problem.experts, padded(problem.intermediate), padded(problem.hidden), False, 8, 1)
 
         def make():
             if problem.kind == "linear":
-                return ops._ext.plan_linear(
+                return _ext.plan_linear(
                     problem.rows, 0, info, problem.hidden, problem.intermediate, 1, False, False, native
                 )
-            return ops._ext.plan_swiglu(
+            return _ext.plan_swiglu(
                 problem.rows, problem.top_k, 0, info, info, back, problem.hidden, 0, 1.0, 1.0, False, native
             )
 
@@ -271,7 +272,7 @@ def test_a_cpu_problem_is_refused():
 def test_constants_and_kernels_exist_in_the_sources():
     text = (KERNELS / "args.h").read_text()
     names = set(re.findall(r"X\(\d+, \w+, (\w+)\)", text)) | set(re.findall(r"X\((\w+)\)", text))
-    assert set(ops._ext.SOURCE_CONSTANTS) <= names
+    assert set(_ext.SOURCE_CONSTANTS) <= names
     texts = shaders.sources(ops.SHADERS)
     for problem in PROBLEMS:
         for chosen in configs(problem)[::7]:

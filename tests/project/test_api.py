@@ -18,22 +18,17 @@ PUBLIC = {
     "codec": "CODEBOOKS unpack pack decode inner hadamard unpack_signs dequantize",
     "weights": "TrellisWeight ExpertBank GridWeight",
     "ops": "trellis_linear trellis_swiglu trellis_decode plan set_num_threads",
-    "layers": "TrellisLinear TrellisSwitchGLU",
+    "layers": "TrellisLinear TrellisSwitchGLU GridLinear",
     "kernels": "Problem KernelConfig feasible candidates default",
     "lm": "load",
     "loader": "TrellisModelLoader",
-    "autotune": "MixedBPWAutoTuner AutotuneConfig BenchmarkResult",
-    "profile": "default_path use_profile",
+    "autotune": "MixedBPWAutoTuner AutotuneConfig BenchmarkResult Objective",
+    "profile": "default_path use_profile ProfileError",
     "selection": "MixedKernelSelector get_mixed_kernel record_kernel_latency get_statistics reset_history "
-    "set_exploration_rate",
+    "set_exploration_rate Choice",
     "dispatch": "MixedBpwMoEDispatcher MixedBpwMoEDispatcherExample get_expert_bits estimate_gpu_memory_pressure "
-    "get_available_kernels analyze_expert_activation_pattern",
+    "get_available_kernels analyze_expert_activation_pattern adapt Adaptation",
     "quantize": "convert quantize_weight",
-    # What public calls return or raise.
-    "choices": "Choice",
-    "online": "adapt Adaptation",
-    "profile_data": "ProfileError",
-    "trial": "Objective",
 }
 NAMES = [(module, name) for module, names in PUBLIC.items() for name in names.split()]
 

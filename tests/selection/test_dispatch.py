@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_marlin import ExpertBank, TrellisSwitchGLU, device, dispatch, kernels
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, device, kernels
 from mlx_marlin.dispatch.dispatcher import (
     ActivationPredictor,
     MixedBpwMoEDispatcher,
@@ -114,7 +114,7 @@ def test_exploration_gives_right_results(bank):
 
 
 def test_memory_pressure_reaches_the_selection(dispatcher, monkeypatch):
-    monkeypatch.setattr(dispatch.device, "memory_pressure", lambda: 0.95)
+    monkeypatch.setattr(device, "memory_pressure", lambda: 0.95)
     metadata = dispatcher.dispatch(*call(1, [0, 1]))[1]
     assert metadata["kernel_name"] == "moe_trellis_swiglu" and metadata["memory_pressure"] == 0.95
 

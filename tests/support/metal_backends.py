@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_marlin import kernels, ops
+from mlx_marlin import _ext, kernels, ops
 from tests import metal_sim
 from tests.support import metal_executor
 
@@ -44,9 +44,9 @@ class Gpu:
             native = ops.resolve("test", problem, config)
             sizes = source.in_features, source.out_features
             if indices is None:
-                return ops._ext.trellis_linear(x, stack.arrays, stack.info, *sizes, native, mx.gpu)
+                return _ext.trellis_linear(x, stack.arrays, stack.info, *sizes, native, mx.gpu)
             ids = mx.array(np.asarray(indices, np.uint32).reshape(-1))
-            return ops._ext.trellis_gather_linear(x, ids, stack.arrays, stack.info, *sizes, native, mx.gpu)
+            return _ext.trellis_gather_linear(x, ids, stack.arrays, stack.info, *sizes, native, mx.gpu)
 
         if transposed:
             _, (y,) = mx.vjp(product, [mx.zeros((x.shape[0], source.in_features), x.dtype)], [x])
@@ -63,7 +63,7 @@ class Gpu:
     @staticmethod
     def decode(stack, expert: int = 0) -> np.ndarray:
         """As :func:`metal_executor.decode`."""
-        return np.array(ops._ext.trellis_decode(stack.arrays, stack.info, expert, mx.gpu))
+        return np.array(_ext.trellis_decode(stack.arrays, stack.info, expert, mx.gpu))
 
 
 BACKENDS = {backend.name: backend for backend in (Simulated, Gpu)}
@@ -73,7 +73,7 @@ def run(backend, case, inputs: tuple, config: kernels.KernelConfig | None = None
     """A case of ``cases.py`` on a backend; float32."""
     x, indices, scores = inputs
     if case.linear:
-        return backend.linear(x, ops._prepare_weight("test", case.weight()), config, **options)
+        return backend.linear(x, ops.prepare_weight("test", case.weight()), config, **options)
     return backend.swiglu(
         x,
         indices,

@@ -1,5 +1,6 @@
 """The tuner: candidates, checked and timed, and what is kept of them."""
 
+from ..profile import use_profile
 from .trial import Objective
 from .tuner import AutotuneConfig, BenchmarkResult, MixedBPWAutoTuner
 
@@ -8,4 +9,5 @@ __all__ = [
     "BenchmarkResult",
     "MixedBPWAutoTuner",
     "Objective",
+    "use_profile",
 ]

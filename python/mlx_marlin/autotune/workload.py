@@ -142,7 +142,7 @@ class Workload:
             return cls(layer.problem(rows, getattr(mx, dtype), device), (layer.stack,), **more)
         top_k = min(top_k, layer.gate_proj.num_experts)
         problem = layer.problem(rows, getattr(mx, dtype), device, top_k=top_k)
-        return cls(problem, layer._stacks(), layer._activation, **more)
+        return cls(problem, layer.stacks, layer.activation, **more)
 
     @classmethod
     def synthetic(cls, problem: Problem, *, memory_limit=None, seed=0) -> Workload:
@@ -200,10 +200,12 @@ class Workload:
 
     def _call(self, config, x, routing, stacks) -> mx.array:
         if self.problem.kind == "linear":
-            return ops.linear(x, stacks[0], config=config, stream=self.stream)
-        indices, scores = routing
-        activation = ops.Activation(*self.activation)
-        return ops.swiglu(x, indices, *stacks, scores=scores, activation=activation, config=config, stream=self.stream)
+            call = ops.check_linear(x, stacks[0], stream=self.stream)
+        else:
+            indices, scores = routing
+            activation = ops.Activation(*self.activation)
+            call = ops.check_swiglu(x, indices, stacks, activation, scores, stream=self.stream)
+        return ops.run(call, ops.resolve(call.op, call.problem(self.problem.device), config))
 
     def _rows(self, rows: int) -> mx.array:
         x = mx.array(self._rng.standard_normal((rows, self.problem.hidden), np.float32)).astype(self._dtype)

@@ -19,7 +19,7 @@ from ..selection import choices
 from ..selection.choices import Choice
 from ..weights.experts import ExpertBank, ExpertStack, check_projections
 from ..weights.trellis import TrellisWeight
-from .state import Derived, Selection, StackedModule, TrellisModule
+from .state import StackedModule, TrellisModule
 
 
 class TrellisExperts(StackedModule):
@@ -72,16 +72,17 @@ class TrellisExperts(StackedModule):
         Returns:
             Shape ``[..., k, out]``, or ``[..., k, 1, out]`` where x has the axis; dtype of x.
         """
-        stack = self.stack
-        select = self._selection.current(stack)
         if x.ndim != indices.ndim + 2:
-            return ops.gather_linear(x, indices, stack, select=select)
+            return self.run(x, indices)
         if x.shape[-2] != 1:
             raise ValueError(f"x must have shape [..., 1, {self.input_dims}], got {list(x.shape)}")
         rows = x.squeeze(-2)
         shared = rows.shape[-2] == 1 and rows.shape[:-1] != indices.shape
-        y = ops.gather_linear(rows.squeeze(-2) if shared else rows, indices, stack, select=select)
-        return mx.expand_dims(y, -2)
+        return mx.expand_dims(self.run(rows.squeeze(-2) if shared else rows, indices), -2)
+
+    def run(self, x: mx.array, indices: mx.array) -> mx.array:
+        """The projection of rows ``[..., in]`` or ``[..., k, in]``: ``[..., k, out]``."""
+        return self._derived.configs.run(ops.check_gathered(x, indices, self.stack))
 
     def _extra_repr(self) -> str:
         bits = (np.array(self.formats) & 0xFF).tolist()
@@ -126,13 +127,8 @@ class TrellisSwitchGLU(TrellisModule):
         self.up_proj = TrellisExperts(bank.up)
         self.down_proj = TrellisExperts(bank.down)
 
-    def _derive(self) -> None:
-        self._derived = Derived(Selection("trellis_swiglu", self._problem))
-
-    def _problem(self, sources, rows, dtype, device, combine, top_k) -> Problem:
-        return ops.swiglu_problem(*sources, rows, top_k, self.get("_activation").name, dtype, device, combine)
-
-    def _stacks(self) -> tuple[ops.Stack, ops.Stack, ops.Stack]:
+    @property
+    def stacks(self) -> tuple[ops.Stack, ops.Stack, ops.Stack]:
         """Gate, up and down as the kernels take them; whether they fit together is checked when one changed."""
         gate, up, down = self.get("gate_proj").stack, self.get("up_proj").stack, self.get("down_proj").stack
         derived, sources = self._derived, (gate.source, up.source, down.source)
@@ -142,15 +138,20 @@ class TrellisSwitchGLU(TrellisModule):
         return gate, up, down
 
     @property
+    def activation(self) -> Activation:
+        """What stands between gate and up on one side and down on the other."""
+        return self.get("_activation")
+
+    @property
     def expert_bits(self) -> tuple[tuple[int, int, int], ...]:
         """(gate, up, down) bits of each expert."""
-        return tuple(zip(*(stack.source.bits for stack in self._stacks())))
+        return tuple(zip(*(stack.source.bits for stack in self.stacks)))
 
     def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int | None = None) -> Problem:
         """What a call with this many rows asks for. top_k: that of the latest new kind of call by default, or 1."""
-        top_k = self._selection.top_k if top_k is None else top_k
-        sources = (stack.source for stack in self._stacks())
-        return self._problem(sources, rows, dtype, device, combine, top_k)
+        top_k = self._derived.configs.top_k if top_k is None else top_k
+        sources = (stack.source for stack in self.stacks)
+        return ops.swiglu_problem(*sources, rows, top_k, self.activation.name, dtype, device, combine)
 
     def __call__(self, x: mx.array, indices: mx.array, scores: mx.array | None = None) -> mx.array:
         """The experts' outputs.
@@ -171,10 +172,8 @@ class TrellisSwitchGLU(TrellisModule):
 
     def run(self, x: mx.array, indices, scores=None, config: KernelConfig | None = None) -> mx.array:
         """The call with a given config, or with the one that is selected for it."""
-        stacks = self._stacks()
-        select = self._derived.selection.current(*stacks) if config is None else None
-        activation = self.get("_activation")
-        return ops.swiglu(x, indices, *stacks, scores=scores, activation=activation, config=config, select=select)
+        call = ops.check_swiglu(x, indices, self.stacks, self.activation, scores)
+        return self._derived.configs.run(call, config)
 
     def explain(
         self, rows: int, dtype: mx.Dtype | None = None, *, top_k: int | None = None, combine: bool | None = None
@@ -190,7 +189,7 @@ class TrellisSwitchGLU(TrellisModule):
         Returns:
             A :class:`Choice`: ``problem``, ``config`` and ``reason``; printable.
         """
-        latest = self._selection
+        latest = self._derived.configs
         dtype = latest.dtype if dtype is None else dtype
         combine = latest.combine if combine is None else combine
         return choices.choose(self.problem(rows, dtype, ops.device_of(None), combine=combine, top_k=top_k))

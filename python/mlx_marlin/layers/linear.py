@@ -6,8 +6,6 @@ model is unfrozen.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, overload
-
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -18,11 +16,7 @@ from ..selection.choices import Choice
 from ..weights.experts import ExpertStack, format_word
 from ..weights.grid import GridWeight
 from ..weights.trellis import TrellisWeight
-from .grid import GridLinear
 from .state import StackedModule
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class TrellisLinear(StackedModule):
@@ -31,20 +25,16 @@ class TrellisLinear(StackedModule):
     Parameters: ``trellis`` (uint32 ``[k / 16, n / 16, 8 * K]``), ``suh``, ``svh`` and optionally ``bias``.
 
     Args:
-        w: The weight. ``TrellisLinear`` of a :class:`GridWeight` is a :class:`GridLinear`, as ``pathlib.Path`` of a
-            string is a path of the system's kind.
+        w: The weight. The layer over a :class:`GridWeight` is :class:`GridLinear`.
+
+    Raises:
+        ValueError: If w is no :class:`TrellisWeight`.
     """
 
-    @overload
-    def __new__(cls, w: GridWeight) -> GridLinear: ...
-    @overload
-    def __new__(cls, w: TrellisWeight | None = None, *args, **keywords) -> Self: ...
-
-    def __new__(cls, w=None, *args, **keywords):  # w is None where a copy is made; a subclass may take more
-        return GridLinear(w) if cls is TrellisLinear and isinstance(w, GridWeight) else super().__new__(cls)
-
-    def __init__(self, w: TrellisWeight | GridWeight):  # type checkers that look here only see both
+    def __init__(self, w: TrellisWeight):
         super().__init__()
+        if isinstance(w, GridWeight):
+            raise ValueError("w is a GridWeight of the metal-marlin format, whose layer is GridLinear(w)")
         stack = ExpertStack.of("w", [w])
         self._sizes = (w.in_features, w.out_features)
         self._codebook = w.codebook
@@ -78,9 +68,7 @@ class TrellisLinear(StackedModule):
 
     def run(self, x: mx.array, config: KernelConfig | None = None) -> mx.array:
         """The call with a given config, or with the one that is selected for it."""
-        stack = self.stack
-        select = self._derived.selection.current(stack) if config is None else None
-        return ops.linear(x, stack, config=config, select=select)
+        return self._derived.configs.run(ops.check_linear(x, self.stack), config)
 
     def explain(self, rows: int, dtype: mx.Dtype | None = None) -> Choice:
         """Which config a call with this many rows runs, and why.
@@ -92,7 +80,7 @@ class TrellisLinear(StackedModule):
         Returns:
             A :class:`Choice`: ``problem``, ``config`` and ``reason``; printable.
         """
-        dtype = self._selection.dtype if dtype is None else dtype
+        dtype = self._derived.configs.dtype if dtype is None else dtype
         return choices.choose(self.problem(rows, dtype, ops.device_of(None)))
 
     def to_lora(self, r: int = 8, scale: float = 20.0, dropout: float = 0.0) -> nn.Module:

@@ -5,99 +5,80 @@ Both are made again when a parameter, the profile or the feedback changed, and b
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import attrgetter, is_
+from operator import is_
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from ..kernels import Problem
+from ..kernels import KernelConfig
 from ..selection import choices, selftest
 from ..weights.experts import ExpertStack
 
-_SOURCE = attrgetter("source")
 
+class LayerConfigs:
+    """The configs of one layer, resolved for the primitives, by what its calls differ in.
 
-class Table:
-    """The resolved configs of one layer, by what its calls differ in; valid for one state of the world.
-
-    Args:
-        selection: Whose it is.
-        generation: Of the choices.
-        sources: The weights.
-    """
-
-    __slots__ = ("_natives", "_selection", "generation", "sources")
-
-    def __init__(self, selection: Selection, generation: int, sources: tuple[ExpertStack, ...]):
-        self._selection, self.generation, self.sources = selection, generation, sources
-        self._natives: dict[tuple, object] = {}
-
-    def __call__(self, x: mx.array, rows: int, top_k: int, combine: bool):
-        """The resolved config: a dictionary look-up after the first call of a kind."""
-        dtype = x.dtype
-        key = rows, top_k, dtype, combine, mx.default_device().type
-        native = self._natives.get(key)
-        if native is None:
-            latest = self._selection
-            latest.top_k, latest.combine, latest.dtype = top_k, combine, dtype
-            problem = latest.problem(self.sources, rows, dtype, ops.device_of(None), combine, top_k)
-            choice, final = selftest.select(problem, ops.is_traced(x))
-            native = ops.resolve(latest.op, problem, choice.config)
-            if final:
-                self._natives[key] = native
-        return native
-
-
-class Selection:
-    """What runs each kind of call of one layer.
-
-    Args:
-        op: For error messages.
-        problem: Called with (sources, rows, dtype, device, combine, top_k); sources: the weights.
+    Valid for one state of the world: made anew where the weights, the profile or the feedback changed.
 
     Attributes:
         top_k, combine, dtype: Of the latest new kind of call: what explain() assumes where it is not told.
     """
 
-    __slots__ = ("_table", "combine", "dtype", "op", "problem", "top_k")
+    __slots__ = ("_resolved", "combine", "dtype", "top_k")
 
-    def __init__(self, op: str, problem: Callable[..., Problem]):
-        self.op, self.problem = op, problem
+    def __init__(self):
         self.top_k, self.combine, self.dtype = 1, False, mx.float32
-        self._table = Table(self, -1, ())
+        # The generation of the choices, the weights, and the configs; one tuple, so that threads see all or none.
+        self._resolved: tuple[int, tuple[ops.Stack, ...], dict[tuple, object]] = (-1, (), {})
 
-    def current(self, *stacks: ops.Stack) -> Table:
-        """The table, a new one if the weights, the profile or the feedback changed."""
-        table, generation, sources = self._table, choices.generation(), tuple(map(_SOURCE, stacks))
-        if generation != table.generation or not all(map(is_, sources, table.sources)):
-            table = self._table = Table(self, generation, sources)
-        return table
+    def choose(self, call: ops.Call):
+        """The config that runs a call: a dictionary look-up after the first call of a kind."""
+        generation, stacks, configs = self._resolved
+        now = choices.generation()
+        if generation != now or len(stacks) != len(call.stacks) or not all(map(_same_source, stacks, call.stacks)):
+            configs = {}
+            self._resolved = now, call.stacks, configs
+        dtype, combine = call.x.dtype, call.scores is not None
+        key = call.rows, call.top_k, dtype, combine, mx.default_device().type
+        config = configs.get(key)
+        if config is None:
+            self.top_k, self.combine, self.dtype = call.top_k, combine, dtype
+            problem = call.problem(ops.device_of(None))
+            choice, final = selftest.select(problem, ops.is_traced(call.x))
+            config = ops.resolve(call.op, problem, choice.config)
+            if final:
+                configs[key] = config
+        return config
+
+    def run(self, call: ops.Call, config: KernelConfig | None = None) -> mx.array:
+        """A checked call with a given config, or with the one that is chosen for it."""
+        if config is None:
+            return ops.run(call, self.choose(call))
+        return ops.run(call, ops.resolve(call.op, call.problem(ops.device_of(None)), config))
+
+
+def _same_source(a: ops.Stack, b: ops.Stack) -> bool:
+    return a.source is b.source
 
 
 class Derived:
     """What a layer makes of its parameters and settings. Not copied and not pickled.
 
     Attributes:
-        selection: Its configs.
+        configs: Its configs.
         adaptation: Stands in the calls while the layer is adapted, or ``None``.
         collected: The parameters, and the stack that was made of them; one tuple, so that threads see both or none.
         checked: The three projections that were found to fit together.
     """
 
-    __slots__ = ("adaptation", "checked", "collected", "selection")
+    __slots__ = ("adaptation", "checked", "collected", "configs")
 
-    def __init__(self, selection: Selection):
-        self.selection = selection
+    def __init__(self):
+        self.configs = LayerConfigs()
         self.adaptation = None
         self.collected: tuple[tuple, ops.Stack | None] = ((None,) * 5, None)
         self.checked: tuple[ExpertStack | None, ...] = (None, None, None)
-
-
-def _linear_problem(sources, rows, dtype, device, combine, top_k) -> Problem:
-    """As :class:`Selection` calls it; combine and top_k mean nothing to one product."""
-    return ops.linear_problem(sources[0], rows, dtype, device)
 
 
 class TrellisModule(nn.Module):
@@ -105,21 +86,14 @@ class TrellisModule(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self._derive()
-
-    def _derive(self) -> None:
-        self._derived = Derived(Selection("trellis_linear", _linear_problem))
+        self._derived = Derived()
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_derived"}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._derive()
-
-    @property
-    def _selection(self) -> Selection:
-        return self._derived.selection
+        self._derived = Derived()
 
     @property
     def _adaptation(self):

@@ -2,7 +2,8 @@
 
 - ``stacks``: weights as the primitives take them.
 - ``problems``: what a call asks for, and the config that answers it.
-- ``products``: the ops themselves.
+- ``calls``: a call in three steps: checked, its problem, the primitive.
+- ``products``: the ops that users call.
 - ``planning``: what a GPU would run.
 - ``search``: the encoder's search.
 - ``shaders``: the Metal sources, made self-contained.
@@ -16,37 +17,38 @@ import mlx.core as mx
 
 from .. import _ext
 from . import shaders
+from .calls import Call, check_gathered, check_linear, check_swiglu, run
 from .planning import plan
-from .problems import DTYPES, Activation, _native, device_of, linear_problem, resolve, swiglu_problem
-from .products import gather_linear, is_traced, linear, swiglu, trellis_decode, trellis_linear, trellis_swiglu
+from .problems import DTYPES, Activation, device_of, linear_problem, resolve, swiglu_problem
+from .products import is_traced, trellis_decode, trellis_linear, trellis_swiglu
 from .runtime import cpu_digest, instruction_set, plan_digest, set_num_threads
 from .search import set_viterbi_instruction_set, viterbi_instruction_sets, viterbi_search
-from .stacks import BUILD_LOCK, Stack, _prepare_weight, half_scales, prepare, with_parameters
+from .stacks import BUILD_LOCK, Stack, half_scales, prepare, prepare_weight, with_parameters
 
 __all__ = [
     "BUILD_LOCK",
     "DTYPES",
     "SHADERS",
     "Activation",
+    "Call",
     "Stack",
-    "_ext",
-    "_native",
-    "_prepare_weight",
+    "check_gathered",
+    "check_linear",
+    "check_swiglu",
     "cpu_digest",
     "device_of",
-    "gather_linear",
     "half_scales",
     "instruction_set",
     "is_traced",
-    "linear",
     "linear_problem",
     "plan",
     "plan_digest",
     "prepare",
+    "prepare_weight",
     "resolve",
+    "run",
     "set_num_threads",
     "set_viterbi_instruction_set",
-    "swiglu",
     "swiglu_problem",
     "trellis_decode",
     "trellis_linear",

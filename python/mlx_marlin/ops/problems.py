@@ -57,7 +57,7 @@ def device_of(stream) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _native(config: KernelConfig) -> _ext.KernelConfig:
+def native_config(config: KernelConfig) -> _ext.KernelConfig:
     variant = getattr(_ext.Variant, config.kernel_variant)
     return _ext.KernelConfig(variant, config.tile_size_m, config.tile_size_n, config.simdgroups, config.use_fp32_acc)
 
@@ -80,7 +80,7 @@ def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> _ex
         if runnable is None:
             raise ValueError(f"[{op}] {config} cannot run this problem: {kernels.feasible(problem, config)}")
         config = runnable
-    return _native(config)
+    return native_config(config)
 
 
 def _dtype_name(dtype) -> str:

@@ -45,7 +45,12 @@ def prepare(stack: ExpertStack) -> Stack:
     return prepared
 
 
-def _prepare_weight(op: str, w) -> Stack:
+def prepare_weight(op: str, w: TrellisWeight) -> Stack:
+    """The stack of one weight; made once per weight and kept on it.
+
+    Raises:
+        ValueError: If w is something else; ``op`` is named.
+    """
     if not isinstance(w, TrellisWeight):
         raise ValueError(f"[{op}] w must be a TrellisWeight, got {type(w).__name__}")
     stack = getattr(w, "_stack", None)

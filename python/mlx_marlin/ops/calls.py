@@ -1,0 +1,193 @@
+"""One call of a product in its three steps: *check* the arguments, *choose* a config, *run* the primitive.
+
+``check_*`` makes a :class:`Call` of a caller's arguments, :meth:`Call.problem` says what it asks for, and :func:`run`
+makes one lazy primitive of it. What chooses stands between them: :func:`resolve` for a config that is given, a layer's
+table for its own calls.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from .. import _ext, kernels
+from ..kernels import Problem
+from .problems import DTYPES, Activation, linear_problem, swiglu_problem
+from .stacks import Stack
+
+_INTEGERS = frozenset((mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64))
+
+
+class Call(NamedTuple):
+    """Checked arguments of one product.
+
+    Attributes:
+        op: The op, for error messages.
+        x: float32, float16 or bfloat16.
+        stacks: The weights: one projection, or gate, up and down.
+        rows: Rows of x; of one projection of experts, slots.
+        top_k: Experts per row; 1 for a linear.
+        indices: uint32, the experts of each row; ``None`` for a linear.
+        scores: float32, of the same shape, where the top-k sum is taken inside.
+        activation: ``None`` for one projection.
+        stream: Stream or device; ``None`` for the default stream.
+    """
+
+    op: str
+    x: mx.array
+    stacks: tuple[Stack, ...]
+    rows: int
+    top_k: int = 1
+    indices: mx.array | None = None
+    scores: mx.array | None = None
+    activation: Activation | None = None
+    stream: mx.Stream | mx.Device | None = None
+
+    def problem(self, device: str) -> Problem:
+        """What the call asks for on ``"cpu"`` or ``"gpu"``."""
+        sources = [stack.source for stack in self.stacks]
+        if self.activation is None:
+            return linear_problem(*sources, self.rows, self.x.dtype, device)
+        combine = self.scores is not None
+        return swiglu_problem(*sources, self.rows, self.top_k, self.activation.name, self.x.dtype, device, combine)
+
+
+def check_linear(x: mx.array, stack: Stack, *, stream=None, op: str = "trellis_linear") -> Call:
+    """The call ``x @ W`` of a stack of one weight; x has shape ``[..., in_features]``."""
+    features = stack.source.in_features
+    _check_x(op, x, features)
+    return Call(op, x, (stack,), x.size // features, stream=stream)
+
+
+def check_gathered(x: mx.array, indices, stack: Stack, *, stream=None, op: str = "trellis_linear") -> Call:
+    """The call of one projection of the experts.
+
+    Args:
+        x: Shape ``[..., in_features]``, or ``[..., k, in_features]`` where each slot has a row of its own.
+        indices: Integers, shape ``[..., k]``.
+        stack: The experts' weights.
+        stream: Stream or device. Default: ``None``, the default stream.
+        op: For error messages.
+    """
+    source = stack.source
+    _check_x(op, x, source.in_features)
+    own_rows = isinstance(indices, mx.array) and x.ndim == indices.ndim + 1
+    leading = x.shape[:-2] if own_rows else x.shape[:-1]
+    indices = _check_indices(op, indices, leading, len(source.bits), stream)
+    if own_rows and indices.shape != x.shape[:-1]:
+        raise ValueError(
+            f"[{op}] indices must have the shape of x without its last axis, {list(x.shape[:-1])}, "
+            f"got {list(indices.shape)}"
+        )
+    return Call(op, x, (stack,), indices.size, 1, indices, stream=stream)
+
+
+def check_swiglu(
+    x: mx.array,
+    indices,
+    stacks: tuple[Stack, Stack, Stack],
+    activation: Activation,
+    scores=None,
+    *,
+    stream=None,
+    op: str = "trellis_swiglu",
+) -> Call:
+    """The call of the experts of a layer, fused; the arguments as :func:`trellis_swiglu` has them."""
+    source = stacks[0].source
+    hidden = source.in_features
+    _check_x(op, x, hidden)
+    indices = _check_indices(op, indices, x.shape[:-1], len(source.bits), stream)
+    if scores is not None:
+        scores = _check_scores(op, scores, indices, stream)
+    return Call(op, x, stacks, x.size // hidden, indices.shape[-1], indices, scores, activation, stream)
+
+
+def run(call: Call, native: _ext.KernelConfig) -> mx.array:
+    """The lazy primitive of a call.
+
+    Args:
+        call: What one of the ``check_*`` made.
+        native: What :func:`resolve` made of a config for the call's problem.
+
+    Returns:
+        Shape ``[..., out_features]`` for a linear, ``[..., k, out_features]`` for one projection of experts,
+        ``[..., k, hidden]`` for a layer of them, or ``[..., hidden]`` with scores; dtype of x.
+    """
+    if call.activation is not None:
+        return _run_swiglu(call, native)
+    (stack,) = call.stacks
+    sizes = stack.source.in_features, stack.source.out_features
+    if call.indices is None:
+        return _ext.trellis_linear(call.x, stack.arrays, stack.info, *sizes, native, call.stream)
+    return _ext.trellis_gather_linear(call.x, call.indices, stack.arrays, stack.info, *sizes, native, call.stream)
+
+
+def _run_swiglu(call: Call, native: _ext.KernelConfig) -> mx.array:
+    gate, up, down = call.stacks
+    name, alpha, limit = call.activation
+    return _ext.trellis_swiglu(
+        call.x,
+        call.indices,
+        call.scores,
+        gate.arrays + up.arrays + down.arrays,
+        gate.info,
+        up.info,
+        down.info,
+        gate.source.in_features,
+        kernels.ACTIVATIONS.index(name),
+        alpha,
+        limit,
+        native,
+        call.stream,
+    )
+
+
+def _check_x(op: str, x, features: int) -> mx.array:
+    if not isinstance(x, mx.array):
+        raise ValueError(f"[{op}] x must be an mx.array, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"[{op}] x must be float32, float16 or bfloat16, got {x.dtype}; cast it first")
+    if x.ndim == 0 or x.shape[-1] != features:
+        raise ValueError(f"[{op}] x must have shape [..., {features}], got {list(x.shape)}")
+    return x
+
+
+def _index_array(op: str, indices) -> mx.array:
+    """Indices that are no MLX array yet: NumPy's, or lists."""
+    try:
+        array = np.asarray(indices)
+    except ValueError:  # rows of different lengths
+        array = None
+    if array is None or not np.issubdtype(array.dtype, np.integer):
+        kind = type(indices).__name__ if array is None or array.dtype == object else array.dtype
+        raise ValueError(f"[{op}] indices must be integers, got {kind}")
+    return mx.array(array)
+
+
+def _check_indices(op: str, indices, leading: tuple[int, ...], experts: int, stream) -> mx.array:
+    """Indices ``[*leading, k]`` as uint32, checked as far as they are known."""
+    if not isinstance(indices, mx.array):
+        indices = _index_array(op, indices)
+    if indices.dtype not in _INTEGERS:
+        raise ValueError(f"[{op}] indices must be integers, got {indices.dtype}")
+    shape = indices.shape
+    if not shape or shape[:-1] != leading or shape[-1] < 1:
+        raise ValueError(
+            f"[{op}] indices must have shape [..., k] with k >= 1 and the leading dimensions of x "
+            f"{list(leading)}, got {list(shape)}"
+        )
+    return _ext.expert_ids(op, indices, experts, stream)
+
+
+def _check_scores(op: str, scores, indices: mx.array, stream) -> mx.array:
+    if not isinstance(scores, mx.array) or not mx.issubdtype(scores.dtype, mx.floating):
+        raise ValueError(
+            f"[{op}] scores must be a floating point mx.array, got {getattr(scores, 'dtype', type(scores).__name__)}"
+        )
+    if scores.shape != indices.shape:
+        raise ValueError(
+            f"[{op}] scores must have the shape of indices {list(indices.shape)}, got {list(scores.shape)}"
+        )
+    return scores.astype(mx.float32, stream)
