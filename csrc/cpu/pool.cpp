@@ -1,4 +1,4 @@
-#include "pool.h"
+#include "cpu/pool.h"
 
 #include <algorithm>
 #include <atomic>
@@ -19,7 +19,7 @@
 #include <immintrin.h>
 #endif
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace mlx_marlin::cpu {
 

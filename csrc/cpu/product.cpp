@@ -1,9 +1,9 @@
 #include <algorithm>
 
-#include "kernels.h"
-#include "pool.h"
-#include "segments.h"
-#include "tier.h"
+#include "cpu/kernels.h"
+#include "cpu/pool.h"
+#include "cpu/segments.h"
+#include "cpu/tier.h"
 
 namespace mlx_marlin::cpu {
 

@@ -1,8 +1,8 @@
-#include "segments.h"
+#include "cpu/segments.h"
 
 #include <algorithm>
 
-#include "../format.h"
+#include "format.h"
 
 namespace mlx_marlin::cpu {
 

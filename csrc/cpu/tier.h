@@ -1,12 +1,12 @@
-// What one instruction set offers to the loop nests. tier.cpp is compiled once per instruction set
+// What one instruction set offers to the loop nests. tier/table.cpp is compiled once per instruction set
 // and fills one of these tables; everything in it lives in a namespace of its own and uses no
 // templates of the standard library, so that no code for one set can be linked into another.
 #pragma once
 
 #include <cstdint>
 
-#include "../format.h"
-#include "kernels.h"
+#include "cpu/kernels.h"
+#include "format.h"
 
 namespace mlx_marlin::cpu {
 

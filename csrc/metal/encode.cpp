@@ -17,8 +17,7 @@
 #include "metal/shaders.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
-#include "plan.h"
-#include "trellis_cpu.h"
+#include "plan/plan.h"
 
 namespace mlx_marlin::metal {
 
@@ -263,9 +262,8 @@ mx::array as_read(const mx::array& codes, int64_t slots, int experts) {
   return view;
 }
 
-// Everything that can fail comes before the output has memory and the first dispatch is encoded. arrays: the inputs.
-void run(const char* op, const Prepared& prepared, mx::Stream stream, std::vector<mx::array> arrays, mx::array& out) {
-  require_contiguous(op, arrays);
+// Scratch comes before the output has memory and the first dispatch is encoded. arrays: the inputs.
+void run(const Prepared& prepared, mx::Stream stream, std::vector<mx::array> arrays, mx::array& out) {
   std::vector<mx::array> scratch;
   for (const auto& [name, bytes] : prepared.plan.scratch) {
     scratch.push_back(new_scratch(bytes));
@@ -309,7 +307,7 @@ void encode_linear(const LinearCall& call, mx::Stream stream, const std::vector<
   if (call.gathered) {
     arrays[1] = as_read(inputs[1], static_cast<int64_t>(inputs.back().size()), call.stack.experts);
   }
-  run("trellis_linear", *prepared, stream, std::move(arrays), out);
+  run(*prepared, stream, std::move(arrays), out);
 }
 
 void encode_swiglu(const SwigluCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {
@@ -334,7 +332,7 @@ void encode_swiglu(const SwigluCall& call, mx::Stream stream, const std::vector<
     arrays[codes] = as_read(inputs[codes], slots, stack->experts);
     codes += static_cast<size_t>(stack->num_arrays());
   }
-  run("trellis_swiglu", *prepared, stream, std::move(arrays), out);
+  run(*prepared, stream, std::move(arrays), out);
 }
 
 void encode_decode(const DecodeCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {
@@ -342,7 +340,7 @@ void encode_decode(const DecodeCall& call, mx::Stream stream, const std::vector<
   name_stack(names, "weight", call.stack);
   names.push_back("y");
   // Not kept: decoding a whole matrix is no steady state.
-  run("trellis_decode", Prepared(plan_decode(call), stream, std::move(names)), stream, inputs, out);
+  run(Prepared(plan_decode(call), stream, std::move(names)), stream, inputs, out);
 }
 
 }  // namespace mlx_marlin::metal

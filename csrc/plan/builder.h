@@ -7,7 +7,7 @@
 
 #include "args.h"
 #include "format.h"
-#include "plan.h"
+#include "plan/plan.h"
 #include "plan/stages.h"
 
 namespace mlx_marlin {

@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "args.h"
-#include "plan.h"
+#include "plan/plan.h"
 #include "plan/stages.h"
 
 namespace mlx_marlin {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-#include "plan.h"
+#include "plan/plan.h"
 #include "plan/tiling.h"
 
 namespace mlx_marlin {

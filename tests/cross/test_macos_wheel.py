@@ -47,9 +47,9 @@ def test_contents(wheel):
     shaders = [p.name for pattern in ("*.metal", "*.h") for p in (sources / "kernels").glob(pattern)]
     assert any(name.endswith(".metal") for name in shaders)
     for name in [*shaders, "format.h"]:
-        assert f"mlx_marlin/kernels/{name}" in files
+        assert f"mlx_marlin/shaders/{name}" in files
     for name in shaders:
-        text = files[f"mlx_marlin/kernels/{name}"]
+        text = files[f"mlx_marlin/shaders/{name}"]
         assert text == (sources / "kernels" / name).read_bytes()
         assert text.isascii(), f"{name}: Metal's run-time compiler takes ASCII only"
     assert b"def trellis_" in files["mlx_marlin/_ext.pyi"]

@@ -65,10 +65,9 @@ def driver(tmp_path_factory):
     build = Build(tmp_path_factory.mktemp("neon"))
     kernels = ROOT / "csrc" / "cpu"
     for name, flags in {"baseline": ["-DMARLIN_PORTABLE", "-mcpu=generic"], **SETS}.items():
-        build.compile(kernels / "tier.cpp", name, ["-O1", "-ffp-contract=off", f"-DMARLIN_TIER={name}", *flags])
+        build.compile(kernels / "tier/table.cpp", name, ["-O1", "-ffp-contract=off", f"-DMARLIN_TIER={name}", *flags])
     for source in sorted(kernels.glob("*.cpp")):
-        if source.name != "tier.cpp":
-            build.compile(source, source.stem, ["-O1", "-mcpu=generic"])
+        build.compile(source, source.stem, ["-O1", "-mcpu=generic"])
     build.compile(Path(__file__).with_name("kernels_driver.cpp"), "driver", ["-O1", "-mcpu=generic"])
     return build.link()
 
@@ -77,8 +76,8 @@ def driver(tmp_path_factory):
 def search_driver(tmp_path_factory):
     """The encoder's search and its driver."""
     build = Build(tmp_path_factory.mktemp("viterbi"))
-    for name in ("viterbi", "viterbi_baseline", "viterbi_neon"):
-        build.compile(ROOT / f"csrc/{name}.cpp", name, ["-O2", "-mcpu=generic"])
+    for name in ("search", "baseline", "neon"):
+        build.compile(ROOT / f"csrc/viterbi/{name}.cpp", name, ["-O2", "-mcpu=generic"])
     build.compile(Path(__file__).with_name("viterbi_driver.cpp"), "driver", ["-O1", "-mcpu=generic"])
     return build.link()
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "open_file.h"
-#include "viterbi.h"
+#include "viterbi/search.h"
 
 namespace {
 

@@ -10,7 +10,7 @@ from . import cpu, metal
 Tiles = tuple[int, int, int]
 """(tile_size_m, tile_size_n, simdgroups)."""
 
-# csrc/cpu/gemm.h: a sweep of 16 tiles is 16 KB of decoded weights, and 1 KB of x per row.
+# csrc/cpu/tier/gemm.h: a sweep of 16 tiles is 16 KB of decoded weights, and 1 KB of x per row.
 _SWEEP_BYTES, _SWEEP_ROW_BYTES = 16 << 10, 1 << 10
 # A quarter more than the cache: lines of codes that were used up make room for the next.
 _CODE_SLACK = 1.25

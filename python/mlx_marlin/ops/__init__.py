@@ -58,7 +58,7 @@ __all__ = [
     "with_parameters",
 ]
 
-SHADERS = Path(_ext.__file__).parent / "kernels"
+SHADERS = Path(_ext.__file__).parent / "shaders"
 """Where the Metal sources are installed."""
 
 if mx.metal.is_available():

@@ -1,0 +1,44 @@
+// How the 8 states of one of a tile's 32 lanes are cut out of 16 bytes, for sets that shuffle bytes
+// within 128 bits (AVX2, NEON).
+#pragma once
+
+#include <cstdint>
+
+#include "format.h"
+
+namespace mlx_marlin::cpu {
+
+struct alignas(32) ByteWindows {
+  // For the lanes 2 * pair and 2 * pair + 1 of a group, 16 bytes each: for each state the two bytes that
+  // it begins in, as a word, and the byte after them. 0x80 and above give zero.
+  uint8_t upper[2][32] = {};
+  uint8_t third[2][32] = {};
+  // state = upper * left + (third * right >> 16): shifts of f and of f - 8 bits.
+  uint16_t left[16] = {};
+  uint16_t right[16] = {};
+  int32_t offset[4] = {};  // of the lane's 16 bytes from the group's first: whole words
+
+  constexpr ByteWindows() = default;
+
+  constexpr ByteWindows(int bits) {
+    for (int lane = 0; lane < 4; ++lane) {
+      int first = lane * bits - 2;  // the byte that the first state begins in or after
+      offset[lane] = first < 0 ? -4 : first / 4 * 4;
+      for (int q = 0; q < 8; ++q) {
+        int bit = (q + 1) * bits + 8 * (first - offset[lane]);
+        int at = 16 * (lane % 2) + 2 * q;
+        auto memory = [&](int byte) { return static_cast<uint8_t>(byte ^ 3); };
+        upper[lane / 2][at] = memory(bit / 8 + 1);
+        upper[lane / 2][at + 1] = memory(bit / 8);
+        third[lane / 2][at] = memory(bit / 8 + 2);
+        third[lane / 2][at + 1] = 0x80;
+        left[8 * (lane % 2) + q] = static_cast<uint16_t>(1 << bit % 8);
+        right[8 * (lane % 2) + q] = static_cast<uint16_t>(1 << (bit % 8 + 8));
+      }
+    }
+  }
+};
+
+inline constexpr ByteWindows kByteWindows[MARLIN_MAX_BITS] = {1, 2, 3, 4, 5, 6, 7, 8};
+
+}  // namespace mlx_marlin::cpu
