@@ -14,13 +14,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import choices, ops
+from . import choices, codec, ops
 from .choices import Choice
 from .grid import GridLinear, GridWeight
 from .kernels import KernelConfig, Problem
 from .layer_state import Derived, Selection, StackedModule, TrellisModule
 from .ops import Activation
-from .weights import ExpertBank, ExpertStack, TrellisWeight, check_projections, format_word
+from .weights import ExpertBank, ExpertStack, TrellisWeight, check_projections
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class TrellisExperts(StackedModule):
     """One projection of all experts, the child of a :class:`TrellisSwitchGLU`. A drop-in for mlx-lm's ``SwitchLinear``.
 
-    Parameters: ``trellis`` (uint32, flat), ``formats`` (uint32 ``[experts]``, bits | codebook id << 8), ``suh``,
+    Parameters: ``trellis`` (uint32, flat), ``formats`` (uint32 ``[experts]``, 2 * bits | codebook id << 8), ``suh``,
     ``svh`` and optionally ``bias``.
 
     Args:
@@ -88,7 +88,7 @@ class TrellisExperts(StackedModule):
         return mx.expand_dims(y, -2)
 
     def _extra_repr(self) -> str:
-        bits = (np.array(self.formats) & 0xFF).tolist()
+        bits = [codec.bits_of_half(halves) for halves in (np.array(self.formats) & 0xFF).tolist()]
         low, high = min(bits), max(bits)
         widths = low if low == high else f"{low}..{high}"
         return f"{self.num_experts} experts, {self._sizes[0]} -> {self._sizes[1]}, bits={widths}"
@@ -146,7 +146,7 @@ class TrellisSwitchGLU(TrellisModule):
         return gate, up, down
 
     @property
-    def expert_bits(self) -> tuple[tuple[int, int, int], ...]:
+    def expert_bits(self) -> tuple[tuple[float, float, float], ...]:
         """(gate, up, down) bits of each expert."""
         return tuple(zip(*(stack.source.bits for stack in self._stacks())))
 
@@ -224,7 +224,7 @@ class TrellisLinear(StackedModule):
         self._sizes = (w.in_features, w.out_features)
         self._codebook = w.codebook
         k, n = w.padded_shape
-        self.trellis = stack.codes.reshape(k // 16, n // 16, 8 * w.bits)
+        self.trellis = stack.codes.reshape(k // 16, n // 16, codec.words_per_tile(w.bits) // 2)
         self.suh = stack.suh.reshape(-1)
         self.svh = stack.svh.reshape(-1)
         if w.bias is not None:
@@ -238,9 +238,13 @@ class TrellisLinear(StackedModule):
             raise ValueError(f"trellis must have shape [k/16, n/16, 8*K], got {list(trellis.shape)}")
         formats = None
         if not traced:  # the bits follow from the shape, which a trace holds fast
-            formats = mx.array([format_word(trellis.shape[2] // 8, self._codebook)], mx.uint32)
+            formats = mx.array([codec.format_word(self._bits(), self._codebook)], mx.uint32)
         bias = None if bias is None else bias.astype(mx.float32)[None]
         return trellis.reshape(-1), formats, self.suh[None], self.svh[None], bias
+
+    def _bits(self) -> int | float:
+        """From the shape: 8 * K words of 32 bits per tile, that is 4 for each half bit."""
+        return codec.bits_of_half(self.trellis.shape[-1] // 4)
 
     def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int = 1) -> Problem:
         """What a call with this many rows asks for; combine and top_k mean nothing to a linear."""
@@ -279,4 +283,4 @@ class TrellisLinear(StackedModule):
         return lora
 
     def _extra_repr(self) -> str:
-        return f"{self._sizes[0]} -> {self._sizes[1]}, bits={self.trellis.shape[-1] // 8}"
+        return f"{self._sizes[0]} -> {self._sizes[1]}, bits={self._bits()}"

@@ -71,6 +71,7 @@ class TrellisWeight:
         if self.trellis.dtype not in (mx.int16, mx.uint16):
             raise ValueError(f"trellis must be int16, got {self.trellis.dtype}")
         self.bits = codec.trellis_bits(self.trellis.shape)
+        codec.check_bits(self.bits, codebook)
         k, n = (16 * tiles for tiles in self.trellis.shape[:2])
         if k % codec.HADAMARD_SIZE or n % codec.HADAMARD_SIZE or not k or not n:
             raise ValueError(
@@ -111,9 +112,12 @@ class TrellisWeight:
         )
 
 
-def format_word(bits: int, codebook: str) -> int:
-    """A weight's format as the kernels read it: ``bits | codebook id << 8``."""
-    return bits | codec.CODEBOOKS.index(codebook) << 8
+_FORMATS = {
+    codec.format_word(bits, codebook): (bits, codebook)
+    for bits in codec.WIDTHS
+    for codebook in codec.CODEBOOKS
+    if codebook == "mul1" or not codec.is_half_rate(bits)
+}
 
 
 class ExpertStack:
@@ -124,7 +128,7 @@ class ExpertStack:
     Attributes:
         codes: uint32, flat: the experts' trellis words one after the other, each in EXL3's own tile order.
         offsets: int64 ``[experts]``: where each expert begins in ``codes``, in words.
-        formats: uint32 ``[experts]``, see :func:`format_word`.
+        formats: uint32 ``[experts]``, see :func:`codec.format_word`.
         suh: float16 ``[experts, k]``.
         svh: float16 ``[experts, n]``.
         bias: float32 ``[experts, n]`` or ``None``.
@@ -144,18 +148,19 @@ class ExpertStack:
         experts, k, n = _stack_sizes(codes, formats, suh, svh, bias)
         self.in_features = _logical_size("in_features", in_features, k)
         self.out_features = _logical_size("out_features", out_features, n)
-        words = np.array(formats)
-        bits, ids = words & 0xFF, words >> 8
-        if not (np.isin(bits, range(1, codec.MAX_BITS + 1)) & (ids < len(codec.CODEBOOKS))).all():
-            raise ValueError(f"formats must be bits (1..{codec.MAX_BITS}) | codebook id << 8, got {words.tolist()}")
-        sizes = bits.astype(np.int64) * (k * n // 32)
+        words = np.array(formats).tolist()
+        if not _FORMATS.keys() >= set(words):
+            raise ValueError(
+                f"formats must be 2 * bits | codebook id << 8 with bits one of {', '.join(map(str, codec.WIDTHS))} "
+                f"(half rates with mul1 only), got {words}"
+            )
+        self.bits, self.codebooks = zip(*(_FORMATS[word] for word in words))
+        sizes = np.array([_code_words(bits, k, n) for bits in self.bits], np.int64)
         if codes.size != sizes.sum():
             raise ValueError(
-                f"codes has {codes.size} words, but {experts} experts of [{k}, {n}] at {bits.tolist()} bits "
+                f"codes has {codes.size} words, but {experts} experts of [{k}, {n}] at {list(self.bits)} bits "
                 f"have {sizes.sum()}"
             )
-        self.bits = tuple(bits.tolist())
-        self.codebooks = tuple(codec.CODEBOOKS[i] for i in ids)
         self.codes, self.formats, self.suh, self.svh = (mx.contiguous(a) for a in (codes, formats, suh, svh))
         self.bias = None if bias is None else mx.contiguous(bias)
         self.offsets = mx.array(np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64))
@@ -171,7 +176,7 @@ class ExpertStack:
     def of(cls, name: str, weights: Sequence[TrellisWeight]) -> ExpertStack:
         """Stack one weight per expert; ``name`` is used in errors."""
         first = _same_sizes(name, weights)
-        formats = [format_word(w.bits, w.codebook) for w in weights]
+        formats = [codec.format_word(w.bits, w.codebook) for w in weights]
         bias = None
         if any(w.bias is not None for w in weights):
             zeros = mx.zeros((first.padded_shape[1],), mx.float32)
@@ -196,7 +201,8 @@ class ExpertStack:
         k, n = self.padded_shape
         bits = self.bits[e]  # IndexError beyond the last
         start = int(self.offsets[e].item())
-        trellis = self.codes[start : start + k * n * bits // 32].view(mx.int16).reshape(k // 16, n // 16, 16 * bits)
+        codes = self.codes[start : start + _code_words(bits, k, n)].view(mx.int16)
+        trellis = codes.reshape(k // 16, n // 16, codec.words_per_tile(bits))
         bias = None if self.bias is None else self.bias[e]
         sizes = self.in_features, self.out_features
         return TrellisWeight(trellis, self.suh[e], self.svh[e], self.codebooks[e], bias, *sizes)
@@ -204,6 +210,11 @@ class ExpertStack:
     def __getstate__(self) -> dict:
         """Without what ops keep here, which a copy makes again."""
         return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
+
+def _code_words(bits: float, k: int, n: int) -> int:
+    """32-bit words of an expert's codes."""
+    return codec.words_per_tile(bits) * k * n // (2 * codec.TILE_SIZE)
 
 
 def _stack_sizes(codes, formats, suh, svh, bias) -> tuple[int, int, int]:
@@ -281,7 +292,7 @@ class ExpertBank:
         return self.gate.padded_shape[1]
 
     @property
-    def triples(self) -> tuple[tuple[int, int, int], ...]:
+    def triples(self) -> tuple[tuple[float, float, float], ...]:
         """(gate, up, down) bits of each expert."""
         return tuple(zip(self.gate.bits, self.up.bits, self.down.bits))
 
