@@ -25,7 +25,7 @@ struct StackInfo {
   int k;  // padded input size
   int n;  // padded output size
   bool bias;
-  uint32_t widths;     // bit K is set where an expert has K bits per weight
+  uint32_t widths;     // bit 2 * K is set where an expert has K bits per weight
   uint32_t codebooks;  // bit c is set where an expert has codebook c
 
   bool operator==(const StackInfo&) const = default;

@@ -18,8 +18,8 @@
 #define MARLIN_ACTIVATION_GELU_TANH 1
 #define MARLIN_ACTIVATION_SWIGLU_OAI 2
 
-// An expert's format word is bits | codebook << 8.
-#define MARLIN_FORMAT_BITS(format) ((format) & 0xffu)
+// An expert's format word is 2 * bits | codebook << 8.
+#define MARLIN_FORMAT_HALF_BITS(format) ((format) & 0xffu)
 #define MARLIN_FORMAT_CODEBOOK(format) ((format) >> 8)
 
 #endif

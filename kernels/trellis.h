@@ -160,12 +160,12 @@ METAL_FUNC void for_codebook(thread Body& body, uint format) {
 template <uint Widths, uint Codebooks, int K, typename Body>
 METAL_FUNC void for_width(thread Body& body, uint format) {
   if constexpr (K <= MARLIN_MAX_BITS) {
-    constexpr uint bit = 1u << K;
+    constexpr uint bit = 1u << 2 * K;
     if constexpr ((Widths & bit) == 0) {
       for_width<Widths, Codebooks, K + 1>(body, format);
     } else if constexpr (Widths == bit) {
       for_codebook<K, Codebooks, 0>(body, format);
-    } else if (MARLIN_FORMAT_BITS(format) == K) {
+    } else if (MARLIN_FORMAT_HALF_BITS(format) == 2 * K) {
       for_codebook<K, Codebooks, 0>(body, format);
     } else {
       for_width<Widths, Codebooks, K + 1>(body, format);

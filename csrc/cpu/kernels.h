@@ -15,7 +15,7 @@ enum class DType { float32, float16, bfloat16 };
 struct Stack {
   const uint32_t* codes;
   const int64_t* offsets;   // [experts], in words
-  const uint32_t* formats;  // [experts], bits | codebook << 8
+  const uint32_t* formats;  // [experts], 2 * bits | codebook << 8
   const uint16_t* suh;      // [experts, k], half
   const uint16_t* svh;      // [experts, n], half
   const float* bias;        // [experts, n] or null

@@ -77,7 +77,8 @@ inline Codes expert_codes(const Stack& stack, int expert) {
   uint32_t format = stack.formats[expert];
   return {
       reinterpret_cast<const uint8_t*>(stack.codes + stack.offsets[expert]),
-      static_cast<int>(MARLIN_FORMAT_BITS(format)), static_cast<int>(MARLIN_FORMAT_CODEBOOK(format)), stack.k, stack.n};
+      static_cast<int>(MARLIN_FORMAT_HALF_BITS(format) / 2), static_cast<int>(MARLIN_FORMAT_CODEBOOK(format)), stack.k,
+      stack.n};
 }
 
 inline int dtype_bytes(DType dtype) {

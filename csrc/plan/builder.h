@@ -1,6 +1,7 @@
 // Collects a dispatch: constants by name, argument bytes, buffers by slot.
 #pragma once
 
+#include <bit>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -58,12 +59,9 @@ class Builder {
   }
 
   Builder& codes(int first_slot, const Weights& w) {
-    uint64_t widest = 0;
-    for (uint64_t bits = 1; bits <= MARLIN_MAX_BITS; ++bits) {
-      widest = (w.info.widths >> bits) & 1 ? bits : widest;
-    }
+    const uint64_t widest = std::bit_width(w.info.widths) - 1;  // in half bits
     const uint64_t experts = static_cast<uint64_t>(w.info.experts);
-    return read(first_slot, w.name + ".codes", experts * w.info.k * w.info.n * widest / 8)
+    return read(first_slot, w.name + ".codes", experts * w.info.k * w.info.n * widest / 16)
         .read(first_slot + 1, w.name + ".offsets", experts * 8)
         .read(first_slot + 2, w.name + ".formats", experts * 4);
   }

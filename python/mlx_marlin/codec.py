@@ -2,10 +2,13 @@
 
 A weight matrix ``W`` ([k, n], ``y = x @ W``) is cut into 16x16 tiles. A tile is one circular stream of
 ``256 * K`` bits; the weight at storage position ``t`` is a hash of the 16-bit window of the stream that
-ends at bit ``(t + 1) * K``. Around that inner matrix stand two Hadamard transforms and two scale vectors:
-``y = H(H(x * suh) @ W_inner) * svh + bias``.
+ends at bit ``S(t)``, the bits that positions 0 to ``t`` add (:func:`ends`). Around that inner matrix stand two
+Hadamard transforms and two scale vectors: ``y = H(H(x * suh) @ W_inner) * svh + bias``.
 
-Source of every constant: ExLlamaV3 1.4.1, ``exllamav3_ext/quant/{codebook.cuh, pack.cu, hadamard_inner.cuh}``.
+A token embedding is coded row by row instead: :func:`decode_embedding`.
+
+Source of every constant: ExLlamaV3 1.4.1, ``exllamav3_ext/quant/{codebook.cuh, pack.cu, hadamard_inner.cuh}``; half
+rates and the embedding: 1.6.5, ``exllamav3_ext/quant/frac.cu`` and ``exllamav3_ext/ngram.cu``.
 This module imports NumPy only.
 """
 
@@ -19,7 +22,11 @@ CODEBOOKS = ("3inst", "mcg", "mul1")
 TILE = 16
 TILE_SIZE = TILE * TILE
 HADAMARD_SIZE = 128
-MAX_BITS = 8
+
+WIDTHS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
+"""Bits per weight that the format has. Whole widths are ints; the half rates, floats, exist for mul1 only."""
+MAX_BITS = WIDTHS[-1]
+_LISTED = ", ".join(map(str, WIDTHS))
 
 # x = x * multiplier + increment (mod 2**32) for the two codebooks that add two halves.
 _HALVES_HASH = {"3inst": (89226354, 64248484), "mcg": (0xCBAC1FED, 0)}
@@ -47,18 +54,68 @@ def padded(size: int) -> int:
     return -(-size // HADAMARD_SIZE) * HADAMARD_SIZE
 
 
-def trellis_bits(shape: tuple[int, ...]) -> int:
+def half_bits(bits: float) -> int:
+    """``2 * K``: the integer that stands for a width where there are no fractions."""
+    return int(2 * bits)
+
+
+def bits_of_half(halves: int) -> int | float:
+    """Inverse of :func:`half_bits`: an int for a whole width, a float for a half rate."""
+    return halves // 2 if halves % 2 == 0 else halves / 2
+
+
+def is_half_rate(bits: float) -> bool:
+    """Whether these are 1.5, 2.5 or 3.5 bits and not a whole width."""
+    return half_bits(bits) % 2 == 1
+
+
+def words_per_tile(bits: float) -> int:
+    """16-bit words of a tile: ``16 * K``."""
+    return TILE // 2 * half_bits(bits)
+
+
+def fresh_bits(bits: float) -> np.ndarray:
+    """Bits that each storage position of a tile adds to the stream.
+
+    Args:
+        bits: Bits per weight K.
+
+    Returns:
+        int64, shape ``[256]``: K, or at a half rate ``K - 1/2`` at even positions and ``K + 1/2`` at odd ones.
+    """
+    return np.diff(ends(bits), prepend=0)
+
+
+def ends(bits: float) -> np.ndarray:
+    """Where the window of each storage position ends in the stream: ``S(t) = floor((t + 1) * K)``.
+
+    Args:
+        bits: Bits per weight K.
+
+    Returns:
+        int64, shape ``[256]``; the last is the length of the stream, ``256 * K``.
+    """
+    return (np.arange(TILE_SIZE) + 1) * half_bits(bits) // 2
+
+
+def format_word(bits: float, codebook: str) -> int:
+    """A weight's format as the kernels read it: ``2 * bits | codebook id << 8``."""
+    return half_bits(bits) | CODEBOOKS.index(codebook) << 8
+
+
+def trellis_bits(shape: tuple[int, ...]) -> int | float:
     """Bits per weight of a trellis tensor of this shape.
 
     Args:
         shape: Shape of the tensor, ``[k / 16, n / 16, 16 * K]``.
 
     Raises:
-        ValueError: If no K in 1..8 has this shape.
+        ValueError: If no K in :data:`WIDTHS` has this shape.
     """
-    if len(shape) != 3 or shape[2] % TILE or not 1 <= shape[2] // TILE <= MAX_BITS:
-        raise ValueError(f"a trellis tensor has shape [k/16, n/16, 16*K] with K in 1..{MAX_BITS}, got {list(shape)}")
-    return shape[2] // TILE
+    bits = bits_of_half(shape[2] // (TILE // 2)) if len(shape) == 3 else None
+    if bits not in WIDTHS or words_per_tile(bits) != shape[2]:
+        raise ValueError(f"a trellis tensor has shape [k/16, n/16, 16*K] with K one of {_LISTED}, got {list(shape)}")
+    return bits
 
 
 def check_codebook(codebook: str) -> None:
@@ -67,10 +124,18 @@ def check_codebook(codebook: str) -> None:
         raise ValueError(f"codebook must be one of {', '.join(CODEBOOKS)}, got {codebook!r}")
 
 
-def check_bits(bits: int) -> None:
-    """Raise ValueError unless this is a number of bits per weight that the format has."""
-    if not isinstance(bits, (int, np.integer)) or not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"bits must be in 1..{MAX_BITS}, got {bits}")
+def check_bits(bits: float, codebook: str | None = None) -> None:
+    """Raise ValueError unless the format has this number of bits per weight.
+
+    Args:
+        bits: One of :data:`WIDTHS`, whole widths as integers.
+        codebook: The codebook that goes with it. Default: ``None``, any that has this width.
+    """
+    kinds = (int, np.integer) if bits in WIDTHS and not is_half_rate(bits) else (float, np.floating)
+    if bits not in WIDTHS or not isinstance(bits, kinds):
+        raise ValueError(f"bits must be one of {_LISTED}, whole widths as integers; got {bits!r}")
+    if codebook is not None and codebook != "mul1" and is_half_rate(bits):
+        raise ValueError(f"half rates exist for mul1 only, got {bits} bits with codebook {codebook!r}")
 
 
 def _swap_halves(words: np.ndarray) -> np.ndarray:
@@ -92,18 +157,19 @@ def unpack(trellis: np.ndarray) -> np.ndarray:
         raise ValueError(f"a trellis tensor is int16, got {trellis.dtype}")
     bits = trellis_bits(trellis.shape)
     stream = _swap_halves(np.ascontiguousarray(trellis).view(np.uint16)).astype(np.uint32)
-    start = ((np.arange(TILE_SIZE) + 1) * bits - 16) % (TILE_SIZE * bits)
+    end = ends(bits)
+    start = (end - 16) % end[-1]
     word, shift = start // 16, start % 16
     pair = stream[..., word] << 16 | stream[..., (word + 1) % stream.shape[-1]]
     return (pair >> (16 - shift).astype(np.uint32)).astype(np.uint16)
 
 
-def pack(states: np.ndarray, bits: int) -> np.ndarray:
+def pack(states: np.ndarray, bits: float) -> np.ndarray:
     """Inverse of :func:`unpack`.
 
     Args:
         states: uint16, shape ``[k / 16, n / 16, 256]``, in storage order.
-        bits: Bits per weight K, 1 to 8.
+        bits: Bits per weight K, one of :data:`WIDTHS`.
 
     Returns:
         int16, shape ``[k / 16, n / 16, 16 * K]``.
@@ -118,8 +184,9 @@ def pack(states: np.ndarray, bits: int) -> np.ndarray:
             f"states must be uint16 of shape [k/16, n/16, {TILE_SIZE}], got {states.dtype} {list(states.shape)}"
         )
     check_bits(bits)
-    fresh = states[..., None] >> np.arange(bits - 1, -1, -1, dtype=np.uint16) & 1
-    stream = np.packbits(fresh.astype(np.uint8).reshape(*states.shape[:2], -1), axis=-1)
+    position = np.repeat(np.arange(TILE_SIZE), fresh_bits(bits))
+    shift = ends(bits)[position] - 1 - np.arange(position.size)  # most significant first
+    stream = np.packbits((np.take(states, position, axis=-1) >> shift.astype(np.uint16) & 1).astype(np.uint8), axis=-1)
     words = stream.view(">u2").astype(np.uint16)
     trellis = np.ascontiguousarray(_swap_halves(words)).view(np.int16)
     if not np.array_equal(unpack(trellis), states):
@@ -181,7 +248,11 @@ def inner(w) -> np.ndarray:
 
     Returns:
         float16, shape ``[k, n]``, padded sizes.
+
+    Raises:
+        ValueError: If the trellis is none, or has a width that the codebook has not.
     """
+    check_bits(trellis_bits(w.trellis.shape), w.codebook)
     return tiles_to_matrix(decode(unpack(np.array(w.trellis)), w.codebook))
 
 
@@ -205,15 +276,20 @@ def hadamard(x: np.ndarray, axis: int = -1) -> np.ndarray:
     work = np.moveaxis(x.astype(np.float32) if x.dtype == np.float16 else x, axis, -1)
     if work.shape[-1] % HADAMARD_SIZE:
         raise ValueError(f"the axis must be a multiple of {HADAMARD_SIZE} long, got {work.shape[-1]}")
-    shape = work.shape
-    width = 1
-    while width < HADAMARD_SIZE:
-        pairs = work.reshape(*shape[:-1], -1, 2, width)
-        a, b = pairs[..., 0, :], pairs[..., 1, :]
-        work = np.stack((a + b, a - b), axis=-2).reshape(shape)
-        width *= 2
-    work = work * work.dtype.type(HADAMARD_SIZE**-0.5)
+    work = _butterflies(work, HADAMARD_SIZE) * work.dtype.type(HADAMARD_SIZE**-0.5)
     return np.moveaxis(work, -1, axis).astype(x.dtype)
+
+
+def _butterflies(x: np.ndarray, size: int) -> np.ndarray:
+    """Hadamard transform without a factor of each block of the last axis, by sums of width 1, 2, ... size / 2."""
+    shape = x.shape
+    width = 1
+    while width < size:
+        pairs = x.reshape(*shape[:-1], -1, 2, width)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        x = np.stack((a + b, a - b), axis=-2).reshape(shape)
+        width *= 2
+    return x
 
 
 def unpack_signs(words: np.ndarray) -> np.ndarray:
@@ -245,3 +321,78 @@ def dequantize(w) -> np.ndarray:
     matrix *= np.array(w.suh).astype(np.float64)[:, None]
     matrix *= np.array(w.svh).astype(np.float64)[None, :]
     return matrix[: w.in_features, : w.out_features].astype(np.float32)
+
+
+def embedding_bits(shape: tuple[int, ...], groups: int) -> int:
+    """Bits per weight of a quantized token embedding.
+
+    Args:
+        shape: Shape of its trellis, ``[rows, groups * (1 + 16 * K)]``.
+        groups: Groups of 256 elements in a row.
+
+    Raises:
+        ValueError: If no whole K from 1 to 8 has this shape.
+    """
+    words = shape[1] // groups if len(shape) == 2 and groups > 0 and shape[1] % groups == 0 else 0
+    if words % TILE != 1 or not 1 <= words // TILE <= MAX_BITS:
+        raise ValueError(
+            f"the trellis of an embedding has shape [rows, {groups} * (1 + 16*K)] with a whole K from 1 to {MAX_BITS}, "
+            f"for signs of shape [{groups}, {TILE_SIZE}]; got {list(shape)}"
+        )
+    return words // TILE
+
+
+def unpack_embedding(trellis: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """The scales and the 16-bit states of a quantized token embedding.
+
+    Each group is a ring of its own: one word for its scale, then plain 16-bit words (halves not swapped) whose bits,
+    least significant first, are K for each element in turn.
+
+    Args:
+        trellis: int16 (or uint16), shape ``[rows, groups * (1 + 16 * K)]``.
+        groups: Groups of 256 elements in a row.
+
+    Returns:
+        float16 scales, shape ``[rows, groups]``, and uint16 states, shape ``[rows, groups, 256]``, in element order.
+    """
+    trellis = np.asarray(trellis)
+    if trellis.dtype not in (np.int16, np.uint16):
+        raise ValueError(f"the trellis of an embedding is int16, got {trellis.dtype}")
+    bits = embedding_bits(trellis.shape, groups)
+    rings = np.ascontiguousarray(trellis).view(np.uint16).reshape(trellis.shape[0], groups, 1 + TILE * bits)
+    stream = np.unpackbits(np.ascontiguousarray(rings[..., 1:]).view(np.uint8), axis=-1, bitorder="little")
+    fields = stream.reshape(*rings.shape[:2], TILE_SIZE, bits).astype(np.uint32)
+    fresh = (fields << np.arange(bits, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
+    states = np.zeros_like(fresh)
+    for age in range(-(-16 // bits)):  # an element's own bits are the lowest, older ones above them
+        states |= np.roll(fresh, age, axis=-1) << np.uint32(age * bits)
+    return rings[..., 0].view(np.float16), states.astype(np.uint16)
+
+
+def decode_embedding(trellis: np.ndarray, signs: np.ndarray, hidden: int) -> np.ndarray:
+    """The rows of a quantized token embedding, bit-exact. The codebook is always mul1.
+
+    Args:
+        trellis: int16 (or uint16), shape ``[rows, G * (1 + 16 * K)]`` with ``G = ceil(hidden / 256)`` and a whole K.
+        signs: float16, shape ``[G, 256]``, of +1 and -1.
+        hidden: Elements of a row.
+
+    Returns:
+        float16, shape ``[rows, hidden]``.
+
+    Raises:
+        ValueError: If a dtype or a shape is another one.
+    """
+    signs = np.asarray(signs)
+    if not isinstance(hidden, (int, np.integer)) or hidden < 1:
+        raise ValueError(f"hidden must be a positive integer, got {hidden!r}")
+    groups = -(-hidden // TILE_SIZE)
+    if signs.dtype != np.float16 or signs.shape != (groups, TILE_SIZE):
+        raise ValueError(
+            f"the signs of an embedding of {hidden} elements are float16 [{groups}, {TILE_SIZE}], "
+            f"got {signs.dtype} {list(signs.shape)}"
+        )
+    scales, states = unpack_embedding(trellis, groups)
+    values = decode(states, "mul1").astype(np.float32) * scales[..., None].astype(np.float32)
+    rows = _butterflies(values, TILE_SIZE) * np.float32(TILE_SIZE**-0.5) * signs.astype(np.float32)
+    return rows.astype(np.float16).reshape(len(rows), -1)[:, :hidden]

@@ -11,8 +11,8 @@ from mlx_marlin.weights.trellis import TrellisWeight
 from tests.support import cases, golden
 from tests.support.planted import PLANTED, PLANTED_FLOAT32
 
-KS = range(1, codec.MAX_BITS + 1)
-FORMATS = [(k, codebook) for k in KS for codebook in codec.CODEBOOKS]
+HALF_RATES = (1.5, 2.5, 3.5)
+FORMATS = [(k, codebook) for k in codec.WIDTHS for codebook in codec.CODEBOOKS if codebook == "mul1" or type(k) is int]
 
 
 def assert_same_bits(actual, expected):
@@ -30,17 +30,65 @@ def test_every_state_of_a_codebook(codebook):
 @pytest.mark.parametrize("bits, codebook", FORMATS)
 def test_unpack_decode_and_pack(bits, codebook):
     z = golden.load(f"decode_k{bits}_{codebook}")
-    assert (int(z["K"]), str(z["cb"])) == (bits, codebook)
+    assert (z["K"], str(z["cb"])) == (bits, codebook)
     assert_same_bits(codec.unpack(z["trellis"]), z["states"])
     assert_same_bits(codec.inner(SimpleNamespace(trellis=z["trellis"], codebook=codebook)), z["inner"])
     assert_same_bits(codec.pack(z["states"], bits), z["trellis"])
 
 
-@pytest.mark.parametrize("bits", KS)
+@pytest.mark.parametrize("bits", codec.WIDTHS)
 def test_any_bit_pattern_survives_unpack_and_pack(bits):
-    rng = np.random.default_rng(bits)
-    trellis = rng.integers(0, 1 << 16, (3, 5, 16 * bits), np.uint16).view(np.int16)
+    rng = np.random.default_rng(codec.half_bits(bits))
+    trellis = rng.integers(0, 1 << 16, (3, 5, codec.words_per_tile(bits)), np.uint16).view(np.int16)
     assert_same_bits(codec.pack(codec.unpack(trellis), bits), trellis)
+
+
+@pytest.mark.parametrize("bits", codec.WIDTHS)
+def test_a_state_is_the_one_before_it_and_its_fresh_bits(bits):
+    trellis = np.random.default_rng(0).integers(0, 1 << 16, (1, 1, codec.words_per_tile(bits)), np.uint16)
+    states, fresh = codec.unpack(trellis)[0, 0].astype(int), codec.fresh_bits(bits)
+    for t, state in enumerate(states):
+        assert state >> fresh[t] == states[t - 1] & (1 << 16 - fresh[t]) - 1
+    assert fresh.tolist() == [int(bits), int(bits + 0.5)] * 128
+    assert codec.ends(bits)[-1] == 256 * bits == 16 * codec.words_per_tile(bits)
+
+
+@pytest.mark.parametrize("bits", HALF_RATES)
+def test_searched_states_of_a_half_rate_are_a_stream(bits):
+    states = golden.load("viterbi_half")[f"k{bits}_mul1"][None]
+    trellis = codec.pack(states, bits)
+    assert codec.trellis_bits(trellis.shape) == bits
+    assert_same_bits(codec.unpack(trellis), states)
+
+
+def test_widths():
+    assert codec.MAX_BITS == 8 and [type(bits) for bits in codec.WIDTHS if bits in HALF_RATES] == [float] * 3
+    for bits in codec.WIDTHS:
+        back = codec.bits_of_half(codec.half_bits(bits))
+        assert (back, type(back)) == (bits, type(bits))
+        found = codec.trellis_bits((8, 8, codec.words_per_tile(bits)))
+        assert (found, type(found)) == (bits, type(bits))
+        assert codec.is_half_rate(bits) == (bits in HALF_RATES)
+        codec.check_bits(bits, "mul1")
+        assert codec.format_word(bits, "mul1") == int(2 * bits) | 2 << 8
+    codec.check_bits(np.int64(3), "mcg")
+    codec.check_bits(np.float64(2.5))
+
+
+@pytest.mark.parametrize("codebook", ["3inst", "mcg"])
+@pytest.mark.parametrize("bits", HALF_RATES)
+def test_half_rates_belong_to_mul1(bits, codebook):
+    message = f"half rates exist for mul1 only, got {bits} bits with codebook '{codebook}'"
+    trellis = golden.load(f"decode_k{bits}_mul1")["trellis"]
+    for refused in (
+        lambda: codec.check_bits(bits, codebook),
+        lambda: codec.inner(SimpleNamespace(trellis=trellis, codebook=codebook)),
+        lambda: TrellisWeight(
+            np.zeros((8, 8, codec.words_per_tile(bits)), np.int16), *[np.ones(128, np.float16)] * 2, codebook
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
 
 
 def test_pack_refuses_states_that_do_not_follow_each_other():
@@ -48,7 +96,7 @@ def test_pack_refuses_states_that_do_not_follow_each_other():
     states[0, 0, 100] ^= 0x8000
     with pytest.raises(ValueError, match="not tail-biting windows of a 3-bit stream"):
         codec.pack(states, 3)
-    with pytest.raises(ValueError, match=r"bits must be in 1..8, got 9"):
+    with pytest.raises(ValueError, match=r"bits must be one of 1, 1\.5, .*, 8, whole widths as integers; got 9"):
         codec.pack(states, 9)
     with pytest.raises(ValueError, match=r"uint16 of shape \[k/16, n/16, 256\], got int64 \[3\]"):
         codec.pack(np.zeros(3, np.int64), 3)
@@ -103,9 +151,45 @@ def test_moe_vectors(name):
     assert cases.row_error(y, z["y64"]) < 1e-12
 
 
+@pytest.mark.parametrize("name", golden.names("embedding_*"))
+def test_embedding_vectors(name):
+    z = golden.load(name)
+    groups, hidden = z["signs"].shape[0], int(z["hidden"])
+    scales, states = codec.unpack_embedding(z["trellis"], groups)
+    assert codec.embedding_bits(z["trellis"].shape, groups) == z["K"]
+    assert_same_bits(states, z["states"])
+    assert_same_bits(scales, z["scales"])
+    values = codec.decode_embedding(z["trellis"], z["signs"], hidden)
+    assert_same_bits(values, z["values"])
+    np.testing.assert_allclose(values, z["y64"], rtol=2**-10, atol=2**-24)
+    some = [7, 3, 7]
+    assert_same_bits(codec.decode_embedding(z["trellis"][some], z["signs"], hidden), values[some])
+
+
+def test_an_embedding_whose_arrays_do_not_fit():
+    z = golden.load("embedding_k2")
+    trellis, signs = z["trellis"], z["signs"]
+    for arguments, message in (
+        ((trellis.astype(np.float32), signs, 320), "the trellis of an embedding is int16, got float32"),
+        ((trellis[:, :-1], signs, 320), r"shape \[rows, 2 \* \(1 \+ 16\*K\)\] with a whole K .*; got \[24, 65\]"),
+        ((np.zeros((4, 50), np.int16), signs, 320), r"a whole K from 1 to 8.* got \[4, 50\]"),
+        ((np.zeros((4, 2 * 145), np.int16), signs, 320), r"a whole K from 1 to 8.* got \[4, 290\]"),
+        ((trellis[0], signs, 320), r"got \[66\]"),
+        (
+            (trellis, signs[:1], 320),
+            r"the signs of an embedding of 320 elements are float16 \[2, 256\], got float16 \[1",
+        ),
+        ((trellis, signs, 256), r"the signs of an embedding of 256 elements are float16 \[1, 256\]"),
+        ((trellis, signs.astype(np.float32), 320), r"float16 \[2, 256\], got float32"),
+        ((trellis, signs, 0), "hidden must be a positive integer, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            codec.decode_embedding(*arguments)
+
+
 @pytest.mark.parametrize("bits, codebook", FORMATS)
 def test_dequantize_removes_the_padding(bits, codebook):
-    rng = np.random.default_rng(bits)
+    rng = np.random.default_rng(codec.half_bits(bits))
     w = cases.random_weight(rng, 200, 130, bits, codebook)
     dense = codec.dequantize(w)
     assert (dense.shape, dense.dtype) == ((200, 130), np.float32)
@@ -152,8 +236,8 @@ def test_a_decoder_without_the_rounding_is_above_the_float32_tolerance(name, mon
 def test_a_planted_decoder_differs_in_the_vectors(name, monkeypatch):
     function, planted, codebooks = {**PLANTED, **PLANTED_FLOAT32}[name]
     monkeypatch.setattr(codec, function, planted)
-    for bits in KS:
-        for codebook in codebooks:
+    for bits, codebook in FORMATS:
+        if codebook in codebooks:
             z = golden.load(f"decode_k{bits}_{codebook}")
             w = SimpleNamespace(trellis=z["trellis"], codebook=codebook)
             assert not np.array_equal(codec.inner(w), z["inner"])
@@ -163,16 +247,16 @@ def test_bad_input():
     good = np.zeros((8, 8, 48), np.int16)
     with pytest.raises(ValueError, match=r"a trellis tensor is int16, got float32"):
         codec.unpack(good.astype(np.float32))
-    for shape in ((8, 8, 0), (8, 8, 40), (8, 8, 144), (8, 48)):
-        with pytest.raises(ValueError, match=r"shape \[k/16, n/16, 16\*K\] with K in 1..8, got \["):
+    for shape in ((8, 8, 0), (8, 8, 8), (8, 8, 41), (8, 8, 72), (8, 8, 144), (8, 48)):
+        with pytest.raises(ValueError, match=r"shape \[k/16, n/16, 16\*K\] with K one of 1, 1\.5, .*, 8, got \["):
             codec.unpack(np.zeros(shape, np.int16))
     with pytest.raises(ValueError, match="codebook must be one of 3inst, mcg, mul1, got 'MUL1'"):
         codec.decode(np.zeros(4, np.uint16), "MUL1")
     for states in (np.array([70_000]), np.array([1.5]), [3]):
         with pytest.raises(ValueError, match="states must be uint16, got"):
             codec.decode(states, "mcg")
-    for bits in (0, 9, 2.0, "3", None):
-        with pytest.raises(ValueError, match=r"bits must be in 1..8, got"):
+    for bits in (0, 0.5, 4.5, 2.25, 9, 2.0, "3", None):
+        with pytest.raises(ValueError, match=r"bits must be one of 1, 1\.5, 2, .*; got"):
             codec.pack(np.zeros((1, 1, 256), np.uint16), bits)
     with pytest.raises(ValueError, match="x must be floating point, got int64"):
         codec.hadamard(np.ones((2, 128), np.int64))

@@ -141,7 +141,7 @@ def test_packed_signs_of_older_checkpoints(directory):
         ({"trellis": mx.zeros((16, 16), mx.int16)}, rf"{LINEAR}\.trellis: .*got \[16, 16\]"),
         (
             {"trellis": mx.zeros((16, 16, 144), mx.int16)},
-            rf"{LINEAR}\.trellis: .*K in 1\.\.8, got \[16, 16, 144\]",
+            rf"{LINEAR}\.trellis: .*K one of 1, .*, 8, got \[16, 16, 144\]",
         ),
         (
             {"trellis": mx.zeros((16, 12, 48), mx.int16)},

@@ -21,9 +21,10 @@ def test_a_weight_takes_numpy_and_mlx_arrays():
         np.testing.assert_array_equal(np.array(w.trellis), TRELLIS)
 
 
-@pytest.mark.parametrize("bits", range(1, codec.MAX_BITS + 1))
+@pytest.mark.parametrize("bits", codec.WIDTHS)
 def test_bits_follow_from_the_shape(bits):
-    assert TrellisWeight(np.zeros((8, 8, 16 * bits), np.int16), ONES, ONES).bits == bits
+    w = TrellisWeight(np.zeros((8, 8, codec.words_per_tile(bits)), np.int16), ONES, ONES, "mul1")
+    assert w.bits == bits and type(w.bits) is type(bits)
 
 
 def test_packed_signs_are_expanded():
@@ -44,10 +45,14 @@ def test_a_bias_of_logical_size_is_padded():
     [
         ({"trellis": TRELLIS.astype(np.int32)}, "trellis must be int16, got mlx.core.int32"),
         ({"trellis": TRELLIS.astype(np.float16)}, "trellis must be int16, got mlx.core.float16"),
-        ({"trellis": TRELLIS[0]}, r"shape \[k/16, n/16, 16\*K\] with K in 1..8, got \[8, 48\]"),
-        ({"trellis": TRELLIS[..., :40]}, r"K in 1..8, got \[8, 8, 40\]"),
-        ({"trellis": np.zeros((8, 8, 144), np.int16)}, r"K in 1..8, got \[8, 8, 144\]"),
-        ({"trellis": TRELLIS[..., :0]}, r"K in 1..8, got \[8, 8, 0\]"),
+        ({"trellis": TRELLIS[0]}, r"shape \[k/16, n/16, 16\*K\] with K one of 1, .*, 8, got \[8, 48\]"),
+        ({"trellis": TRELLIS[..., :36]}, r"K one of 1, 1\.5, .*, 8, got \[8, 8, 36\]"),
+        (
+            {"trellis": TRELLIS[..., :40], "codebook": "3inst"},
+            "half rates exist for mul1 only, got 2.5 bits with codebook '3inst'",
+        ),
+        ({"trellis": np.zeros((8, 8, 144), np.int16)}, r"K one of 1, .*, 8, got \[8, 8, 144\]"),
+        ({"trellis": TRELLIS[..., :0]}, r"K one of 1, .*, 8, got \[8, 8, 0\]"),
         ({"trellis": TRELLIS[:7]}, r"stands for a \[112, 128\] matrix; both sizes must be positive multiples of 128"),
         ({"trellis": TRELLIS[:, :0]}, r"stands for a \[128, 0\] matrix"),
         (
@@ -95,7 +100,7 @@ def test_a_stack_holds_the_words_of_every_expert_as_they_are():
         for e, w in enumerate(weights):
             words = np.array(w.trellis).reshape(-1).view(np.uint32)
             np.testing.assert_array_equal(codes[offsets[e] : offsets[e] + words.size], words)
-            assert formats[e] == w.bits | codec.CODEBOOKS.index(w.codebook) << 8
+            assert formats[e] == 2 * w.bits | codec.CODEBOOKS.index(w.codebook) << 8
             np.testing.assert_array_equal(np.array(stack.suh[e]), np.array(w.suh))
             np.testing.assert_array_equal(np.array(stack.svh[e]), np.array(w.svh))
             np.testing.assert_array_equal(np.array(stack.bias[e]), np.array(w.bias).astype(np.float32))

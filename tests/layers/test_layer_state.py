@@ -225,7 +225,7 @@ def test_a_layer_with_unusable_parameters_can_be_printed():
     with pytest.raises(ValueError, match=r"trellis must have shape \[k/16, n/16, 8\*K\], got \[1\]"):
         layer(X)
     glu = KINDS["glu"][0]()
-    glu.gate_proj.formats = mx.full((5,), 8, mx.uint32)
+    glu.gate_proj.formats = mx.full((5,), 16, mx.uint32)
     assert "5 experts, 128 -> 256, bits=8" in repr(glu)
 
 
@@ -272,7 +272,7 @@ def test_formats_that_a_compiled_function_was_not_made_for_give_nan():
     compiled = mx.compile(lambda *a: layer(*a), inputs=[layer.state])
     assert np.isfinite(np.array(compiled(ROWS, INDICES))).all()
     before = layer.gate_proj.formats
-    for word in (3 | 2 << 8, 4 | 1 << 8, 2 | 1 << 8, 8 | 1 << 8, 0xFFFFFFFF):  # another codebook; other widths
+    for word in (6 | 2 << 8, 8 | 1 << 8, 4 | 1 << 8, 16 | 1 << 8, 0xFFFFFFFF):  # another codebook; other widths
         layer.gate_proj.formats = mx.concatenate([before[:1], mx.array([word], mx.uint32), before[2:]])
         assert np.isnan(np.array(compiled(ROWS, INDICES))).all()
 

@@ -158,8 +158,8 @@ def test_feasible_is_what_the_plan_accepts(problem):
         chosen = config(*tiles)
         reason = kernels.feasible(problem, chosen)
         native = native_config(chosen)
-        info = _ext.StackInfo(problem.experts, padded(problem.hidden), padded(problem.intermediate), False, 8, 1)
-        back = _ext.StackInfo(problem.experts, padded(problem.intermediate), padded(problem.hidden), False, 8, 1)
+        info = _ext.StackInfo(problem.experts, padded(problem.hidden), padded(problem.intermediate), False, 1 << 6, 1)
+        back = _ext.StackInfo(problem.experts, padded(problem.intermediate), padded(problem.hidden), False, 1 << 6, 1)
 
         def make():
             if problem.kind == "linear":
@@ -246,8 +246,8 @@ def test_dependencies_follow_the_data():
 def test_constants_are_the_widths_and_codebooks_present():
     plan = ops.plan(swiglu("qwen3-30b", bits=((6, 2, 3),)), "moe_trellis_swiglu_decode_6_2_3")
     gate_up, down, _ = plan["dispatches"]
-    assert gate_up["constants"]["gate_widths"] == 1 << 6 and gate_up["constants"]["up_widths"] == 1 << 2
-    assert down["constants"]["down_widths"] == 1 << 3
+    assert gate_up["constants"]["gate_widths"] == 1 << 2 * 6 and gate_up["constants"]["up_widths"] == 1 << 2 * 2
+    assert down["constants"]["down_widths"] == 1 << 2 * 3
     assert gate_up["constants"]["gate_codebooks"] == 1 << codec.CODEBOOKS.index("mcg")
 
 

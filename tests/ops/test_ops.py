@@ -77,8 +77,16 @@ def test_decode_is_bit_exact_for_every_state(bits, codebook, instruction_set):
     np.testing.assert_array_equal(decoded.view(np.uint16), codec.inner(w).view(np.uint16))
 
 
+WHOLE_ONLY = pytest.mark.xfail(strict=True, raises=ValueError, reason="the CPU kernels decode whole widths only")
+HALF_RATES = ("linear_k2.5_mul1_padded_192x320_bias", "moe_half_bits_mul1")
+
+
+def vectors(pattern: str) -> list:
+    return [pytest.param(n, marks=[WHOLE_ONLY] if n in HALF_RATES else []) for n in golden.names(pattern)]
+
+
 @pytest.mark.parametrize("dtype, tolerance", cases.TOLERANCE.items())
-@pytest.mark.parametrize("name", golden.names("linear_*"))
+@pytest.mark.parametrize("name", vectors("linear_*"))
 def test_linear_vectors(name, dtype, tolerance, instruction_set):
     z = golden.load(name)
     w = golden.weight(z)
@@ -88,7 +96,7 @@ def test_linear_vectors(name, dtype, tolerance, instruction_set):
 
 
 @pytest.mark.parametrize("dtype, tolerance", cases.TOLERANCE.items())
-@pytest.mark.parametrize("name", golden.names("moe_*"))
+@pytest.mark.parametrize("name", vectors("moe_*"))
 def test_moe_vectors(name, dtype, tolerance, instruction_set):
     z = golden.load(name)
     experts = golden.experts(z)

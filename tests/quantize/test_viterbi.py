@@ -85,8 +85,8 @@ def test_no_tiles():
         (np.zeros((2, 256), np.int32), 3, "mul1", "int32"),
         (np.full((2, 256), np.nan, np.float32), 3, "mul1", "finite"),
         (np.full((2, 256), 1e5, np.float32), 3, "mul1", "half precision"),
-        (np.zeros((2, 256), np.float32), 0, "mul1", "1..8, got 0"),
-        (np.zeros((2, 256), np.float32), 9, "mul1", "1..8, got 9"),
+        (np.zeros((2, 256), np.float32), 0, "mul1", "whole widths as integers; got 0"),
+        (np.zeros((2, 256), np.float32), 9, "mul1", "whole widths as integers; got 9"),
         (np.zeros((2, 256), np.float32), 3, "mul2", "'mul2'"),
     ],
 )

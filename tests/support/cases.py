@@ -198,7 +198,7 @@ def random_weight(
     rng: np.random.Generator,
     in_features: int,
     out_features: int,
-    bits: int,
+    bits: float,
     codebook: str = "mul1",
     bias: bool = False,
     gain: float = 1.0,
@@ -214,7 +214,7 @@ def random_weight(
         gain: Standard deviation of the output for inputs of standard deviation 1.
     """
     k, n = codec.padded(in_features), codec.padded(out_features)
-    words = rng.integers(0, 1 << 16, (k // 16, n // 16, 16 * bits), np.uint16).view(np.int16)
+    words = rng.integers(0, 1 << 16, (k // 16, n // 16, codec.words_per_tile(bits)), np.uint16).view(np.int16)
 
     def scales(size, magnitude):
         return (magnitude * rng.uniform(0.5, 1.5, size) * rng.choice([-1.0, 1.0], size)).astype(np.float16)

@@ -27,11 +27,11 @@ def _contents(problem: Problem, name: str, size: int) -> np.ndarray:
         return (np.arange(size // 4) % problem.experts).astype(np.uint32).view(np.uint8)
     bits = [problem.bits[e % len(problem.bits)][index] for e in experts] if index is not None else []
     if part == "formats":
-        codebooks = [codec.CODEBOOKS.index(problem.codebooks[e % len(problem.codebooks)]) for e in experts]
-        return np.array([b | c << 8 for b, c in zip(bits, codebooks)], np.uint32).view(np.uint8)
+        codebooks = [problem.codebooks[e % len(problem.codebooks)] for e in experts]
+        return np.array(list(map(codec.format_word, bits, codebooks)), np.uint32).view(np.uint8)
     if part == "offsets":
         padded = [-(-width // 128) * 128 for width in (problem.hidden, problem.intermediate)]
-        words = np.array(bits) * (padded[0] * padded[1] // 32)
+        words = np.array(list(map(codec.half_bits, bits))) * (padded[0] * padded[1] // 64)
         return np.concatenate([[0], np.cumsum(words)[:-1]]).astype(np.int64).view(np.uint8)
     return np.zeros(size, np.uint8)
 

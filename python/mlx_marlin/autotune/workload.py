@@ -357,27 +357,29 @@ def _sizes(problem: Problem) -> list[tuple[int, int]]:
     return [first] if problem.kind == "linear" else [first, first, first[::-1]]
 
 
-def _bits(problem: Problem, part: int) -> list[int]:
+def _bits(problem: Problem, part: int) -> list[float]:
     """Bits of a synthetic projection's experts, which go round the problem's bit widths."""
     return [problem.bits[e % len(problem.bits)][part] for e in range(problem.experts)]
 
 
+def _format(bits: float, codebook: str) -> int:
+    """The format word, with mul1 where the width is a half rate."""
+    return codec.format_word(bits, "mul1" if codec.is_half_rate(bits) else codebook)
+
+
 def _words(problem: Problem, part: int, rows: int, columns: int) -> int:
-    return sum(_bits(problem, part)) * (codec.padded(rows) * codec.padded(columns) // 32)
+    return int(sum(_bits(problem, part)) * (codec.padded(rows) * codec.padded(columns) // 32))
 
 
 def _random_stack(rng: np.random.Generator, problem: Problem, part: int, rows: int, columns: int) -> Stack:
     """Random weights of one projection."""
     k, n, experts = codec.padded(rows), codec.padded(columns), problem.experts
     # Each codebook meets each mix of widths: the codebook steps once per round of the widths.
-    ids = [
-        codec.CODEBOOKS.index(problem.codebooks[e // len(problem.bits) % len(problem.codebooks)])
-        for e in range(experts)
-    ]
+    codebooks = [problem.codebooks[e // len(problem.bits) % len(problem.codebooks)] for e in range(experts)]
     signs = [np.where(rng.random((experts, size)) < 0.5, -1.0, 1.0) for size in (k, n)]
     stack = ExpertStack(
         mx.array(rng.integers(0, 1 << 32, _words(problem, part, rows, columns), np.uint32)),
-        mx.array(np.array([b | c << 8 for b, c in zip(_bits(problem, part), ids)], np.uint32)),
+        mx.array(np.array([_format(b, c) for b, c in zip(_bits(problem, part), codebooks)], np.uint32)),
         mx.array(signs[0].astype(np.float16)),
         # Outputs of standard deviation 1 for such inputs.
         mx.array((signs[1] / math.sqrt(k)).astype(np.float16)),
@@ -390,4 +392,4 @@ def _random_stack(rng: np.random.Generator, problem: Problem, part: int, rows: i
 
 def _expert_bytes(stack: ExpertStack, e: int) -> int:
     k, n = stack.padded_shape
-    return k * n * stack.bits[e] // 8 + 2 * (k + n) + (4 * n if stack.bias is not None else 0)
+    return int(k * n * stack.bits[e] / 8) + 2 * (k + n) + (4 * n if stack.bias is not None else 0)

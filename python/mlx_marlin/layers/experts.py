@@ -12,7 +12,7 @@ from operator import is_
 import mlx.core as mx
 import numpy as np
 
-from .. import ops
+from .. import codec, ops
 from ..kernels import KernelConfig, Problem
 from ..ops import Activation
 from ..selection import choices
@@ -25,7 +25,7 @@ from .state import StackedModule, TrellisModule
 class TrellisExperts(StackedModule):
     """One projection of all experts, the child of a :class:`TrellisSwitchGLU`. A drop-in for mlx-lm's ``SwitchLinear``.
 
-    Parameters: ``trellis`` (uint32, flat), ``formats`` (uint32 ``[experts]``, bits | codebook id << 8), ``suh``,
+    Parameters: ``trellis`` (uint32, flat), ``formats`` (uint32 ``[experts]``, 2 * bits | codebook id << 8), ``suh``,
     ``svh`` and optionally ``bias``.
 
     Args:
@@ -85,7 +85,7 @@ class TrellisExperts(StackedModule):
         return self._derived.configs.run(ops.check_gathered(x, indices, self.stack))
 
     def _extra_repr(self) -> str:
-        bits = (np.array(self.formats) & 0xFF).tolist()
+        bits = [codec.bits_of_half(halves) for halves in (np.array(self.formats) & 0xFF).tolist()]
         low, high = min(bits), max(bits)
         widths = low if low == high else f"{low}..{high}"
         return f"{self.num_experts} experts, {self._sizes[0]} -> {self._sizes[1]}, bits={widths}"
@@ -143,7 +143,7 @@ class TrellisSwitchGLU(TrellisModule):
         return self.get("_activation")
 
     @property
-    def expert_bits(self) -> tuple[tuple[int, int, int], ...]:
+    def expert_bits(self) -> tuple[tuple[float, float, float], ...]:
         """(gate, up, down) bits of each expert."""
         return tuple(zip(*(stack.source.bits for stack in self.stacks)))
 

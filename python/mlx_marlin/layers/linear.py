@@ -9,11 +9,11 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import ops
+from .. import codec, ops
 from ..kernels import KernelConfig, Problem
 from ..selection import choices
 from ..selection.choices import Choice
-from ..weights.experts import ExpertStack, format_word
+from ..weights.experts import ExpertStack
 from ..weights.grid import GridWeight
 from ..weights.trellis import TrellisWeight
 from .state import StackedModule
@@ -39,7 +39,7 @@ class TrellisLinear(StackedModule):
         self._sizes = (w.in_features, w.out_features)
         self._codebook = w.codebook
         k, n = w.padded_shape
-        self.trellis = stack.codes.reshape(k // 16, n // 16, 8 * w.bits)
+        self.trellis = stack.codes.reshape(k // 16, n // 16, codec.words_per_tile(w.bits) // 2)
         self.suh = stack.suh.reshape(-1)
         self.svh = stack.svh.reshape(-1)
         if w.bias is not None:
@@ -53,9 +53,13 @@ class TrellisLinear(StackedModule):
             raise ValueError(f"trellis must have shape [k/16, n/16, 8*K], got {list(trellis.shape)}")
         formats = None
         if not traced:  # the bits follow from the shape, which a trace holds fast
-            formats = mx.array([format_word(trellis.shape[2] // 8, self._codebook)], mx.uint32)
+            formats = mx.array([codec.format_word(self._bits(), self._codebook)], mx.uint32)
         bias = None if bias is None else bias.astype(mx.float32)[None]
         return trellis.reshape(-1), formats, self.suh[None], self.svh[None], bias
+
+    def _bits(self) -> int | float:
+        """From the shape: 8 * K words of 32 bits per tile, that is 4 for each half bit."""
+        return codec.bits_of_half(self.trellis.shape[-1] // 4)
 
     def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int = 1) -> Problem:
         """What a call with this many rows asks for; combine and top_k mean nothing to a linear."""
@@ -92,4 +96,4 @@ class TrellisLinear(StackedModule):
         return lora
 
     def _extra_repr(self) -> str:
-        return f"{self._sizes[0]} -> {self._sizes[1]}, bits={self.trellis.shape[-1] // 8}"
+        return f"{self._sizes[0]} -> {self._sizes[1]}, bits={self._bits()}"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .. import _ext, codec
-from ..weights.experts import ExpertStack, format_word
+from ..weights.experts import ExpertStack
 from ..weights.trellis import TrellisWeight
 
 BUILD_LOCK = threading.RLock()
@@ -30,7 +30,7 @@ def stack_info(experts: int, k: int, n: int, *, bias: bool, bits, codebooks) -> 
         k=k,
         n=n,
         bias=bias,
-        widths=sum(1 << width for width in set(bits)),
+        widths=sum(1 << codec.half_bits(width) for width in set(bits)),
         codebooks=sum(1 << codec.CODEBOOKS.index(name) for name in set(codebooks)),
     )
 
@@ -120,12 +120,13 @@ def with_parameters(
     if formats is None:
         formats = source.formats
     else:
-        words = (formats & 0xFF).astype(mx.int64) * (source.padded_shape[0] * source.padded_shape[1] // 32)
+        # Half a bit per weight takes as many words as there are pairs of 32 weights.
+        words = (formats & 0xFF).astype(mx.int64) * (source.padded_shape[0] * source.padded_shape[1] // 64)
         ends = mx.cumsum(words)
-        legal = (ends[-1] == codes.size) & _among(formats & 0xFF, source.bits)
+        legal = (ends[-1] == codes.size) & _among(formats & 0xFF, map(codec.half_bits, source.bits))
         legal = legal & _among(formats >> 8, [codec.CODEBOOKS.index(name) for name in source.codebooks])
         # Not source.formats, which may be the very parameter that is captured: MLX refuses to see it again.
-        known = mx.array(list(map(format_word, source.bits, source.codebooks)), mx.uint32)
+        known = mx.array(list(map(codec.format_word, source.bits, source.codebooks)), mx.uint32)
         formats = mx.where(legal, formats, known)
         offsets = mx.where(legal, ends - words, offsets)
         svh = mx.where(legal, svh, mx.array(float("nan"), mx.float16))

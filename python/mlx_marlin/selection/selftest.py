@@ -19,7 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .. import kernels, ops
+from .. import codec, kernels, ops
 from ..device.machine import fingerprint
 from ..kernels import KernelConfig, Problem
 from ..ops import reference
@@ -76,8 +76,9 @@ def small_problem(problem: Problem, config: KernelConfig) -> Problem:
     raise NoSmallCase(f"no small problem runs the kernels that {config} runs for {problem}")
 
 
-def _weight(rng, k: int, n: int, bits: int, codebook: str, bias: bool) -> TrellisWeight:
-    words = rng.integers(-(1 << 15), 1 << 15, (k // 16, n // 16, 16 * bits), np.int16)
+def _weight(rng, k: int, n: int, bits: float, codebook: str, bias: bool) -> TrellisWeight:
+    words = rng.integers(-(1 << 15), 1 << 15, (k // 16, n // 16, codec.words_per_tile(bits)), np.int16)
+    codebook = "mul1" if codec.is_half_rate(bits) else codebook
     suh, svh = (rng.choice([-1.0, 1.0], size) for size in (k, n))
     svh /= k**0.5  # outputs of the size of inputs: float16 holds them
     suh, svh = suh.astype(np.float16), svh.astype(np.float16)

@@ -2,7 +2,7 @@
 (:class:`ExpertBank`).
 """
 
-from .experts import ExpertBank, ExpertStack, check_projections, format_word
+from .experts import ExpertBank, ExpertStack, check_projections
 from .grid import GridWeight
 from .trellis import TrellisWeight
 
@@ -12,5 +12,4 @@ __all__ = [
     "GridWeight",
     "TrellisWeight",
     "check_projections",
-    "format_word",
 ]

@@ -10,10 +10,12 @@ import numpy as np
 from .. import codec
 from .trellis import TrellisWeight, logical_size
 
-
-def format_word(bits: int, codebook: str) -> int:
-    """A weight's format as the kernels read it: ``bits | codebook id << 8``."""
-    return bits | codec.CODEBOOKS.index(codebook) << 8
+_FORMATS = {
+    codec.format_word(bits, codebook): (bits, codebook)
+    for bits in codec.WIDTHS
+    for codebook in codec.CODEBOOKS
+    if codebook == "mul1" or not codec.is_half_rate(bits)
+}
 
 
 class ExpertStack:
@@ -24,7 +26,7 @@ class ExpertStack:
     Attributes:
         codes: uint32, flat: the experts' trellis words one after the other, each in EXL3's own tile order.
         offsets: int64 ``[experts]``: where each expert begins in ``codes``, in words.
-        formats: uint32 ``[experts]``, see :func:`format_word`.
+        formats: uint32 ``[experts]``, see :func:`codec.format_word`.
         suh: float16 ``[experts, k]``.
         svh: float16 ``[experts, n]``.
         bias: float32 ``[experts, n]`` or ``None``.
@@ -44,18 +46,19 @@ class ExpertStack:
         experts, k, n = _stack_sizes(codes, formats, suh, svh, bias)
         self.in_features = logical_size("in_features", in_features, k)
         self.out_features = logical_size("out_features", out_features, n)
-        words = np.array(formats)
-        bits, ids = words & 0xFF, words >> 8
-        if not (np.isin(bits, range(1, codec.MAX_BITS + 1)) & (ids < len(codec.CODEBOOKS))).all():
-            raise ValueError(f"formats must be bits (1..{codec.MAX_BITS}) | codebook id << 8, got {words.tolist()}")
-        sizes = bits.astype(np.int64) * (k * n // 32)
+        words = np.array(formats).tolist()
+        if not _FORMATS.keys() >= set(words):
+            raise ValueError(
+                f"formats must be 2 * bits | codebook id << 8 with bits one of {', '.join(map(str, codec.WIDTHS))} "
+                f"(half rates with mul1 only), got {words}"
+            )
+        self.bits, self.codebooks = zip(*(_FORMATS[word] for word in words))
+        sizes = np.array([_code_words(bits, k, n) for bits in self.bits], np.int64)
         if codes.size != sizes.sum():
             raise ValueError(
-                f"codes has {codes.size} words, but {experts} experts of [{k}, {n}] at {bits.tolist()} bits "
+                f"codes has {codes.size} words, but {experts} experts of [{k}, {n}] at {list(self.bits)} bits "
                 f"have {sizes.sum()}"
             )
-        self.bits = tuple(bits.tolist())
-        self.codebooks = tuple(codec.CODEBOOKS[i] for i in ids)
         self.codes, self.formats, self.suh, self.svh = (mx.contiguous(a) for a in (codes, formats, suh, svh))
         self.bias = None if bias is None else mx.contiguous(bias)
         self.offsets = mx.array(np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64))
@@ -71,7 +74,7 @@ class ExpertStack:
     def of(cls, name: str, weights: Sequence[TrellisWeight]) -> ExpertStack:
         """Stack one weight per expert; ``name`` is used in errors."""
         first = _same_sizes(name, weights)
-        formats = [format_word(w.bits, w.codebook) for w in weights]
+        formats = [codec.format_word(w.bits, w.codebook) for w in weights]
         bias = None
         if any(w.bias is not None for w in weights):
             zeros = mx.zeros((first.padded_shape[1],), mx.float32)
@@ -96,7 +99,8 @@ class ExpertStack:
         k, n = self.padded_shape
         bits = self.bits[e]  # IndexError beyond the last
         start = int(self.offsets[e].item())
-        trellis = self.codes[start : start + k * n * bits // 32].view(mx.int16).reshape(k // 16, n // 16, 16 * bits)
+        codes = self.codes[start : start + _code_words(bits, k, n)].view(mx.int16)
+        trellis = codes.reshape(k // 16, n // 16, codec.words_per_tile(bits))
         bias = None if self.bias is None else self.bias[e]
         sizes = self.in_features, self.out_features
         return TrellisWeight(trellis, self.suh[e], self.svh[e], self.codebooks[e], bias, *sizes)
@@ -104,6 +108,11 @@ class ExpertStack:
     def __getstate__(self) -> dict:
         """Without what ops keep here, which a copy makes again."""
         return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
+
+def _code_words(bits: float, k: int, n: int) -> int:
+    """32-bit words of an expert's codes."""
+    return codec.words_per_tile(bits) * k * n // (2 * codec.TILE_SIZE)
 
 
 def _stack_sizes(codes, formats, suh, svh, bias) -> tuple[int, int, int]:
@@ -181,7 +190,7 @@ class ExpertBank:
         return self.gate.padded_shape[1]
 
     @property
-    def triples(self) -> tuple[tuple[int, int, int], ...]:
+    def triples(self) -> tuple[tuple[float, float, float], ...]:
         """(gate, up, down) bits of each expert."""
         return tuple(zip(self.gate.bits, self.up.bits, self.down.bits))
 

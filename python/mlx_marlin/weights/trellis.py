@@ -68,6 +68,7 @@ class TrellisWeight:
         if self.trellis.dtype not in (mx.int16, mx.uint16):
             raise ValueError(f"trellis must be int16, got {self.trellis.dtype}")
         self.bits = codec.trellis_bits(self.trellis.shape)
+        codec.check_bits(self.bits, codebook)
         k, n = (16 * tiles for tiles in self.trellis.shape[:2])
         if k % codec.HADAMARD_SIZE or n % codec.HADAMARD_SIZE or not k or not n:
             raise ValueError(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mlx_marlin import _ext
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 # One file of each folder that a digest covers.
 COVERED = {
     "cpu": [
