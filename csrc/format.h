@@ -13,6 +13,18 @@
 #define MARLIN_CODEBOOK_MCG 1
 #define MARLIN_CODEBOOK_MUL1 2
 
+// What a codebook makes of a 16-bit state (ExLlamaV3 1.4.1, exllamav3_ext/quant/codebook.cuh), x = multiplier * state
+// modulo 2^32. 3INST and MCG add the two halves (binary16) of ((x + increment) & mask) ^ xor; MCG's increment is 0.
+#define MARLIN_3INST_MULTIPLIER 89226354u
+#define MARLIN_3INST_INCREMENT 64248484u
+#define MARLIN_MCG_MULTIPLIER 0xCBAC1FEDu
+#define MARLIN_HALVES_MASK 0x8FFF8FFFu
+#define MARLIN_HALVES_XOR 0x3B603B60u
+// MUL1: (1024 + the sum of the four bytes of x) * scale + offset, rounded once to a half.
+#define MARLIN_MUL1_MULTIPLIER 0x83DCD12Du
+#define MARLIN_MUL1_SCALE 0x1.bb8p-8f      // half 0x1EEE
+#define MARLIN_MUL1_OFFSET (-0x1.4c4p+3f)  // half 0xC931
+
 // Activation ids: positions in kernels.ACTIVATIONS.
 #define MARLIN_ACTIVATION_SILU 0
 #define MARLIN_ACTIVATION_GELU_TANH 1

@@ -84,17 +84,17 @@ METAL_FUNC void align_codes(thread LaneCodes<K>& codes, uint factor) {
 template <int Codebook>
 METAL_FUNC half codebook_value(ushort state) {
   if constexpr (Codebook == MARLIN_CODEBOOK_MUL1) {
-    constexpr float step = 0x1.bb8p-8f;   // half 0x1EEE
-    constexpr float bias = -0x1.4c4p+3f;  // half 0xC931: the value is (1024 + s) * step + bias
-    const uint x = uint(state) * 0x83DCD12Du;
+    constexpr float step = MARLIN_MUL1_SCALE;  // the value is (1024 + s) * step + bias
+    constexpr float bias = MARLIN_MUL1_OFFSET;
+    const uint x = uint(state) * MARLIN_MUL1_MULTIPLIER;
     const ushort2 halves = as_type<ushort2>(x);
     const ushort2 even = as_type<ushort2>(x | 0xFF00FF00u);
     const uint sum = (uint(even.x) + even.y) * 4080 + ((uint(halves.x) + halves.y) << 4);
     return half(fma(as_type<float>(sum), step * 0x1p75f, bias - (3074 - 1024) * step));
   } else {
-    uint x = uint(state) * (Codebook == MARLIN_CODEBOOK_MCG ? 0xCBAC1FEDu : 89226354u);
-    x += Codebook == MARLIN_CODEBOOK_MCG ? 0u : 64248484u;
-    x = (x & 0x8FFF8FFFu) ^ 0x3B603B60u;
+    uint x = uint(state) * (Codebook == MARLIN_CODEBOOK_MCG ? MARLIN_MCG_MULTIPLIER : MARLIN_3INST_MULTIPLIER);
+    x += Codebook == MARLIN_CODEBOOK_MCG ? 0u : MARLIN_3INST_INCREMENT;
+    x = (x & MARLIN_HALVES_MASK) ^ MARLIN_HALVES_XOR;
     const half2 terms = as_type<half2>(x);
     return terms.x + terms.y;
   }

@@ -5,9 +5,8 @@
 
 namespace mlx_marlin {
 
-void bind_ops(nanobind::module_& m);
+void bind_primitives(nanobind::module_& m);
 void bind_plan(nanobind::module_& m);
-void bind_runtime(nanobind::module_& m);
 void bind_viterbi(nanobind::module_& m);
 
 }  // namespace mlx_marlin

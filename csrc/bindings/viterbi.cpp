@@ -1,6 +1,4 @@
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
 #include "bindings/bindings.h"
 #include "viterbi/search.h"
@@ -32,13 +30,6 @@ void bind_viterbi(nb::module_& m) {
   m.def(
       "viterbi_search", &search, "tiles"_a, "values"_a, "bits"_a, "threads"_a,
       "The tail-biting states nearest to float32 tiles [count, 256]. See mlx_marlin.ops.viterbi_search.");
-  m.def(
-      "viterbi_instruction_sets", &viterbi::instruction_sets,
-      "Instruction sets that the search can run here, best last.");
-  m.def("viterbi_instruction_set", &viterbi::instruction_set, "The one that the search uses.");
-  m.def(
-      "set_viterbi_instruction_set", &viterbi::set_instruction_set, "name"_a,
-      "Let the search use one instruction set, or \"auto\".");
 }
 
 }  // namespace mlx_marlin

@@ -1,9 +1,9 @@
-// Which instruction set runs. Built for the baseline, so that it may run anywhere.
-#include <atomic>
-#include <stdexcept>
+// Built for the baseline, so that it may run anywhere.
+#include "cpu/instruction_set.h"
 
-#include "cpu/kernels.h"
-#include "cpu/tier.h"
+#include <atomic>
+#include <iterator>
+#include <stdexcept>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -16,30 +16,11 @@
 
 namespace mlx_marlin::cpu {
 
-#define MARLIN_DECLARE_TIER(name) \
-  namespace name {                \
-  const Tier& tier_table();       \
-  }
-
-MARLIN_DECLARE_TIER(baseline)
-#if defined(__x86_64__)
-MARLIN_DECLARE_TIER(avx2)
-MARLIN_DECLARE_TIER(avx512)
-MARLIN_DECLARE_TIER(avx512vbmi)
-MARLIN_DECLARE_TIER(avx512vnni)
-MARLIN_DECLARE_TIER(avx512fp16)
-#elif defined(__aarch64__)
-MARLIN_DECLARE_TIER(neon)
-MARLIN_DECLARE_TIER(neonfp16)
-#endif
-
 namespace {
 
-struct Entry {
-  const char* name;
-  bool (*supported)();
-  const Tier& (*table)();
-};
+bool has_baseline() {
+  return true;
+}
 
 #if defined(__x86_64__)
 bool has_avx2() {
@@ -67,6 +48,10 @@ bool has_avx512fp16() {
   return has_avx512vbmi() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);
 }
 #elif defined(__aarch64__)
+bool has_neon() {
+  return true;  // part of arm64
+}
+
 bool has_neonfp16() {
 #if defined(__linux__)
   return getauxval(AT_HWCAP) & HWCAP_ASIMDHP;
@@ -80,81 +65,76 @@ bool has_neonfp16() {
 }
 #endif
 
-// Best last.
-const Entry kEntries[] = {
-    {"baseline", [] { return true; }, baseline::tier_table},
-#if defined(__x86_64__)
-    {"avx2", has_avx2, avx2::tier_table},
-    {"avx512", has_avx512, avx512::tier_table},
-    {"avx512vbmi", has_avx512vbmi, avx512vbmi::tier_table},
-    {"avx512vnni", has_avx512vnni, avx512vnni::tier_table},
-    {"avx512fp16", has_avx512fp16, avx512fp16::tier_table},
-#elif defined(__aarch64__)
-    {"neon", [] { return true; }, neon::tier_table},  // part of arm64
-    {"neonfp16", has_neonfp16, neonfp16::tier_table},
-#endif
+struct Known {
+  const char* name;
+  bool (*supported)();
 };
 
-const Entry& best() {
-  const Entry* found = nullptr;
-  for (const Entry& entry : kEntries) {
-    if (entry.supported()) {
-      found = &entry;
-    }
+// By position: InstructionSet.
+constexpr Known kKnown[] = {
+#define MARLIN_KNOWN(name) {#name, has_##name},
+    MARLIN_INSTRUCTION_SETS(MARLIN_KNOWN)
+#undef MARLIN_KNOWN
+};
+
+InstructionSet best() {
+  size_t found = std::size(kKnown) - 1;
+  while (!kKnown[found].supported()) {
+    --found;
   }
-  return *found;
+  return static_cast<InstructionSet>(found);
 }
 
-std::atomic<const Tier*>& current() {
-  static std::atomic<const Tier*> tier{&best().table()};
-  return tier;
+std::atomic<InstructionSet>& current() {
+  static std::atomic<InstructionSet> set{best()};
+  return set;
 }
 
 }  // namespace
 
-const Tier& tier() {
-  return *current().load(std::memory_order_acquire);
+InstructionSet instruction_set() {
+  return current().load(std::memory_order_relaxed);
+}
+
+const char* name_of(InstructionSet set) {
+  return kKnown[static_cast<size_t>(set)].name;
 }
 
 std::vector<std::string> compiled_instruction_sets() {
   std::vector<std::string> names;
-  for (const Entry& entry : kEntries) {
-    names.push_back(entry.name);
+  for (const Known& known : kKnown) {
+    names.push_back(known.name);
   }
   return names;
 }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const Entry& entry : kEntries) {
-    if (entry.supported()) {
-      names.push_back(entry.name);
+  for (const Known& known : kKnown) {
+    if (known.supported()) {
+      names.push_back(known.name);
     }
   }
   return names;
 }
 
-std::string instruction_set() {
-  return tier().name;
-}
-
 void set_instruction_set(const std::string& name) {
   if (name == "auto") {
-    current() = &best().table();
+    current() = best();
     return;
   }
-  std::string known = "auto";
-  for (const Entry& entry : kEntries) {
-    if (!entry.supported()) {
+  std::string runnable = "auto";
+  for (size_t i = 0; i < std::size(kKnown); ++i) {
+    if (!kKnown[i].supported()) {
       continue;
     }
-    if (name == entry.name) {
-      current() = &entry.table();
+    if (name == kKnown[i].name) {
+      current() = static_cast<InstructionSet>(i);
       return;
     }
-    known += std::string(", ") + entry.name;
+    runnable += std::string(", ") + kKnown[i].name;
   }
-  throw std::invalid_argument("this machine runs the instruction sets " + known + "; got \"" + name + "\"");
+  throw std::invalid_argument("this machine runs the instruction sets " + runnable + "; got \"" + name + "\"");
 }
 
 }  // namespace mlx_marlin::cpu

@@ -4,8 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
-#include <vector>
 
 namespace mlx_marlin::cpu {
 
@@ -70,15 +68,5 @@ void decode(const Stack& stack, int expert, uint16_t* out, int threads);
 
 // Largest id of ids[0..count) that is >= experts, as its position, or -1: ids are checked before use.
 int64_t find_bad_id(const uint32_t* ids, int64_t count, int experts);
-
-// Instruction sets: "baseline", "avx2", "avx512", ... on x86-64; "neon" on arm64.
-std::vector<std::string> compiled_instruction_sets();  // those of this build, best last
-std::vector<std::string> instruction_sets();           // those of them that this machine can run
-std::string instruction_set();                         // the one in use
-void set_instruction_set(const std::string&);          // "auto" or one of instruction_sets(); throws
-
-// Worker pool. Workers sleep when idle.
-void set_threads(int n);  // n >= 1
-int threads();
 
 }  // namespace mlx_marlin::cpu

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <shared_mutex>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -18,8 +19,6 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-
-#include "cpu/kernels.h"
 
 namespace mlx_marlin::cpu {
 
@@ -63,7 +62,8 @@ struct alignas(64) Counter {
 struct Job {
   const std::vector<Phase>* phases;
   std::unique_ptr<Counter[]> counters;
-  int seats;  // workers that may still join; guarded by the pool's mutex
+  int seats = 0;               // workers that may still join; guarded by the pool's mutex
+  std::atomic<int> active{0};  // workers that have joined and not yet left
 
   void work() {
     for (size_t p = 0; p < phases->size(); ++p) {
@@ -103,30 +103,31 @@ class Pool {
   }
 
   void resize(int n) {
-    std::lock_guard<std::mutex> submitting(submit_);
+    std::lock_guard<std::shared_mutex> alone(sizing_);
     stop_workers();
     threads_ = n;
   }
 
+  // False while the pool changes its size.
   bool run(Job& job, int threads) {
-    std::unique_lock<std::mutex> submitting(submit_, std::try_to_lock);
-    if (!submitting) {
+    std::shared_lock<std::shared_mutex> sized(sizing_, std::try_to_lock);
+    if (!sized) {
       return false;
     }
-    start_workers();
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      start_workers();
       job.seats = std::min<int>(threads - 1, workers_.size());
-      job_ = &job;
+      jobs_.push_back(&job);
       generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     job.work();
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      job_ = nullptr;
+      jobs_.erase(std::find(jobs_.begin(), jobs_.end(), &job));
     }
-    spin_until([&] { return active_.load(std::memory_order_acquire) == 0; });
+    spin_until([&] { return job.active.load(std::memory_order_acquire) == 0; });
     return true;
   }
 
@@ -163,30 +164,40 @@ class Pool {
       {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return generation_.load() != seen; });
-        seen = generation_.load();
         if (stop_) {
           return;
         }
-        if (job_ && job_->seats > 0) {
-          job = job_;
-          --job->seats;
-          active_.fetch_add(1, std::memory_order_relaxed);
+        job = take_seat();
+        // Where there are more jobs, they are looked at again after this one.
+        if (!job || jobs_.size() == 1) {
+          seen = generation_.load();
         }
       }
       if (job) {
         job->work();
-        active_.fetch_sub(1, std::memory_order_release);
+        job->active.fetch_sub(1, std::memory_order_release);
       }
     }
   }
 
-  std::mutex submit_;  // held by the thread whose job is running
-  std::mutex mutex_;   // guards job_, its seats and stop_
+  // A place in the oldest job that has one.
+  Job* take_seat() {
+    for (Job* job : jobs_) {
+      if (job->seats > 0) {
+        --job->seats;
+        job->active.fetch_add(1, std::memory_order_relaxed);
+        return job;
+      }
+    }
+    return nullptr;
+  }
+
+  std::shared_mutex sizing_;  // shared by the threads whose jobs run
+  std::mutex mutex_;          // guards jobs_, their seats, workers_ and stop_
   std::condition_variable wake_;
   std::atomic<uint64_t> generation_{0};
-  std::atomic<int> active_{0};
   std::atomic<int> threads_;
-  Job* job_ = nullptr;
+  std::vector<Job*> jobs_;
   bool stop_ = false;
   std::vector<std::thread> workers_;
 };
@@ -208,7 +219,7 @@ Pool& pool() {
 }  // namespace
 
 void run_phases(const std::vector<Phase>& phases, int threads) {
-  Job job{&phases, std::make_unique<Counter[]>(phases.size()), 0};
+  Job job{&phases, std::make_unique<Counter[]>(phases.size())};
   threads = std::clamp(threads, 1, pool().threads());
   if (threads == 1 || !pool().run(job, threads)) {
     job.work();

@@ -13,9 +13,12 @@ struct Phase {
   std::function<void(int64_t)> run;
 };
 
-// Runs the phases on up to `threads` threads. While another thread's job holds the pool, the caller
+// Runs the phases on up to `threads` threads. Jobs of several callers share the workers; a caller for whom none is left
 // does all the work itself.
 void run_phases(const std::vector<Phase>& phases, int threads);
+
+void set_threads(int n);  // n >= 1; throws
+int threads();            // workers and the calling thread
 
 // 64-byte aligned memory that grows and is reused. Contents are lost when it grows.
 class Scratch {

@@ -23,8 +23,6 @@ struct Codes {
 // smaller), each block tile by tile: 16 values of each of its rows, in the order in which a tile
 // stores its rows.
 struct Tier {
-  const char* name;
-
   // out = H(x[0..count) * scale), x zero-extended to size. With tile_stride, the 16 values of each
   // tile go to out + tile * tile_stride in tile order; with 0 the row is stored as it is.
   void (*rotate)(
@@ -58,7 +56,7 @@ struct Tier {
   void (*decode)(const Codes& codes, int tile_row, uint16_t* out);
 };
 
-// The tier in use.
+// That of the instruction set in use.
 const Tier& tier();
 
 // Where row `row` of a segment of `rows` rows of `size` values begins, and its distance between tiles.

@@ -224,6 +224,18 @@ void read_sums(Builder& b, const Pass& pass, const SwigluCall& call) {
   }
 }
 
+// Where a product's rows go.
+void write_product(Plan& plan, Builder& b, const Pass& pass, const LinearStage& stage) {
+  if (stage.to_y) {
+    const uint64_t row = stage.out_columns * pass.element_size();
+    b.write(12, "y", pass.slots() * row, pass.first_slot() * row);
+  } else {
+    const uint64_t bytes = static_cast<uint64_t>(pass.slots()) * stage.weights.info.n * 4;
+    b.write(13, "slots", bytes);
+    plan.reserve("slots", bytes);
+  }
+}
+
 }  // namespace
 
 void add_linear(Plan& plan, const Pass& pass, const LinearStage& stage) {
@@ -281,14 +293,7 @@ void add_linear(Plan& plan, const Pass& pass, const LinearStage& stage) {
   if (bias) {
     b.bias(11, stage.weights);
   }
-  if (stage.to_y) {
-    const uint64_t row = stage.out_columns * pass.element_size();
-    b.write(12, "y", pass.slots() * row, pass.first_slot() * row);
-  } else {
-    const uint64_t bytes = static_cast<uint64_t>(pass.slots()) * info.n * 4;
-    b.write(13, "slots", bytes);
-    plan.reserve("slots", bytes);
-  }
+  write_product(plan, b, pass, stage);
   plan.add(b.args(args).done());
 }
 

@@ -1,5 +1,6 @@
 #include "primitives/decode.h"
 
+#include "cpu/pool.h"
 #include "metal/encode.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"

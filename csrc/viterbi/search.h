@@ -3,8 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
-#include <vector>
 
 namespace mlx_marlin::viterbi {
 
@@ -19,11 +17,7 @@ namespace mlx_marlin::viterbi {
 //   values  [65536], the value of each state
 //   bits    1 .. 8
 //   states  [count, 256]
-//   threads >= 1
+//   threads >= 1: up to that many of the pool's
 void search(const float* tiles, int64_t count, const float* values, int bits, uint16_t* states, int threads);
-
-std::vector<std::string> instruction_sets();        // those that this machine can run, best last
-std::string instruction_set();                      // the one in use: the best, unless set
-void set_instruction_set(const std::string& name);  // "auto" or one of instruction_sets(); throws
 
 }  // namespace mlx_marlin::viterbi

@@ -4,7 +4,9 @@
 #include <cstdlib>
 #include <vector>
 
+#include "cpu/instruction_set.h"
 #include "cpu/kernels.h"
+#include "cpu/pool.h"
 #include "open_file.h"
 
 using namespace mlx_marlin::cpu;

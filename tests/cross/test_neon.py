@@ -76,8 +76,8 @@ def driver(tmp_path_factory):
 def search_driver(tmp_path_factory):
     """The encoder's search and its driver."""
     build = Build(tmp_path_factory.mktemp("viterbi"))
-    for name in ("search", "baseline", "neon"):
-        build.compile(ROOT / f"csrc/viterbi/{name}.cpp", name, ["-O2", "-mcpu=generic"])
+    for name in ("cpu/instruction_set", "cpu/pool", "viterbi/search", "viterbi/baseline", "viterbi/neon"):
+        build.compile(ROOT / f"csrc/{name}.cpp", name.replace("/", "_"), ["-O2", "-mcpu=generic"])
     build.compile(Path(__file__).with_name("viterbi_driver.cpp"), "driver", ["-O1", "-mcpu=generic"])
     return build.link()
 

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "cpu/instruction_set.h"
 #include "open_file.h"
 #include "viterbi/search.h"
 
@@ -29,7 +30,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: %s INSTRUCTION_SET BITS VALUES TILES STATES\n", argv[0]);
     return 1;
   }
-  mlx_marlin::viterbi::set_instruction_set(argv[1]);
+  mlx_marlin::cpu::set_instruction_set(argv[1]);
   const std::vector<float> values = read_floats(argv[3]);
   const std::vector<float> tiles = read_floats(argv[4]);
   std::vector<uint16_t> states(tiles.size());

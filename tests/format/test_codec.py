@@ -1,14 +1,16 @@
 """The codec against vectors of an independent implementation, bit for bit; and that planted errors are noticed."""
 
+import re
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_marlin import codec
+from mlx_marlin import codec, ops
 from mlx_marlin.weights.trellis import TrellisWeight
 from tests.support import cases, golden
+from tests.support.paths import ROOT
 from tests.support.planted import PLANTED, PLANTED_FLOAT32
 
 HALF_RATES = (1.5, 2.5, 3.5)
@@ -262,3 +264,16 @@ def test_bad_input():
         codec.hadamard(np.ones((2, 128), np.int64))
     assert [codec.padded(size) for size in (1, 128, 129, 576)] == [128, 128, 256, 640]
     assert isinstance(TrellisWeight(good, np.ones(128, np.float16), np.ones(128, np.float16)), TrellisWeight)
+
+
+def test_the_kernels_have_the_same_constants():
+    """codec.py keeps its own: it is the oracle. That all states decode alike is tested with the kernels."""
+    halves = {name: multiplier for name, (multiplier, _) in codec._HALVES_HASH.items()}
+    assert ops.CODEBOOK_MULTIPLIERS == {**halves, "mul1": codec._MUL1_MULTIPLIER}
+    text = (ROOT / "csrc/format.h").read_text()
+    defined = dict(re.findall(r"^#define MARLIN_(\w+) \(?([-+.\w]+?)[u)]*(?:\s|$)", text, re.MULTILINE))
+    assert int(defined["3INST_INCREMENT"]) == codec._HALVES_HASH["3inst"][1]
+    assert int(defined["HALVES_MASK"], 16) == codec._HALVES_MASK
+    assert int(defined["HALVES_XOR"], 16) == codec._HALVES_XOR
+    assert float.fromhex(defined["MUL1_SCALE"].rstrip("f")) == codec._MUL1_SCALE
+    assert float.fromhex(defined["MUL1_OFFSET"].rstrip("f")) == codec._MUL1_OFFSET

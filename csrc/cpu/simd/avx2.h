@@ -159,7 +159,7 @@ struct alignas(32) Packed {
 template <int CODEBOOK>
 struct Decoder {
   static constexpr bool kMul1 = CODEBOOK == MARLIN_CODEBOOK_MUL1;
-  static constexpr uint32_t kMultiplier = kMul1 ? kMul1Multiplier : kHalvesMultiplier<CODEBOOK>;
+  static constexpr uint32_t kMultiplier = kMul1 ? MARLIN_MUL1_MULTIPLIER : kHalvesMultiplier<CODEBOOK>;
 
   explicit Decoder(const Codes& codes)
       : step(4 * codes.bits),
@@ -248,9 +248,9 @@ struct Decoder {
         high = _mm256_add_epi16(high, set1_word((kHalvesIncrement<CODEBOOK> >> 16) + 1));
         high = _mm256_add_epi16(high, no_carry);
       }
-      __m256i mask = set1_word(kHalvesMask);  // both masks are 0x8fff
-      packed.put(0, pair, _mm256_xor_si256(_mm256_and_si256(low, mask), set1_word(kHalvesXor)));
-      packed.put(1, pair, _mm256_xor_si256(_mm256_and_si256(high, mask), set1_word(kHalvesXor >> 16)));
+      __m256i mask = set1_word(MARLIN_HALVES_MASK);  // both masks are 0x8fff
+      packed.put(0, pair, _mm256_xor_si256(_mm256_and_si256(low, mask), set1_word(MARLIN_HALVES_XOR)));
+      packed.put(1, pair, _mm256_xor_si256(_mm256_and_si256(high, mask), set1_word(MARLIN_HALVES_XOR >> 16)));
     }
   }
 

@@ -221,22 +221,22 @@ MARLIN_INLINE __m512i set1_word(uint32_t x) {
 template <int CODEBOOK>
 struct Constants {
   static constexpr bool kMul1 = CODEBOOK == MARLIN_CODEBOOK_MUL1;
-  static constexpr uint32_t kMultiplier = kMul1 ? kMul1Multiplier : kHalvesMultiplier<CODEBOOK>;
+  static constexpr uint32_t kMultiplier = kMul1 ? MARLIN_MUL1_MULTIPLIER : kHalvesMultiplier<CODEBOOK>;
 
   __m512i low_multiplier = set1_word(kMultiplier);
   __m512i high_multiplier = set1_word(kMultiplier >> 16);
 #if defined(__AVX512FP16__)
-  // Twice the byte sum s, at most 2040, read as a half is s * 2^-23: (1024 + s) * 0x1eee + 0xc931 is
-  // that times 1774 * 2^5, minus 3.453125, rounded once.
+  // Twice the byte sum s, at most 2040, read as a half is s * 2^-23: times 2^23 * scale, plus
+  // the offset, rounded once.
   static constexpr int kByteWeight = 2;
-  __m512i a = set1_word(kMul1 ? 0x7aee : kHalvesMask);
-  __m512i b = set1_word(kMul1 ? 0xc2e8 : kHalvesXor);
+  __m512i a = set1_word(kMul1 ? half_bits(0x1p23f * kMul1Scale) : MARLIN_HALVES_MASK);
+  __m512i b = set1_word(kMul1 ? half_bits(kMul1Offset) : MARLIN_HALVES_XOR);
 #else
   static constexpr int kByteWeight = 1;
-  __m512i a = set1_word(kMul1 ? 0x6400 : kHalvesMask);  // 1024 + s as a half
-  __m512i b = set1_word(kMul1 ? 0 : kHalvesXor);
+  __m512i a = set1_word(kMul1 ? 0x6400 : MARLIN_HALVES_MASK);  // 1024 + s as a half
+  __m512i b = set1_word(kMul1 ? 0 : MARLIN_HALVES_XOR);
 #endif
-  __m512i c = kMul1 ? _mm512_set1_epi8(kByteWeight) : set1_word(kHalvesXor >> 16);
+  __m512i c = kMul1 ? _mm512_set1_epi8(kByteWeight) : set1_word(MARLIN_HALVES_XOR >> 16);
 
   Constants() {
     asm("" : "+v"(low_multiplier), "+v"(high_multiplier), "+v"(a), "+v"(b), "+v"(c));

@@ -80,7 +80,7 @@ struct Decoder<MARLIN_CODEBOOK_MUL1> {
 
   GroupReader reader;
   __m512i gather, shift;
-  __m512i multiplier = _mm512_set1_epi32(static_cast<int>(kMul1Multiplier));
+  __m512i multiplier = _mm512_set1_epi32(static_cast<int>(MARLIN_MUL1_MULTIPLIER));
   __m512i ones = _mm512_set1_epi8(1);
   __m512i zero_sum = _mm512_set1_epi32(0x4b000000);  // the bits of 2^23, to which an integer adds itself
   __m512i low_half = _mm512_set1_epi32(0xffff);

@@ -204,7 +204,7 @@ struct Decoder {
   };
 
   static MARLIN_INLINE Products hash(uint16x8_t state) {
-    constexpr uint32_t multiplier = kMul1 ? kMul1Multiplier : kHalvesMultiplier<CODEBOOK>;
+    constexpr uint32_t multiplier = kMul1 ? MARLIN_MUL1_MULTIPLIER : kHalvesMultiplier<CODEBOOK>;
     constexpr uint32_t increment = kMul1 ? 0 : kHalvesIncrement<CODEBOOK>;
     uint32x4_t factor = vdupq_n_u32(multiplier), start = vdupq_n_u32(increment);
     return {
@@ -219,8 +219,9 @@ struct Decoder {
           vpaddq_u16(vpaddlq_u8(vreinterpretq_u8_u32(x.first)), vpaddlq_u8(vreinterpretq_u8_u32(x.second)));
 #if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
       float16x8_t s = vreinterpretq_f16_u16(vorrq_u16(sum, vdupq_n_u16(0x6400)));  // 1024 + sum
-      float16x8_t value =
-          vfmaq_f16(vreinterpretq_f16_u16(vdupq_n_u16(0xc931)), s, vreinterpretq_f16_u16(vdupq_n_u16(0x1eee)));
+      float16x8_t value = vfmaq_f16(
+          vreinterpretq_f16_u16(vdupq_n_u16(half_bits(MARLIN_MUL1_OFFSET))), s,
+          vreinterpretq_f16_u16(vdupq_n_u16(half_bits(MARLIN_MUL1_SCALE))));
       out[0] = vcvt_f32_f16(vget_low_f16(value));
       out[1] = vcvt_high_f32_f16(value);
 #else
@@ -233,7 +234,8 @@ struct Decoder {
 #endif
     } else {
       auto mix = [](uint32x4_t v) {
-        return vreinterpretq_u16_u32(veorq_u32(vandq_u32(v, vdupq_n_u32(kHalvesMask)), vdupq_n_u32(kHalvesXor)));
+        return vreinterpretq_u16_u32(
+            veorq_u32(vandq_u32(v, vdupq_n_u32(MARLIN_HALVES_MASK)), vdupq_n_u32(MARLIN_HALVES_XOR)));
       };
       uint16x8_t first = mix(x.first), second = mix(x.second);
       float16x8_t low = vreinterpretq_f16_u16(vuzp1q_u16(first, second));

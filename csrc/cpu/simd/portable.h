@@ -173,14 +173,14 @@ MARLIN_INLINE V round_to_half(V v) {
 template <int CODEBOOK>
 MARLIN_INLINE V codebook_value(U state) {
   if constexpr (CODEBOOK == MARLIN_CODEBOOK_MUL1) {
-    U x = state * kMul1Multiplier;
+    U x = state * MARLIN_MUL1_MULTIPLIER;
     x = (x & 0x00ff00ff) + (x >> 8 & 0x00ff00ff);
     V sum = __builtin_convertvector((I)((x & 0xffff) + (x >> 16)), V);
     // In units of 2^-18 both terms are integers below 2^21, so that nothing is rounded but the result.
     return round_to_half(sum * set1(kMul1Scale) + set1(kMul1Offset));
   } else {
     U x = state * kHalvesMultiplier<CODEBOOK> + kHalvesIncrement<CODEBOOK>;
-    x = (x & kHalvesMask) ^ kHalvesXor;
+    x = (x & MARLIN_HALVES_MASK) ^ MARLIN_HALVES_XOR;
     auto half = [](U h) { return from_bits((h & 0x8000) << 16 | (((h & 0x7fff) << 13) + (112 << 23))); };
     return round_to_half(half(x & 0xffff) + half(x >> 16));
   }

@@ -1,4 +1,4 @@
-// The order of a tile and the constants of the codebooks (python: codec.py, which has the sources).
+// The order of a tile (python: codec.py), and the constants of the codebooks as the decoders use them.
 #pragma once
 
 #include <cstdint>
@@ -11,16 +11,20 @@ namespace mlx_marlin::cpu {
 // Rows of a column in the order in which a tile stores them.
 constexpr int kTileRows[16] = {0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15};
 
-constexpr uint32_t kMul1Multiplier = 0x83DCD12D;
-// (1024 + s) * 0x1eee + 0xc931 in halves, as s * scale + offset. All are multiples of 2^-18.
-constexpr float kMul1Scale = 1774.0f / (1 << 18);
-constexpr float kMul1Offset = 1024 * kMul1Scale - 10.3828125f;
+// MUL1 of a byte sum s, as s * scale + offset. All are multiples of 2^-18.
+constexpr float kMul1Scale = MARLIN_MUL1_SCALE;
+constexpr float kMul1Offset = 1024 * MARLIN_MUL1_SCALE + MARLIN_MUL1_OFFSET;
 
 template <int CODEBOOK>
-constexpr uint32_t kHalvesMultiplier = CODEBOOK == MARLIN_CODEBOOK_3INST ? 89226354u : 0xCBAC1FEDu;
+constexpr uint32_t kHalvesMultiplier =
+    CODEBOOK == MARLIN_CODEBOOK_3INST ? MARLIN_3INST_MULTIPLIER : MARLIN_MCG_MULTIPLIER;
 template <int CODEBOOK>
-constexpr uint32_t kHalvesIncrement = CODEBOOK == MARLIN_CODEBOOK_3INST ? 64248484u : 0u;
-constexpr uint32_t kHalvesMask = 0x8fff8fff;
-constexpr uint32_t kHalvesXor = 0x3b603b60;
+constexpr uint32_t kHalvesIncrement = CODEBOOK == MARLIN_CODEBOOK_3INST ? MARLIN_3INST_INCREMENT : 0u;
+
+// The bits of the half that equals x; x must be normal as a half and have no more than 11 significant bits.
+MARLIN_INLINE constexpr uint16_t half_bits(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  return static_cast<uint16_t>((bits >> 16 & 0x8000) | (((bits & 0x7fffffff) >> 13) - (112 << 10)));
+}
 
 }  // namespace mlx_marlin::cpu

@@ -4,9 +4,6 @@
 
 #include <cstring>
 
-#define MARLIN_STRING_OF(x) #x
-#define MARLIN_STRING(x) MARLIN_STRING_OF(x)
-
 #if defined(MARLIN_PORTABLE)  // arm64 compilers define __ARM_NEON for the baseline too
 #include "cpu/simd/portable.h"
 #elif defined(__AVX512BW__)
@@ -25,18 +22,8 @@
 
 namespace mlx_marlin::cpu::MARLIN_TIER {
 
-static const Tier table = {
-    MARLIN_STRING(MARLIN_TIER),
-    rotate,
-    block_rows,
-    multiply,
-    multiply_scratch,
-    multiply_transposed,
-    finish,
-    activate,
-    add_scaled,
-    store,
-    decode_tile_row};
+static const Tier table = {rotate,   block_rows, multiply, multiply_scratch, multiply_transposed, finish,
+                           activate, add_scaled, store,    decode_tile_row};
 
 extern const Tier& tier_table();
 const Tier& tier_table() {

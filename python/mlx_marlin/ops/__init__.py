@@ -22,11 +22,12 @@ from .planning import plan
 from .problems import DTYPES, Activation, device_of, linear_problem, resolve, swiglu_problem
 from .products import is_traced, trellis_decode, trellis_linear, trellis_swiglu
 from .runtime import cpu_digest, instruction_set, plan_digest, set_num_threads
-from .search import set_viterbi_instruction_set, viterbi_instruction_sets, viterbi_search
+from .search import CODEBOOK_MULTIPLIERS, viterbi_search
 from .stacks import BUILD_LOCK, Stack, half_scales, prepare, prepare_weight, with_parameters
 
 __all__ = [
     "BUILD_LOCK",
+    "CODEBOOK_MULTIPLIERS",
     "DTYPES",
     "SHADERS",
     "Activation",
@@ -48,12 +49,10 @@ __all__ = [
     "resolve",
     "run",
     "set_num_threads",
-    "set_viterbi_instruction_set",
     "swiglu_problem",
     "trellis_decode",
     "trellis_linear",
     "trellis_swiglu",
-    "viterbi_instruction_sets",
     "viterbi_search",
     "with_parameters",
 ]

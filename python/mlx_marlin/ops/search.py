@@ -6,7 +6,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from .. import _ext, codec, kernels
+from .. import _ext, codec
+
+CODEBOOK_MULTIPLIERS = dict(zip(codec.CODEBOOKS, _ext.CODEBOOK_MULTIPLIERS))
+"""Multiplier of each codebook's hash, as the kernels have it; EXL3 marks MCG and MUL1 by it."""
 
 
 @lru_cache(maxsize=len(codec.CODEBOOKS))
@@ -26,7 +29,7 @@ def viterbi_search(tiles: np.ndarray, bits: int, codebook: str, *, threads: int 
         tiles: Floating point, shape ``[count, 256]``, in storage order.
         bits: Bits per weight K, 1 to 8.
         codebook: One of :data:`codec.CODEBOOKS`.
-        threads: Worker threads; the result does not depend on it. Default: the machine's cores.
+        threads: Up to this many of the CPU workers; the result does not depend on it. Default: all of them.
 
     Returns:
         uint16, shape ``[count, 256]``: states for :func:`codec.pack` and :func:`codec.decode`.
@@ -45,14 +48,4 @@ def viterbi_search(tiles: np.ndarray, bits: int, codebook: str, *, threads: int 
         targets = np.ascontiguousarray(tiles.astype(np.float16).astype(np.float32))
     if not np.isfinite(targets).all():
         raise ValueError("tiles must be finite and within half precision's range")
-    return _ext.viterbi_search(targets, _codebook_values(codebook), bits, threads or kernels.cpu_threads())
-
-
-def viterbi_instruction_sets() -> list[str]:
-    """Instruction sets that :func:`viterbi_search` can use on this machine, best last."""
-    return _ext.viterbi_instruction_sets()
-
-
-def set_viterbi_instruction_set(name: str) -> None:
-    """Let :func:`viterbi_search` use one instruction set, or ``"auto"``: the best."""
-    _ext.set_viterbi_instruction_set(name)
+    return _ext.viterbi_search(targets, _codebook_values(codebook), bits, threads or _ext.num_threads())

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import codec
+from .. import codec, ops
 from ..storage.safetensors import ITEM_BYTES, TensorInfo, read_header
 from .source import SIDE_FILES, Source
 from .tensors import Tensor, read_bytes, write_file, write_text
 from .weight import Codes
 
 # Multipliers that mark a codebook; 3INST has no marker.
-MARKERS = {"mul1": 0x83DCD12D, "mcg": 0xCBAC1FED}
+MARKERS = {name: ops.CODEBOOK_MULTIPLIERS[name] for name in ("mul1", "mcg")}
 # The layout that is written is that of this version.
 _FORMAT_VERSION = "1.4.1"
 FINISHED = ".finished"  # name of the work directory while it is removed
