@@ -8,18 +8,26 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -type f -not -name '*.pyc')
 
+# Processes that share the tests.
+WORKERS ?= 2
+PYTEST := $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadgroup
+
 CPP_SOURCES = $(shell git ls-files "*.cpp" "*.h" "*.metal")
 
-.PHONY: bench demo format lint test test-full macos-wheel clean
+.PHONY: bench demo format lint test test-full sanitize macos-wheel clean
 
 demo: $(VENV)/installed
 	$(RUN) examples/demo.py
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-full: $(VENV)/installed
-	$(RUN) -m pytest
+	$(PYTEST)
+
+# The C++ parts without MLX under the address, undefined-behaviour and thread sanitizers; a part of test-full.
+sanitize: $(VENV)/installed
+	$(PYTEST) tests/sanitize
 
 # One layer beside its peers: about ten minutes on an idle machine.
 bench: $(VENV)/installed
