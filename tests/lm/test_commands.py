@@ -15,6 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_marlin
+from mlx_marlin import cli
 from mlx_marlin.lm import commands
 from tests.lm.test_bad_models import broken, remove
 from tests.lm.test_distributed import Rank, free_port, launch
@@ -245,23 +246,26 @@ def test_lora_trains_beside_the_trellis_and_is_loaded_again(tmp_path):
     assert np.isfinite(np.array(model(mx.array([[1, 2, 3]])))).all()
 
 
-def test_usage_and_unknown_commands():
+def test_usage_and_unknown_commands(monkeypatch, capsys):
     assert "usage: mlx_marlin COMMAND" in run().stdout
     assert run("--version").stdout == f"mlx_marlin {mlx_marlin.__version__}, mlx-lm {commands.version()}\n"
-    for name in ("nothing", "utils", "models", "cli", "../x", ""):
-        line = refused(run(name))
-        assert f"mlx-lm has no command {name!r}; it has awq, benchmark, " in line
+    assert "mlx-lm has no command 'nothing'; it has awq, benchmark, " in refused(run("nothing"))
+    for name in ("utils", "models", "cli", "../x", ""):
+        monkeypatch.setattr(sys, "argv", ["mlx_marlin", name])
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+        assert f"mlx-lm has no command {name!r}; it has awq, benchmark, " in capsys.readouterr().err
 
 
 def test_missing_extras_are_one_line(tmp_path):
     conversion = ["--model", str(MODELS / "docs-moe"), "--output", str(tmp_path / "out"), "--bits", "3"]
     hide = "import sys; sys.modules[{!r}] = None; sys.argv = {!r}; from mlx_marlin.{} import main; sys.exit(main())"
-    for module, argv, cli in (
+    for module, argv, entry in (
         ("mlx_lm", ["mlx_marlin", "generate"], "cli"),
         ("threadpoolctl", ["mlx_marlin-convert", *conversion], "convert_cli"),
         ("mlx_lm", ["mlx_marlin-convert", *conversion], "convert_cli"),
     ):
-        code = hide.format(module, argv, cli)
+        code = hide.format(module, argv, entry)
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS)
         line = refused(result)
         assert line.startswith(argv[0]) and "pip install '.[lm]'" in line, line

@@ -4,6 +4,7 @@ GPU of a Mac.
 All of the simulator's checks are on: bounds, races, divergence, address spaces, poisoned memory, 32 KB.
 """
 
+from dataclasses import replace
 from itertools import combinations, product
 from types import SimpleNamespace
 
@@ -15,7 +16,6 @@ from mlx_marlin import _ext, codec, kernels, ops
 from mlx_marlin.kernels import KernelConfig, make_name, metal
 from mlx_marlin.ops import shaders
 from mlx_marlin.weights.experts import ExpertBank, ExpertStack
-from mlx_marlin.weights.trellis import TrellisWeight
 from tests import metal_sim
 from tests.support import cases, metal_executor, metal_selection
 from tests.support.metal_backends import BACKENDS, Gpu, run
@@ -55,12 +55,9 @@ def check(backend, case: cases.Case, config: KernelConfig | None, **options) -> 
 
 @pytest.mark.parametrize("bits, codebook", FORMATS)
 def test_decode_is_bit_exact(backend, bits, codebook):
-    # A million random windows: the seed is one that meets all 65536 states.
-    words = np.random.default_rng(1).integers(0, 1 << 16, (64, 64, 16 * bits), np.uint16).view(np.int16)
-    w = TrellisWeight(words, np.ones(1024, np.float16), np.ones(1024, np.float16), codebook)
-    assert np.unique(codec.unpack(words)).size == 1 << 16
+    w, inner = cases.every_state(bits, codebook)
     decoded = backend.decode(ops.prepare_weight("test", w))
-    np.testing.assert_array_equal(decoded.view(np.uint16), codec.inner(w).view(np.uint16))
+    np.testing.assert_array_equal(decoded.view(np.uint16), inner.view(np.uint16))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +84,8 @@ def test_selection_covers_every_pair_and_every_tile():
         if metal_selection.legal(dict(pair))
     }
     assert wanted <= met
+    mixes = {(chosen.kernel_variant, case.mix) for case, chosen in selection() if not case.linear}
+    assert mixes == set(product(kernels.VARIANTS, cases.OPTIONS["mix"]))
     assert tiles == {(key[0], *tile) for key, listed in TILES.items() for tile in listed}
 
 
@@ -130,6 +129,9 @@ def test_pairwise(backend, number, case, variant, fp32_acc):
 
 
 SMALL = cases.Case(3, "mcg", "float16", 5, "blocks", "silu", mix="both", top_k=2, scores=True)
+# The order of threads changes nothing in how a state is decoded: a quick run schedules kernels of one format, which
+# take a tenth of the time to compile, and of all formats in one variant only.
+UNIFORM = replace(SMALL, mix="uniform")
 
 
 @pytest.mark.slow
@@ -144,21 +146,30 @@ def test_every_tile(backend, tiles, fp32_acc):
 
 
 SOME_TILES = [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 8, 128, 16), ("large_batch", 64, 128, 16)]
+MIXED_TILES = SOME_TILES[1]  # whose calls have every stage: route, rotate, gate_up, activate, linear, combine
 
 
-@pytest.mark.parametrize("fp32_acc", [True, False])
-@pytest.mark.parametrize("tiles", SOME_TILES, ids=str)
-def test_schedules_give_the_same_bits(simulator, tiles, fp32_acc):
-    inputs = SMALL.inputs()
+SCHEDULED = [(case, tiles, floats) for case in (UNIFORM, SMALL) for tiles in SOME_TILES for floats in (True, False)]
+
+
+@pytest.mark.parametrize(
+    "case, tiles, fp32_acc",
+    [
+        pytest.param(*s, marks=[] if s[0] is UNIFORM or s[1:] == (MIXED_TILES, True) else [pytest.mark.slow])
+        for s in SCHEDULED
+    ],
+    ids=str,
+)
+def test_schedules_give_the_same_bits(simulator, case, tiles, fp32_acc):
+    inputs = case.inputs()
     chosen = config(*tiles, fp32_acc)
-    first, *others = (run(simulator, SMALL, inputs, chosen, order=order) for order in ORDERS)
+    first, *others = (run(simulator, case, inputs, chosen, order=order) for order in ORDERS)
     for other in others:
         np.testing.assert_array_equal(first, other)
 
 
-# The quick one has every stage: route, rotate, gate_up, activate, linear, combine.
 @pytest.mark.parametrize(
-    "tiles", [pytest.param(t, marks=[] if t[0] == "prefill4" else [pytest.mark.slow]) for t in SOME_TILES], ids=str
+    "tiles", [pytest.param(t, marks=[] if t == MIXED_TILES else [pytest.mark.slow]) for t in SOME_TILES], ids=str
 )
 def test_what_a_mac_compiles_gives_the_same_bits(simulator, monkeypatch, tiles):
     """The text that the host hands to Metal: macros, a file with its includes in it, and the instance of a template."""
@@ -177,8 +188,9 @@ def test_what_a_mac_compiles_gives_the_same_bits(simulator, monkeypatch, tiles):
 
 @pytest.mark.parametrize("tiles", SOME_TILES[:3], ids=str)
 def test_repeated_runs_give_the_same_bits(backend, tiles):
-    inputs = SMALL.inputs()
-    first, *others = (run(backend, SMALL, inputs, config(*tiles)) for _ in range(3))
+    case = SMALL if tiles == MIXED_TILES else UNIFORM
+    inputs = case.inputs()
+    first, *others = (run(backend, case, inputs, config(*tiles)) for _ in range(3))
     for other in others:
         np.testing.assert_array_equal(first, other)
 
@@ -323,19 +335,19 @@ def test_magnitudes_that_half_cannot_hold(backend, tiles, scale, fp32_acc):
 
 
 @pytest.mark.parametrize("fp32_acc", [True, False])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("tiles", [("decode", 1, 32, 8), ("base", 8, 128, 16)], ids=str)
-def test_a_row_that_is_not_finite_stays_alone(backend, tiles, value, fp32_acc):
+def test_a_row_that_is_not_finite_stays_alone(backend, tiles, fp32_acc):
     case = cases.Case(3, "mcg", "float32", 5, "blocks", "silu", top_k=2, scores=True)
     x, indices, scores = case.inputs()
     chosen = config(*tiles, fp32_acc)
     clean = run(backend, case, (x, indices, scores), chosen)
-    spoiled = np.array(x)
-    spoiled[2, 7] = value
-    y = run(backend, case, (mx.array(spoiled), indices, scores), chosen)
-    assert not np.isfinite(y[2]).any()
-    others = [0, 1, 3, 4]
-    np.testing.assert_array_equal(y[others], clean[others])
+    for value in (np.nan, np.inf):
+        spoiled = np.array(x)
+        spoiled[2, 7] = value
+        y = run(backend, case, (mx.array(spoiled), indices, scores), chosen)
+        assert not np.isfinite(y[2]).any()
+        others = [0, 1, 3, 4]
+        np.testing.assert_array_equal(y[others], clean[others])
 
 
 @pytest.mark.parametrize("tiles", [("decode", 1, 128, 16), ("prefill4", 4, 128, 8), ("base", 8, 128, 16)], ids=str)

@@ -65,6 +65,8 @@ def test_plain_error_follows_the_table(calibrated):
 @pytest.mark.parametrize("codebook", codec.CODEBOOKS)
 def test_deterministic_whatever_the_threads(calibrated, codebook):
     weight, h = calibrated
+    if codebook != "mul1":  # the codebooks differ in the values searched only: less of the weight
+        weight, h = weight[:128, :256], h[:128, :128]
     one, three = (quantize_weight(weight, 2, codebook, h, seed=5, threads=n) for n in (1, 3))
     for name in ("trellis", "suh", "svh"):
         np.testing.assert_array_equal(np.array(getattr(one, name)), np.array(getattr(three, name)))

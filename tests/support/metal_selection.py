@@ -51,6 +51,11 @@ AXES = {
 }
 
 
+# The experts of each variant's cases in turn. A kernel with every width and codebook takes ten times as long to compile
+# as one with a single format, so that few have both.
+MIXES = ("uniform", "both", "uniform", "bits", "uniform", "codebooks")
+
+
 def legal(values: dict) -> bool:
     known = ("variant", "prologue", "epilogue")
     return any(all(values.get(name, value) == value for name, value in zip(known, key)) for key in TILES)
@@ -59,7 +64,7 @@ def legal(values: dict) -> bool:
 def selection() -> list:
     """Pairs of a case and a config."""
     others = list(kernels.ACTIVATIONS)
-    chosen, turns = [], Counter()
+    chosen, turns, mixed = [], Counter(), Counter()
     for i, row in enumerate(covering_array(AXES, legal)):
         key = row["variant"], row["prologue"], row["epilogue"]
         sizes = TILES[key][turns[key] % len(TILES[key])]
@@ -70,7 +75,7 @@ def selection() -> list:
             {}
             if linear
             else {
-                "mix": ("uniform", "uniform", "both")[i % 3],
+                "mix": MIXES[mixed[row["variant"]] % len(MIXES)],
                 "top_k": (1, 2, 5)[i % 3],
                 "scores": row["kernel"] == "combined experts",
                 "routing": "one_expert" if i % 7 == 3 else "random",
@@ -86,6 +91,7 @@ def selection() -> list:
             bias=i % 4 == 1,
             **options,
         )
+        mixed[row["variant"]] += not linear
         chosen.append((case, config(row["variant"], *sizes, row["sums"] == "float")))
     left = [(key[0], *sizes) for key, tiles in TILES.items() for sizes in tiles[turns[key] :]]
     return chosen + [(case, config(*one)) for (case, _), one in zip(chosen, left)]
