@@ -115,6 +115,13 @@ struct MarlinDecodeArgs {
   unsigned int zero;
 };
 
+struct MarlinEmbeddingArgs {
+  unsigned int rows;      // of the table
+  unsigned int features;  // elements of a row
+  unsigned int groups;    // of 256 elements, the last one may be incomplete
+  unsigned int bits;      // per element
+};
+
 static_assert(sizeof(struct MarlinRowTile) == 12, "layout");
 static_assert(sizeof(struct MarlinRouteArgs) == 28, "layout");
 static_assert(sizeof(struct MarlinRotateArgs) == 20, "layout");
@@ -122,5 +129,6 @@ static_assert(sizeof(struct MarlinProductArgs) == 60, "layout");
 static_assert(sizeof(struct MarlinActivateArgs) == 20, "layout");
 static_assert(sizeof(struct MarlinCombineArgs) == 20, "layout");
 static_assert(sizeof(struct MarlinDecodeArgs) == 16, "layout");
+static_assert(sizeof(struct MarlinEmbeddingArgs) == 16, "layout");
 
 #endif

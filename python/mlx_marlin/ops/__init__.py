@@ -4,6 +4,7 @@
 - ``problems``: what a call asks for, and the config that answers it.
 - ``calls``: a call in three steps: checked, its problem, the primitive.
 - ``products``: the ops that users call.
+- ``embedding``: rows of a quantized token embedding.
 - ``planning``: what a GPU would run.
 - ``search``: the encoder's search.
 - ``shaders``: the Metal sources, made self-contained.
@@ -18,6 +19,7 @@ import mlx.core as mx
 from .. import _ext
 from . import shaders
 from .calls import Call, check_gathered, check_linear, check_swiglu, run
+from .embedding import trellis_embedding
 from .planning import plan
 from .problems import DTYPES, Activation, device_of, linear_problem, resolve, swiglu_problem
 from .products import is_traced, trellis_decode, trellis_linear, trellis_swiglu
@@ -51,6 +53,7 @@ __all__ = [
     "set_num_threads",
     "swiglu_problem",
     "trellis_decode",
+    "trellis_embedding",
     "trellis_linear",
     "trellis_swiglu",
     "viterbi_search",
