@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; 
 	2>/dev/null && echo $$p && break; done)
 VENV := .venv
 RUN := $(VENV)/bin/python
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -type f -not -name '*.pyc')
+SOURCES := pyproject.toml CMakeLists.txt $(shell find cmake csrc kernels python -type f -not -name '*.pyc')
 
 CPP_SOURCES = $(shell git ls-files "*.cpp" "*.h" "*.metal")
 
