@@ -15,7 +15,7 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text().replace("\\\n", " ")
 # What a runner brings, beside make and python, whose arguments are looked at.
 BROUGHT = {"apt-get"}
-MODULES = {"pip", "pytest"}
+MODULES = {"pip", "pytest", "scikit_build_core"}
 
 
 def make_targets() -> set[str]:
@@ -37,10 +37,11 @@ def fault(words: list[str]) -> str | None:
         wanted = {a for a in arguments if "=" not in a}
         unknown = wanted - make_targets()
         return f"no such make target: {', '.join(sorted(unknown))}" if unknown or not wanted else None
-    if program == "python" and arguments[:1] == ["-m"]:
-        return None if arguments[1] in MODULES else f"no such module here: {arguments[1]}"
     if program == "python":
-        return None if (ROOT / arguments[0]).is_file() else f"no such script: {arguments[0]}"
+        module = arguments[1] if arguments[0] == "-m" else ""
+        path = f"{module.replace('.', '/')}.py" if module else arguments[0]
+        known = module.partition(".")[0] in MODULES or (ROOT / path).is_file()
+        return None if known else f"no such script: {path}"
     return None if program in BROUGHT or (ROOT / program).is_file() else f"no such program: {program}"
 
 
@@ -70,21 +71,26 @@ def test_every_command_exists():
 
 
 @pytest.mark.parametrize(
-    "command", ["make tset", "make", "python tests/nothing.py", "python -m nothing", "sudo nothing", "./nothing"]
+    "command", ["make tset", "make", "python tests/nothing.py", "python -m tests.nothing", "sudo nothing", "./nothing"]
 )
 def test_missing_commands_are_found(command):
     (words,) = commands(command)
     assert fault(words)
 
 
+def recipe(target: str) -> list[list[str]]:
+    """The commands of a make target that run Python."""
+    lines = re.findall(rf"^{target}:.*\n((?:\t.*\n)*)", MAKEFILE, re.MULTILINE)
+    return [words for words in commands("".join(lines).replace("$(RUN)", "python")) if words[0] == "python"]
+
+
 def test_make_targets_run_what_exists():
-    """Every make target without running it, and every script that a recipe names."""
+    """Every target without running it, and every script that its recipe names."""
     listed = set(re.findall(r"^([a-z][\w-]*):", MAKEFILE, re.MULTILINE))
     assert listed == make_targets()
-    scripts = re.findall(r"\$\(RUN\) ([\w/]+\.py)", MAKEFILE)
-    assert len(scripts) >= 4
-    missing = [script for script in scripts if not (ROOT / script).is_file()]
-    assert not missing, f"Makefile: no such scripts: {', '.join(missing)}"
+    faults = [f"{target}: {fault(words)}" for target in listed for words in recipe(target) if fault(words)]
+    assert not faults, "\n".join(faults)
+    assert len([target for target in listed if recipe(target)]) >= 6
     for target in sorted(listed):
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
 
@@ -113,8 +119,8 @@ def test_actions_have_a_version():
 
 def test_the_report_of_a_first_run_is_uploaded():
     """Under the name that the script gives it."""
-    (script,) = re.findall(r"^first-run:.*\n\t\$\(RUN\) (\S+)$", MAKEFILE, re.MULTILINE)
-    assert '"first_run_"' in (ROOT / script).read_text()
+    ((_, _, module),) = recipe("first-run")
+    assert '"first_run_"' in (ROOT / f"{module.replace('.', '/')}.py").read_text()
     steps = jobs(ROOT / ".github/workflows/tests.yml")["macos"]["steps"]
     assert any("make first-run" in step.get("run", "") for step in steps)
     assert [step["with"]["path"] for step in steps if "upload-artifact" in step.get("uses", "")] == ["first_run_*.json"]
