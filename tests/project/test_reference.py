@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 REFERENCE = runpy.run_path(str(ROOT / "docs" / "reference.py"))
 MODULES = ["mlx_marlin", *(f"mlx_marlin.{name}" for name in REFERENCE["MODULES"])]
 
