@@ -6,7 +6,10 @@ import re
 from dataclasses import dataclass
 
 VARIANTS = ("decode", "prefill4", "base", "large_batch")
+"""Families of kernels, by the number of rows that they are for, the fewest first; the position is the kernels' id."""
+
 MAX_KERNEL_BITS = 8
+"""Most bits per weight that the kernels decode."""
 
 _BASE_NAMES = ("moe_trellis_swiglu", "moe_trellis_mixed_swiglu")
 _NAME = re.compile(

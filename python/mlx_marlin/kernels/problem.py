@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai")
+"""What the fused kernels compute of gate and up; the position is the id that the kernels use."""
+
 DTYPES = ("float32", "float16", "bfloat16")
+"""Names of the dtypes of x; the position is the id that the kernels use."""
+
 DEVICES = ("cpu", "gpu")
+"""Names of what runs a call."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ _BLOCK_ROWS = 4096
 class TrellisEmbedding(nn.Module):
     """A token embedding over a quantized table. A drop-in for ``nn.Embedding``.
 
-    Parameters: ``trellis`` (uint16 ``[rows, groups * (1 + 16 * K)]``) and ``signs`` (``[groups, 256]``, +1 and -1, whose
-    dtype is that of the embeddings, as ``nn.Embedding``'s weight's is). Never trainable.
+    Parameters: ``trellis`` (uint16 ``[rows, groups * (1 + 16 * K)]``) and ``signs`` (``[groups, 256]``, +1 and -1,
+    whose dtype is that of the embeddings, as ``nn.Embedding``'s weight's is). Never trainable.
 
     Args:
         w: The weight.

@@ -13,8 +13,8 @@ class EmbeddingWeight:
     """A quantized token embedding: each row by itself, in groups of 256 elements. The codebook is mul1.
 
     Args:
-        trellis: int16, shape ``[rows, groups * (1 + 16 * K)]`` with ``groups = ceil(features / 256)`` and a whole K from
-            1 to 8. NumPy or MLX.
+        trellis: int16, shape ``[rows, groups * (1 + 16 * K)]`` with ``groups =
+            ceil(features / 256)`` and a whole K from 1 to 8. NumPy or MLX.
         signs: float16, shape ``[groups, 256]``, of +1 and -1.
         features: Elements of a row, which the file does not record. Default: ``None``, whole groups.
 

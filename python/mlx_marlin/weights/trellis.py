@@ -8,7 +8,7 @@ import numpy as np
 from .. import codec
 
 
-def asas_array(name: str, value) -> mx.array:
+def as_array(name: str, value) -> mx.array:
     """A NumPy or MLX array, or what NumPy makes one of."""
     if isinstance(value, mx.array):
         return value
