@@ -14,7 +14,7 @@
 
 // Constants that decide which code there is at all. They are fixed in the text of a source: the host defines
 // MARLIN_SOURCE_<name> for each, 0 if a dispatch does not name it. As function constants they would make Metal
-// compile all 24 decoders before it drops 23 of them. `*_widths` has bit 2 * K set where an expert has K bits per
+// compile all 27 decoders before it drops 26 of them. `*_widths` has bit 2 * K set where an expert has K bits per
 // weight, `*_codebooks` bit c where one has codebook c. `down_*` also stands for the only weight of a linear.
 #define MARLIN_SOURCE_CONSTANTS(X)                               \
   X(gate_widths)                                                 \

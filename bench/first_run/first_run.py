@@ -107,10 +107,11 @@ def self_tests(where: str, small: bool) -> dict:
     every = replace(_problem(3, 1, "gpu"), codebooks=codec.CODEBOOKS)
     configs = {c: None for rows in (1, 4, 16, 64) for c in kernels.candidates(replace(every, rows=rows))}
     calls = [(every, config) for config in (list(configs)[:4] if small else configs)]
-    for bits in (3,) if small else range(1, codec.MAX_BITS + 1):
+    for bits in (3,) if small else codec.WIDTHS:
+        codebook = "mul1" if codec.is_half_rate(bits) else "mcg"
         for dtype in kernels.DTYPES:
             for variant, rows in zip(kernels.VARIANTS, (1, 4, 17, 64)):
-                problem = replace(_problem(bits, rows, "gpu"), dtype=dtype, combine=rows == 1)
+                problem = replace(_problem(bits, rows, "gpu", codebook), dtype=dtype, combine=rows == 1)
                 calls.append((problem, kernels.config_for(problem, kernels.make_name(variant))))
     wrong = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +134,7 @@ def _run_on_cpu(problem: Problem, config: KernelConfig, case: dict) -> np.ndarra
 
 
 def _problem(
-    bits: int,
+    bits: float,
     rows: int,
     where: str,
     codebook: str = "mcg",
@@ -154,7 +155,7 @@ def _bank(rng, problem: Problem) -> ExpertBank:
         *(
             [
                 TrellisWeight(
-                    rng.integers(-(1 << 15), 1 << 15, (k // 16, n // 16, 16 * bits), np.int16),
+                    rng.integers(-(1 << 15), 1 << 15, (k // 16, n // 16, codec.words_per_tile(bits)), np.int16),
                     np.ones(k, np.float16),
                     np.ones(n, np.float16),
                     problem.codebooks[0],
