@@ -90,4 +90,4 @@ def write(path: str | None, result, name: str) -> None:
     """Write a result with the machine it was measured on."""
     if path is not None:
         document = {"machine": asdict(device.fingerprint(name)), **result}
-        atomic.replace(Path(path), json.dumps(document, indent=1).encode() + b"\n")
+        atomic.write_text(Path(path), json.dumps(document, indent=1) + "\n")

@@ -30,6 +30,7 @@ from bench.cpu import ceilings, peers
 from bench.cpu.contenders import Contender, MarlinContender
 from bench.cpu.shape import Shape
 from mlx_marlin import _ext, codec, device, set_num_threads
+from mlx_marlin.storage import atomic
 
 ROWS = (1, 4, 16, 64, 256)
 BITS = ("2", "3", "4", "mixed")
@@ -166,10 +167,7 @@ def save(path: Path, stored: dict, results: list[dict]) -> None:
     head = json.dumps({name: value for name, value in stored.items() if name != "results"}, indent=1)
     lines = ",\n".join(json.dumps(result) for result in sorted(kept + results, key=key))
     text = f'{head[:-2]},\n "results": [\n{lines}\n ]\n}}'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(text + "\n")
-    os.replace(beside, path)
+    atomic.write_text(path, text + "\n")
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:

@@ -275,7 +275,7 @@ def main() -> None:
     chip = device.fingerprint(arguments.device).chip
     path = arguments.output or Path("first_run_" + "_".join(chip.lower().split()) + ".json")
     for part, report in collect(arguments.device, arguments.small):  # a later part may crash
-        atomic.replace(path, (json.dumps(report, indent=1) + "\n").encode())
+        atomic.write_text(path, json.dumps(report, indent=1) + "\n")
         print(f"{part} written", file=sys.stderr)
     print(path)
 

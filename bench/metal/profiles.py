@@ -11,6 +11,7 @@ from mlx_marlin import kernels
 from mlx_marlin.kernels.problem import Problem
 from mlx_marlin.profile import json as profile_json
 from mlx_marlin.profile.schema import AutotuneConfig, Entry, Measured, Timing
+from mlx_marlin.storage import atomic
 
 PROFILES = Path(__file__).resolve().parents[2] / "python/mlx_marlin/profile/predicted"
 
@@ -60,10 +61,9 @@ def profile(chip: Chip) -> AutotuneConfig:
 
 def write() -> list[Path]:
     """Write the shipped profiles, one per chip."""
-    PROFILES.mkdir(exist_ok=True)
     paths = []
     for chip in CHIPS.values():
         path = PROFILES / f"{chip.name.lower().replace(' ', '_')}.json"
-        path.write_bytes(profile_json.encode(profile(chip)))
+        atomic.write_bytes(path, profile_json.encode(profile(chip)))
         paths.append(path)
     return paths

@@ -199,7 +199,7 @@ class SelfTest:
         """A disk that cannot be written costs a repeat of the tests, no more."""
         text = json.dumps({"machine": self._machine, "verdicts": self._verdicts}, indent=1)
         try:
-            atomic.replace(self._path, text.encode())
+            atomic.write_text(self._path, text)
         except OSError as error:
             _log.debug("self-test verdicts are not kept: %s", error)
 
