@@ -141,10 +141,16 @@ def _problem(
     intermediate: int = 768,
     experts: int = 128,
 ):
-    dtype = "float16" if where == "gpu" else "float32"
-    bits = ((bits,) * 3,)
-    return Problem(
-        "swiglu", rows, 8, hidden, intermediate, experts, bits, (codebook,), "silu", dtype, where, combine=True
+    return Problem.swiglu(
+        hidden,
+        intermediate,
+        rows=rows,
+        experts=experts,
+        top_k=8,
+        bits=bits,
+        codebooks=codebook,
+        device=where,
+        combine=True,
     )
 
 

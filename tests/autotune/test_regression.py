@@ -33,7 +33,7 @@ class World:
 def world(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_MARLIN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(workload, "last_level_cache", lambda: 1 << 16)
-    monkeypatch.setattr(kernels, "cpu_threads", lambda: 2)
+    monkeypatch.setattr(kernels.cpu, "cpu_threads", lambda: 2)
     world = World()
     monkeypatch.setattr(workload.ConfigClock, "__call__", lambda self: world.sample(world.times.get(self.config, 1.0)))
     monkeypatch.setattr(workload.ConfigClock, "warm_up", lambda self, n: self._check and self._check())

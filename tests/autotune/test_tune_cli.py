@@ -25,7 +25,7 @@ def test_writes_the_profile_that_layers_find(capsys):
     assert out.splitlines()[0].split()[:2] == ["problem", "rows"] and len(out.splitlines()) == 3
     assert "swiglu 256x128 4/2 2,3" in out and "[2/2]" in err and "s left" in err
     stored = profile.load(profile.default_path("cpu"))
-    problem = Problem("swiglu", 4, 2, 256, 128, 4, ((2, 2, 2), (3, 3, 3)), ("mul1",), "silu", "float32", "cpu")
+    problem = Problem.swiglu(256, 128, rows=4, experts=4, top_k=2, bits=((2, 2, 2), (3, 3, 3)))
     assert profile.find(problem).config == stored.problems[problem].config
     assert not list(profile.default_path("cpu").parent.glob("*.session*"))
 
@@ -39,7 +39,7 @@ def test_json_and_output(tmp_path, capsys, monkeypatch):
             raise RuntimeError("no thread left")
         return call(self, config, *rest)
 
-    monkeypatch.setattr(kernels, "cpu_threads", lambda: 2)
+    monkeypatch.setattr(kernels.cpu, "cpu_threads", lambda: 2)
     monkeypatch.setattr(Workload, "_call", crash)
     path = tmp_path / "out" / "p.json"
     assert tune("--batch-sizes", "4", "--json", "--output", str(path)) == 0
@@ -245,9 +245,9 @@ def test_what_one_of_several_processes_had_done_is_known_to_all_and_then_forgott
 
 
 def test_one_step_differs_from_the_default_in_one_thing(monkeypatch):
-    monkeypatch.setattr(kernels, "cpu_threads", lambda: 2)
+    monkeypatch.setattr(kernels.cpu, "cpu_threads", lambda: 2)
     tuning_run.hardware.cache_clear()
-    problem = Problem("linear", 4, 1, 256, 512, 1, ((3,),), ("mul1",), "none", "float32", "cpu")
+    problem = Problem.linear(256, 512, rows=4, bits=3)
     found = tuning_run.one_step(problem)
     default = kernels.default(problem)
     assert found[0] == default and len(found) == 5 < len(kernels.candidates(problem))  # 2 panels, columns, threads

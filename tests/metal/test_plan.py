@@ -29,18 +29,16 @@ TRIPLES = ((3, 3, 3),), ((6, 2, 3),), ((1, 8, 5), (2, 4, 6))
 
 def swiglu(size: str, bits=((3, 3, 3),), dtype="float16", combine=True, bias=False) -> Problem:
     rows, top_k, hidden, intermediate, experts = SIZES[size]
-    return Problem(
-        "swiglu",
-        rows,
-        top_k,
+    return Problem.swiglu(
         hidden,
         intermediate,
-        experts,
-        bits,
-        ("mcg",),
-        "silu",
-        dtype,
-        "gpu",
+        rows=rows,
+        experts=experts,
+        top_k=top_k,
+        bits=bits,
+        codebooks="mcg",
+        dtype=dtype,
+        device="gpu",
         combine=combine,
         bias=bias,
     )
@@ -48,13 +46,13 @@ def swiglu(size: str, bits=((3, 3, 3),), dtype="float16", combine=True, bias=Fal
 
 def linear(size: str, bits: int = 3, dtype="float16", bias=False) -> Problem:
     rows, _, hidden, intermediate, _ = SIZES[size]
-    return Problem("linear", rows, 1, hidden, intermediate, 1, ((bits,),), ("mul1",), "none", dtype, "gpu", bias=bias)
+    return Problem.linear(hidden, intermediate, rows=rows, bits=bits, dtype=dtype, device="gpu", bias=bias)
 
 
 PROBLEMS = [swiglu(size, TRIPLES[i % 3], kernels.DTYPES[i % 3], i % 2 == 0, i % 3 == 1) for i, size in enumerate(SIZES)]
 PROBLEMS += [linear(size, i + 1, kernels.DTYPES[i % 3], i % 2 == 1) for i, size in enumerate(SIZES)]
 
-ALL_TILES = [(variant, *tiles) for variant in kernels.VARIANTS for tiles in metal.tiles(variant)]
+ALL_TILES = [(variant, *tiles) for variant in kernels.VARIANTS for tiles in metal.legal_tiles(variant)]
 
 
 def config(variant: str, rows: int, columns: int, simdgroups: int, fp32_acc: bool = True) -> KernelConfig:
@@ -252,7 +250,7 @@ def test_constants_are_the_widths_and_codebooks_present():
 
 
 def test_no_rows_need_no_dispatch():
-    problem = Problem("linear", 0, 1, 128, 128, 1, ((3,),), ("mcg",), "none", "float32", "gpu")
+    problem = Problem.linear(128, 128, rows=0, bits=3, codebooks="mcg", dtype="float32", device="gpu")
     assert ops.plan(problem) == {"dispatches": [], "scratch": {}}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_marlin import _ext, codec
 from mlx_marlin.kernels import KernelConfig, make_name
-from mlx_marlin.kernels.cpu import PANEL_ROWS, cpu_threads
+from mlx_marlin.kernels.cpu import TILE_ROWS, cpu_threads
 from mlx_marlin.ops import trellis_decode, trellis_linear, trellis_swiglu
 from mlx_marlin.weights.experts import ExpertBank
 from mlx_marlin.weights.trellis import TrellisWeight
@@ -26,7 +26,7 @@ def make_weight(rng, k, n, bits, codebook="mul1", bias=False):
 
 
 def config(panel_rows=64, threads=None):
-    variant = next(name for name, rows in PANEL_ROWS.items() if panel_rows in rows)
+    variant = next(name for name, rows in TILE_ROWS.items() if panel_rows in rows)
     return KernelConfig(make_name(variant), panel_rows, 128, threads or cpu_threads(), True, variant)
 
 

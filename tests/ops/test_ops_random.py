@@ -63,18 +63,13 @@ def check_random_linear(seed: int) -> None:
     )
     rows, dtype = int(rng.integers(1, 140)), cases.DTYPES[rng.integers(3)]
     x = cases.random_rows(rng, rows, w.in_features, dtype)
-    problem = Problem(
-        "linear",
-        rows,
-        1,
+    problem = Problem.linear(
         w.in_features,
         w.out_features,
-        1,
-        ((w.bits,),),
-        (w.codebook,),
-        "none",
-        dtype,
-        "cpu",
+        rows=rows,
+        bits=w.bits,
+        codebooks=w.codebook,
+        dtype=dtype,
         bias=w.bias is not None,
     )
     y = trellis_linear(x, w, config=random_config(rng, problem), stream=mx.cpu)

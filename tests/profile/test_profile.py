@@ -28,7 +28,9 @@ NARROW = KernelConfig("moe_trellis_swiglu_decode", 1, 64, 1, True, "decode")
 
 
 def problem(rows=1, hidden=256, bits=((2, 3, 4),), dtype="float32", on="cpu"):
-    return Problem("swiglu", rows, 2, hidden, 128, 4, bits, ("3inst",), "silu", dtype, on)
+    return Problem.swiglu(
+        hidden, 128, rows=rows, experts=4, top_k=2, bits=bits, codebooks="3inst", dtype=dtype, device=on
+    )
 
 
 def entry(config=DECODE, ms=1.0, default=NARROW, baseline=2.0, **more):
@@ -145,7 +147,7 @@ def test_projection_takes_the_lowest_geometric_mean():
 
 def test_projection_does_not_mix_kinds():
     """A layer of experts and a single product may have the same key; each way round the experts have it."""
-    one = Problem("linear", 1, 1, 256, 128, 1, ((3,),), ("mul1",), "none", "float32", "cpu")
+    one = Problem.linear(256, 128, bits=3)
     experts = problem(bits=((3, 3, 3),))
     assert schema.table_key(one) == schema.table_key(experts)
     both = {one: entry(NARROW, 0.1), experts: entry(DECODE, 9.0)}

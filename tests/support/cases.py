@@ -115,34 +115,28 @@ class Case:
         """The case as the kernels see it."""
         hidden, intermediate = DIMS[self.dims]
         if self.linear:
-            return Problem(
-                "linear",
-                self.rows,
-                1,
+            return Problem.linear(
                 hidden,
                 intermediate,
-                1,
-                ((self.bits,),),
-                (self.codebook,),
-                "none",
-                self.dtype,
-                device,
+                rows=self.rows,
+                bits=self.bits,
+                codebooks=self.codebook,
+                dtype=self.dtype,
+                device=device,
                 bias=self.bias,
             )
         bank = self.bank()
-        codebooks = sorted({c for s in (bank.gate, bank.up, bank.down) for c in s.codebooks})
-        return Problem(
-            "swiglu",
-            self.rows,
-            self.top_k,
+        return Problem.swiglu(
             hidden,
             bank.intermediate,
-            EXPERTS,
-            tuple(sorted(set(bank.triples))),
-            tuple(codebooks),
-            self.activation,
-            self.dtype,
-            device,
+            rows=self.rows,
+            experts=EXPERTS,
+            top_k=self.top_k,
+            bits=bank.triples,
+            codebooks=[c for s in (bank.gate, bank.up, bank.down) for c in s.codebooks],
+            activation=self.activation,
+            dtype=self.dtype,
+            device=device,
             combine=self.scores,
             bias=self.bias,
         )

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import codec, kernels, ops
-from ..device.machine import last_level_cache
+from ..device.machine import last_level_cache, mlx_device
 from ..kernels import KernelConfig, Problem
 from ..layers.experts import TrellisSwitchGLU
 from ..layers.linear import TrellisLinear
@@ -34,8 +34,6 @@ CHECK_EXPERTS = 16
 ROUTINGS = 8
 # Weights between two uses of the same bytes, over the last-level cache: beyond 1, nothing survives in an LRU cache.
 CACHE_FACTOR = 1.25
-# Scratch of a call on the CPU that MLX does not count: csrc/cpu/segments.h and swiglu.cpp bound both parts.
-_ROTATED_BYTES, _COMBINED_BYTES = 32 << 20, 64 << 20
 
 Projections = tuple[Stack, ...]
 
@@ -47,7 +45,7 @@ def problem_class(problem: Problem) -> Problem:
 
 def tolerance(problem: Problem, config: KernelConfig) -> float:
     """The largest error of a row that a config may have."""
-    halves = problem.device == "gpu" and not config.use_fp32_acc and problem.dtype != "float32"
+    halves = kernels.rules_of(problem).half_sums(config) and problem.dtype != "float32"
     return max(TOLERANCE[problem.dtype], _HALF_TOLERANCE if halves else 0.0)
 
 
@@ -114,7 +112,7 @@ class Workload:
         self.weight_bytes = sum(a.nbytes for stack in stacks for a in stack.arrays)
         room = _room(problem, self.weight_bytes, memory_limit)
         self._rng = np.random.default_rng(seed)
-        self.stream = mx.Device(mx.gpu if problem.device == "gpu" else mx.cpu)
+        self.stream = mlx_device(problem.device)
         self._dtype = getattr(mx, problem.dtype)
         self.x = self._rows(problem.rows)
         self._routings = [self._routing(problem.rows) for _ in range(ROUTINGS if problem.kind == "swiglu" else 1)]
@@ -318,12 +316,7 @@ def call_bytes(problem: Problem) -> int:
     if problem.kind == "swiglu":
         outputs = (problem.rows if problem.combine else slots) * problem.hidden
     inputs = problem.rows * problem.hidden * item + ROUTINGS * slots * 8
-    if problem.device == "gpu":
-        return inputs + outputs * item + sum(ops.plan(problem)["scratch"].values())
-    inner = problem.intermediate if problem.kind == "swiglu" else 0
-    rotated = min(_ROTATED_BYTES, 4 * slots * (2 * codec.padded(problem.hidden) + inner))
-    combined = min(_COMBINED_BYTES, 4 * slots * problem.hidden) if problem.combine else 0
-    return inputs + outputs * item + rotated + combined
+    return inputs + outputs * item + ops.scratch_bytes(problem)
 
 
 def _room(problem: Problem, weight_bytes: int, limit: int | None, beside: int = 0) -> float:

@@ -82,3 +82,12 @@ def make_name(
     name = "_".join(parts)
     parse_name(name)
     return name
+
+
+def default_variant(rows: int) -> str:
+    """The variant for a number of rows: decode at 1, prefill4 to 16, base to 32, large_batch above."""
+    if rows <= 1:
+        return "decode"
+    if rows <= 16:
+        return "prefill4"
+    return "base" if rows <= 32 else "large_batch"

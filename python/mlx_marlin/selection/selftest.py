@@ -264,20 +264,20 @@ def _gpu() -> SelfTest:
 
 
 def fault(problem: Problem, config: KernelConfig) -> str | None:
-    """What is wrong with a config on this machine, or ``None``. On the CPU nothing is tested."""
-    return _gpu().fault(problem, config) if problem.device == "gpu" else None
+    """What is wrong with a config on this machine, or ``None``. Kernels that came compiled are not tested."""
+    return _gpu().fault(problem, config) if kernels.rules_of(problem).COMPILED_AT_RUN_TIME else None
 
 
 def select(problem: Problem, traced: bool) -> tuple[Choice, bool]:
     """The choice for a problem, and whether it is final.
 
     Args:
-        problem: On the CPU nothing is tested, nor where there are no rows.
+        problem: Kernels that came compiled are not tested, nor is anything where there are no rows.
         traced: Whether the call is being traced. Nothing runs then: a config that is not known yet is used untested,
             and a compiled function keeps it.
     """
     choice = choices.choose(problem)
-    if problem.device != "gpu" or problem.rows == 0:
+    if not kernels.rules_of(problem).COMPILED_AT_RUN_TIME or problem.rows == 0:
         return choice, True
     if traced and not _gpu().known(problem, choice.config):
         return choice, False
