@@ -7,10 +7,10 @@ import math
 import random
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 from mlx_marlin import TrellisSwitchGLU, TrellisWeight, device, kernels
 from mlx_marlin.measure import stats
@@ -89,5 +89,5 @@ def saving(samples: Mapping, ours, theirs) -> dict:
 def write(path: str | None, result, name: str) -> None:
     """Write a result with the machine it was measured on."""
     if path is not None:
-        document = {"machine": asdict(device.fingerprint(name)), **result}
+        document = {"machine": structs.asdict(device.fingerprint(name)), **result}
         atomic.replace(Path(path), json.dumps(document, indent=1).encode() + b"\n")

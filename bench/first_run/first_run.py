@@ -21,6 +21,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from msgspec import structs
 
 from bench.metal.chips import CHIPS, label
 from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, codec, device, kernels, measure, ops
@@ -43,7 +44,7 @@ def machine(where: str) -> dict:
     """What the numbers depend on."""
     stream = mx.Device(mx.gpu if where == "gpu" else mx.cpu)
     return {
-        "fingerprint": asdict(device.fingerprint(where)),
+        "fingerprint": structs.asdict(device.fingerprint(where)),
         "mlx": version("mlx"),
         "python": platform.python_version(),
         "macos": platform.mac_ver()[0],

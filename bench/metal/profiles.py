@@ -48,6 +48,8 @@ def profile(chip: Chip) -> AutotuneConfig:
                 _timing(baseline),
                 (ratio, ratio, ratio),
                 "default" if config == default else "faster",
+                "unchecked",
+                timestamp=0.0,
                 timings=tuple(Measured(c, _timing(t)) for t, c in ranking(problem, chip)[:RANKED]),
             ),
         )

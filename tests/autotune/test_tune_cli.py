@@ -3,9 +3,10 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
+from msgspec import structs
 
 from mlx_marlin import kernels, profile
 from mlx_marlin.autotune import cli as tune_cli
@@ -124,7 +125,7 @@ def test_foreign_profile_is_left_alone(tmp_path, capsys):
     path = tmp_path / "p.json"
     tune("--batch-sizes", "1", "--output", str(path))
     stored = profile.load(path)
-    stored.fingerprint = replace(stored.fingerprint, chip="Another chip")
+    stored.fingerprint = structs.replace(stored.fingerprint, chip="Another chip")
     path.write_bytes(profile_json.encode(stored))
     before = path.read_bytes()
     assert tune("--batch-sizes", "1", "--output", str(path)) == 2

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from mlx_marlin import device, kernels, profile
 from mlx_marlin.kernels import KernelConfig, Problem
@@ -201,7 +202,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_foreign_file_is_never_overwritten(tmp_path, change):
     path = tmp_path / "profile.json"
     other = cpu_profile({problem(): entry()})
-    other.fingerprint = replace(other.fingerprint, **change)
+    other.fingerprint = structs.replace(other.fingerprint, **change)
     profile.save(other, path)
     before = path.read_bytes()
     with pytest.raises(ProfileError, match="not overwritten"):
@@ -366,7 +367,7 @@ def test_noise_is_refused(data):
 
 
 def test_oversized_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(profile_json, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(profile_files, "MAX_FILE_BYTES", 10)
     path = tmp_path / "big.json"
     path.write_text(json.dumps(DOCUMENT))
     with pytest.raises(ProfileError, match="larger than"):
@@ -379,8 +380,8 @@ def test_oversized_file(tmp_path, monkeypatch):
 def test_default_path_tells_machines_apart(cache, monkeypatch):
     here = profile.default_path("cpu")
     assert here.parent == cache / "profiles"
-    other = replace(device.fingerprint("cpu"), cores=999)
-    monkeypatch.setattr(profile_json, "fingerprint", lambda _: other)
+    other = structs.replace(device.fingerprint("cpu"), cores=999)
+    monkeypatch.setattr(profile_files, "fingerprint", lambda _: other)
     assert profile.default_path("cpu") != here
 
 

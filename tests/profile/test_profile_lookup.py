@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import mlx.core as mx
 import pytest
+from msgspec import structs
 
 from mlx_marlin import kernels, profile
 from mlx_marlin.kernels import Problem
@@ -23,7 +24,7 @@ def layer_problem(rows=1, **changes):
 def write_profile(path, entries, **changes):
     made = cpu_profile({p: entry(c) for p, c in entries.items()})
     if changes:
-        made.fingerprint = replace(made.fingerprint, **changes)
+        made.fingerprint = structs.replace(made.fingerprint, **changes)
     profile.save(made, path)
     profile.refresh()
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
 
 from .. import codec
 
@@ -13,10 +16,24 @@ DEVICES = ("cpu", "gpu")
 USUAL_DTYPE = {"cpu": "float32", "gpu": "float16"}
 """Dtype of the activations on a device, where nothing else is asked for."""
 
+# Names come from users and from loops over the tuples above, so that they are str to a type checker; files are held to
+# these.
+if TYPE_CHECKING:
+    Kind = Codebook = Activation = Dtype = Device = str
+else:
+    Kind = Literal["linear", "swiglu"]
+    Codebook = Literal[codec.CODEBOOKS]
+    Activation = Literal[("none", *ACTIVATIONS)]
+    Dtype = Literal[DTYPES]
+    Device = Literal[DEVICES]
+_Rows = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+_Width = Annotated[int, msgspec.Meta(ge=1, le=codec.MAX_BITS)]
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One call, described by shapes and dtypes only.
+    """One call, described by shapes and dtypes only. Limits in annotations are checked where one is read from a file.
 
     Attributes:
         kind: ``"linear"`` or ``"swiglu"``.
@@ -34,19 +51,30 @@ class Problem:
         bias: Whether any projection has a bias.
     """
 
-    kind: str
-    rows: int
-    top_k: int
-    hidden: int
-    intermediate: int
-    experts: int
-    bits: tuple[tuple[int, ...], ...]
-    codebooks: tuple[str, ...]
-    activation: str
-    dtype: str
-    device: str
+    kind: Kind
+    rows: _Rows
+    top_k: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+    hidden: _Size
+    intermediate: _Size
+    experts: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+    bits: Annotated[tuple[tuple[_Width, ...], ...], msgspec.Meta(min_length=1, max_length=8**3)]
+    codebooks: Annotated[tuple[Codebook, ...], msgspec.Meta(min_length=1)]
+    activation: Activation
+    dtype: Dtype
+    device: Device
     combine: bool = False
     bias: bool = False
+
+    def __post_init__(self):
+        wanted = 1 if self.kind == "linear" else 3
+        if any(len(group) != wanted for group in self.bits):
+            raise ValueError(f"each element of bits must have {wanted} widths for kind {self.kind!r}")
+        for name in ("bits", "codebooks"):
+            values = getattr(self, name)
+            if list(values) != sorted(set(values)):
+                raise ValueError(f"{name} must be sorted and distinct")
+        if (self.activation == "none") != (self.kind == "linear"):
+            raise ValueError(f"kind {self.kind!r} does not go with activation {self.activation!r}")
 
     @property
     def widths(self) -> tuple[int, ...]:

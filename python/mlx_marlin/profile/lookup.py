@@ -8,7 +8,7 @@ from .. import kernels
 from ..kernels import KernelConfig, Problem
 from ..kernels.metal import LARGE_BATCH_COLUMNS
 from ..kernels.search_space import SIMDGROUPS, TILE_SIZES, nearest_width
-from .schema import AutotuneConfig, Table, projected, table_key
+from .schema import AutotuneConfig, LookupTable, projected, table_key
 
 
 def distinct_widths(bit_widths: Iterable[int]) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ def by_distance(keys: Iterable[int], target: int) -> list[int]:
 
 
 def search_table(
-    table: Table, batch_size: int, hidden: int, widths: tuple[int, ...], accept: Callable[[KernelConfig], bool]
+    table: LookupTable, batch_size: int, hidden: int, widths: tuple[int, ...], accept: Callable[[KernelConfig], bool]
 ) -> KernelConfig | None:
     """Exact match, then the nearest batch size, then the nearest hidden size; neighbours only where accepted."""
     exact = table.get(batch_size, {}).get(hidden, {}).get(widths)
@@ -68,7 +68,7 @@ def search_table(
     return None
 
 
-def table_of(profile: AutotuneConfig, kind: str) -> Table:
+def table_of(profile: AutotuneConfig, kind: str) -> LookupTable:
     """What a profile's table says about problems of one kind. Cells that no problem stands behind are of experts."""
     keys: dict[str, set] = {"linear": set(), "swiglu": set()}
     for problem in profile.problems:
