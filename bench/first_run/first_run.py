@@ -24,13 +24,14 @@ import numpy as np
 from msgspec import structs
 
 from bench.metal.chips import CHIPS, label
-from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, codec, device, kernels, measure, ops
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, codec, device, kernels, measure, ops
 from mlx_marlin.kernels import metal
 from mlx_marlin.kernels.config import KernelConfig
 from mlx_marlin.kernels.problem import Problem
 from mlx_marlin.measure import stats
 from mlx_marlin.selection import choices, selftest
 from mlx_marlin.storage import atomic
+from mlx_marlin.weights.synthetic import random_projection
 
 ROOT = Path(__file__).resolve().parents[2]
 PREDICTED = ROOT / "bench" / "results" / "metal_predicted.json"
@@ -156,21 +157,7 @@ def _problem(
 
 
 def _bank(rng, problem: Problem) -> ExpertBank:
-    shapes = [(problem.hidden, problem.intermediate)] * 2 + [(problem.intermediate, problem.hidden)]
-    return ExpertBank(
-        *(
-            [
-                TrellisWeight(
-                    rng.integers(-(1 << 15), 1 << 15, (k // 16, n // 16, 16 * bits), np.int16),
-                    np.ones(k, np.float16),
-                    np.ones(n, np.float16),
-                    problem.codebooks[0],
-                )
-                for _ in range(problem.experts)
-            ]
-            for (k, n), bits in zip(shapes, problem.bits[0])
-        )
-    )
+    return ExpertBank(*(random_projection(rng, problem, part) for part in range(3)))
 
 
 def _configs(problem: Problem) -> list[KernelConfig]:

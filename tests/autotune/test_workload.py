@@ -202,7 +202,7 @@ def test_what_a_workload_holds_is_what_mlx_counts(endless_cache):
 
 
 def test_sizes_are_known_before_anything_is_allocated(monkeypatch):
-    monkeypatch.setattr(workload, "_random_stack", lambda *a: pytest.fail("allocated"))
+    monkeypatch.setattr(workload.synthetic, "random_projection", lambda *a: pytest.fail("allocated"))
     with pytest.raises(MemoryError, match=r"the weights take 0\.4 MB and a call about .* the memory limit is 0\.1 MB"):
         Workload.synthetic(BIG, memory_limit=100_000)
 

@@ -15,6 +15,7 @@ import numpy as np
 from mlx_marlin import codec
 from mlx_marlin.kernels import ACTIVATIONS, DTYPES, Problem
 from mlx_marlin.weights.experts import ExpertBank
+from mlx_marlin.weights.synthetic import random_weight
 from mlx_marlin.weights.trellis import TrellisWeight
 from tests.support.covering import covering_array
 
@@ -186,42 +187,6 @@ def random_rows(rng: np.random.Generator, rows: int, size: int, dtype: str = "fl
     x[:, :: codec.HADAMARD_SIZE] *= 16
     x[:, :: codec.HADAMARD_SIZE] += np.copysign(12, x[:, :: codec.HADAMARD_SIZE])
     return mx.array(x).astype(getattr(mx, dtype))
-
-
-def random_weight(
-    rng: np.random.Generator,
-    in_features: int,
-    out_features: int,
-    bits: float,
-    codebook: str = "mul1",
-    bias: bool = False,
-    gain: float = 1.0,
-) -> TrellisWeight:
-    """A weight of random trellis words.
-
-    Args:
-        rng: Source of everything random.
-        in_features, out_features: Logical sizes; the arrays have the next multiples of 128.
-        bits: K.
-        codebook: One of ``codec.CODEBOOKS``.
-        bias: Whether to add one.
-        gain: Standard deviation of the output for inputs of standard deviation 1.
-    """
-    k, n = codec.padded(in_features), codec.padded(out_features)
-    words = rng.integers(0, 1 << 16, (k // 16, n // 16, codec.words_per_tile(bits)), np.uint16).view(np.int16)
-
-    def scales(size, magnitude):
-        return (magnitude * rng.uniform(0.5, 1.5, size) * rng.choice([-1.0, 1.0], size)).astype(np.float16)
-
-    return TrellisWeight(
-        words,
-        scales(k, 1.0),
-        scales(n, gain / in_features**0.5),
-        codebook,
-        bias=rng.standard_normal(n).astype(np.float16) if bias else None,
-        in_features=in_features,
-        out_features=out_features,
-    )
 
 
 def random_experts(

@@ -82,6 +82,12 @@ class Problem:
         return tuple(sorted({b for group in self.bits for b in group}))
 
     @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of each projection: gate, up and down, or the one of a linear."""
+        first = self.hidden, self.intermediate
+        return (first, first, first[::-1]) if self.kind == "swiglu" else (first,)
+
+    @property
     def outputs(self) -> tuple[int, ...]:
         """Padded columns of each product: of gate and up, then of down; for a linear, of itself."""
         sizes = (self.intermediate, self.hidden) if self.kind == "swiglu" else (self.intermediate,)
