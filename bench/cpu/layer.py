@@ -25,6 +25,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from msgspec import structs
 
 from bench.cpu import ceilings, peers
 from bench.cpu.contenders import Contender, MarlinContender
@@ -122,7 +123,7 @@ def print_table(bits: str, results: list[dict], contenders: list[Contender], lim
 
 def document(shape: Shape, limits: dict) -> dict:
     """The machine, the versions and the shape that results are stored with."""
-    fingerprint = dataclasses.asdict(device.fingerprint("cpu"))
+    fingerprint = structs.asdict(device.fingerprint("cpu"))
     packages = [
         name for name in ("mlx_marlin", "mlx", "mlx_lm", "numpy", "xllamacpp") if importlib.util.find_spec(name)
     ]

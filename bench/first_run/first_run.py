@@ -21,15 +21,17 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from msgspec import structs
 
 from bench.metal.chips import CHIPS, label
-from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, codec, device, kernels, measure, ops
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, codec, device, kernels, measure, ops
 from mlx_marlin.kernels import metal
 from mlx_marlin.kernels.config import KernelConfig
 from mlx_marlin.kernels.problem import Problem
 from mlx_marlin.measure import stats
 from mlx_marlin.selection import choices, selftest
 from mlx_marlin.storage import atomic
+from mlx_marlin.weights.synthetic import random_projection
 
 ROOT = Path(__file__).resolve().parents[2]
 PREDICTED = ROOT / "bench" / "results" / "metal_predicted.json"
@@ -43,7 +45,7 @@ def machine(where: str) -> dict:
     """What the numbers depend on."""
     stream = mx.Device(mx.gpu if where == "gpu" else mx.cpu)
     return {
-        "fingerprint": asdict(device.fingerprint(where)),
+        "fingerprint": structs.asdict(device.fingerprint(where)),
         "mlx": version("mlx"),
         "python": platform.python_version(),
         "macos": platform.mac_ver()[0],
@@ -142,29 +144,21 @@ def _problem(
     intermediate: int = 768,
     experts: int = 128,
 ):
-    dtype = "float16" if where == "gpu" else "float32"
-    bits = ((bits,) * 3,)
-    return Problem(
-        "swiglu", rows, 8, hidden, intermediate, experts, bits, (codebook,), "silu", dtype, where, combine=True
+    return Problem.swiglu(
+        hidden,
+        intermediate,
+        rows=rows,
+        experts=experts,
+        top_k=8,
+        bits=bits,
+        codebooks=codebook,
+        device=where,
+        combine=True,
     )
 
 
 def _bank(rng, problem: Problem) -> ExpertBank:
-    shapes = [(problem.hidden, problem.intermediate)] * 2 + [(problem.intermediate, problem.hidden)]
-    return ExpertBank(
-        *(
-            [
-                TrellisWeight(
-                    rng.integers(-(1 << 15), 1 << 15, (k // 16, n // 16, codec.words_per_tile(bits)), np.int16),
-                    np.ones(k, np.float16),
-                    np.ones(n, np.float16),
-                    problem.codebooks[0],
-                )
-                for _ in range(problem.experts)
-            ]
-            for (k, n), bits in zip(shapes, problem.bits[0])
-        )
-    )
+    return ExpertBank(*(random_projection(rng, problem, part) for part in range(3)))
 
 
 def _configs(problem: Problem) -> list[KernelConfig]:

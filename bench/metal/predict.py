@@ -33,8 +33,8 @@ RANKED = 5
 
 def qwen3_30b(bits: float, rows: int = 1, codebook: str = "mcg") -> Problem:
     """The MoE block of Qwen3-30B-A3B."""
-    return Problem(
-        "swiglu", rows, 8, 2048, 768, 128, ((bits,) * 3,), (codebook,), "silu", "float16", "gpu", combine=True
+    return Problem.swiglu(
+        2048, 768, rows=rows, experts=128, top_k=8, bits=bits, codebooks=codebook, device="gpu", combine=True
     )
 
 
@@ -55,7 +55,7 @@ def candidates(problem: Problem) -> list[KernelConfig]:
     found = [
         KernelConfig(kernels.make_name(variant), *tiles, True, variant)
         for variant in kernels.VARIANTS
-        for tiles in metal.tiles(variant)
+        for tiles in metal.legal_tiles(variant)
         if tiles[0] in rows and tiles[1] in COLUMNS
     ]
     legal = (c for c in found if kernels.feasible(problem, c) is None)

@@ -25,11 +25,7 @@ def problems() -> list[Problem]:
         qwen3_30b(bits, rows) for rows, widths in ((1, (2, 3, 4)), (2, (3,)), (4, (3,)), (8, (3,))) for bits in widths
     ]
     layers = [replace(p, combine=False) for p in layers]  # as mlx-lm's blocks call their experts
-    linears = [
-        Problem("linear", rows, 1, *size, 1, ((4,),), ("mcg",), "none", "float16", "gpu")
-        for rows in (1, 4)
-        for size in LINEARS
-    ]
+    linears = [Problem.linear(*size, rows=rows, codebooks="mcg", device="gpu") for rows in (1, 4) for size in LINEARS]
     return layers + linears
 
 
@@ -53,6 +49,8 @@ def profile(chip: Chip) -> AutotuneConfig:
                 _timing(baseline),
                 (ratio, ratio, ratio),
                 "default" if config == default else "faster",
+                "unchecked",
+                timestamp=0.0,
                 timings=tuple(Measured(c, _timing(t)) for t, c in ranking(problem, chip)[:RANKED]),
             ),
         )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_marlin import codec, ops
+from mlx_marlin.weights.synthetic import random_weight
 from mlx_marlin.weights.trellis import TrellisWeight
 from tests.support import cases, golden
 from tests.support.paths import ROOT
@@ -192,7 +193,7 @@ def test_an_embedding_whose_arrays_do_not_fit():
 @pytest.mark.parametrize("bits, codebook", cases.FORMATS)
 def test_dequantize_removes_the_padding(bits, codebook):
     rng = np.random.default_rng(codec.half_bits(bits))
-    w = cases.random_weight(rng, 200, 130, bits, codebook)
+    w = random_weight(rng, 200, 130, bits, codebook)
     dense = codec.dequantize(w)
     assert (dense.shape, dense.dtype) == ((200, 130), np.float32)
     x = rng.standard_normal((4, 200))

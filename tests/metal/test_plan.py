@@ -29,18 +29,16 @@ TRIPLES = ((3, 3, 3),), ((6, 2, 3),), ((1, 8, 5), (2, 4, 6), (2.5, 3.5, 1.5))
 
 def swiglu(size: str, bits=((3, 3, 3),), dtype="float16", combine=True, bias=False) -> Problem:
     rows, top_k, hidden, intermediate, experts = SIZES[size]
-    return Problem(
-        "swiglu",
-        rows,
-        top_k,
+    return Problem.swiglu(
         hidden,
         intermediate,
-        experts,
-        bits,
-        ("mcg",),
-        "silu",
-        dtype,
-        "gpu",
+        rows=rows,
+        experts=experts,
+        top_k=top_k,
+        bits=bits,
+        codebooks="mcg",
+        dtype=dtype,
+        device="gpu",
         combine=combine,
         bias=bias,
     )
@@ -48,7 +46,7 @@ def swiglu(size: str, bits=((3, 3, 3),), dtype="float16", combine=True, bias=Fal
 
 def linear(size: str, bits: float = 3, dtype="float16", bias=False) -> Problem:
     rows, _, hidden, intermediate, _ = SIZES[size]
-    return Problem("linear", rows, 1, hidden, intermediate, 1, ((bits,),), ("mul1",), "none", dtype, "gpu", bias=bias)
+    return Problem.linear(hidden, intermediate, rows=rows, bits=bits, dtype=dtype, device="gpu", bias=bias)
 
 
 PROBLEMS = [swiglu(size, TRIPLES[i % 3], kernels.DTYPES[i % 3], i % 2 == 0, i % 3 == 1) for i, size in enumerate(SIZES)]
@@ -57,7 +55,7 @@ PROBLEMS += [
     for i, (size, bits) in enumerate(zip(SIZES, (1, 2, 2.5, 4, 3.5, 6, 1.5), strict=True))
 ]
 
-ALL_TILES = [(variant, *tiles) for variant in kernels.VARIANTS for tiles in metal.tiles(variant)]
+ALL_TILES = [(variant, *tiles) for variant in kernels.VARIANTS for tiles in metal.legal_tiles(variant)]
 
 
 def config(variant: str, rows: int, columns: int, simdgroups: int, fp32_acc: bool = True) -> KernelConfig:
@@ -259,7 +257,7 @@ def test_constants_are_the_widths_and_codebooks_present():
 
 
 def test_no_rows_need_no_dispatch():
-    problem = Problem("linear", 0, 1, 128, 128, 1, ((3,),), ("mcg",), "none", "float32", "gpu")
+    problem = Problem.linear(128, 128, rows=0, bits=3, codebooks="mcg", dtype="float32", device="gpu")
     assert ops.plan(problem) == {"dispatches": [], "scratch": {}}
 
 

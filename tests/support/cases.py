@@ -15,6 +15,7 @@ import numpy as np
 from mlx_marlin import codec
 from mlx_marlin.kernels import ACTIVATIONS, DTYPES, Problem
 from mlx_marlin.weights.experts import ExpertBank
+from mlx_marlin.weights.synthetic import random_weight
 from mlx_marlin.weights.trellis import TrellisWeight
 from tests.support.covering import covering_array
 
@@ -118,34 +119,28 @@ class Case:
         """The case as the kernels see it."""
         hidden, intermediate = DIMS[self.dims]
         if self.linear:
-            return Problem(
-                "linear",
-                self.rows,
-                1,
+            return Problem.linear(
                 hidden,
                 intermediate,
-                1,
-                ((self.bits,),),
-                (self.codebook,),
-                "none",
-                self.dtype,
-                device,
+                rows=self.rows,
+                bits=self.bits,
+                codebooks=self.codebook,
+                dtype=self.dtype,
+                device=device,
                 bias=self.bias,
             )
         bank = self.bank()
-        codebooks = sorted({c for s in (bank.gate, bank.up, bank.down) for c in s.codebooks})
-        return Problem(
-            "swiglu",
-            self.rows,
-            self.top_k,
+        return Problem.swiglu(
             hidden,
             bank.intermediate,
-            EXPERTS,
-            tuple(sorted(set(bank.triples))),
-            tuple(codebooks),
-            self.activation,
-            self.dtype,
-            device,
+            rows=self.rows,
+            experts=EXPERTS,
+            top_k=self.top_k,
+            bits=bank.triples,
+            codebooks=[c for s in (bank.gate, bank.up, bank.down) for c in s.codebooks],
+            activation=self.activation,
+            dtype=self.dtype,
+            device=device,
             combine=self.scores,
             bias=self.bias,
         )
@@ -195,42 +190,6 @@ def random_rows(rng: np.random.Generator, rows: int, size: int, dtype: str = "fl
     x[:, :: codec.HADAMARD_SIZE] *= 16
     x[:, :: codec.HADAMARD_SIZE] += np.copysign(12, x[:, :: codec.HADAMARD_SIZE])
     return mx.array(x).astype(getattr(mx, dtype))
-
-
-def random_weight(
-    rng: np.random.Generator,
-    in_features: int,
-    out_features: int,
-    bits: float,
-    codebook: str = "mul1",
-    bias: bool = False,
-    gain: float = 1.0,
-) -> TrellisWeight:
-    """A weight of random trellis words.
-
-    Args:
-        rng: Source of everything random.
-        in_features, out_features: Logical sizes; the arrays have the next multiples of 128.
-        bits: K.
-        codebook: One of ``codec.CODEBOOKS``.
-        bias: Whether to add one.
-        gain: Standard deviation of the output for inputs of standard deviation 1.
-    """
-    k, n = codec.padded(in_features), codec.padded(out_features)
-    words = rng.integers(0, 1 << 16, (k // 16, n // 16, codec.words_per_tile(bits)), np.uint16).view(np.int16)
-
-    def scales(size, magnitude):
-        return (magnitude * rng.uniform(0.5, 1.5, size) * rng.choice([-1.0, 1.0], size)).astype(np.float16)
-
-    return TrellisWeight(
-        words,
-        scales(k, 1.0),
-        scales(n, gain / in_features**0.5),
-        codebook,
-        bias=rng.standard_normal(n).astype(np.float16) if bias else None,
-        in_features=in_features,
-        out_features=out_features,
-    )
 
 
 def random_experts(

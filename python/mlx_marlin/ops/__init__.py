@@ -20,7 +20,7 @@ from .. import _ext
 from . import shaders
 from .calls import Call, check_gathered, check_linear, check_swiglu, run
 from .embedding import trellis_embedding
-from .planning import plan
+from .planning import plan, scratch_bytes
 from .problems import DTYPES, Activation, device_of, linear_problem, resolve, swiglu_problem
 from .products import is_traced, trellis_decode, trellis_linear, trellis_swiglu
 from .runtime import cpu_digest, instruction_set, plan_digest, set_num_threads
@@ -50,6 +50,7 @@ __all__ = [
     "prepare_weight",
     "resolve",
     "run",
+    "scratch_bytes",
     "set_num_threads",
     "swiglu_problem",
     "trellis_decode",
