@@ -2,6 +2,7 @@
 
 - ``hub``: where a checkpoint is.
 - ``mapping``: where its tensors belong in mlx-lm's model.
+- ``embedding``: its token embeddings there.
 - ``model``: that model, made and filled.
 - ``sharding``: the same on several ranks.
 - ``commands``: mlx-lm's commands over all this.

@@ -19,7 +19,9 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from ..codec import HADAMARD_SIZE, padded
 from ..loader.directory import TrellisModelLoader
+from ..loader.embedding import QuantizedEmbedding
 from ..loader.exl3 import QuantizedLinear
+from .embedding import make_placeholders, take_embeddings
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # What model code raises on a config or a set of tensors that it was not written for.
@@ -60,12 +62,14 @@ class WeightMap:
         linears: Source of each quantized ``nn.Linear``, by its path in the model.
         experts: Sources of each quantized ``SwitchGLU``: path -> projection -> one source per expert.
         heads: Source of the output head, by the path of the embeddings that the model would use instead.
+        embeddings: Each quantized token embedding, by its path in the model.
         dense: All other parameters of the model, lazy, by path.
     """
 
     linears: dict[str, LinearSource] = field(default_factory=dict)
     experts: dict[str, dict[str, list[LinearSource]]] = field(default_factory=dict)
     heads: dict[str, LinearSource] = field(default_factory=dict)
+    embeddings: dict[str, QuantizedEmbedding] = field(default_factory=dict)
     dense: dict[str, mx.array] = field(default_factory=dict)
 
 
@@ -139,7 +143,7 @@ def check_experts(loader: TrellisModelLoader) -> None:
 
 def sanitize(model: nn.Module, loader: TrellisModelLoader, placeholders: _Placeholders) -> dict[str, mx.array]:
     """The checkpoint as the model's own ``sanitize`` leaves it, experts stacked and names adjusted."""
-    weights = {**loader.load_unquantized(), **placeholders.make()}
+    weights = {**loader.load_unquantized(), **make_placeholders(loader), **placeholders.make()}
     if hasattr(model, "sanitize"):
         try:
             weights = model.sanitize(weights)
@@ -205,7 +209,7 @@ def map_weights(model: nn.Module, loader: TrellisModelLoader) -> WeightMap:
     placeholders = _Placeholders(loader)
     weights = sanitize(model, loader, placeholders)
     modules = dict(model.named_modules())
-    mapping = WeightMap()
+    mapping = WeightMap(embeddings=take_embeddings(loader, modules, weights))
     for key, value in weights.items():
         if not isinstance(value, mx.array):
             raise ValueError(f"{loader.directory}: mlx-lm makes a {type(value).__name__} of {key}")
@@ -300,6 +304,7 @@ def _check_complete(model: nn.Module, loader: TrellisModelLoader, mapping: Weigh
                 )
     replaced = {
         *mapping.linears,
+        *mapping.embeddings,
         *(f"{path}.{projection}" for path in mapping.experts for projection in PROJECTIONS),
     }
     parameters = {

@@ -25,6 +25,7 @@ from ..ops import DTYPES, Activation
 from ..storage.safetensors import parse_json
 from ..weights.experts import ExpertStack
 from ..weights.trellis import TrellisWeight
+from .embedding import EmbeddingWithHead, make_embedding
 from .mapping import MODEL_ERRORS, PROJECTIONS, LinearSource, WeightMap, map_weights
 
 LayerProgress = Callable[[int, int], None]
@@ -40,23 +41,6 @@ _ACTIVATIONS = {
 }
 _LAYER = re.compile(r"(?:^|.*?\.)layers\.\d+(?=\.)")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-
-
-class EmbeddingWithHead(nn.Embedding):
-    """Embeddings of a model that has no head of its own, with the one of the checkpoint.
-
-    Args:
-        embedding: The embeddings.
-        head: What :meth:`as_linear` applies instead of their transpose.
-    """
-
-    def __init__(self, embedding: nn.Embedding, head: TrellisLinear):
-        nn.Module.__init__(self)
-        self.weight = embedding.weight
-        self.head = head
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        return self.head(x)
 
 
 def is_exl3(model_path: Path) -> bool:
@@ -163,24 +147,32 @@ def activation_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
     return named[dtype]
 
 
-def cast_dense(model: nn.Module, dense: dict[str, mx.array], dtype: mx.Dtype | None) -> dict[str, mx.array]:
-    """The unquantized parameters in the dtype that they run in, lazily.
+def running_dtype(dense: dict[str, mx.array], dtype: mx.Dtype | None) -> mx.Dtype | None:
+    """The dtype that the unquantized parameters and the embeddings run in, ``None`` where they stay as they are.
 
-    With ``dtype=None`` that is float32 on the CPU. On a GPU it is the dtype of the embeddings: EXL3 keeps them
-    in the source's dtype but stores routers in half precision, and mixing both 16-bit kinds would make float32
-    of all.
+    With ``dtype=None`` that is float32 on the CPU. On a GPU it is the dtype of the embeddings, or where those are
+    quantized that of the norms: EXL3 keeps both in the source's dtype but stores routers in half precision, and mixing
+    both 16-bit kinds would make float32 of all.
     """
-    if dtype is None and mx.default_device() == mx.cpu:
+    if dtype is not None:
+        return dtype
+    if mx.default_device() == mx.cpu:
+        return mx.float32
+    for ending in ("embed_tokens.weight", "norm.weight"):
+        for key, value in dense.items():
+            if key.endswith(ending):
+                return value.dtype if value.dtype in (mx.float16, mx.bfloat16) else None
+    return None
+
+
+def cast_dense(model: nn.Module, dense: dict[str, mx.array], dtype: mx.Dtype | None) -> dict[str, mx.array]:
+    """The unquantized parameters in the dtype that they run in, lazily; see :func:`running_dtype`."""
+    target = running_dtype(dense, dtype)
+    if dtype is None and target == mx.float32:
         return {k: v.astype(mx.float32) if mx.issubdtype(v.dtype, mx.floating) else v for k, v in dense.items()}
     casts = getattr(model, "cast_predicate", lambda key: True)
-    if dtype is None:
-        embeddings = [v.dtype for k, v in dense.items() if k.endswith("embed_tokens.weight")]
-        halves = (mx.float16, mx.bfloat16)
-        dtype = embeddings[0] if embeddings and embeddings[0] in halves else None
-        wanted = halves
-    else:
-        wanted = (mx.float16, mx.bfloat16, mx.float32)
-    return {k: v.astype(dtype) if dtype and v.dtype in wanted and casts(k) else v for k, v in dense.items()}
+    wanted = (mx.float16, mx.bfloat16) if dtype is None else (mx.float16, mx.bfloat16, mx.float32)
+    return {k: v.astype(target) if target and v.dtype in wanted and casts(k) else v for k, v in dense.items()}
 
 
 def load_source(
@@ -242,6 +234,18 @@ def groups_of(paths) -> list[list[str]]:
     return [group for group in groups.values() if group]
 
 
+def _fill_embeddings(model: nn.Module, mapping: WeightMap, dtype: mx.Dtype | None) -> None:
+    for path in dict.fromkeys((*mapping.embeddings, *mapping.heads)):
+        module = module_at(model, path)
+        if module is None:
+            continue
+        made = make_embedding(module, mapping.embeddings[path], dtype) if path in mapping.embeddings else module
+        if path in mapping.heads:
+            head = TrellisLinear(load_source(mapping.heads[path], *reversed(module.weight.shape)))
+            made = EmbeddingWithHead(made, head)
+        replace_module(model, path, made)
+
+
 def fill(
     model: nn.Module,
     mapping: WeightMap,
@@ -265,13 +269,11 @@ def fill(
     """
     present = {k: v for k, v in mapping.dense.items() if module_at(model, k) is not None}
     mapping.dense.clear()
+    target = running_dtype(present, dtype)
     dense = cast_dense(model, present, dtype)
     del present
     model.load_weights(list(dense.items()), strict=False)
-    for path, source in mapping.heads.items():
-        embedding = module_at(model, path)
-        head = TrellisLinear(load_source(source, *reversed(embedding.weight.shape)))
-        replace_module(model, path, EmbeddingWithHead(embedding, head))
+    _fill_embeddings(model, mapping, target)
     groups = groups_of((*dense, *mapping.linears, *mapping.experts))
     for done, group in enumerate(groups, 1):
         for path in group:
@@ -293,7 +295,7 @@ def fill(
 def open_checkpoint(model_path: Path, model_config: dict | None = None) -> tuple[nn.Module, dict, WeightMap]:
     """The model of an EXL3 directory, its config and where its weights go: all checked, nothing read."""
     loader = TrellisModelLoader(model_path)
-    if not loader.quantized:
+    if not loader.quantized and not loader.embeddings:
         raise ValueError(f"{model_path} holds no EXL3 tensors; load it with mlx_lm.load")
     if metal_marlin.is_grid_directory(model_path):
         raise ValueError(

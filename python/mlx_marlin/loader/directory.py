@@ -13,9 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..storage.safetensors import TensorInfo, parse_json, raw_header, read_header
+from ..weights.embedding import EmbeddingWeight
 from ..weights.grid import GridWeight
 from ..weights.trellis import TrellisWeight
 from . import metal_marlin
+from .embedding import QuantizedEmbedding, find_embeddings
 from .exl3 import QUANTIZED_SUFFIXES, QuantizedLinear
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -97,20 +99,24 @@ class TrellisModelLoader:
     Attributes:
         directory: The directory.
         quantized: The :class:`QuantizedLinear` (or :class:`GridEntry`) of each quantized linear, by name.
+        embeddings: The :class:`QuantizedEmbedding` of each quantized token embedding, by name.
         unquantized: Names of all other tensors.
     """
 
     def __init__(self, model_dir):
         self.directory = Path(model_dir)
+        self.embeddings: dict[str, QuantizedEmbedding] = {}
         if metal_marlin.is_grid_directory(self.directory):
             entries = metal_marlin.read_directory(self.directory)
             self.quantized = {name: entries[name] for name in sorted(entries, key=_natural_key)}
             self.unquantized = {}
             return
         tensors = _read_tensors(self.directory)
-        names = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in QUANTIZED_SUFFIXES}
+        self.embeddings = find_embeddings(tensors)
+        used = {f"{e.name}.{suffix}" for e in self.embeddings.values() for suffix in e.parts}
+        linears = [name for name in tensors if name not in used and name.rpartition(".")[2] in QUANTIZED_SUFFIXES]
+        names = {name.rpartition(".")[0] for name in linears}
         self.quantized = {}
-        used = set()
         for name in sorted(names, key=_natural_key):
             suffixes = (*QUANTIZED_SUFFIXES, "bias", "scale")
             linear = QuantizedLinear(name, {s: tensors[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in tensors})
@@ -128,21 +134,30 @@ class TrellisModelLoader:
 
     def load_weight(
         self, name: str, *, in_features: int | None = None, out_features: int | None = None
-    ) -> TrellisWeight | GridWeight:
-        """One weight.
+    ) -> TrellisWeight | GridWeight | EmbeddingWeight:
+        """One weight: of a linear, or a token embedding.
 
         Args:
             name: Its name; a leading ``"model."`` may be left out.
-            in_features: Logical number of inputs, which the files do not record. Default: the padded one.
-            out_features: Logical number of outputs. Default: the padded one.
+            in_features: Logical number of inputs, which the files do not record. Default: the padded one. Of an
+                embedding, its rows.
+            out_features: Logical number of outputs. Default: the padded one. Of an embedding, the elements of a row.
 
         Raises:
-            KeyError: If no quantized linear has this name.
+            KeyError: If no quantized linear or embedding has this name.
+            ValueError: If its sizes cannot be these.
         """
         name = str(name).removesuffix(".weight")
+        embedding = self.embeddings.get(name) or self.embeddings.get(f"model.{name}")
+        if embedding is not None:
+            if in_features not in (None, embedding.rows):
+                raise ValueError(f"{embedding.name}: in_features, its rows, is {embedding.rows}, not {in_features}")
+            return embedding.load(out_features)
         linear = self.quantized.get(name) or self.quantized.get(f"model.{name}")
         if linear is None:
-            raise KeyError(f"{self.directory} has no quantized linear {name!r}; see .names for those that it has")
+            raise KeyError(
+                f"{self.directory} has no quantized linear {name!r}; see .names and .embeddings for what it has"
+            )
         return linear.load(in_features=in_features, out_features=out_features)
 
     def load_layer(self, i: int) -> dict[str, TrellisWeight | GridWeight]:
