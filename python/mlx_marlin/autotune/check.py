@@ -129,7 +129,7 @@ class Check:
             for i, s in enumerate({**dict(enumerate(looked)), **again}.values())
         ]
 
-    def _significant(self, sampled: dict[int, _Sampled], among: set | None) -> set[tuple[int, str]]:
+    def _significant(self, sampled: dict[int, _Sampled], among: set[tuple[int, str]] | None) -> set[tuple[int, str]]:
         """The tests that reject, of all or of some, over all entries."""
         p_values = {
             (i, what): p

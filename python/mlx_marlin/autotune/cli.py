@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -38,6 +39,8 @@ DEFAULT_SHAPE, DEFAULT_MIXES, DEFAULT_LINEAR = (
     (((3, 3, 3),), ((2, 2, 2), (3, 3, 3), (4, 4, 4))),
     (2048, 4096),
 )
+Number = TypeVar("Number", int, float)
+
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -65,19 +68,20 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _bits(text: str) -> tuple[tuple[int, int, int], ...]:
-    triples = set()
+    triples: set[tuple[int, int, int]] = set()
     for part in text.split(","):
         match = re.fullmatch(r"([1-8])(?:_([1-8])_([1-8]))?", part)
         if match is None:
             raise argparse.ArgumentTypeError(
                 f"must be widths from 1 to 8 such as 2,3,4, or gate_up_down such as 6_2_3; got {part!r}"
             )
-        triples.add(tuple(int(b or match[1]) for b in match.groups()))
+        gate, up, down = (int(b or match[1]) for b in match.groups())
+        triples.add((gate, up, down))
     return tuple(sorted(triples))
 
 
-def _positive(kind):
-    def parse(text: str):
+def _positive(kind: Callable[[str], Number]) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
         value = kind(text)
         if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
@@ -136,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def layers(args, device: str) -> list[Problem]:
+def layers(args: argparse.Namespace, device: str) -> list[Problem]:
     """The problems that the arguments name, at one row."""
     dtype = args.dtype or ("float32" if device == "cpu" else "float16")
     if args.model:
@@ -183,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _run(args) -> int:
+def _run(args: argparse.Namespace) -> int:
     device = args.device or default_device()
     if device == "gpu" and not mx.is_available(mx.Device(mx.gpu)):
         raise ValueError("--device gpu: this machine has no GPU that MLX can use")
@@ -194,7 +198,7 @@ def _run(args) -> int:
     return (_check if args.check else _tune)(args, device, limit, rules, deadline)
 
 
-def _tune(args, device: str, limit: int, rules: Rules, deadline: float) -> int:
+def _tune(args: argparse.Namespace, device: str, limit: int, rules: Rules, deadline: float) -> int:
     path = args.output or profile_files.default_path(device)
     try:  # before anything is measured
         atomic.check_writable(path)
@@ -219,7 +223,7 @@ def _tune(args, device: str, limit: int, rules: Rules, deadline: float) -> int:
     return 2 if outcome.failed and not outcome.entries else 0
 
 
-def _check(args, device: str, limit: int, rules: Rules, deadline: float) -> int:
+def _check(args: argparse.Namespace, device: str, limit: int, rules: Rules, deadline: float) -> int:
     path = args.output or profile_files.latest_path(device)
     if not path.exists():
         raise ProfileError(f"there is no profile {path} to check; tune first")
@@ -239,13 +243,13 @@ def _check(args, device: str, limit: int, rules: Rules, deadline: float) -> int:
     return int(any(f.regression for f in findings))
 
 
-def _wanted(args, device: str) -> Callable[[Problem], bool]:
+def _wanted(args: argparse.Namespace, device: str) -> Callable[[Problem], bool]:
     """Which stored problems the arguments name; without any all of them."""
     named = {replace(p, rows=1) for p in layers(args, device)} if args.model or args.shape else None
     return lambda p: (named is None or replace(p, rows=1) in named) and p.rows in (args.batch_sizes or (p.rows,))
 
 
-def _print(args, full: list[dict], rows: list[dict]) -> None:
+def _print(args: argparse.Namespace, full: list[dict], rows: list[dict]) -> None:
     text = json.dumps(full, indent=2) if args.json else report.as_text(rows) if rows else "nothing was measured"
     with contextlib.suppress(BrokenPipeError):
         print(text)

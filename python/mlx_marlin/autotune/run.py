@@ -106,7 +106,7 @@ class Run:
             deadline: ``time.perf_counter()`` after which nothing begins.
             bar: Shows the progress.
         """
-        peers = _Peers(group, self.tuner.config.fingerprint)
+        peers = _Peers(group, fingerprint(self.device))
         session = Session(self.path, self._plan(problems))
         # All processes must agree on what is left before they split it.
         self._exchange(peers, session)

@@ -30,6 +30,12 @@ from .mapping import MODEL_ERRORS, PROJECTIONS, LinearSource, WeightMap, map_wei
 LayerProgress = Callable[[int, int], None]
 """Called with (layers done, layers) after each layer."""
 
+MakeLinear = Callable[[str, nn.Module, LinearSource], nn.Module]
+"""Makes what stands for the linear at a path, from the module there and its source."""
+
+MakeExperts = Callable[[str, nn.Module, dict[str, list[LinearSource]]], nn.Module]
+"""Makes what stands for the ``SwitchGLU`` at a path, from the module there and its projections' sources."""
+
 # mlx-lm's activations of SwitchGLU, by what the kernels call them.
 _ACTIVATIONS = {
     "mlx_lm.models.switch_layers.SwiGLU": "silu",
@@ -249,8 +255,8 @@ def fill(
     *,
     lazy: bool = False,
     progress: LayerProgress | None = None,
-    make_linear=_whole_linear,
-    make_experts=_whole_experts,
+    make_linear: MakeLinear = _whole_linear,
+    make_experts: MakeExperts = _whole_experts,
 ) -> None:
     """Read the weights into a model, layer by layer, so that at most one layer is held twice.
 

@@ -19,7 +19,16 @@ from .. import _ext
 from . import shaders
 from .calls import Call, check_gathered, check_linear, check_swiglu, run
 from .planning import plan
-from .problems import DTYPES, Activation, device_of, linear_problem, resolve, swiglu_problem
+from .problems import (
+    DTYPES,
+    Activation,
+    Indices,
+    NativeConfig,
+    device_of,
+    linear_problem,
+    resolve,
+    swiglu_problem,
+)
 from .products import is_traced, trellis_decode, trellis_linear, trellis_swiglu
 from .runtime import cpu_digest, instruction_set, plan_digest, set_num_threads
 from .search import CODEBOOK_MULTIPLIERS, viterbi_search
@@ -32,6 +41,8 @@ __all__ = [
     "SHADERS",
     "Activation",
     "Call",
+    "Indices",
+    "NativeConfig",
     "Stack",
     "check_gathered",
     "check_linear",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Real
 from typing import NamedTuple
@@ -12,6 +13,15 @@ import numpy as np
 from .. import _ext, kernels
 from ..kernels import KernelConfig, Problem
 from ..weights.experts import ExpertStack
+
+StreamOrDevice = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
+"""Where an op runs; ``None`` for the default stream. MLX's stub has it under this name, MLX itself does not."""
+
+Indices = mx.array | np.ndarray | Sequence
+"""Experts by slot: integers of MLX or NumPy, or nested lists."""
+
+NativeConfig = _ext.KernelConfig
+"""A config as the primitives take it."""
 
 DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 
@@ -44,7 +54,7 @@ class Activation(NamedTuple):
         return cls(name, float(alpha), float(limit))
 
 
-def device_of(stream) -> str:
+def device_of(stream: StreamOrDevice) -> str:
     """``"cpu"`` or ``"gpu"``: where an op given this stream runs.
 
     Raises:
@@ -57,13 +67,13 @@ def device_of(stream) -> str:
 
 
 @lru_cache(maxsize=4096)
-def native_config(config: KernelConfig) -> _ext.KernelConfig:
+def native_config(config: KernelConfig) -> NativeConfig:
     variant = getattr(_ext.Variant, config.kernel_variant)
-    return _ext.KernelConfig(variant, config.tile_size_m, config.tile_size_n, config.simdgroups, config.use_fp32_acc)
+    return NativeConfig(variant, config.tile_size_m, config.tile_size_n, config.simdgroups, config.use_fp32_acc)
 
 
 @lru_cache(maxsize=4096)
-def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> _ext.KernelConfig:
+def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> NativeConfig:
     """A config as the primitives take it, its sizes fitted to the problem; ``None`` stands for the default.
 
     Raises:
@@ -83,7 +93,7 @@ def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> _ex
     return native_config(config)
 
 
-def _dtype_name(dtype) -> str:
+def _dtype_name(dtype: mx.Dtype | str) -> str:
     """The name of a dtype, given itself or its name."""
     name = dtype if isinstance(dtype, str) else DTYPES.get(dtype)
     if name not in kernels.DTYPES:
@@ -91,7 +101,7 @@ def _dtype_name(dtype) -> str:
     return name
 
 
-def _row_count(rows) -> int:
+def _row_count(rows: int) -> int:
     if not isinstance(rows, (int, np.integer)) or rows < 0:
         raise ValueError(f"rows must be an integer >= 0, got {rows!r}")
     return int(rows)
