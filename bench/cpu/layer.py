@@ -25,11 +25,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from msgspec import structs
 
 from bench.cpu import ceilings, peers
 from bench.cpu.contenders import Contender, MarlinContender
 from bench.cpu.shape import Shape
 from mlx_marlin import _ext, codec, device, set_num_threads
+from mlx_marlin.storage import atomic
 
 ROWS = (1, 4, 16, 64, 256)
 BITS = ("2", "3", "4", "mixed")
@@ -121,7 +123,7 @@ def print_table(bits: str, results: list[dict], contenders: list[Contender], lim
 
 def document(shape: Shape, limits: dict) -> dict:
     """The machine, the versions and the shape that results are stored with."""
-    fingerprint = dataclasses.asdict(device.fingerprint("cpu"))
+    fingerprint = structs.asdict(device.fingerprint("cpu"))
     packages = [
         name for name in ("mlx_marlin", "mlx", "mlx_lm", "numpy", "xllamacpp") if importlib.util.find_spec(name)
     ]
@@ -166,10 +168,7 @@ def save(path: Path, stored: dict, results: list[dict]) -> None:
     head = json.dumps({name: value for name, value in stored.items() if name != "results"}, indent=1)
     lines = ",\n".join(json.dumps(result) for result in sorted(kept + results, key=key))
     text = f'{head[:-2]},\n "results": [\n{lines}\n ]\n}}'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(text + "\n")
-    os.replace(beside, path)
+    atomic.write_text(path, text + "\n")
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:

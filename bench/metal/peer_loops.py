@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_marlin.storage import atomic
 from tests import metal_sim
 from tests.metal_sim.counting import compile_counted
 
@@ -50,7 +51,7 @@ def count() -> dict:
 
 
 def main() -> None:
-    RESULT.write_text(json.dumps(count(), indent=1) + "\n")
+    atomic.write_text(RESULT, json.dumps(count(), indent=1) + "\n")
     print(RESULT)
 
 

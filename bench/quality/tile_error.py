@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_marlin import codec, ops
+from mlx_marlin.storage import atomic
 
 SEED = 2026
 # ExLlamaV3's errors, and the input scales that give them, K = 1..8.
@@ -62,8 +63,9 @@ def main() -> None:
     rows = [row(c, k, tile_error(c, k, options.tiles)) for k in options.bits for c in codec.CODEBOOKS]
     print(table(rows))
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({"tiles": options.tiles, "seed": SEED, "rows": rows}, indent=1) + "\n")
+        atomic.write_text(
+            options.output, json.dumps({"tiles": options.tiles, "seed": SEED, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -54,6 +54,9 @@ struct Tier {
 
   // Rows [16 * tile_row, + 16) of the inner matrix as half, row major.
   void (*decode)(const Codes& codes, int tile_row, uint16_t* out);
+
+  // The first `count` of a group's 256 elements. ring: its scale, then 16 * bits words.
+  void (*embed)(DType dtype, const uint16_t* ring, int bits, const uint16_t* signs, int count, void* out);
 };
 
 // That of the instruction set in use.

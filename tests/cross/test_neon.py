@@ -16,12 +16,12 @@ import pytest
 from mlx_marlin import codec, ops
 from mlx_marlin.kernels import ACTIVATIONS, DTYPES
 from mlx_marlin.weights.experts import ExpertStack
+from mlx_marlin.weights.synthetic import random_weight
 from tests.support import golden
 from tests.support.cases import (
     TOLERANCE,
     random_experts,
     random_rows,
-    random_weight,
     reference_linear,
     reference_swiglu,
     row_error,

@@ -34,6 +34,12 @@ def test_the_axes_need_no_exception():
             assert cases.legal(dict(zip((a for a, _ in pair), values)))
 
 
+def test_half_rates_are_cases_of_mul1_only():
+    for bits, codebook in product(codec.WIDTHS, codec.CODEBOOKS):
+        legal = codebook == "mul1" or type(bits) is int
+        assert cases.legal({"bits": bits, "codebook": codebook}) == ((bits, codebook) in cases.FORMATS) == legal
+
+
 def test_the_selection_is_small_and_fixed():
     largest = sorted(len(v) for v in cases.AXES.values())[-2:]
     assert largest[0] * largest[1] <= len(cases.pairwise()) < 2 * largest[0] * largest[1]
@@ -58,6 +64,10 @@ def test_a_mix_has_different_formats_in_one_expert_and_between_experts():
         assert len({expert[p] for expert in formats}) == cases.EXPERTS
     assert all(len({bits for bits, _ in expert}) == 3 for expert in formats)
     assert formats[0][0] == (2, "mcg")
+    for mix in ("bits", "both"):
+        formats = cases.expert_formats(2.5, "mul1", mix)
+        assert formats[0][0] == (2.5, "mul1") and {f for expert in formats for f in expert} <= set(cases.FORMATS)
+        assert {1.5, 2.5, 3.5} < {bits for expert in formats for bits, _ in expert}
 
 
 @pytest.mark.parametrize("dims", cases.DIMS)

@@ -1,9 +1,9 @@
 """Tables of other machines and builds: they answer the tuner's look-ups, and are never written over."""
 
 import json
-from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from mlx_marlin import device
 from mlx_marlin.autotune.tuner import AutotuneConfig, MixedBPWAutoTuner
@@ -28,7 +28,7 @@ def foreign(tmp_path, kind):
         other = cpu_profile()
         other.lookup_table = {4: {4096: {(2, 4): PREFILL}}}
         change = {"chip": "Another chip"} if kind == "another chip" else {"kernel_hash": "0" * 16}
-        other.fingerprint = replace(other.fingerprint, **change)
+        other.fingerprint = structs.replace(other.fingerprint, **change)
         path.write_bytes(profile_json.encode(other))
     return path
 

@@ -15,10 +15,10 @@ import mlx_marlin
 
 # Module -> public names. Each is to be had from mlx_marlin too.
 PUBLIC = {
-    "codec": "CODEBOOKS unpack pack decode inner hadamard unpack_signs dequantize",
-    "weights": "TrellisWeight ExpertBank GridWeight",
+    "codec": "CODEBOOKS unpack pack decode inner hadamard unpack_signs dequantize decode_embedding",
+    "weights": "TrellisWeight ExpertBank GridWeight EmbeddingWeight",
     "ops": "trellis_linear trellis_swiglu trellis_decode plan set_num_threads",
-    "layers": "TrellisLinear TrellisSwitchGLU GridLinear",
+    "layers": "TrellisLinear TrellisSwitchGLU TrellisEmbedding GridLinear",
     "kernels": "Problem KernelConfig feasible candidates default",
     "lm": "load",
     "loader": "TrellisModelLoader",

@@ -16,8 +16,7 @@ import pytest
 from mlx_marlin import TrellisModelLoader, codec, kernels
 from mlx_marlin.quantize import convert, jobs
 from mlx_marlin.quantize.calibration import BUNDLED
-from mlx_marlin.quantize.tensors import Tensor, write_tensors
-from mlx_marlin.storage.safetensors import read_header
+from mlx_marlin.storage.safetensors import Tensor, read_header, write_tensors
 from tests.support.paths import MODELS
 
 HIDDEN, WIDTH, EXPERTS, VOCABULARY = 128, 128, 4, 2048
@@ -290,7 +289,7 @@ def test_full_disk(moe, converted, calibration, tmp_path):
     process = run_command(arguments, preexec_fn=limit)
     _, err = process.communicate()
     assert process.returncode == 1 and "make room and run again with --resume" in err and "Traceback" not in err
-    assert not list(output.glob("**/*.partial")) and not (output / "model.safetensors").exists()
+    assert not list(output.glob("**/*.tmp")) and not (output / "model.safetensors").exists()
     process = run_command(arguments + ["--resume"])
     _, err = process.communicate()
     assert process.returncode == 0, err

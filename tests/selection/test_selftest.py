@@ -13,10 +13,19 @@ from mlx_marlin.selection import choices, selftest
 from mlx_marlin.weights.experts import ExpertBank
 from tests.support.planted import PLANTED
 
-SWIGLU = Problem("swiglu", 1, 8, 2048, 768, 128, ((2, 3, 2), (3, 3, 4)), ("3inst", "mcg"), "silu", "float32", "gpu")
+SWIGLU = Problem.swiglu(
+    2048,
+    768,
+    experts=128,
+    top_k=8,
+    bits=((2, 3, 2), (3, 3, 4)),
+    codebooks=("3inst", "mcg"),
+    dtype="float32",
+    device="gpu",
+)
 # One projection of experts; rows are slots.
-GATHERED = Problem("linear", 8, 1, 1024, 768, 64, ((2,), (3,)), ("mcg", "mul1"), "none", "float16", "gpu")
-LINEAR = Problem("linear", 4, 1, 1024, 1024, 1, ((3,),), ("mul1",), "none", "float32", "gpu")
+GATHERED = Problem.linear(1024, 768, rows=8, experts=64, bits=(2, 3), codebooks=("mcg", "mul1"), device="gpu")
+LINEAR = Problem.linear(1024, 1024, rows=4, bits=3, dtype="float32", device="gpu")
 
 
 def right(problem, config, case):

@@ -44,7 +44,7 @@ AXES = {
     "prologue": ("fused", "separate"),
     "epilogue": ("fused", "separate"),
     "sums": ("float", "half"),
-    "bits": cases.AXES["bits"],
+    "bits": codec.WIDTHS,
     "codebook": codec.CODEBOOKS,
     "dtype": kernels.DTYPES,
     "rows": (1, 3, 5, 17, 64),
@@ -52,6 +52,8 @@ AXES = {
 
 
 def legal(values: dict) -> bool:
+    if (values.get("bits", 1), values.get("codebook", "mul1")) not in cases.FORMATS:
+        return False
     known = ("variant", "prologue", "epilogue")
     return any(all(values.get(name, value) == value for name, value in zip(known, key)) for key in TILES)
 

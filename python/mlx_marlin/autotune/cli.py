@@ -18,8 +18,8 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from .. import codec, kernels
-from ..device.machine import default_device, memory_bytes
+from .. import kernels
+from ..device.machine import default_device, is_present, memory_bytes, mlx_device
 from ..kernels import Problem
 from ..measure.race import Rules
 from ..profile import files as profile_files
@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
 
 def layers(args: argparse.Namespace, device: str) -> list[Problem]:
     """The problems that the arguments name, at one row."""
-    dtype = args.dtype or ("float32" if device == "cpu" else "float16")
+    dtype = args.dtype or kernels.USUAL_DTYPE[device]
     if args.model:
         from ..lm.problems import model_problems
 
@@ -150,11 +150,11 @@ def layers(args: argparse.Namespace, device: str) -> list[Problem]:
     hidden, inter, experts, top_k = args.shape or DEFAULT_SHAPE
     mixes = ((args.bits or ((4, 4, 4),)),) if args.shape else DEFAULT_MIXES
     problems = [
-        Problem("swiglu", 1, top_k, hidden, codec.padded(inter), experts, bits, ("mul1",), "silu", dtype, device)
+        Problem.swiglu(hidden, inter, experts=experts, top_k=top_k, bits=bits, dtype=dtype, device=device)
         for bits in mixes
     ]
     if not args.shape:
-        problems.append(Problem("linear", 1, 1, *DEFAULT_LINEAR, 1, ((4,),), ("mul1",), "none", dtype, device))
+        problems.append(Problem.linear(*DEFAULT_LINEAR, dtype=dtype, device=device))
     return problems
 
 
@@ -189,9 +189,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     device = args.device or default_device()
-    if device == "gpu" and not mx.is_available(mx.Device(mx.gpu)):
+    if not is_present(device):
         raise ValueError("--device gpu: this machine has no GPU that MLX can use")
-    mx.set_default_device(mx.Device(mx.gpu if device == "gpu" else mx.cpu))
+    mx.set_default_device(mlx_device(device))
     limit = int(args.memory_limit * 1e9) if args.memory_limit else memory_bytes(device) // 2
     rules = Rules(rounds=max(2, args.iterations), warmup=args.warmup)
     deadline = time.perf_counter() + args.budget if args.budget else math.inf

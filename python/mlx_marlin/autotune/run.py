@@ -16,6 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from filelock import FileLock, Timeout
+from msgspec import structs
 
 from .. import kernels, profile
 from ..device.fingerprint import Fingerprint
@@ -195,7 +196,7 @@ class _Peers:
         self._group = group
         self._alike, self.rank, self.size, self.neighbours = [0], 0, 1, 1
         if group.size() > 1:
-            kind = repr(replace(mine, os="", mlx_version=""))
+            kind = repr(structs.replace(mine, os="", mlx_version=""))
             told = [text.decode().split("\0") for text in _gather(group, f"{kind}\0{platform.node()}".encode())]
             self._alike = [rank for rank, (other, _) in enumerate(told) if other == kind]
             self.rank, self.size = self._alike.index(group.rank()), len(self._alike)

@@ -86,7 +86,7 @@ class Session:
                 [_Failure(*item) for item in all_failed.items() if item[0] not in all_done],
                 [_Verdict(*key, verdict) for key, verdict in all_verdicts.items()],
             )
-            atomic.replace(self.path, msgspec.json.encode(self._state))
+            atomic.write_bytes(self.path, msgspec.json.encode(self._state))
 
     def encode(self) -> bytes:
         """What is done and what failed, for the other processes."""

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import mlx.core as mx
-
 from .. import device as machine
 from .. import kernels, profile
 from ..device.fingerprint import canonical_name, device_family
@@ -86,7 +84,7 @@ class MixedBPWAutoTuner:
         self.device_family = device_family(self.device_name)
         self.objective = Objective.of(objective)
         self.memory_limit = machine.memory_bytes(self._device) // 2 if memory_limit is None else int(memory_limit)
-        self.dtype = dtype or ("float32" if self._device == "cpu" else "float16")
+        self.dtype = dtype or kernels.USUAL_DTYPE[self._device]
         self.rules = rules or Rules()
         self.config_path = Path(config_path) if config_path is not None else None
         self.config = self._initial_config()
@@ -362,7 +360,7 @@ class MixedBPWAutoTuner:
         """
         config = profile_files.load(path)
         device = config.fingerprint.device if config.fingerprint else None
-        if device == "gpu" and not mx.is_available(mx.Device(mx.gpu)):
+        if device is not None and not machine.is_present(device):
             device = None
         tuner = cls(config.device_name, path, device=device)
         tuner.device_family = config.device_family

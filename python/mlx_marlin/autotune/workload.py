@@ -12,12 +12,13 @@ import mlx.core as mx
 import numpy as np
 
 from .. import codec, kernels, ops
-from ..device.machine import last_level_cache
+from ..device.machine import last_level_cache, mlx_device
 from ..kernels import KernelConfig, Problem
 from ..layers.experts import TrellisSwitchGLU
 from ..layers.linear import TrellisLinear
 from ..measure.clock import Chain
 from ..ops import Stack, reference
+from ..weights import synthetic
 from ..weights.experts import ExpertBank, ExpertStack
 from ..weights.trellis import TrellisWeight
 
@@ -34,8 +35,6 @@ CHECK_EXPERTS = 16
 ROUTINGS = 8
 # Weights between two uses of the same bytes, over the last-level cache: beyond 1, nothing survives in an LRU cache.
 CACHE_FACTOR = 1.25
-# Scratch of a call on the CPU that MLX does not count: csrc/cpu/segments.h and swiglu.cpp bound both parts.
-_ROTATED_BYTES, _COMBINED_BYTES = 32 << 20, 64 << 20
 
 Projections = tuple[Stack, ...]
 
@@ -47,7 +46,7 @@ def problem_class(problem: Problem) -> Problem:
 
 def tolerance(problem: Problem, config: KernelConfig) -> float:
     """The largest error of a row that a config may have."""
-    halves = problem.device == "gpu" and not config.use_fp32_acc and problem.dtype != "float32"
+    halves = kernels.rules_of(problem).half_sums(config) and problem.dtype != "float32"
     return max(TOLERANCE[problem.dtype], _HALF_TOLERANCE if halves else 0.0)
 
 
@@ -114,7 +113,7 @@ class Workload:
         self.weight_bytes = sum(a.nbytes for stack in stacks for a in stack.arrays)
         room = _room(problem, self.weight_bytes, memory_limit)
         self._rng = np.random.default_rng(seed)
-        self.stream = mx.Device(mx.gpu if problem.device == "gpu" else mx.cpu)
+        self.stream = mlx_device(problem.device)
         self._dtype = getattr(mx, problem.dtype)
         self.x = self._rows(problem.rows)
         self._routings = [self._routing(problem.rows) for _ in range(ROUTINGS if problem.kind == "swiglu" else 1)]
@@ -148,12 +147,14 @@ class Workload:
     def synthetic(cls, problem: Problem, *, memory_limit=None, seed=0) -> Workload:
         """The workload of a problem on random weights: every bit pattern is a legal trellis."""
         check_problem(problem)
-        parts = list(enumerate(_sizes(problem)))
-        # Before anything is allocated. Random words are made outside of MLX, one projection at a time.
-        words = [4 * _words(problem, part, *size) for part, size in parts]
-        _room(problem, sum(words), memory_limit, beside=max(words))
+        parts = range(len(problem.shapes))
+        # Before anything is allocated. Weights are made one by one and then stacked, one projection at a time.
+        sizes = [_code_bytes_of(problem, part) for part in parts]
+        _room(problem, sum(sizes), memory_limit, beside=max(sizes))
         rng = np.random.default_rng(seed)
-        stacks = tuple(_random_stack(rng, problem, part, *size) for part, size in parts)
+        stacks = tuple(
+            ops.prepare(ExpertStack.of("experts", synthetic.random_projection(rng, problem, part))) for part in parts
+        )
         return cls(problem, stacks, (problem.activation, 1.702, 7.0), memory_limit, seed)
 
     @property
@@ -318,12 +319,7 @@ def call_bytes(problem: Problem) -> int:
     if problem.kind == "swiglu":
         outputs = (problem.rows if problem.combine else slots) * problem.hidden
     inputs = problem.rows * problem.hidden * item + ROUTINGS * slots * 8
-    if problem.device == "gpu":
-        return inputs + outputs * item + sum(ops.plan(problem)["scratch"].values())
-    inner = problem.intermediate if problem.kind == "swiglu" else 0
-    rotated = min(_ROTATED_BYTES, 4 * slots * (2 * codec.padded(problem.hidden) + inner))
-    combined = min(_COMBINED_BYTES, 4 * slots * problem.hidden) if problem.combine else 0
-    return inputs + outputs * item + rotated + combined
+    return inputs + outputs * item + ops.scratch_bytes(problem)
 
 
 def _room(problem: Problem, weight_bytes: int, limit: int | None, beside: int = 0) -> float:
@@ -351,43 +347,10 @@ def _code_bytes(stacks: Projections) -> int:
     return sum(stack.arrays[0].nbytes for stack in stacks)
 
 
-def _sizes(problem: Problem) -> list[tuple[int, int]]:
-    """Rows and columns of the projections."""
-    first = (problem.hidden, problem.intermediate)
-    return [first] if problem.kind == "linear" else [first, first, first[::-1]]
-
-
-def _bits(problem: Problem, part: int) -> list[float]:
-    """Bits of a synthetic projection's experts, which go round the problem's bit widths."""
-    return [problem.bits[e % len(problem.bits)][part] for e in range(problem.experts)]
-
-
-def _format(bits: float, codebook: str) -> int:
-    """The format word, with mul1 where the width is a half rate."""
-    return codec.format_word(bits, "mul1" if codec.is_half_rate(bits) else codebook)
-
-
-def _words(problem: Problem, part: int, rows: int, columns: int) -> int:
-    return int(sum(_bits(problem, part)) * (codec.padded(rows) * codec.padded(columns) // 32))
-
-
-def _random_stack(rng: np.random.Generator, problem: Problem, part: int, rows: int, columns: int) -> Stack:
-    """Random weights of one projection."""
-    k, n, experts = codec.padded(rows), codec.padded(columns), problem.experts
-    # Each codebook meets each mix of widths: the codebook steps once per round of the widths.
-    codebooks = [problem.codebooks[e // len(problem.bits) % len(problem.codebooks)] for e in range(experts)]
-    signs = [np.where(rng.random((experts, size)) < 0.5, -1.0, 1.0) for size in (k, n)]
-    stack = ExpertStack(
-        mx.array(rng.integers(0, 1 << 32, _words(problem, part, rows, columns), np.uint32)),
-        mx.array(np.array([_format(b, c) for b, c in zip(_bits(problem, part), codebooks)], np.uint32)),
-        mx.array(signs[0].astype(np.float16)),
-        # Outputs of standard deviation 1 for such inputs.
-        mx.array((signs[1] / math.sqrt(k)).astype(np.float16)),
-        mx.array(rng.standard_normal((experts, n)).astype(np.float32)) if problem.bias else None,
-        rows,
-        columns,
-    )
-    return ops.prepare(stack)
+def _code_bytes_of(problem: Problem, part: int) -> int:
+    """Bytes of the codes of a synthetic projection."""
+    k, n = map(codec.padded, problem.shapes[part])
+    return int(sum(synthetic.widths_of(problem, part)) * k * n) // 8
 
 
 def _expert_bytes(stack: ExpertStack, e: int) -> int:

@@ -33,12 +33,22 @@ def default_device() -> str:
     return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
 
 
+def mlx_device(device: str) -> mx.Device:
+    """``"cpu"`` or ``"gpu"`` as MLX's device."""
+    return mx.Device(mx.gpu if check_device(device) == "gpu" else mx.cpu)
+
+
+def is_present(device: str) -> bool:
+    """Whether this machine has a CPU or GPU that MLX can use."""
+    return mx.is_available(mlx_device(device))
+
+
 @cache
 def device_name(device: str) -> str:
     """MLX's device name for the GPU ("M4 Max"); for the CPU model and instruction set ("Intel Xeon (avx512)")."""
     if check_device(device) == "cpu":
         return f"{_cpu_model()} ({ops.instruction_set()})"
-    if not mx.is_available(mx.Device(mx.gpu)):
+    if not is_present(device):
         raise ValueError('this machine has no GPU that MLX can use; use device "cpu"')
     return canonical_name(str(mx.device_info(mx.gpu)["device_name"]))
 

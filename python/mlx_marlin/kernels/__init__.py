@@ -4,10 +4,21 @@ worth timing. No MLX.
 The default config handles every legal problem; tuning only adds speed.
 """
 
-from .catalogue import candidates, candidates_on, config_for, default, default_variant, effective, feasible, fitted
-from .config import MAX_KERNEL_BITS, VARIANTS, KernelConfig, KernelName, make_name, parse_name
+from . import cpu, metal
+from .catalogue import (
+    KernelRules,
+    candidates,
+    candidates_on,
+    config_for,
+    default,
+    effective,
+    feasible,
+    fitted,
+    rules_of,
+)
+from .config import MAX_KERNEL_BITS, VARIANTS, KernelConfig, KernelName, default_variant, make_name, parse_name
 from .cpu import cpu_threads
-from .problem import ACTIVATIONS, DEVICES, DTYPES, Problem
+from .problem import ACTIVATIONS, DEVICES, DTYPES, USUAL_DTYPE, Problem
 from .search_space import Hardware
 
 __all__ = [
@@ -15,14 +26,17 @@ __all__ = [
     "DEVICES",
     "DTYPES",
     "MAX_KERNEL_BITS",
+    "USUAL_DTYPE",
     "VARIANTS",
     "Hardware",
     "KernelConfig",
     "KernelName",
+    "KernelRules",
     "Problem",
     "candidates",
     "candidates_on",
     "config_for",
+    "cpu",
     "cpu_threads",
     "default",
     "default_variant",
@@ -30,5 +44,7 @@ __all__ = [
     "feasible",
     "fitted",
     "make_name",
+    "metal",
     "parse_name",
+    "rules_of",
 ]

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
 
 VARIANTS = ("decode", "prefill4", "base", "large_batch")
+"""Families of kernels, by the number of rows that they are for, the fewest first; the position is the kernels' id."""
+
 MAX_KERNEL_BITS = 8
+"""Most bits per weight that the kernels decode."""
+
+# Names come from users and from loops over VARIANTS, so that they are str to a type checker; files are held to these.
+if TYPE_CHECKING:
+    Variant = str
+else:
+    Variant = Literal[VARIANTS]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 
 _BASE_NAMES = ("moe_trellis_swiglu", "moe_trellis_mixed_swiglu")
 _NAME = re.compile(
@@ -19,13 +32,13 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """How a call runs.
+    """How a call runs. What annotations ask for is checked where one is read from a file.
 
     On the CPU, ``tile_size_m`` is the rows per decoded panel, ``tile_size_n`` the columns per task and
     ``simdgroups`` the worker threads; ``use_fp32_acc`` changes nothing, sums are always float32 there.
 
     Attributes:
-        kernel_name: A name that :func:`parse_name` accepts.
+        kernel_name: A name that :func:`parse_name` accepts; a file may have others, which run nowhere.
         tile_size_m: Rows per tile.
         tile_size_n: Columns per threadgroup or task.
         simdgroups: Simdgroups per threadgroup.
@@ -34,12 +47,12 @@ class KernelConfig:
         kernel_variant: One of :data:`VARIANTS`.
     """
 
-    kernel_name: str
-    tile_size_m: int
-    tile_size_n: int
-    simdgroups: int
+    kernel_name: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_]{1,128}\Z")]
+    tile_size_m: _Size
+    tile_size_n: _Size
+    simdgroups: _Size
     use_fp32_acc: bool = False
-    kernel_variant: str = "base"
+    kernel_variant: Variant = "base"
 
 
 @dataclass(frozen=True)
@@ -82,3 +95,12 @@ def make_name(
     name = "_".join(parts)
     parse_name(name)
     return name
+
+
+def default_variant(rows: int) -> str:
+    """The variant for a number of rows: decode at 1, prefill4 to 16, base to 32, large_batch above."""
+    if rows <= 1:
+        return "decode"
+    if rows <= 16:
+        return "prefill4"
+    return "base" if rows <= 32 else "large_batch"

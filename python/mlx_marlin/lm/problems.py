@@ -40,15 +40,13 @@ def model_problems(model_path: str | Path, dtype: str, device: str) -> dict[Prob
             continue  # three products of which the tuner times none: they are not fused
         stacks = [[source.linear for source in sources[projection]] for projection in PROJECTIONS]
         experts = len(stacks[0])
-        problem = Problem(
-            kind="swiglu",
-            rows=1,
-            top_k=_top_k(config, experts),
-            hidden=module_at(model, path)[PROJECTIONS[0]].weight.shape[2],
-            intermediate=stacks[0][0].padded_shape[1],
+        problem = Problem.swiglu(
+            module_at(model, path)[PROJECTIONS[0]].weight.shape[2],
+            stacks[0][0].padded_shape[1],
             experts=experts,
-            bits=tuple(sorted(set(zip(*([w.bits for w in stack] for stack in stacks))))),
-            codebooks=tuple(sorted({w.codebook for stack in stacks for w in stack})),
+            top_k=_top_k(config, experts),
+            bits=zip(*([w.bits for w in stack] for stack in stacks)),
+            codebooks=[w.codebook for stack in stacks for w in stack],
             activation=activation.name,
             dtype=dtype,
             device=device,
@@ -57,16 +55,11 @@ def model_problems(model_path: str | Path, dtype: str, device: str) -> dict[Prob
         problems.setdefault(problem, []).append(path)
     for path, source in mapping.linears.items():
         out_features, in_features = module_at(model, path).weight.shape
-        problem = Problem(
-            kind="linear",
-            rows=1,
-            top_k=1,
-            hidden=in_features,
-            intermediate=out_features,
-            experts=1,
-            bits=((source.linear.bits,),),
-            codebooks=(source.linear.codebook,),
-            activation="none",
+        problem = Problem.linear(
+            in_features,
+            out_features,
+            bits=source.linear.bits,
+            codebooks=source.linear.codebook,
             dtype=dtype,
             device=device,
             bias="bias" in source.linear.parts,

@@ -19,6 +19,8 @@ from . import metal_marlin
 from .exl3 import QUANTIZED_SUFFIXES, QuantizedLinear
 
 INDEX_NAME = "model.safetensors.index.json"
+"""The file that says which tensor is in which weight file."""
+
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _QUANTIZED_NAME = re.compile(rb'\.(?:trellis|suh|svh|su|sv)"\s*:')
 

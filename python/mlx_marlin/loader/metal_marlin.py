@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..storage.safetensors import TensorInfo, parse_json, read_header
+from ..storage.safetensors import NUMPY_DTYPES, TensorInfo, parse_json, read_header
 from ..weights.grid import GridWeight
 
 _PARTS = ("indices", "scales", "su", "sv")
@@ -57,10 +57,7 @@ class GridEntry:
 def _read(info: TensorInfo) -> np.ndarray:
     if info.dtype not in ("U8", "F32"):
         raise ValueError(f"a tensor is {info.dtype}; U8 indices and F32 scales are wanted")
-    dtype = np.uint8 if info.dtype == "U8" else np.dtype("<f4")
-    with open(info.file, "rb") as f:
-        f.seek(info.start)
-        return np.frombuffer(f.read(info.nbytes), dtype).reshape(info.shape)
+    return np.frombuffer(info.read(), NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
 
 def is_grid_directory(directory: Path) -> bool:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 from .stats import Comparison, compare, holm, p_faster, without_drift
 
@@ -23,6 +24,9 @@ ROUNDS_TO_TEST = 5
 # Without two samples of each candidate nothing can be said: a race that has begun takes them whatever its share.
 FEWEST_ROUNDS = 2
 MAX_FINALISTS = 4
+
+Decision = Literal["faster", "default", "undecided"]
+"""What a race ends with, see :class:`Race`."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Race:
     """
 
     winner: Hashable
-    decision: str = "default"
+    decision: Decision = "default"
     comparison: Comparison = Comparison(1.0, 1.0, 1.0, 1.0)
     samples: dict = field(default_factory=dict)
     fresh: dict = field(default_factory=dict)

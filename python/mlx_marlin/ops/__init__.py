@@ -4,6 +4,7 @@
 - ``problems``: what a call asks for, and the config that answers it.
 - ``calls``: a call in three steps: checked, its problem, the primitive.
 - ``products``: the ops that users call.
+- ``embedding``: rows of a quantized token embedding.
 - ``planning``: what a GPU would run.
 - ``search``: the encoder's search.
 - ``shaders``: the Metal sources, made self-contained.
@@ -18,7 +19,8 @@ import mlx.core as mx
 from .. import _ext
 from . import shaders
 from .calls import Call, check_gathered, check_linear, check_swiglu, run
-from .planning import plan
+from .embedding import trellis_embedding
+from .planning import plan, scratch_bytes
 from .problems import (
     DTYPES,
     Activation,
@@ -59,9 +61,11 @@ __all__ = [
     "prepare_weight",
     "resolve",
     "run",
+    "scratch_bytes",
     "set_num_threads",
     "swiglu_problem",
     "trellis_decode",
+    "trellis_embedding",
     "trellis_linear",
     "trellis_swiglu",
     "viterbi_search",

@@ -179,21 +179,28 @@ def _index_array(op: str, indices: np.ndarray | Sequence) -> mx.array:
     return mx.array(array)
 
 
+def check_ids(op: str, ids: Indices, count: int, stream: StreamOrDevice) -> mx.array:
+    """Integers of any shape in [0, count) as uint32, checked as far as they are known."""
+    if not isinstance(ids, mx.array):
+        ids = _index_array(op, ids)
+    if ids.dtype not in _INTEGERS:
+        raise ValueError(f"[{op}] indices must be integers, got {ids.dtype}")
+    return _ext.expert_ids(op, ids, count, stream)
+
+
 def _check_indices(
     op: str, indices: Indices, leading: tuple[int, ...], experts: int, stream: StreamOrDevice
 ) -> mx.array:
     """Indices ``[*leading, k]`` as uint32, checked as far as they are known."""
     if not isinstance(indices, mx.array):
         indices = _index_array(op, indices)
-    if indices.dtype not in _INTEGERS:
-        raise ValueError(f"[{op}] indices must be integers, got {indices.dtype}")
     shape = indices.shape
     if not shape or shape[:-1] != leading or shape[-1] < 1:
         raise ValueError(
             f"[{op}] indices must have shape [..., k] with k >= 1 and the leading dimensions of x "
             f"{list(leading)}, got {list(shape)}"
         )
-    return _ext.expert_ids(op, indices, experts, stream)
+    return check_ids(op, indices, experts, stream)
 
 
 def _check_scores(op: str, scores: mx.array, indices: mx.array, stream: StreamOrDevice) -> mx.array:

@@ -24,6 +24,7 @@ NativeConfig = _ext.KernelConfig
 """A config as the primitives take it."""
 
 DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
+"""What x may be made of, by the name that a :class:`~mlx_marlin.Problem` has for it."""
 
 
 class Activation(NamedTuple):

@@ -9,11 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import mlx.core as mx
-
 from .. import kernels
 from ..device.fingerprint import device_family
-from ..device.machine import device_name
+from ..device.machine import device_name, is_present
 from ..kernels import KernelConfig, Problem
 from . import files
 from .files import default_path, load
@@ -48,14 +46,13 @@ class _Active:
     def _load(self, device: str) -> list[tuple[str, AutotuneConfig]]:
         sources = []
         # Elsewhere a problem of the GPU is only planned, never run.
-        present = device == "cpu" or mx.is_available(mx.Device(mx.gpu))
+        present = is_present(device)
         if device in self.chosen:
             sources.append(self.chosen[device])
         elif present and (found := tuned(device)) is not None:
             sources.append((f"tuned profile {default_path(device)}", found))
-        if device == "gpu" and present:
-            shipped = predicted(device_name(device))
-            sources += [shipped] if shipped else []
+        if present and (shipped := predicted(device_name(device))) is not None:
+            sources.append(shipped)
         return sources
 
     def reset(self) -> None:

@@ -120,5 +120,5 @@ def save(profile: AutotuneConfig, path) -> AutotuneConfig:
         settled = decode(encode(profile), f"the profile for {path}")
         if settled.problems.keys() != profile.problems.keys() or settled.lookup_table != profile.lookup_table:
             raise ProfileError(f"{path} is not overwritten: the new profile would not read back as it is")
-        atomic.replace(path, encode(settled))
+        atomic.write_bytes(path, encode(settled))
     return settled

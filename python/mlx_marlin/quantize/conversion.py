@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import codec, kernels
+from ..storage import atomic
+from ..storage.safetensors import Tensor, write_tensors
 from .allocate import MODES, Allocation, Item, allocate
 from .calibration import calibration_tokens
 from .head import head_tensors
@@ -25,7 +27,6 @@ from .jobs import Job, layer_jobs, seed_of, wanted
 from .layered import LayeredModel, Taps
 from .sensitivity import disturbed, sensitivities
 from .source import Source
-from .tensors import Tensor, write_array, write_tensors, write_text
 from .weight import Codes, expected_loss, prepare, quantize_prepared
 from .writer import FINISHED, MARKERS, assemble, stored_tensors
 
@@ -168,8 +169,9 @@ def _open_work(output: Path, source: Source, settings: _Settings, tokens: np.nda
                 f"the conversion in {output} was begun with other settings ({', '.join(changed)}); "
                 "resume with the same ones or choose another directory"
             )
-    work.mkdir(parents=True, exist_ok=True)
-    write_text(work / "job.json", json.dumps(job))
+    for directory in (output, work):
+        atomic.remove_leftovers(directory)
+    atomic.write_text(work / "job.json", json.dumps(job))
     return work
 
 
@@ -189,7 +191,7 @@ class _Conversion:
     def run(self) -> Allocation:
         items = self._measure()
         allocation = allocate(items, self.settings.bits, self.settings.mixed)
-        write_text(self.work / "plan.txt", plan_table(items, allocation))
+        atomic.write_text(self.work / "plan.txt", plan_table(items, allocation))
         self.model = LayeredModel(self.source.path, self.tokens, _BATCH)  # the first run let go of the weights
         hidden = self._quantize(allocation)
         self._head(hidden)
@@ -240,7 +242,7 @@ class _Conversion:
         target = self.work / "sensitivity.json"
         if not target.exists():
             found = sensitivities(self.model, hidden, streams, energies)
-            write_text(target, json.dumps([v.hex() for v in found]))
+            atomic.write_text(target, json.dumps([v.hex() for v in found]))
         scales = [float.fromhex(v) for v in json.loads(target.read_text())]
         return [
             replace(item, loss={k: scale * v for k, v in item.loss.items()})
@@ -310,7 +312,8 @@ class _Conversion:
     # result always has its state; only the newest is kept.
 
     def _save_state(self, stage: str, index: int, hidden: list[np.ndarray]) -> None:
-        write_array(self.work / f"{stage}-state-{index:04}.npz", hidden)
+        with atomic.writing(self.work / f"{stage}-state-{index:04}.npz") as file:
+            np.savez(file, *hidden)
         (self.work / f"{stage}-state-{index - 2:04}.npz").unlink(missing_ok=True)
 
     def _last_state(self, stage: str, count: int, start) -> tuple[list[np.ndarray], int]:
@@ -333,7 +336,7 @@ def _save_items(path: Path, items: list[Item], energy: float) -> None:
     rows = [
         [i.name, i.group, i.weights, list(i.bits.items()), [[k, v.hex()] for k, v in i.loss.items()]] for i in items
     ]
-    write_text(path, json.dumps({"energy": energy.hex(), "items": rows}))
+    atomic.write_text(path, json.dumps({"energy": energy.hex(), "items": rows}))
 
 
 def _load_items(path: Path) -> tuple[list[Item], float]:

@@ -6,11 +6,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..storage.safetensors import Tensor
 from .hessian import Hessian
 from .jobs import seed_of
 from .layered import LayeredModel
 from .source import Source, half
-from .tensors import Tensor
 from .weight import prepare, quantize_prepared
 from .writer import stored_tensors
 

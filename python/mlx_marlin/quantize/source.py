@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..storage.safetensors import TensorInfo, parse_json, read_header
-from .tensors import Tensor, read_bytes, read_values
+from ..storage.safetensors import Tensor, TensorInfo, parse_json, read_header
 
 # Linears that EXL3 leaves alone: routers, gates of shared experts, MLA's kv_b (its two halves are used apart), and
 # the narrow projections of state-space layers.
@@ -85,8 +84,8 @@ class Source:
         """A tensor that is not quantized, in the dtype that EXL3 stores it in."""
         stored = self.tensors[name]
         if self.kept_dtype(name) == stored.dtype:
-            return Tensor(stored.dtype, stored.shape, read_bytes(stored))
-        return half(name, read_values(name, stored))
+            return Tensor(stored.dtype, stored.shape, stored.read())
+        return half(name, stored.floats())
 
     def kept_dtype(self, name: str) -> str:
         """The dtype of :meth:`kept`."""

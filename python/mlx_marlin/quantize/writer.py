@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import codec, ops
-from ..storage.safetensors import ITEM_BYTES, TensorInfo, read_header
+from ..storage import atomic, safetensors
+from ..storage.safetensors import ITEM_BYTES, Tensor, TensorInfo, read_header
 from .source import SIDE_FILES, Source
-from .tensors import Tensor, read_bytes, write_file, write_text
 from .weight import Codes
 
 # Multipliers that mark a codebook; 3INST has no marker.
@@ -63,17 +63,17 @@ def assemble(source: Source, output: Path, work: Path, layers: int, settings, al
     sizes = {n: math.prod(shapes[n]) * ITEM_BYTES[dtypes[n]] for n in dtypes}
     shards = _shards(sizes)
     for file, names in shards.items():
-        data = (read_bytes(parts[n]) if n in parts else source.kept(n).data for n in names)
-        write_file(output / file, [(n, dtypes[n], shapes[n]) for n in names], data)
+        data = (parts[n].read() if n in parts else source.kept(n).data for n in names)
+        safetensors.write(output / file, [(n, dtypes[n], shapes[n]) for n in names], data)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(sizes.values())},
             "weight_map": {n: f for f, ns in shards.items() for n in ns},
         }
-        write_text(output / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
+        atomic.write_text(output / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
     for name in SIDE_FILES:
         if (source.path / name).is_file():
-            write_text(output / name, (source.path / name).read_text(encoding="utf-8"))
+            atomic.write_text(output / name, (source.path / name).read_text(encoding="utf-8"))
     summary = {
         "quant_method": "exl3",
         "version": _FORMAT_VERSION,
@@ -84,9 +84,9 @@ def assemble(source: Source, output: Path, work: Path, layers: int, settings, al
         "codebook": settings.codebook,
     }
     storage = _tensor_storage(dtypes, shapes, sizes, settings.codebook)
-    write_text(output / "quantization_config.json", json.dumps({**summary, "tensor_storage": storage}, indent=2))
-    write_text(output / "plan.txt", (work / "plan.txt").read_text())
-    write_text(output / "config.json", json.dumps({**source.config, "quantization_config": summary}, indent=2))
+    atomic.write_text(output / "quantization_config.json", json.dumps({**summary, "tensor_storage": storage}, indent=2))
+    atomic.write_text(output / "plan.txt", (work / "plan.txt").read_text())
+    atomic.write_text(output / "config.json", json.dumps({**source.config, "quantization_config": summary}, indent=2))
     # Renamed first: a kill from here on leaves a complete model and no half-removed state to resume from.
     finished = work.rename(work.with_name(FINISHED))
     shutil.rmtree(finished)

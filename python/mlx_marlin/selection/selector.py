@@ -259,51 +259,10 @@ def _evidence(ledger: Ledger | None, names: list[str]) -> dict[str, dict]:
     return {n: histories[n].summary() if n in histories else {"samples": 0} for n in dict.fromkeys(names)}
 
 
+# Of the instance that the process shares.
 _shared = MixedKernelSelector()
-
-
-def get_mixed_kernel(
-    batch_size: int,
-    active_expert_bits: Sequence[int],
-    gpu_memory_pressure: float = 0.0,
-    gate_bits: int | None = None,
-    up_bits: int | None = None,
-    down_bits: int | None = None,
-    use_fp32_acc: bool = False,
-    available_kernels: Iterable[str] | None = None,
-    pattern: dict | None = None,
-    problem: Problem | None = None,
-) -> tuple[str, dict]:
-    """:meth:`MixedKernelSelector.select_kernel` of the instance that the process shares."""
-    return _shared.select_kernel(
-        batch_size,
-        active_expert_bits,
-        gpu_memory_pressure,
-        gate_bits,
-        up_bits,
-        down_bits,
-        use_fp32_acc,
-        available_kernels,
-        pattern,
-        problem,
-    )
-
-
-def record_kernel_latency(kernel_name: str, batch_size: int, latency_ms: float, problem: Problem | None = None) -> None:
-    """:meth:`MixedKernelSelector.record_latency` of the instance that the process shares."""
-    _shared.record_latency(kernel_name, batch_size, latency_ms, problem)
-
-
-def get_statistics() -> dict:
-    """:meth:`MixedKernelSelector.get_statistics` of the instance that the process shares."""
-    return _shared.get_statistics()
-
-
-def reset_history() -> None:
-    """:meth:`MixedKernelSelector.reset_history` of the instance that the process shares."""
-    _shared.reset_history()
-
-
-def set_exploration_rate(rate: float) -> None:
-    """:meth:`MixedKernelSelector.set_exploration_rate` of the instance that the process shares."""
-    _shared.set_exploration_rate(rate)
+get_mixed_kernel = _shared.select_kernel
+record_kernel_latency = _shared.record_latency
+get_statistics = _shared.get_statistics
+reset_history = _shared.reset_history
+set_exploration_rate = _shared.set_exploration_rate

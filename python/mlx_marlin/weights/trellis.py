@@ -10,7 +10,7 @@ from .. import codec
 Array = mx.array | np.ndarray
 
 
-def _array(name: str, value: Array) -> mx.array:
+def as_array(name: str, value: Array) -> mx.array:
     """A NumPy or MLX array, or what NumPy makes one of."""
     if isinstance(value, mx.array):
         return value
@@ -22,7 +22,7 @@ def _array(name: str, value: Array) -> mx.array:
 
 def _scale_vector(name: str, value: Array, size: int) -> mx.array:
     """suh or svh as float16 [size]; packed int16 sign words of older checkpoints are expanded."""
-    value = _array(name, value)
+    value = as_array(name, value)
     if value.dtype in (mx.int16, mx.uint16):
         if value.shape != (size // 16,):
             raise ValueError(f"{name}: packed signs must have shape [{size // 16}], got {list(value.shape)}")
@@ -77,7 +77,7 @@ class TrellisWeight:
         out_features: int | None = None,
     ):
         codec.check_codebook(codebook)
-        self.trellis = _array("trellis", trellis)
+        self.trellis = as_array("trellis", trellis)
         if self.trellis.dtype not in (mx.int16, mx.uint16):
             raise ValueError(f"trellis must be int16, got {self.trellis.dtype}")
         self.bits = codec.trellis_bits(self.trellis.shape)
@@ -98,7 +98,7 @@ class TrellisWeight:
         mx.eval(self.trellis, self.suh, self.svh, [] if self.bias is None else self.bias)
 
     def _padded_bias(self, bias: Array, n: int) -> mx.array:
-        bias = _array("bias", bias)
+        bias = as_array("bias", bias)
         if not mx.issubdtype(bias.dtype, mx.floating) or bias.shape not in ((n,), (self.out_features,)):
             raise ValueError(
                 f"bias must be floating point of shape [{n}] or [{self.out_features}], "
