@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import _ext, kernels
 from ..kernels import Problem
-from .problems import DTYPES, Activation, linear_problem, swiglu_problem
+from .problems import DTYPE_NAMES, Activation, linear_problem, swiglu_problem
 from .stacks import Stack
 
 _INTEGERS = frozenset((mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64))
@@ -147,7 +147,7 @@ def _run_swiglu(call: Call, native: _ext.KernelConfig) -> mx.array:
 def _check_x(op: str, x, features: int) -> mx.array:
     if not isinstance(x, mx.array):
         raise ValueError(f"[{op}] x must be an mx.array, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
+    if x.dtype not in DTYPE_NAMES:
         raise ValueError(f"[{op}] x must be float32, float16 or bfloat16, got {x.dtype}; cast it first")
     if x.ndim == 0 or x.shape[-1] != features:
         raise ValueError(f"[{op}] x must have shape [..., {features}], got {list(x.shape)}")
