@@ -21,7 +21,7 @@ from ..layers.experts import TrellisExperts, TrellisSwitchGLU
 from ..layers.linear import TrellisLinear
 from ..loader import metal_marlin
 from ..loader.directory import TrellisModelLoader, names_trellis
-from ..ops import DTYPES, Activation
+from ..ops import DTYPE_NAMES, Activation
 from ..storage.safetensors import parse_json
 from ..weights.experts import ExpertStack
 from ..weights.trellis import TrellisWeight
@@ -161,9 +161,9 @@ def activation_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
     Raises:
         ValueError: If it is another one.
     """
-    if dtype is None or dtype in DTYPES:
+    if dtype is None or dtype in DTYPE_NAMES:
         return dtype
-    named = {name: value for value, name in DTYPES.items()}
+    named = {name: value for value, name in DTYPE_NAMES.items()}
     if not isinstance(dtype, str) or dtype not in named:
         raise ValueError(f"dtype must be one of {', '.join(named)}, or None for the checkpoint's own, got {dtype!r}")
     return named[dtype]

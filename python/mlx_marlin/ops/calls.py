@@ -16,7 +16,7 @@ import numpy as np
 from .. import _ext, kernels
 from ..kernels import Problem
 from .problems import (
-    DTYPES,
+    DTYPE_NAMES,
     Activation,
     Indices,
     NativeConfig,
@@ -159,7 +159,7 @@ def _run_swiglu(call: Call, indices: mx.array, activation: Activation, native: N
 def _check_x(op: str, x: mx.array, features: int) -> mx.array:
     if not isinstance(x, mx.array):
         raise ValueError(f"[{op}] x must be an mx.array, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
+    if x.dtype not in DTYPE_NAMES:
         raise ValueError(f"[{op}] x must be float32, float16 or bfloat16, got {x.dtype}; cast it first")
     if x.ndim == 0 or x.shape[-1] != features:
         raise ValueError(f"[{op}] x must have shape [..., {features}], got {list(x.shape)}")
