@@ -32,7 +32,9 @@ void bind_types(nb::module_& m) {
             new (self) KernelConfig{variant, tile_m, tile_n, simdgroups, fp32};
           },
           "variant"_a, "tile_size_m"_a, "tile_size_n"_a, "simdgroups"_a, "use_fp32_acc"_a)
-      .def("__eq__", [](const KernelConfig& a, const KernelConfig& b) { return a == b; });
+      .def(
+          "__eq__", [](const KernelConfig& a, const KernelConfig& b) { return a == b; }, nb::is_operator(),
+          nb::sig("def __eq__(self, other: object, /) -> bool"));
 
   nb::class_<StackInfo>(m, "StackInfo", "Sizes and contents of a stack of trellis weights.")
       .def(

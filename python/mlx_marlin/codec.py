@@ -14,6 +14,8 @@ This module imports NumPy only.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 CODEBOOKS = ("3inst", "mcg", "mul1")
@@ -240,7 +242,31 @@ def matrix_to_tiles(matrix: np.ndarray) -> np.ndarray:
     return tiles[:, :, TILE_ROWS, TILE_COLUMNS]
 
 
-def inner(w) -> np.ndarray:
+class Array(Protocol):
+    """An array of NumPy or MLX."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Weight(Protocol):
+    """A :class:`~mlx_marlin.TrellisWeight`, or the same in NumPy arrays."""
+
+    @property
+    def trellis(self) -> Array: ...
+    @property
+    def suh(self) -> Array: ...
+    @property
+    def svh(self) -> Array: ...
+    @property
+    def codebook(self) -> str: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+
+
+def inner(w: Weight) -> np.ndarray:
     """The matrix between the two Hadamard transforms, bit-exact.
 
     Args:
@@ -308,7 +334,7 @@ def unpack_signs(words: np.ndarray) -> np.ndarray:
     return np.float16(1) - np.float16(2) * bits.reshape(-1).astype(np.float16)
 
 
-def dequantize(w) -> np.ndarray:
+def dequantize(w: Weight) -> np.ndarray:
     """The effective weight ``diag(suh) H W_inner H diag(svh)``, computed in double precision.
 
     Args:

@@ -234,7 +234,7 @@ def test_what_one_of_several_processes_had_done_is_known_to_all_and_then_forgott
 
     first = stamps()
     args = tune_cli.parser().parse_args(arguments)
-    run = tuning_run.Run(path, "cpu", None, None, tune_cli.Rules(rounds=2, warmup=1), True)
+    run = tuning_run.Run(path, "cpu", None, None, tune_cli.RaceSettings(rounds=2, warmup=1), True)
     plan = run._plan(tuning_run.at_rows(tune_cli.layers(args, "cpu"), args.batch_sizes))
     (second,) = (p for p in first if p.rows == 2)
     tuning_run.Session(path, plan).add(done=[second])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,7 +65,12 @@ class Session:
         """Outcomes of checks."""
         return {(v.problem, v.config): v.verdict for v in self._state.verdicts}
 
-    def add(self, done=(), failed=None, verdicts: Verdicts | None = None) -> None:
+    def add(
+        self,
+        done: Iterable[Problem] = (),
+        failed: Mapping[Problem, str] | None = None,
+        verdicts: Verdicts | None = None,
+    ) -> None:
         """Add to what is known, and to the file."""
         from filelock import FileLock
 

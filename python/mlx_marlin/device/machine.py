@@ -50,7 +50,7 @@ def device_name(device: str) -> str:
         return f"{_cpu_model()} ({ops.instruction_set()})"
     if not is_present(device):
         raise ValueError('this machine has no GPU that MLX can use; use device "cpu"')
-    return canonical_name(mx.device_info(mx.gpu)["device_name"])
+    return canonical_name(str(mx.device_info(mx.gpu)["device_name"]))
 
 
 @cache

@@ -21,7 +21,7 @@ from ..layers.experts import TrellisExperts, TrellisSwitchGLU
 from ..layers.linear import TrellisLinear
 from ..loader import metal_marlin
 from ..loader.directory import TrellisModelLoader, names_trellis
-from ..ops import DTYPES, Activation
+from ..ops import DTYPE_NAMES, Activation
 from ..storage.safetensors import parse_json
 from ..weights.experts import ExpertStack
 from ..weights.trellis import TrellisWeight
@@ -30,6 +30,12 @@ from .mapping import MODEL_ERRORS, PROJECTIONS, LinearSource, WeightMap, map_wei
 
 LayerProgress = Callable[[int, int], None]
 """Called with (layers done, layers) after each layer."""
+
+MakeLinear = Callable[[str, nn.Module, LinearSource], nn.Module]
+"""Makes what stands for the linear at a path, from the module there and its source."""
+
+MakeExperts = Callable[[str, nn.Module, dict[str, list[LinearSource]]], nn.Module]
+"""Makes what stands for the ``SwitchGLU`` at a path, from the module there and its projections' sources."""
 
 # mlx-lm's activations of SwitchGLU, by what the kernels call them.
 _ACTIVATIONS = {
@@ -139,9 +145,9 @@ def activation_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
     Raises:
         ValueError: If it is another one.
     """
-    if dtype is None or dtype in DTYPES:
+    if dtype is None or dtype in DTYPE_NAMES:
         return dtype
-    named = {name: value for value, name in DTYPES.items()}
+    named = {name: value for value, name in DTYPE_NAMES.items()}
     if not isinstance(dtype, str) or dtype not in named:
         raise ValueError(f"dtype must be one of {', '.join(named)}, or None for the checkpoint's own, got {dtype!r}")
     return named[dtype]
@@ -253,8 +259,8 @@ def fill(
     *,
     lazy: bool = False,
     progress: LayerProgress | None = None,
-    make_linear=_whole_linear,
-    make_experts=_whole_experts,
+    make_linear: MakeLinear = _whole_linear,
+    make_experts: MakeExperts = _whole_experts,
 ) -> None:
     """Read the weights into a model, layer by layer, so that at most one layer is held twice.
 

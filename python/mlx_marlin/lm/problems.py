@@ -20,7 +20,7 @@ def _top_k(config: dict, experts: int) -> int:
     raise ValueError(f"config.json does not say how many experts a token takes; looked for {', '.join(_TOP_K)}")
 
 
-def model_problems(model_path, dtype: str, device: str) -> dict[Problem, list[str]]:
+def model_problems(model_path: str | Path, dtype: str, device: str) -> dict[Problem, list[str]]:
     """The distinct problems of a checkpoint at one row, each with the modules that pose it.
 
     Args:

@@ -21,7 +21,16 @@ from . import shaders
 from .calls import Call, check_gathered, check_linear, check_swiglu, run
 from .embedding import trellis_embedding
 from .planning import plan, scratch_bytes
-from .problems import DTYPES, Activation, device_of, linear_problem, resolve, swiglu_problem
+from .problems import (
+    DTYPE_NAMES,
+    Activation,
+    Indices,
+    NativeConfig,
+    device_of,
+    linear_problem,
+    resolve,
+    swiglu_problem,
+)
 from .products import is_traced, trellis_decode, trellis_linear, trellis_swiglu
 from .runtime import cpu_digest, instruction_set, plan_digest, set_num_threads
 from .search import CODEBOOK_MULTIPLIERS, viterbi_search
@@ -30,10 +39,12 @@ from .stacks import BUILD_LOCK, Stack, half_scales, prepare, prepare_weight, wit
 __all__ = [
     "BUILD_LOCK",
     "CODEBOOK_MULTIPLIERS",
-    "DTYPES",
+    "DTYPE_NAMES",
     "SHADERS",
     "Activation",
     "Call",
+    "Indices",
+    "NativeConfig",
     "Stack",
     "check_gathered",
     "check_linear",

@@ -291,7 +291,15 @@ class _Conversion:
     def _head(self, hidden: list[np.ndarray]) -> None:
         target = self.work / "head.safetensors"
         if not target.exists():
-            tensors = head_tensors(self.model, self.source, hidden, self.settings, self.workers)
+            tensors = head_tensors(
+                self.model,
+                self.source,
+                hidden,
+                bits=self.settings.head_bits,
+                codebook=self.settings.codebook,
+                seed=self.settings.seed,
+                threads=self.workers,
+            )
             write_tensors(target, tensors)
 
     def _parallel(self, task, jobs: list[Job]) -> list:

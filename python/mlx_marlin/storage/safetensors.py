@@ -1,4 +1,4 @@
-"""Safetensors files: reading those that nobody vouches for, and writing.
+"""Safetensors files: untrusted ones read, whole ones written.
 
 The format: eight bytes with the length of a JSON header, the header (``{name: {dtype, shape,
 data_offsets}}``), then the data that the offsets point into. Every number of a header is checked before it is used.
@@ -124,7 +124,7 @@ def _reject_duplicates(pairs: list[tuple[str, object]]) -> dict:
 
 
 def parse_json(data: bytes | str, source: str, *, finite: bool = True) -> dict:
-    """A JSON object from bytes that nobody vouches for.
+    """A JSON object from untrusted bytes.
 
     Args:
         data: The text.
