@@ -3,9 +3,11 @@
 from .experts import TrellisExperts, TrellisSwitchGLU
 from .grid import GridLinear
 from .linear import TrellisLinear
+from .partial import PartlyQuantizedSwitchGLU
 
 __all__ = [
     "GridLinear",
+    "PartlyQuantizedSwitchGLU",
     "TrellisExperts",
     "TrellisLinear",
     "TrellisSwitchGLU",
