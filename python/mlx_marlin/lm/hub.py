@@ -26,7 +26,7 @@ DESCRIPTION_FILES = [
 ]
 
 # A directory with none of these has no tokenizer: what transformers reads vocabularies from.
-_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenizer_config.json")
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 
 def fetch(path_or_hf_repo, revision: str | None = None, allow_patterns: list[str] | None = None) -> Path:

@@ -119,7 +119,9 @@ def _check_shards(files: list[Path]) -> None:
     present = {file.name for file in files}
     for file in files:
         match = _SHARD.fullmatch(file.name)
-        for number in range(1, int(match[3]) + 1) if match else ():
+        if match is None:
+            continue
+        for number in range(1, int(match[3]) + 1):
             name = f"{match[1]}-{number:05}-of-{match[3]}.safetensors"
             if name not in present:
                 raise FileNotFoundError(f"{file.parent / name} is missing; {file.name} is one of {int(match[3])} files")
