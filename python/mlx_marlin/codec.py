@@ -35,6 +35,8 @@ _HALVES_HASH = {"3inst": (89226354, 64248484), "mcg": (0xCBAC1FED, 0)}
 _HALVES_MASK = 0x8FFF8FFF
 _HALVES_XOR = 0x3B603B60
 _MUL1_MULTIPLIER = 0x83DCD12D
+# What the tensors .mcg and .mul1 hold, as unsigned numbers; 3INST has no such marker.
+MARKERS = {"mcg": _HALVES_HASH["mcg"][0], "mul1": _MUL1_MULTIPLIER}
 # mul1 maps the byte sum s to fma(1024 + s, scale, offset) in half precision; these are the half constants' bits.
 _MUL1_SCALE, _MUL1_OFFSET = np.array([0x1EEE, 0xC931], np.uint16).view(np.float16).astype(np.float64)
 

@@ -169,7 +169,10 @@ def put(**changes):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (put(signs=None), r"embed_tokens\.trellis has two dimensions, as .* but model\.embed_tokens\.signs is missing"),
+        (
+            put(signs=None),
+            r"embed_tokens\.trellis has two dimensions, as .* 1\.6\.0 .*, but model\.embed_tokens\.signs is",
+        ),
         (put(trellis=None), r"embed_tokens\.signs is there, but model\.embed_tokens\.trellis is missing"),
         (put(weight=mx.zeros((160, 192))), r"embed_tokens has both \.weight and \.trellis"),
         (put(signs=mx.ones((1, 256))), r"embed_tokens\.signs must be F16 \[groups, 256\], got F32 \[1, 256\]"),
@@ -232,3 +235,14 @@ def test_a_model_may_multiply_with_the_table(tmp_path):
     dense, _ = mlx_lm_utils.load_model(checkpoint.write_dense(tmp_path / "dense"))
     dense.set_dtype(mx.float32)
     assert_same(logits(model), logits(dense))
+
+
+def test_an_embedding_that_the_model_does_not_use(tmp_path):
+    checkpoint = architectures.qwen3_next()
+    checkpoint.quantize_embedding()
+    for suffix in ("trellis", "signs"):
+        checkpoint.exl3[f"mtp.embed_tokens.{suffix}"] = checkpoint.exl3[f"{NAME}.{suffix}"]
+    mapping = open_checkpoint(checkpoint.write(tmp_path / "model"))[2]
+    left = mapping.left_out.tensors["multi-token prediction layers"]
+    assert left["mtp.embed_tokens.trellis"] == 160 * 2 * 65 and left["mtp.embed_tokens.signs"] == 512
+    assert list(mapping.embeddings) == [NAME]

@@ -6,6 +6,8 @@ What stands for one while mlx-lm moves tensors about has one column, and row r o
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -53,7 +55,7 @@ def make_placeholders(loader: TrellisModelLoader) -> dict[str, mx.array]:
 
 
 def take_embeddings(
-    loader: TrellisModelLoader, modules: dict[str, nn.Module], weights: dict[str, mx.array]
+    loader: TrellisModelLoader, modules: dict[str, nn.Module], weights: dict[str, mx.array], parts: Container[str]
 ) -> dict[str, QuantizedEmbedding]:
     """Take the placeholders out of the weights and read them.
 
@@ -61,6 +63,7 @@ def take_embeddings(
         loader: The checkpoint.
         modules: The model's modules, by path.
         weights: What the model's ``sanitize`` has left. Loses the placeholders.
+        parts: Names of what text models leave out.
 
     Returns:
         The embeddings that the model uses, by their paths in it.
@@ -77,6 +80,8 @@ def take_embeddings(
         path, _, leaf = key.rpartition(".")
         module = modules.get(path)
         where = f"{loader.directory}: {source.name} is quantized, but mlx-lm puts it at {key}"
+        if module is None and source.name in parts:
+            continue
         if leaf != "weight" or module is None:
             raise ValueError(f"{where}, which the model does not have")
         if type(module) is not nn.Embedding:

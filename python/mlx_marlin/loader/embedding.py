@@ -63,8 +63,8 @@ class QuantizedEmbedding:
         if "signs" not in self.parts:
             suffix = next(iter(self.parts))
             raise ValueError(
-                f"{some.file}: {self.name}.{suffix} has two dimensions, as a quantized embedding's, but "
-                f"{self.name}.signs is missing"
+                f"{some.file}: {self.name}.{suffix} has two dimensions, as a quantized embedding's, which ExLlamaV3 "
+                f"writes since 1.6.0 (-eb), but {self.name}.signs is missing"
             )
         if len(self.parts) == 1:
             raise ValueError(f"{some.file}: {self.name}.signs is there, but {self.name}.trellis is missing")

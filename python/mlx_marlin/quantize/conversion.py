@@ -28,7 +28,7 @@ from .layered import LayeredModel, Taps
 from .sensitivity import disturbed, sensitivities
 from .source import Source
 from .weight import Codes, expected_loss, prepare, quantize_prepared
-from .writer import FINISHED, MARKERS, assemble, stored_tensors
+from .writer import FINISHED, assemble, stored_tensors
 
 # Candidate widths reach this far below and above the budget.
 _BELOW, _ABOVE = 2, 3
@@ -99,7 +99,7 @@ def _check(bits, head_bits, codebook, mixed, seed) -> _Settings:
 def stored_bits(shape: tuple[int, int], k: int, codebook: str, bias: bool) -> int:
     """Everything that EXL3 stores for a linear, in bits: codes, scales, marker, bias."""
     rows, columns = (-(-n // codec.HADAMARD_SIZE) * codec.HADAMARD_SIZE for n in shape)
-    marker = 32 if codebook in MARKERS else 0
+    marker = 32 if codebook in codec.MARKERS else 0
     return rows * columns * k + 16 * (rows + columns) + marker + (16 * columns if bias else 0)
 
 

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import codec, ops
+from .. import codec
 from ..storage import atomic, safetensors
 from ..storage.safetensors import ITEM_BYTES, Tensor, TensorInfo, read_header
 from .source import SIDE_FILES, Source
 from .weight import Codes
 
-# Multipliers that mark a codebook; 3INST has no marker.
-MARKERS = {name: ops.CODEBOOK_MULTIPLIERS[name] for name in ("mul1", "mcg")}
 # The layout that is written is that of this version.
 _FORMAT_VERSION = "1.4.1"
 FINISHED = ".finished"  # name of the work directory while it is removed
@@ -34,8 +32,10 @@ def stored_tensors(name: str, codes: Codes, bias: np.ndarray | None) -> dict[str
         f"{name}.suh": Tensor.of(codes.suh),
         f"{name}.svh": Tensor.of(codes.svh),
     }
-    if codes.codebook in MARKERS:
-        tensors[f"{name}.{codes.codebook}"] = Tensor.of(np.array(MARKERS[codes.codebook], np.uint32).view(np.int32))
+    if codes.codebook in codec.MARKERS:
+        tensors[f"{name}.{codes.codebook}"] = Tensor.of(
+            np.array(codec.MARKERS[codes.codebook], np.uint32).view(np.int32)
+        )
     if bias is not None:
         tensors[f"{name}.bias"] = Tensor.of(np.pad(bias, (0, len(codes.svh) - len(bias))).astype(np.float16))
     return tensors
@@ -126,6 +126,6 @@ def _tensor_storage(dtypes, shapes, sizes, codebook: str) -> dict:
         module["stored_tensors"][name] = {"shape": list(shapes[name]), "n_bytes": sizes[name], "dtype": dtype}
         if name.endswith(".trellis"):
             module.update(quant_format="exl3", bits_per_weight=codec.trellis_bits(shapes[name]))
-            if codebook in MARKERS:
-                module[f"{codebook}_multiplier"] = MARKERS[codebook]
+            if codebook in codec.MARKERS:
+                module[f"{codebook}_multiplier"] = codec.MARKERS[codebook]
     return storage
