@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import codec, kernels
+from ..loader.exl3 import MARKERS
 from ..storage import atomic
 from ..storage.safetensors import Tensor, write_tensors
 from .allocate import MODES, Allocation, Item, allocate
@@ -28,7 +29,7 @@ from .layered import LayeredModel, Taps
 from .sensitivity import disturbed, sensitivities
 from .source import Source
 from .weight import Codes, expected_loss, prepare, quantize_prepared
-from .writer import FINISHED, MARKERS, assemble, stored_tensors
+from .writer import FINISHED, assemble, stored_tensors
 
 # Candidate widths reach this far below and above the budget.
 _BELOW, _ABOVE = 2, 3

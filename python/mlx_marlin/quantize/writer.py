@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import codec, ops
+from .. import codec
+from ..loader.exl3 import MARKERS
 from ..storage import atomic, safetensors
 from ..storage.safetensors import ITEM_BYTES, Tensor, TensorInfo, read_header
 from .source import SIDE_FILES, Source
 from .weight import Codes
 
-# Multipliers that mark a codebook; 3INST has no marker.
-MARKERS = {name: ops.CODEBOOK_MULTIPLIERS[name] for name in ("mul1", "mcg")}
 # The layout that is written is that of this version.
 _FORMAT_VERSION = "1.4.1"
 FINISHED = ".finished"  # name of the work directory while it is removed
