@@ -4,7 +4,8 @@ worth timing. No MLX.
 The default config handles every legal problem; tuning only adds speed.
 """
 
-from . import cpu, metal
+from . import cpu as cpu
+from . import metal as metal
 from .catalogue import (
     KernelRules,
     candidates,
@@ -36,7 +37,6 @@ __all__ = [
     "candidates",
     "candidates_on",
     "config_for",
-    "cpu",
     "cpu_threads",
     "default",
     "default_variant",
@@ -44,7 +44,6 @@ __all__ = [
     "feasible",
     "fitted",
     "make_name",
-    "metal",
     "parse_name",
     "rules_of",
 ]
