@@ -4,8 +4,6 @@ worth timing. No MLX.
 The default config handles every legal problem; tuning only adds speed.
 """
 
-from . import cpu as cpu
-from . import metal as metal
 from .catalogue import (
     KernelRules,
     candidates,
