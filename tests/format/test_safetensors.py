@@ -32,14 +32,14 @@ def test_floats_of_every_kind(tmp_path):
     stored = {
         "BF16": Tensor("BF16", (1, 3), bits.tobytes()),
         "F32": Tensor.of(values),
-        "I32": Tensor.of(bits.view("i2")),
+        "I16": Tensor.of(bits.view("i2")),
     }
     write_tensors(file, {**stored, "F16": Tensor.of(values.astype(np.float16))})
     header = read_header(file)
     for name in ("F16", "BF16", "F32"):
         assert np.array_equal(header[name].floats(), values)
     with pytest.raises(ValueError, match="a.safetensors: a tensor is I16; F16, BF16 or F32 is wanted"):
-        header["I32"].floats()
+        header["I16"].floats()
 
 
 @pytest.mark.parametrize("data", [[b"1234"], [b"1234567"], [b"12345678", b"1"], []], ids=len)

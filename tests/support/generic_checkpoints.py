@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from tests.support.checkpoints import SIZES, Checkpoint
+from tests.support.checkpoints import SIZES, Checkpoint, Sizes
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": SIZES.width, "norm_topk_prob": True}
@@ -171,9 +171,9 @@ def new_model(config: dict) -> nn.Module:
     return model_class(args_class.from_dict(config))
 
 
-def make(model_type: str) -> tuple[Checkpoint, nn.Module]:
+def make(model_type: str, sizes: Sizes = SIZES) -> tuple[Checkpoint, nn.Module]:
     """A checkpoint, and the model with the same weights, dense and in float32."""
-    c = Checkpoint(SIZES, {"model_type": model_type, **CONFIGS[model_type]})
+    c = Checkpoint(sizes, {"model_type": model_type, **CONFIGS[model_type]})
     model, done, dense = new_model(c.config), set(), {}
     for path, module in model.named_modules():
         if isinstance(module, SwitchGLU):
