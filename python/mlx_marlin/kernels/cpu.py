@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import product
 
 from .. import codec
-from .config import KernelConfig, default_variant, make_name
+from .config import KernelConfig, Triple, default_variant, make_name
 from .problem import Problem
 from .search_space import Hardware, Tiles
 
@@ -51,7 +51,7 @@ def legal_tiles(variant: str) -> list[Tiles]:
     return list(product(TILE_ROWS[variant], TILE_COLUMNS, range(1, cpu_threads() + 1)))
 
 
-def refuses_triple(problem: Problem, triple: tuple[int, int, int]) -> bool:
+def refuses_triple(problem: Problem, triple: Triple) -> bool:
     """A triple names the same code as plain decode, which reads each expert's own widths."""
     return False
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from .. import codec
-from .config import VARIANTS, KernelConfig, default_variant, make_name
+from .config import VARIANTS, KernelConfig, Triple, default_variant, make_name
 from .problem import Problem
 from .search_space import SIMDGROUPS as SIMDGROUPS_BY_WIDTH
 from .search_space import TILE_SIZES, Hardware, Tiles, nearest_width
@@ -62,7 +62,7 @@ def legal_tiles(variant: str) -> list[Tiles]:
     return list(product(TILE_ROWS[variant], TILE_COLUMNS, SIMDGROUPS))
 
 
-def refuses_triple(problem: Problem, triple: tuple[int, int, int]) -> bool:
+def refuses_triple(problem: Problem, triple: Triple) -> bool:
     """A triple is compiled for just these widths."""
     return problem.kind == "swiglu" and problem.bits != (triple,)
 

@@ -16,7 +16,7 @@ from ..kernels import KernelConfig, Problem
 from ..kernels.search_space import SIMDGROUPS, TILE_SIZES
 from ..measure.race import Decision
 
-LookupTable = dict[int, dict[int, dict[tuple[int, ...], KernelConfig]]]
+LookupTable = dict[int, dict[int, dict[tuple[float, ...], KernelConfig]]]
 
 # A compiler's message can be a whole log; its beginning says what is wrong.
 MAX_REASON = 4096
@@ -131,8 +131,8 @@ class AutotuneConfig:
 
     device_name: str
     device_family: str
-    tile_size_mapping: dict[int, int] = field(default_factory=lambda: dict(TILE_SIZES))
-    simdgroup_mapping: dict[int, int] = field(default_factory=lambda: dict(SIMDGROUPS))
+    tile_size_mapping: dict[float, int] = field(default_factory=lambda: dict(TILE_SIZES))
+    simdgroup_mapping: dict[float, int] = field(default_factory=lambda: dict(SIMDGROUPS))
     lookup_table: LookupTable = field(default_factory=dict)
     adaptation_enabled: bool = True
     adaptation_history_len: int = 100
@@ -153,7 +153,7 @@ class AutotuneConfig:
         project(self, {table_key(problem)})
 
 
-def table_key(problem: Problem) -> tuple[int, int, tuple[int, ...]]:
+def table_key(problem: Problem) -> tuple[int, int, tuple[float, ...]]:
     return problem.rows, problem.hidden, problem.widths
 
 
