@@ -82,7 +82,9 @@ def parse_name(name: str) -> KernelName:
             f"no kernel is called {name!r}; names are moe_trellis_swiglu or moe_trellis_mixed_swiglu, then nothing, "
             "_decode, _prefill4, _large_batch or _decode_<gate>_<up>_<down> (2.5 bits: 2p5), then optionally _fp32acc"
         )
-    triple = tuple(_named_width(match[part]) for part in ("gate", "up", "down")) if match["gate"] else None
+    triple: Triple | None = None
+    if match["gate"]:
+        triple = _named_width(match["gate"]), _named_width(match["up"]), _named_width(match["down"])
     return KernelName("mixed" in match["base"], match["variant"] or "base", triple, bool(match["fp32acc"]))
 
 

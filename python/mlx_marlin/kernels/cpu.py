@@ -15,10 +15,10 @@ from .config import KernelConfig, Triple, default_variant, make_name
 from .problem import Problem
 from .search_space import Hardware, Tiles
 
-TILE_ROWS = {"decode": (1, 2), "prefill4": (4,), "base": (8, 16), "large_batch": (32, 64)}
+TILE_ROWS: dict[str, tuple[int, ...]] = {"decode": (1, 2), "prefill4": (4,), "base": (8, 16), "large_batch": (32, 64)}
 """Rows per decoded panel that make a variant, largest number of rows last."""
 
-TILE_COLUMNS = (16, 32, 64, 128, 256)
+TILE_COLUMNS: tuple[int, ...] = (16, 32, 64, 128, 256)
 """Columns per task."""
 
 COMPILED_AT_RUN_TIME = False

@@ -27,7 +27,11 @@ USUAL_DTYPE = {"cpu": "float32", "gpu": "float16"}
 # Names come from users and from loops over the tuples above, so that they are str to a type checker; files are held to
 # these.
 if TYPE_CHECKING:
-    Kind = Codebook = Activation = Dtype = Device = str
+    Kind = str
+    Codebook = str
+    Activation = str
+    Dtype = str
+    Device = str
 else:
     Kind = Literal["linear", "swiglu"]
     Codebook = Literal[codec.CODEBOOKS]
@@ -73,7 +77,7 @@ class Problem:
     combine: bool = False
     bias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "bits", _checked_bits(self.kind, self.bits, self.codebooks))
         if (self.activation == "none") != (self.kind == "linear"):
             raise ValueError(f"kind {self.kind!r} does not go with activation {self.activation!r}")
