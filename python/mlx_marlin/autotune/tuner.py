@@ -232,7 +232,7 @@ class MixedBPWAutoTuner:
         self,
         batch_size: int,
         hidden_dim: int,
-        bit_widths: Iterable[int],
+        bit_widths: Iterable[float],
         use_decode: bool = False,
         fallback_to_default: bool = True,
     ) -> KernelConfig | None:
@@ -267,7 +267,7 @@ class MixedBPWAutoTuner:
         batch_size: int,
         latency_ms: float,
         hidden_dim: int | None = None,
-        bit_widths: Iterable[int] | None = None,
+        bit_widths: Iterable[float] | None = None,
         problem: Problem | None = None,
         config: KernelConfig | None = None,
     ) -> None:
@@ -289,7 +289,7 @@ class MixedBPWAutoTuner:
         )
 
     def adapt_selection(
-        self, batch_size: int, hidden_dim: int, bit_widths: Iterable[int], top_k: int = 3
+        self, batch_size: int, hidden_dim: int, bit_widths: Iterable[float], top_k: int = 3
     ) -> KernelConfig | None:
         """What the recorded times say about a key.
 

@@ -15,7 +15,7 @@ from .catalogue import (
     fitted,
     rules_of,
 )
-from .config import MAX_KERNEL_BITS, VARIANTS, KernelConfig, KernelName, default_variant, make_name, parse_name
+from .config import VARIANTS, KernelConfig, KernelName, Triple, default_variant, make_name, parse_name
 from .cpu import cpu_threads
 from .problem import ACTIVATIONS, DEVICES, DTYPES, USUAL_DTYPE, Problem
 from .search_space import Hardware
@@ -24,7 +24,6 @@ __all__ = [
     "ACTIVATIONS",
     "DEVICES",
     "DTYPES",
-    "MAX_KERNEL_BITS",
     "USUAL_DTYPE",
     "VARIANTS",
     "Hardware",
@@ -32,6 +31,7 @@ __all__ = [
     "KernelName",
     "KernelRules",
     "Problem",
+    "Triple",
     "candidates",
     "candidates_on",
     "config_for",

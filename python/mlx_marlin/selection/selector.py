@@ -13,8 +13,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
-from .. import kernels
-from ..kernels import Problem
+from .. import codec
+from ..kernels import Problem, Triple
 from . import rules
 from .evidence import MIN_SAMPLES, Ledger
 
@@ -75,11 +75,11 @@ class MixedKernelSelector:
     def select_kernel(
         self,
         batch_size: int,
-        active_expert_bits: Sequence[int],
+        active_expert_bits: Sequence[float],
         gpu_memory_pressure: float = 0.0,
-        gate_bits: int | None = None,
-        up_bits: int | None = None,
-        down_bits: int | None = None,
+        gate_bits: float | None = None,
+        up_bits: float | None = None,
+        down_bits: float | None = None,
         use_fp32_acc: bool = False,
         available_kernels: Iterable[str] | None = None,
         pattern: dict | None = None,
@@ -210,28 +210,18 @@ def _check_rows(batch_size) -> None:
         raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
 
 
-def _check_width(what: str, bits) -> None:
-    if not (type(bits) is int or isinstance(bits, Integral)) or not 1 <= bits <= kernels.MAX_KERNEL_BITS:
-        raise ValueError(f"{what} must be integers from 1 to {kernels.MAX_KERNEL_BITS}, got {bits!r}")
-
-
-def _check_bits(active_expert_bits) -> list[int]:
+def _check_bits(active_expert_bits) -> list[float]:
     # Arrays of MLX and NumPy: their elements are no integers, those of their lists are.
     bits = active_expert_bits.tolist() if hasattr(active_expert_bits, "tolist") else active_expert_bits
     if isinstance(bits, str) or not isinstance(bits, Iterable):
         bits = [bits]
-    bits = list(bits)
-    for width in bits:
-        _check_width("active_expert_bits", width)
-    return bits
+    return [codec.as_width(width, "each of active_expert_bits") for width in bits]
 
 
-def _triple(*widths: int | None) -> tuple[int, int, int] | None:
-    if None in widths:
+def _triple(gate: float | None, up: float | None, down: float | None) -> Triple | None:
+    if gate is None or up is None or down is None:
         return None
-    for width in widths:
-        _check_width("gate_bits, up_bits and down_bits", width)
-    return widths
+    return codec.as_width(gate, "gate_bits"), codec.as_width(up, "up_bits"), codec.as_width(down, "down_bits")
 
 
 def _available(names: Iterable[str] | None) -> frozenset[str] | set[str] | None:
