@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from bench.cpu.shape import Shape
-from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, _ext, device
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, _ext, codec, device
 from mlx_marlin.measure import stats
 
 # The mix: bits of gate, up and down, expert by expert, 3 on average.
@@ -52,7 +52,7 @@ class MarlinContender:
         self.gpu = instruction_set is None
         self.name = f"mlx_marlin {codebook} {instruction_set or 'gpu'}"
         self.codebook, self.instruction_set, self.cores = codebook, instruction_set, 0 if self.gpu else threads
-        triples = MIXED if bits == "mixed" else ((int(bits),) * 3,)
+        triples = MIXED if bits == "mixed" else ((codec.bits_of_half(codec.half_bits(float(bits))),) * 3,)
         sizes = ((shape.hidden, shape.intermediate),) * 2 + ((shape.intermediate, shape.hidden),)
         experts = [
             [self._weight(*size, triples[e % len(triples)][p], codebook, rng) for e in range(shape.experts)]
@@ -63,8 +63,9 @@ class MarlinContender:
         mx.eval(self.layer.parameters())
 
     @staticmethod
-    def _weight(k: int, n: int, bits: int, codebook: str, rng) -> TrellisWeight:
-        words = np.frombuffer(rng.bytes(k * n * bits // 8), np.int16).reshape(k // 16, n // 16, 16 * bits)
+    def _weight(k: int, n: int, bits: float, codebook: str, rng) -> TrellisWeight:
+        shape = (k // 16, n // 16, codec.words_per_tile(bits))
+        words = np.frombuffer(rng.bytes(2 * math.prod(shape)), np.int16).reshape(shape)
         signs = [rng.choice(np.array([-1, 1], np.float16), size) for size in (k, n)]
         return TrellisWeight(words, signs[0], signs[1] * np.float16(k**-0.5), codebook)
 

@@ -35,7 +35,7 @@ DIMS = {
 }
 
 AXES = {
-    "bits": tuple(range(1, codec.MAX_BITS + 1)),
+    "bits": codec.WIDTHS,
     "codebook": codec.CODEBOOKS,
     "dtype": DTYPES,
     "rows": ROWS,
