@@ -13,14 +13,13 @@ import mlx.core as mx
 import numpy as np
 
 from .. import device, kernels
-from ..kernels import KernelConfig, Problem
+from ..kernels import KernelConfig, Problem, Triple
 from ..layers.experts import TrellisSwitchGLU
 from ..ops import Indices
 from ..selection import choices, selftest
 from ..selection.selector import MixedKernelSelector
 from ..weights.experts import ExpertBank
 from .pattern import (
-    Triple,
     analyze_expert_activation_pattern,
     count_rows,
     expert_id_array,

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..kernels import Triple
 from ..ops import Indices
-
-Triple = tuple[float, float, float]
-"""(gate, up, down) bits of an expert."""
 
 
 def expert_id_array(expert_ids: Indices) -> np.ndarray:

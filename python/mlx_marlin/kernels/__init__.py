@@ -16,7 +16,7 @@ from .catalogue import (
     fitted,
     rules_of,
 )
-from .config import MAX_KERNEL_BITS, VARIANTS, KernelConfig, KernelName, default_variant, make_name, parse_name
+from .config import MAX_KERNEL_BITS, VARIANTS, KernelConfig, KernelName, Triple, default_variant, make_name, parse_name
 from .cpu import cpu_threads
 from .problem import ACTIVATIONS, DEVICES, DTYPES, USUAL_DTYPE, Problem
 from .search_space import Hardware
@@ -33,6 +33,7 @@ __all__ = [
     "KernelName",
     "KernelRules",
     "Problem",
+    "Triple",
     "candidates",
     "candidates_on",
     "config_for",

@@ -21,6 +21,9 @@ else:
     Variant = Literal[VARIANTS]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 
+Triple = tuple[float, float, float]
+"""(gate, up, down) bits of an expert."""
+
 _BASE_NAMES = ("moe_trellis_swiglu", "moe_trellis_mixed_swiglu")
 _NAME = re.compile(
     r"(?P<base>moe_trellis_(?:mixed_)?swiglu)"
@@ -61,7 +64,7 @@ class KernelName:
 
     mixed: bool
     variant: str
-    triple: tuple[int, int, int] | None
+    triple: Triple | None
     fp32acc: bool
 
 
@@ -77,13 +80,11 @@ def parse_name(name: str) -> KernelName:
             f"no kernel is called {name!r}; names are moe_trellis_swiglu or moe_trellis_mixed_swiglu, then nothing, "
             "_decode, _prefill4, _large_batch or _decode_<gate>_<up>_<down>, then optionally _fp32acc"
         )
-    triple = tuple(int(match[part]) for part in ("gate", "up", "down")) if match["gate"] else None
+    triple = (int(match["gate"]), int(match["up"]), int(match["down"])) if match["gate"] else None
     return KernelName("mixed" in match["base"], match["variant"] or "base", triple, bool(match["fp32acc"]))
 
 
-def make_name(
-    variant: str, triple: tuple[int, int, int] | None = None, *, mixed: bool = False, fp32acc: bool = False
-) -> str:
+def make_name(variant: str, triple: Triple | None = None, *, mixed: bool = False, fp32acc: bool = False) -> str:
     """The kernel name of a variant; the inverse of :func:`parse_name`."""
     parts = [_BASE_NAMES[mixed]]
     if variant != "base":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import msgspec
 
@@ -25,7 +25,11 @@ USUAL_DTYPE = {"cpu": "float32", "gpu": "float16"}
 # Names come from users and from loops over the tuples above, so that they are str to a type checker; files are held to
 # these.
 if TYPE_CHECKING:
-    Kind = Codebook = Activation = Dtype = Device = str
+    Kind = str
+    Codebook = str
+    Activation = str
+    Dtype = str
+    Device = str
 else:
     Kind = Literal["linear", "swiglu"]
     Codebook = Literal[codec.CODEBOOKS]
@@ -35,6 +39,12 @@ else:
 _Rows = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 _Width = Annotated[int, msgspec.Meta(ge=1, le=codec.MAX_BITS)]
+
+
+class Asks(Protocol):
+    """What a problem can be asked of: TrellisLinear, TrellisSwitchGLU."""
+
+    def problem(self, rows: int, dtype: Any, device: str, *, combine: bool = False) -> Problem: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Problem:
     combine: bool = False
     bias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         wanted = 1 if self.kind == "linear" else 3
         if any(len(group) != wanted for group in self.bits):
             raise ValueError(f"each element of bits must have {wanted} widths for kind {self.kind!r}")
@@ -197,7 +207,7 @@ class Problem:
         )
 
     @classmethod
-    def of(cls, layer, rows: int, dtype, device: str, *, combine: bool = False) -> Problem:
+    def of(cls, layer: Asks, rows: int, dtype: object, device: str, *, combine: bool = False) -> Problem:
         """The problem that a layer (or weight, or bank) poses for a number of rows.
 
         Args:

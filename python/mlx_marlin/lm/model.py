@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -161,7 +162,7 @@ def activation_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
     Raises:
         ValueError: If it is another one.
     """
-    if dtype is None or dtype in DTYPES:
+    if dtype is None or (isinstance(dtype, mx.Dtype) and dtype in DTYPES):
         return dtype
     named = {name: value for value, name in DTYPES.items()}
     if not isinstance(dtype, str) or dtype not in named:
@@ -181,7 +182,7 @@ def cast_dense(model: nn.Module, dense: dict[str, mx.array], dtype: mx.Dtype | N
     casts = getattr(model, "cast_predicate", lambda key: True)
     if dtype is None:
         embeddings = [v.dtype for k, v in dense.items() if k.endswith("embed_tokens.weight")]
-        halves = (mx.float16, mx.bfloat16)
+        halves: tuple[mx.Dtype, ...] = (mx.float16, mx.bfloat16)
         dtype = embeddings[0] if embeddings and embeddings[0] in halves else None
         wanted = halves
     else:
@@ -215,9 +216,9 @@ def _whole_experts(_path: str, module: nn.Module, sources: dict[str, list[Linear
     return make_glu(module, *weights)
 
 
-def module_at(model: nn.Module, path: str):
+def module_at(model: nn.Module, path: str) -> Any:
     """The module at a path, or None where it is gone (layers of other pipeline ranks)."""
-    module = model
+    module: Any = model
     for part in path.split("."):
         if isinstance(module, (list, tuple)):
             module = module[int(part)] if int(part) < len(module) else None
@@ -239,7 +240,7 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
         setattr(parent, leaf, new)
 
 
-def groups_of(paths) -> list[list[str]]:
+def groups_of(paths: Iterable[str]) -> list[list[str]]:
     """Paths by layer, in the order of the model; what is in no layer comes first."""
     groups: dict[str, list[str]] = {"": []}
     for path in paths:

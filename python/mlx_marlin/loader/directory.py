@@ -17,6 +17,7 @@ from ..weights.grid import GridWeight
 from ..weights.trellis import TrellisWeight
 from . import metal_marlin
 from .exl3 import QUANTIZED_SUFFIXES, QuantizedLinear
+from .metal_marlin import GridEntry
 
 INDEX_NAME = "model.safetensors.index.json"
 """The file that says which tensor is in which weight file."""
@@ -100,17 +101,17 @@ class TrellisModelLoader:
         unquantized: Names of all other tensors.
     """
 
-    def __init__(self, model_dir):
+    def __init__(self, model_dir: str | Path):
         self.directory = Path(model_dir)
+        self.quantized: dict[str, QuantizedLinear | GridEntry] = {}
+        self.unquantized: dict[str, TensorInfo] = {}
         if metal_marlin.is_grid_directory(self.directory):
             entries = metal_marlin.read_directory(self.directory)
             self.quantized = {name: entries[name] for name in sorted(entries, key=_natural_key)}
-            self.unquantized = {}
             return
         tensors = _read_tensors(self.directory)
         names = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in QUANTIZED_SUFFIXES}
-        self.quantized = {}
-        used = set()
+        used: set[str] = set()
         for name in sorted(names, key=_natural_key):
             suffixes = (*QUANTIZED_SUFFIXES, "bias", "scale")
             linear = QuantizedLinear(name, {s: tensors[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in tensors})
@@ -120,6 +121,11 @@ class TrellisModelLoader:
             used.update(f"{name}.{suffix}" for suffix in linear.parts)
             self.quantized[name] = linear
         self.unquantized = {name: info for name, info in tensors.items() if name not in used}
+
+    @property
+    def linears(self) -> dict[str, QuantizedLinear]:
+        """The EXL3 linears by name: all that are quantized, or none in a metal-marlin directory."""
+        return {name: entry for name, entry in self.quantized.items() if isinstance(entry, QuantizedLinear)}
 
     @property
     def names(self) -> list[str]:
@@ -154,7 +160,7 @@ class TrellisModelLoader:
         """
         if not isinstance(i, (int, np.integer)):
             raise ValueError(f"layers are counted with integers, got {i!r}")
-        layer = {}
+        layer: dict[str, TrellisWeight | GridWeight] = {}
         for name, linear in self.quantized.items():
             match = _LAYER.search(name)
             if match and int(match[1]) == i:
@@ -166,9 +172,10 @@ class TrellisModelLoader:
 
     def load_unquantized(self) -> dict[str, mx.array]:
         """All other tensors, lazily: each is read when it is first evaluated."""
-        arrays = {}
+        arrays: dict[str, mx.array] = {}
         for file in sorted({info.file for info in self.unquantized.values()}):
             loaded = mx.load(str(file), format="safetensors")
+            assert isinstance(loaded, dict)  # as of every file of this format
             arrays.update({name: loaded[name] for name, info in self.unquantized.items() if info.file == file})
         return arrays
 

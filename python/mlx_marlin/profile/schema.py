@@ -31,10 +31,13 @@ class ProfileError(ValueError):
 
 
 class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of a profile. What annotations ask for is checked where it is read from a file."""
+    """A part of a profile. What annotations ask for is checked where it is read from a file.
+
+    Its classes say ``frozen`` again for type checkers, which do not see it inherited.
+    """
 
 
-class Timing(_Part):
+class Timing(_Part, frozen=True):
     """Samples of one config.
 
     Attributes:
@@ -48,7 +51,7 @@ class Timing(_Part):
     spread: _Positive
 
 
-class Measured(_Part):
+class Measured(_Part, frozen=True):
     """One candidate's timing, with its memory and its largest error against the codec.
 
     Attributes:
@@ -64,7 +67,7 @@ class Measured(_Part):
     memory_mb: _Positive = 0.0
 
 
-class Rejected(_Part):
+class Rejected(_Part, frozen=True):
     """A candidate that was not considered, and why."""
 
     config: KernelConfig
@@ -76,7 +79,7 @@ class Rejected(_Part):
         return cls(config, reason.encode("utf-8", "replace").decode()[:MAX_REASON])
 
 
-class Entry(_Part):
+class Entry(_Part, frozen=True):
     """What tuning found for one problem.
 
     Attributes:

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -110,7 +110,7 @@ class Tensor:
         return cls(_NAMES[array.dtype], array.shape, array.tobytes())
 
 
-def _reject_constant(value: str):
+def _reject_constant(value: str) -> NoReturn:
     raise ValueError(f"{value} is not JSON")
 
 
@@ -147,11 +147,11 @@ def parse_json(data: bytes | str, source: str, *, finite: bool = True) -> dict:
     return value
 
 
-def _is_size(value) -> bool:
+def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _read_entry(file: Path, name: str, entry, data_start: int, data_bytes: int) -> TensorInfo:
+def _read_entry(file: Path, name: str, entry: object, data_start: int, data_bytes: int) -> TensorInfo:
     def wrong(what: str) -> ValueError:
         return ValueError(f"{file}: tensor {name!r} {what}")
 
