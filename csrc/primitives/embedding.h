@@ -19,17 +19,7 @@ mx::array trellis_embedding(
 
 // Inputs: ids, codes, signs.
 class TrellisEmbedding : public TrellisPrimitive<EmbeddingCall> {
- public:
-  using TrellisPrimitive::TrellisPrimitive;
-  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
-  std::vector<mx::array> vjp(
-      const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
-      const std::vector<mx::array>& outputs) override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
-  const char* name() const override {
-    return "TrellisEmbedding";
-  }
+  MARLIN_PRIMITIVE(TrellisEmbedding)
 };
 
 }  // namespace mlx_marlin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import NoReturn
 
@@ -25,6 +26,16 @@ def _show_progress(done: int, total: int) -> None:
         print(f"\rLoading [{'#' * filled}{'.' * (_BAR - filled)}] {done}/{total}", end="", file=sys.stderr, flush=True)
     if done == total:
         print("" if sys.stderr.isatty() else f"Loaded {total} groups of weights", file=sys.stderr, flush=True)
+
+
+def _show_what_is_left_out() -> None:
+    """Show what loading reports; the library itself never prints."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("mlx_marlin: %(message)s"))
+    logger = logging.getLogger("mlx_marlin.lm")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _fail(message: str) -> NoReturn:
@@ -53,7 +64,10 @@ def main() -> None:
         return
     if command not in commands.names():
         _fail(f"mlx-lm has no command {command!r}; it has {', '.join(commands.names())}")
-    progress = _show_progress if mx.distributed.init().rank() == 0 else None
+    progress = None
+    if mx.distributed.init().rank() == 0:
+        progress = _show_progress
+        _show_what_is_left_out()
     try:
         commands.run(command, progress)
     except commands.CheckpointError as error:

@@ -15,19 +15,19 @@ from mlx_marlin.autotune.tuner import BenchmarkResult, MixedBPWAutoTuner
 from mlx_marlin.autotune.workload import ConfigClock, Workload
 from mlx_marlin.kernels import KernelConfig, Problem
 from mlx_marlin.layers.linear import TrellisLinear
-from mlx_marlin.measure.race import Limits, Rules
+from mlx_marlin.measure.race import Limits, RaceSettings
 from mlx_marlin.profile import files as profile_files
 from mlx_marlin.profile.schema import MAX_REASON
 from tests.support.tuning import PlantedClock, linear, mixed_experts
 
-FAST = Rules(rounds=3, warmup=1)
+FAST = RaceSettings(rounds=3, warmup=1)
 
 
 pytestmark = pytest.mark.usefixtures("tuning_sandbox")
 
 
 def tuner(**more):
-    return MixedBPWAutoTuner(device="cpu", **({"rules": FAST} | more))
+    return MixedBPWAutoTuner(device="cpu", **({"race": FAST} | more))
 
 
 def default_of(layer, rows=1):
@@ -261,7 +261,7 @@ def test_wrong_and_crashing_configs_never_win(planted, monkeypatch, runs):
     right, verdicts = 0, {}
     for seed in range(runs):
         planted.rng = random.Random(seed)
-        mine = tuner(rules=Rules(seed=seed))
+        mine = tuner(race=RaceSettings(seed=seed))
         mine.checked = verdicts
         mine.benchmark_layer(layer, 4, [wrong, crashing, good])
         entry = only_entry(mine)
@@ -356,7 +356,7 @@ def test_the_objective_weighs_memory_and_times_stay_times(planted):
     planted.bytes = {fast: 9_000_000, default: 3_000_000, lean: 1_000_000}
 
     def entry(**objective):
-        mine = tuner(objective=objective, rules=Rules(rounds=20))
+        mine = tuner(objective=objective, race=RaceSettings(rounds=20))
         results = mine.benchmark_layer(layer, 4, [fast, lean])
         return only_entry(mine), {r.config: r.latency_ms for r in results}
 

@@ -88,7 +88,7 @@ def test_model_problems_are_those_of_the_loaded_model():
     [
         (["--shape", "256,128,4"], "hidden,inter,experts,top_k"),
         (["--shape", "256,128,4,5"], "top_k <= experts"),
-        (["--shape", "256,128,4,2", "--bits", "9"], "widths from 1 to 8"),
+        (["--shape", "256,128,4,2", "--bits", "9"], "widths such as"),
         (["--bits", "2"], "--bits goes with --shape"),
         (["--batch-sizes", "0"], "at least 1"),
         (["--batch-sizes", "a"], "must be integers"),
@@ -234,7 +234,7 @@ def test_what_one_of_several_processes_had_done_is_known_to_all_and_then_forgott
 
     first = stamps()
     args = tune_cli.parser().parse_args(arguments)
-    run = tuning_run.Run(path, "cpu", None, None, tune_cli.Rules(rounds=2, warmup=1), True)
+    run = tuning_run.Run(path, "cpu", None, None, tune_cli.RaceSettings(rounds=2, warmup=1), True)
     plan = run._plan(tuning_run.at_rows(tune_cli.layers(args, "cpu"), args.batch_sizes))
     (second,) = (p for p in first if p.rows == 2)
     tuning_run.Session(path, plan).add(done=[second])

@@ -60,7 +60,7 @@ SIGNATURES = {
     "TrellisModelLoader": "model_dir",
     "TrellisModelLoader.load_weight": "name, *, in_features=None, out_features=None",
     "MixedBPWAutoTuner": "device_name=None, config_path=None, *, device=None, objective=None, memory_limit=None, "
-    "dtype=None, rules=None",
+    "dtype=None, race=None",
     "MixedBPWAutoTuner.benchmark_all": "layers, batch_sizes, num_warmup=5, num_iter=20, verbose=True, *, top_k=8",
     "MixedBPWAutoTuner.select_kernel": "batch_size, hidden_dim, bit_widths, use_decode=False, fallback_to_default=True",
     "MixedBPWAutoTuner.record_latency": "kernel_name, batch_size, latency_ms, hidden_dim=None, bit_widths=None, "

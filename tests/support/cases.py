@@ -36,14 +36,14 @@ DIMS = {
 }
 
 AXES = {
-    "bits": tuple(range(1, codec.MAX_BITS + 1)),
+    "bits": codec.WIDTHS,
     "codebook": codec.CODEBOOKS,
     "dtype": DTYPES,
     "rows": ROWS,
     "dims": tuple(DIMS),
     "activation": ("none", *ACTIVATIONS),
 }
-"""The axes of the full product; activation "none" is a linear."""
+"""The axes of the full product, but for half rates of other codebooks than mul1; activation "none" is a linear."""
 
 FORMATS = tuple(f for f in product(codec.WIDTHS, codec.CODEBOOKS) if f[1] == "mul1" or not codec.is_half_rate(f[0]))
 """(bits, codebook) pairs that the format has."""
@@ -218,9 +218,9 @@ def random_experts(
 def expert_formats(bits: float, codebook: str, mix: str, experts: int = EXPERTS) -> list[tuple[tuple[float, str], ...]]:
     """(bits, codebook) of gate, up and down of each expert; a mix starts from the given values and goes round.
 
-    Half rates are met by a mix that starts from one. Where codebooks are mixed too, they bring mul1 with them.
+    Mixed bits of one codebook are its own; where codebooks are mixed too, a half rate brings mul1 with it.
     """
-    widths = [w for w in codec.WIDTHS if codec.is_half_rate(bits) or not codec.is_half_rate(w)]
+    widths = [w for w in codec.WIDTHS if mix == "both" or (w, codebook) in FORMATS]
     first = codec.CODEBOOKS.index(codebook)
 
     def chosen(e: int, p: int) -> tuple[float, str]:

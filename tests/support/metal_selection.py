@@ -44,7 +44,7 @@ AXES = {
     "prologue": ("fused", "separate"),
     "epilogue": ("fused", "separate"),
     "sums": ("float", "half"),
-    "bits": codec.WIDTHS,
+    "bits": cases.AXES["bits"],
     "codebook": codec.CODEBOOKS,
     "dtype": kernels.DTYPES,
     "rows": (1, 3, 5, 17, 64),

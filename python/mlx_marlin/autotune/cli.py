@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import math
-import re
 import signal
 import sys
 import time
@@ -18,17 +17,17 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from .. import kernels
+from .. import codec, kernels
 from ..device.machine import default_device, is_present, memory_bytes, mlx_device
-from ..kernels import Problem
-from ..measure.race import Rules
+from ..kernels import Problem, Triple
+from ..measure.race import RaceSettings
 from ..profile import files as profile_files
 from ..profile.schema import ProfileError
 from ..storage import atomic
 from . import check as regression
 from . import report
 from . import run as tuning_run
-from .progress import Progress
+from .progress import ProgressBar
 
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
 # --quick: one size per variant that serving meets most, and samples enough to tell 20 % apart at 5 % noise.
@@ -67,15 +66,17 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def _bits(text: str) -> tuple[tuple[int, int, int], ...]:
-    triples: set[tuple[int, int, int]] = set()
+def _bits(text: str) -> tuple[Triple, ...]:
+    known = {str(width): width for width in codec.WIDTHS}
+    triples: set[Triple] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"([1-8])(?:_([1-8])_([1-8]))?", part)
-        if match is None:
+        widths = part.split("_")
+        if len(widths) not in (1, 3) or not known.keys() >= set(widths):
             raise argparse.ArgumentTypeError(
-                f"must be widths from 1 to 8 such as 2,3,4, or gate_up_down such as 6_2_3; got {part!r}"
+                f"must be widths such as 2,2.5,4, or gate_up_down such as 6_2_3, each one of {', '.join(known)}; "
+                f"got {part!r}"
             )
-        gate, up, down = (int(b or match[1]) for b in match.groups())
+        gate, up, down = (known[width] for width in (widths if len(widths) == 3 else widths * 3))
         triples.add((gate, up, down))
     return tuple(sorted(triples))
 
@@ -105,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--bits",
         type=_bits,
-        metavar="2,3,4",
+        metavar="2,2.5,4",
         help="with --shape: widths of the experts, in equal shares (or gate_up_down such as 6_2_3); default 4",
     )
     p.add_argument("--quick", action="store_true", help="3 batch sizes, fewer candidates and iterations")
@@ -173,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         parser().error("--bits goes with --shape; a model has its own bits")
     if args.warmup < 0:
         parser().error(f"argument --warmup: must be at least 0, got {args.warmup}")
-    args.iterations = args.iterations or (QUICK_ITERATIONS if args.quick else Rules.rounds)
+    args.iterations = args.iterations or (QUICK_ITERATIONS if args.quick else RaceSettings.rounds)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="mlx_marlin-tune: %(message)s")
     # A terminated run is an interrupted one: what is measured is on disk.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -193,22 +194,22 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("--device gpu: this machine has no GPU that MLX can use")
     mx.set_default_device(mlx_device(device))
     limit = int(args.memory_limit * 1e9) if args.memory_limit else memory_bytes(device) // 2
-    rules = Rules(rounds=max(2, args.iterations), warmup=args.warmup)
+    settings = RaceSettings(rounds=max(2, args.iterations), warmup=args.warmup)
     deadline = time.perf_counter() + args.budget if args.budget else math.inf
-    return (_check if args.check else _tune)(args, device, limit, rules, deadline)
+    return (_check if args.check else _tune)(args, device, limit, settings, deadline)
 
 
-def _tune(args: argparse.Namespace, device: str, limit: int, rules: Rules, deadline: float) -> int:
+def _tune(args: argparse.Namespace, device: str, limit: int, settings: RaceSettings, deadline: float) -> int:
     path = args.output or profile_files.default_path(device)
     try:  # before anything is measured
         atomic.check_writable(path)
     except OSError as error:
         raise ProfileError(f"{path} cannot be written: {error}. Choose another place with --output") from None
-    run = tuning_run.Run(path, device, args.dtype, limit, rules, args.quick)
+    run = tuning_run.Run(path, device, args.dtype, limit, settings, args.quick)
     sizes = args.batch_sizes or (QUICK_BATCH_SIZES if args.quick else BATCH_SIZES)
     problems = tuning_run.at_rows(layers(args, device), sizes)
     group = mx.distributed.init()
-    with Progress(0, enabled=True, lines=True) as bar:
+    with ProgressBar(0, enabled=True, lines=True) as bar:
         outcome = run.tune(problems, group, deadline, bar)
     if group.rank():
         return 0
@@ -223,15 +224,15 @@ def _tune(args: argparse.Namespace, device: str, limit: int, rules: Rules, deadl
     return 2 if outcome.failed and not outcome.entries else 0
 
 
-def _check(args: argparse.Namespace, device: str, limit: int, rules: Rules, deadline: float) -> int:
+def _check(args: argparse.Namespace, device: str, limit: int, settings: RaceSettings, deadline: float) -> int:
     path = args.output or profile_files.latest_path(device)
     if not path.exists():
         raise ProfileError(f"there is no profile {path} to check; tune first")
     stored = profile_files.load(path)
     # Whether another build of the kernels is slower is what a check is for.
     profile_files.check_native(stored, device, path, any_build=True)
-    check = regression.Check(rules, limit, args.tolerance, tuning_run.clock_lock())
-    with Progress(0, enabled=True, lines=True) as bar:
+    check = regression.Check(settings, limit, args.tolerance, tuning_run.clock_lock())
+    with ProgressBar(0, enabled=True, lines=True) as bar:
         findings = check.run(stored, _wanted(args, device), deadline, bar)
     print(f"mlx_marlin-tune: profile {path}", file=sys.stderr)
     _print(args, report.checked_json(findings), report.checked_table(findings))

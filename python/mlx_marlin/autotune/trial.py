@@ -12,7 +12,7 @@ from numbers import Real
 
 from .. import kernels, measure
 from ..kernels import KernelConfig, Problem
-from ..measure.race import NO_LIMITS, Limits, OnRound, Race, Rules, race
+from ..measure.race import NO_LIMITS, Limits, OnRound, Race, RaceSettings, race
 from ..measure.stats import compare, spread, without_drift
 from ..profile import json as profile_json
 from ..profile.schema import Entry, Measured, Rejected, Timing
@@ -87,16 +87,21 @@ class Trial:
 
     Args:
         workload: What they run.
-        rules: When a challenger beats the default.
+        settings: When a challenger beats the default.
         objective: What a faster config is worth.
         memory_limit: Bytes that the workload and a call may take, or ``None``.
         checked: Verdicts of earlier checks; those of this trial are added.
     """
 
     def __init__(
-        self, workload: Workload, rules: Rules, objective: Objective, memory_limit: int | None, checked: Verdicts
+        self,
+        workload: Workload,
+        settings: RaceSettings,
+        objective: Objective,
+        memory_limit: int | None,
+        checked: Verdicts,
     ):
-        self.workload, self.rules, self.objective = workload, rules, objective
+        self.workload, self.settings, self.objective = workload, settings, objective
         self.memory_limit, self.checked = memory_limit, checked
 
     def run(
@@ -128,7 +133,7 @@ class Trial:
             return self.objective.cost(self._footprint(clocks[config]), self._footprint(clocks[default]))
 
         control = measure.control(self.workload.stream, floor)
-        outcome = race(clocks, default, self.rules, cost=cost, control=control, limits=limits, on_round=on_round)
+        outcome = race(clocks, default, self.settings, cost=cost, control=control, limits=limits, on_round=on_round)
         if not outcome.complete:
             return None
         for config, failure in outcome.failures.items():

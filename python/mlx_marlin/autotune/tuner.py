@@ -11,7 +11,7 @@ from .. import device as machine
 from .. import kernels, profile
 from ..device.fingerprint import canonical_name, device_family
 from ..kernels import KernelConfig, Problem
-from ..measure.race import NO_LIMITS, Limits, OnRound, Rules
+from ..measure.race import NO_LIMITS, Limits, OnRound, RaceSettings
 from ..profile import files as profile_files
 from ..profile import json as profile_json
 from ..profile import lookup
@@ -59,7 +59,7 @@ class MixedBPWAutoTuner:
         memory_limit: Bytes that weights, their copies, inputs and a call may take. Default: ``None``, half of what
             the device can use.
         dtype: Of the activations in benchmarks. Default: ``None``, float32 on the CPU, float16 on the GPU.
-        rules: When a challenger beats the default. Default: ``None``, :class:`~.race.Rules`.
+        race: When a challenger beats the default. Default: ``None``, :class:`~.race.RaceSettings`.
 
     Attributes:
         config: The profile. What is benchmarked enters a profile of this machine: a table of another machine or build
@@ -76,7 +76,7 @@ class MixedBPWAutoTuner:
         objective: Objective | Mapping[str, float] | None = None,
         memory_limit: int | None = None,
         dtype: str | None = None,
-        rules: Rules | None = None,
+        race: RaceSettings | None = None,
     ):
         self._device = machine.check_device(device or machine.default_device())
         self._here = machine.device_name(self._device)
@@ -85,7 +85,7 @@ class MixedBPWAutoTuner:
         self.objective = Objective.of(objective)
         self.memory_limit = machine.memory_bytes(self._device) // 2 if memory_limit is None else int(memory_limit)
         self.dtype = dtype or kernels.USUAL_DTYPE[self._device]
-        self.rules = rules or Rules()
+        self.race = race or RaceSettings()
         self.config_path = Path(config_path) if config_path is not None else None
         self.config = self._initial_config()
         self.checked: Verdicts = {}
@@ -142,8 +142,8 @@ class MixedBPWAutoTuner:
         try:
             workload = self._workload(layer, batch_size, top_k)
             problem = workload.problem
-            rules = replace(self.rules, rounds=max(2, num_iter), warmup=num_warmup)
-            trial = Trial(workload, rules, self.objective, self.memory_limit, self.checked)
+            settings = replace(self.race, rounds=max(2, num_iter), warmup=num_warmup)
+            trial = Trial(workload, settings, self.objective, self.memory_limit, self.checked)
             wanted = kernels.candidates_on(problem, machine.hardware(self._device)) if configs is None else configs
             entry = trial.run(wanted, limits, on_round)
             touched = workload.bytes_touched
@@ -176,7 +176,7 @@ class MixedBPWAutoTuner:
             if layer.device != self._device:
                 raise ValueError(f"the tuner times on the {self._device}, but the problem is for the {layer.device}")
             problem = replace(layer, rows=batch_size)
-            return Workload.synthetic(problem, memory_limit=self.memory_limit, seed=self.rules.seed)
+            return Workload.synthetic(problem, memory_limit=self.memory_limit, seed=self.race.seed)
         return Workload.of_layer(
             layer,
             batch_size,
@@ -184,7 +184,7 @@ class MixedBPWAutoTuner:
             dtype=self.dtype,
             device=self._device,
             memory_limit=self.memory_limit,
-            seed=self.rules.seed,
+            seed=self.race.seed,
         )
 
     def benchmark_all(
@@ -212,7 +212,7 @@ class MixedBPWAutoTuner:
         Raises:
             ValueError: If one of the layers cannot be timed at all.
         """
-        from .progress import Progress
+        from .progress import ProgressBar
 
         if not isinstance(layers, Mapping):
             layers = {f"layer_{i}": layer for i, layer in enumerate(layers)}
@@ -221,7 +221,7 @@ class MixedBPWAutoTuner:
         if any(rows < 1 for rows in batch_sizes):
             raise ValueError(f"a timing needs at least 1 row, got {min(batch_sizes)}")
         results: dict[str, dict[int, list[BenchmarkResult]]] = {name: {} for name in timed}
-        with Progress(len(timed) * len(batch_sizes), enabled=verbose) as bar:
+        with ProgressBar(len(timed) * len(batch_sizes), enabled=verbose) as bar:
             for name, layer in timed.items():
                 for batch_size in batch_sizes:
                     bar.begin(f"{name}, {batch_size} rows")
@@ -242,7 +242,7 @@ class MixedBPWAutoTuner:
         self,
         batch_size: int,
         hidden_dim: int,
-        bit_widths: Iterable[int],
+        bit_widths: Iterable[float],
         use_decode: bool = False,
         fallback_to_default: bool = True,
     ) -> KernelConfig | None:
@@ -277,7 +277,7 @@ class MixedBPWAutoTuner:
         batch_size: int,
         latency_ms: float,
         hidden_dim: int | None = None,
-        bit_widths: Iterable[int] | None = None,
+        bit_widths: Iterable[float] | None = None,
         problem: Problem | None = None,
         config: KernelConfig | None = None,
     ) -> None:
@@ -299,7 +299,7 @@ class MixedBPWAutoTuner:
         )
 
     def adapt_selection(
-        self, batch_size: int, hidden_dim: int, bit_widths: Iterable[int], top_k: int = 3
+        self, batch_size: int, hidden_dim: int, bit_widths: Iterable[float], top_k: int = 3
     ) -> KernelConfig | None:
         """What the recorded times say about a key.
 
@@ -328,7 +328,7 @@ class MixedBPWAutoTuner:
         return self._adaptation.leader(key, incumbent, top_k, config_of, limit)
 
     def _config_named(
-        self, name: str, batch_size: int, hidden_dim: int, widths: tuple[int, ...], incumbent: KernelConfig
+        self, name: str, batch_size: int, hidden_dim: int, widths: tuple[float, ...], incumbent: KernelConfig
     ) -> KernelConfig:
         if name == incumbent.kernel_name:
             return incumbent

@@ -30,7 +30,7 @@ _CPUS = Path("/sys/devices/system/cpu")
 
 def default_device() -> str:
     """``"gpu"`` where MLX's default device is one, else ``"cpu"``."""
-    return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+    return ops.device_of(None)
 
 
 def mlx_device(device: str) -> mx.Device:

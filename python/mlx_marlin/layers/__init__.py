@@ -4,10 +4,12 @@ from .embedding import TrellisEmbedding
 from .experts import TrellisExperts, TrellisSwitchGLU
 from .grid import GridLinear
 from .linear import TrellisLinear
+from .partial import PartlyQuantizedSwitchGLU
 
 __all__ = [
     "TrellisEmbedding",
     "GridLinear",
+    "PartlyQuantizedSwitchGLU",
     "TrellisExperts",
     "TrellisLinear",
     "TrellisSwitchGLU",

@@ -18,9 +18,9 @@ import mlx.nn as nn
 from mlx_lm import cli as mlx_lm_cli
 from mlx_lm import utils as mlx_lm_utils
 
-from ..loader.directory import INDEX_NAME
-from .hub import DESCRIPTION_FILES, fetch
-from .model import LayerProgress, is_exl3, load_exl3_model, open_checkpoint
+from ..loader.directory import INDEX_NAME, Kind, kind_of
+from .hub import DESCRIPTION_FILES, check_tokenizer, fetch
+from .model import LayerProgress, load_exl3_model, open_checkpoint
 from .sharding import open_sharded, sharded_load
 
 Result = TypeVar("Result")
@@ -48,15 +48,20 @@ def _guarded(load: Callable[..., Result], *args: Any, **keywords: Any) -> Result
     """Call ``load``; what is wrong with a checkpoint becomes a :class:`CheckpointError`."""
     try:
         return load(*args, **keywords)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, PermissionError, ValueError) as error:
         raise CheckpointError(str(error)) from error
 
 
-def _is_exl3_repo(repo: str) -> bool:
-    """:func:`is_exl3` without fetching the weights of models that are none, as far as it can be told."""
+def _is_ours(directory: Path) -> bool:
+    """Whether mlx-lm must not take a directory; those of the metal-marlin format are refused here too."""
+    return kind_of(directory) is not Kind.PLAIN
+
+
+def _is_our_repo(repo: str) -> bool:
+    """:func:`_is_ours` without fetching the weights of models that are not, as far as it can be told."""
     directory = _guarded(fetch, repo, allow_patterns=DESCRIPTION_FILES)
     # A single file has no index: its header tells, and others load the whole of it too.
-    return is_exl3(directory) or (not (directory / INDEX_NAME).exists() and is_exl3(_guarded(fetch, repo)))
+    return _is_ours(directory) or (not (directory / INDEX_NAME).exists() and _is_ours(_guarded(fetch, repo)))
 
 
 def check(repo: str, *, pipeline: bool) -> None:
@@ -66,13 +71,23 @@ def check(repo: str, *, pipeline: bool) -> None:
         repo: Directory, or repository on the Hugging Face Hub.
         pipeline: Whether several ranks form a pipeline, rather than split each layer.
     """
-    if not _is_exl3_repo(repo):
+    if not _is_our_repo(repo):
         return
     directory, group = _guarded(fetch, repo), mx.distributed.init()
     if group.size() > 1:
         _guarded(open_sharded, directory, group if pipeline else None, None if pipeline else group)
     else:
         _guarded(open_checkpoint, directory)
+    _guarded(check_tokenizer, directory)
+
+
+def _check_tokenizer_early(directory: Path) -> None:
+    """Look for the tokenizer before weights are read; what is wrong with those is still told first."""
+    try:
+        check_tokenizer(directory)
+    except (FileNotFoundError, ValueError):
+        open_checkpoint(directory)
+        raise
 
 
 def install(progress: LayerProgress | None = None, *, refuse: str | None = None) -> None:
@@ -96,14 +111,15 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
         model_config: dict | None = None,
         **keywords: Any,
     ) -> tuple[nn.Module, dict]:
-        if not is_exl3(Path(model_path)):
+        if not _is_ours(Path(model_path)):
             return load_others(model_path, lazy, strict, model_config, **keywords)
         if refuse is not None:
             raise CheckpointError(refuse)
+        _guarded(_check_tokenizer_early, Path(model_path))
         return _guarded(load_exl3_model, Path(model_path), lazy, model_config, progress=progress)
 
     def load_sharded(repo: str, *args: Any, **keywords: Any) -> tuple:
-        if not _is_exl3_repo(repo):
+        if not _is_our_repo(repo):
             return load_others_sharded(repo, *args, **keywords)
         if refuse is not None:
             raise CheckpointError(refuse)

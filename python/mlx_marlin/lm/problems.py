@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..kernels import Problem
+from .experts import activation_of, unquantized_experts
 from .mapping import PROJECTIONS
-from .model import activation_of, module_at, open_checkpoint
+from .model import module_at, open_checkpoint
 
 # How mlx-lm's model configs call the experts per token.
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k", "experts_per_token")
@@ -38,7 +39,10 @@ def model_problems(model_path: str | Path, dtype: str, device: str) -> dict[Prob
         activation = activation_of(module_at(model, path))
         if activation is None:
             continue  # three products of which the tuner times none: they are not fused
-        stacks = [[source.linear for source in sources[projection]] for projection in PROJECTIONS]
+        is_dense = unquantized_experts(sources)
+        stacks = [[s.quantized for s, dense in zip(sources[p], is_dense) if not dense] for p in PROJECTIONS]
+        if not stacks[0]:
+            continue
         experts = len(stacks[0])
         problem = Problem.swiglu(
             module_at(model, path)[PROJECTIONS[0]].weight.shape[2],
@@ -58,8 +62,8 @@ def model_problems(model_path: str | Path, dtype: str, device: str) -> dict[Prob
         problem = Problem.linear(
             in_features,
             out_features,
-            bits=source.linear.bits,
-            codebooks=source.linear.codebook,
+            bits=source.quantized.bits,
+            codebooks=source.quantized.codebook,
             dtype=dtype,
             device=device,
             bias="bias" in source.linear.parts,

@@ -23,19 +23,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..codec import HADAMARD_SIZE
 from ..layers.linear import TrellisLinear
 from ..weights.trellis import TrellisWeight
-from .hub import fetch
-from .mapping import MODEL_ERRORS, PROJECTIONS, LinearSource, WeightMap
-from .model import (
-    LayerProgress,
-    MakeExperts,
-    MakeLinear,
-    build,
-    fill,
-    load_source,
-    make_glu,
-    module_at,
-    open_checkpoint,
-)
+from .experts import load_source, make_glu, unquantized_experts
+from .hub import check_tokenizer, fetch
+from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap
+from .model import LayerProgress, MakeExperts, MakeLinear, build, fill, module_at, open_checkpoint, report
+from .placeholders import LinearSource
 
 
 class AllToShardedTrellisLinear(TrellisLinear):
@@ -161,6 +153,12 @@ def split(model: nn.Module, probe: nn.Module, mapping: WeightMap, group: mx.dist
     Raises:
         ValueError: If mlx-lm cannot split the model this way, or a trellis cannot be cut where it splits.
     """
+    for path, sources in mapping.experts.items():
+        if any(unquantized_experts(sources)):
+            raise ValueError(
+                f"{path}: some of its experts are not quantized, and such a layer cannot be split over ranks; use "
+                "pipeline parallelism"
+            )
     cuts, targets = {}, _targets(mapping)
     axes = _split_axes(probe, targets, group)
     model.load_weights(list(mapping.dense.items()), strict=False)
@@ -201,7 +199,7 @@ def _stored_bias(mapping: WeightMap, path: str, shape: tuple[int, ...]) -> mx.ar
 
 def load_bias(source: LinearSource, size: int) -> mx.array:
     """The bias of a source in float32, cut to its logical size."""
-    values = source.linear.load_bias(source.blocks)
+    values = source.quantized.load_bias(source.blocks)
     assert values is not None, source.linear.name  # map_weights: the model has a bias where the checkpoint has one
     return values[:size].astype(mx.float32)
 
@@ -293,12 +291,14 @@ def sharded_load(
     """
     model_path = fetch(repo)
     model, config, mapping, makers = open_sharded(model_path, pipeline_group, tensor_group)
+    check_tokenizer(model_path)
     tokenizer = mlx_lm_utils.load_tokenizer(
         model_path,
         tokenizer_config or {"trust_remote_code": trust_remote_code},
         eos_token_ids=config.get("eos_token_id"),
     )
     fill(model, mapping, dtype, progress=progress, **makers)
+    report(model, mapping)
     # All ranks wait for the slowest here, so that the first message of one does not time out.
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
     return (model, tokenizer, config) if return_config else (model, tokenizer)

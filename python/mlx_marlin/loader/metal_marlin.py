@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..storage.safetensors import NUMPY_DTYPES, TensorInfo, parse_json, read_header
+from ..storage.safetensors import NUMPY_DTYPES, TensorInfo, read_header
+from ..storage.untrusted import read_json
 from ..weights.grid import GridWeight
 
 _PARTS = ("indices", "scales", "su", "sv")
-_V3_INDEX = "quantization_index.json"
+V3_INDEX, V2_INDEXES = "quantization_index.json", "layer_*/index.json"
 _WEIGHT = ".weight"
 
 
@@ -60,11 +61,6 @@ def _read(info: TensorInfo) -> np.ndarray:
     return np.frombuffer(info.read(), NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
 
-def is_grid_directory(directory: Path) -> bool:
-    """Whether a directory is of this format."""
-    return (directory / _V3_INDEX).is_file() or any(directory.glob("layer_*/index.json"))
-
-
 def read_directory(directory: Path) -> dict[str, GridEntry]:
     """The weights of a directory, by name.
 
@@ -76,10 +72,10 @@ def read_directory(directory: Path) -> dict[str, GridEntry]:
         FileNotFoundError: If a layer has no tensor files.
         ValueError: If an index or a file is damaged, or a tensor is missing.
     """
-    if (directory / _V3_INDEX).is_file():
-        return _entries(directory / _V3_INDEX, "layers", sorted(directory.glob("*.safetensors")))
+    if (directory / V3_INDEX).is_file():
+        return _entries(directory / V3_INDEX, "layers", sorted(directory.glob("*.safetensors")))
     entries: dict[str, GridEntry] = {}
-    for index in sorted(directory.glob("layer_*/index.json")):
+    for index in sorted(directory.glob(V2_INDEXES)):
         files = sorted(index.parent.glob("tensor_*.safetensors")) or sorted(index.parent.glob("batch_*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{index.parent} holds neither tensor_*.safetensors nor batch_*.safetensors")
@@ -88,7 +84,7 @@ def read_directory(directory: Path) -> dict[str, GridEntry]:
 
 
 def _entries(index: Path, key: str, files: list[Path]) -> dict[str, GridEntry]:
-    listed = parse_json(index.read_bytes(), str(index), finite=False).get(key)
+    listed = read_json(index, finite=False).get(key)
     if not isinstance(listed, list):
         raise ValueError(f"{index} has no list {key!r}")
     tensors: dict[str, TensorInfo] = {}

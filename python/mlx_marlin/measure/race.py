@@ -30,7 +30,7 @@ Decision = Literal["faster", "default", "undecided"]
 
 
 @dataclass(frozen=True)
-class Rules:
+class RaceSettings:
     """When a challenger wins.
 
     Attributes:
@@ -102,7 +102,7 @@ OnRound = Callable[[int, int], None]
 def race(
     candidates: Mapping[Key, Callable[[], float]],
     incumbent: Key,
-    rules: Rules = Rules(),
+    settings: RaceSettings = RaceSettings(),
     *,
     cost: Callable[[Key], float] = lambda key: 1.0,
     control: Callable[[], float] | None = None,
@@ -121,7 +121,7 @@ def race(
             one, when the candidate enters. Whatever a clock raises is recorded as its failure; only the incumbent's
             is raised.
         incumbent: The key that stays unless it is beaten.
-        rules: Rounds, margin and significance.
+        settings: Rounds, margin and significance.
         cost: Factor on the times of a candidate, for objectives other than latency.
         control: A clock that is sampled in each round and takes no part: it tells later how fast the machine was.
         limits: When to end early.
@@ -132,50 +132,50 @@ def race(
     """
     if incumbent not in candidates:
         raise ValueError(f"the incumbent {incumbent!r} is not among the candidates")
-    table = _Table(candidates, incumbent, rules, cost, control, limits, on_round)
-    result = Race(incumbent, failures=table.failures)
-    if not table.enter():
+    entrants = _Entrants(candidates, incumbent, settings, cost, control, limits, on_round)
+    result = Race(incumbent, failures=entrants.failures)
+    if not entrants.enter():
         result.decision = "undecided"
         return result
-    result.samples, result.control = table.run(list(table.clocks), rules.rounds, eliminate=True)
-    result.complete = table.rounds >= FEWEST_ROUNDS
+    result.samples, result.control = entrants.run(list(entrants.clocks), settings.rounds, eliminate=True)
+    result.complete = entrants.rounds >= FEWEST_ROUNDS
     steady = without_drift(result.samples)
-    passed = table.significant(steady, tests=len(candidates) - 1)
+    passed = entrants.significant(steady, tests=len(candidates) - 1)
     if passed:
-        finalists = [incumbent, *table.finalists(passed, steady)]
-        fresh_times, fresh_control = table.run(finalists, rules.rounds, eliminate=False)
+        finalists = [incumbent, *entrants.finalists(passed, steady)]
+        fresh_times, fresh_control = entrants.run(finalists, settings.rounds, eliminate=False)
         fresh = without_drift(fresh_times)
-        confirmed = table.significant(fresh, tests=len(finalists) - 1)
+        confirmed = entrants.significant(fresh, tests=len(finalists) - 1)
         if incumbent in fresh_times:
             result.fresh, result.control = fresh_times, fresh_control
         if confirmed:
-            result.winner, result.decision = table.first_of_best(confirmed, fresh), "faster"
-            result.comparison = compare(fresh[result.winner], fresh[incumbent], rules.margin)
-    if result.winner == incumbent and table.possibly_faster(steady):
+            result.winner, result.decision = entrants.first_of_best(confirmed, fresh), "faster"
+            result.comparison = compare(fresh[result.winner], fresh[incumbent], settings.margin)
+    if result.winner == incumbent and entrants.possibly_faster(steady):
         result.decision = "undecided"
     return result
 
 
-class _Table(Generic[Key]):
+class _Entrants(Generic[Key]):
     """The clocks of a race and the tests on their samples."""
 
     def __init__(
         self,
         candidates: Mapping[Key, Callable[[], float]],
         incumbent: Key,
-        rules: Rules,
+        settings: RaceSettings,
         cost: Callable[[Key], float],
         control: Callable[[], float] | None,
         limits: Limits,
         on_round: OnRound | None,
     ):
         self.clocks = dict(candidates)
-        self.incumbent, self.rules, self.cost, self.control = incumbent, rules, cost, control
+        self.incumbent, self.settings, self.cost, self.control = incumbent, settings, cost, control
         self.limits, self.on_round = limits, on_round
         self.failures: dict[Key, str] = {}
         self.rounds = 0  # of the first phase
         self.order = {key: i for i, key in enumerate(candidates)}
-        self.random = random.Random(rules.seed)
+        self.random = random.Random(settings.seed)
 
     def enter(self) -> bool:
         """Warm all candidates up, the incumbent first; whether there was time for all."""
@@ -184,10 +184,10 @@ class _Table(Generic[Key]):
                 return False
             warm = getattr(self.clocks[key], "warm_up", None)
             if warm is not None:
-                self._guarded(key, partial(warm, self.rules.warmup))
+                self._guarded(key, partial(warm, self.settings.warmup))
         warm = getattr(self.control, "warm_up", None)
         if warm is not None:
-            warm(self.rules.warmup)
+            warm(self.settings.warmup)
         return True
 
     def run(self, keys: list[Key], rounds: int, eliminate: bool) -> tuple[dict[Key, list[float]], list[float]]:
@@ -265,16 +265,16 @@ class _Table(Generic[Key]):
 
     def significant(self, times: Mapping[Key, Sequence[float]], tests: int) -> set[Key]:
         times = self._weighted(times)
-        base, margin = times.get(self.incumbent, []), self.rules.margin  # without a base there are no challengers
+        base, margin = times.get(self.incumbent, []), self.settings.margin  # without a base there are no challengers
         p_values = {key: p_faster(times[key], base, margin) for key in self._challengers(times)}
-        return holm(p_values, self.rules.alpha, tests)
+        return holm(p_values, self.settings.alpha, tests)
 
     def possibly_faster(self, times: Mapping[Key, Sequence[float]]) -> bool:
         """Whether some challenger looks faster by the margin, or nothing can be said."""
         if len(times.get(self.incumbent, ())) < 2:
             return True
         times = self._weighted(times)
-        limit = (1 - self.rules.margin) * statistics.geometric_mean(times[self.incumbent])
+        limit = (1 - self.settings.margin) * statistics.geometric_mean(times[self.incumbent])
         return any(statistics.geometric_mean(times[key]) < limit for key in self._challengers(times))
 
     def _tied(self, keys: Collection[Key], times: Mapping[Key, Sequence[float]]) -> list[Key]:

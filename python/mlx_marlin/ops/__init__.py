@@ -22,7 +22,7 @@ from .calls import Call, check_gathered, check_linear, check_swiglu, run
 from .embedding import trellis_embedding
 from .planning import plan, scratch_bytes
 from .problems import (
-    DTYPES,
+    DTYPE_NAMES,
     Activation,
     Indices,
     NativeConfig,
@@ -39,7 +39,7 @@ from .stacks import BUILD_LOCK, Stack, half_scales, prepare, prepare_weight, wit
 __all__ = [
     "BUILD_LOCK",
     "CODEBOOK_MULTIPLIERS",
-    "DTYPES",
+    "DTYPE_NAMES",
     "SHADERS",
     "Activation",
     "Call",

@@ -16,7 +16,7 @@ import numpy as np
 from .. import _ext, kernels
 from ..kernels import Problem
 from .problems import (
-    DTYPES,
+    DTYPE_NAMES,
     Activation,
     Indices,
     NativeConfig,
@@ -63,16 +63,14 @@ class Call(NamedTuple):
         return swiglu_problem(gate, up, down, self.rows, self.top_k, name, self.x.dtype, device, combine)
 
 
-def check_linear(x: mx.array, stack: Stack, *, stream: StreamOrDevice = None, op: str = "trellis_linear") -> Call:
+def check_linear(x: mx.array, stack: Stack, *, stream: StreamOrDevice = None) -> Call:
     """The call ``x @ W`` of a stack of one weight; x has shape ``[..., in_features]``."""
-    features = stack.source.in_features
+    op, features = "trellis_linear", stack.source.in_features
     _check_x(op, x, features)
     return Call(op, x, (stack,), x.size // features, stream=stream)
 
 
-def check_gathered(
-    x: mx.array, indices: Indices, stack: Stack, *, stream: StreamOrDevice = None, op: str = "trellis_linear"
-) -> Call:
+def check_gathered(x: mx.array, indices: Indices, stack: Stack, *, stream: StreamOrDevice = None) -> Call:
     """The call of one projection of the experts.
 
     Args:
@@ -80,9 +78,8 @@ def check_gathered(
         indices: Integers, shape ``[..., k]``.
         stack: The experts' weights.
         stream: Stream or device. Default: ``None``, the default stream.
-        op: For error messages.
     """
-    source = stack.source
+    op, source = "trellis_linear", stack.source
     _check_x(op, x, source.in_features)
     own_rows = isinstance(indices, mx.array) and x.ndim == indices.ndim + 1
     leading = x.shape[:-2] if own_rows else x.shape[:-1]
@@ -103,10 +100,9 @@ def check_swiglu(
     scores: mx.array | None = None,
     *,
     stream: StreamOrDevice = None,
-    op: str = "trellis_swiglu",
 ) -> Call:
     """The call of the experts of a layer, fused; the arguments as :func:`trellis_swiglu` has them."""
-    source = stacks[0].source
+    op, source = "trellis_swiglu", stacks[0].source
     hidden = source.in_features
     _check_x(op, x, hidden)
     indices = _check_indices(op, indices, x.shape[:-1], len(source.bits), stream)
@@ -159,7 +155,7 @@ def _run_swiglu(call: Call, indices: mx.array, activation: Activation, native: N
 def _check_x(op: str, x: mx.array, features: int) -> mx.array:
     if not isinstance(x, mx.array):
         raise ValueError(f"[{op}] x must be an mx.array, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
+    if x.dtype not in DTYPE_NAMES:
         raise ValueError(f"[{op}] x must be float32, float16 or bfloat16, got {x.dtype}; cast it first")
     if x.ndim == 0 or x.shape[-1] != features:
         raise ValueError(f"[{op}] x must have shape [..., {features}], got {list(x.shape)}")

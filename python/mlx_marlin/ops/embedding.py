@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from .. import _ext
 from .calls import check_ids
-from .problems import DTYPES, Indices, StreamOrDevice, device_of
+from .problems import DTYPE_NAMES, Indices, StreamOrDevice, device_of
 
 
 def trellis_embedding(
@@ -38,7 +38,7 @@ def trellis_embedding(
             makes the evaluation fail on the CPU, and its row NaN on a GPU.
     """
     device_of(stream)  # raises unless it is one
-    if dtype not in DTYPES:
+    if dtype not in DTYPE_NAMES:
         raise ValueError(f"[trellis_embedding] dtype must be float32, float16 or bfloat16, got {dtype}")
     ids = check_ids("trellis_embedding", ids, trellis.shape[0], stream)
     return _ext.trellis_embedding(ids, trellis, signs, features, bits, dtype, stream)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import msgspec
 from msgspec import structs
 
-from .. import kernels
+from .. import codec, kernels
 from ..device.fingerprint import Fingerprint
 from ..kernels import KernelConfig, Problem
 from .schema import AutotuneConfig, Entry, LookupTable, ProfileError
@@ -20,6 +20,11 @@ from .schema import AutotuneConfig, Entry, LookupTable, ProfileError
 Where = Path | str
 """What a profile is called in errors."""
 
+# The longer first: of "2.5" a search would find the 2.
+_WIDTH = (
+    f"(?:{'|'.join(re.escape(str(width)) for width in sorted(codec.WIDTHS, key=codec.is_half_rate, reverse=True))})"
+)
+_WIDTHS = rf"\((({_WIDTH})(, ({_WIDTH}))+|({_WIDTH}),)\)"
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 
 
@@ -106,13 +111,13 @@ def _items(where: Where, value: object, path: str, pattern: str, wanted: str) ->
         yield key, item, f'{path}["{key}"]'
 
 
-def _mapping(where: Where, value: object, path: str) -> dict[int, int]:
-    items = _items(where, value, path, "[1-8]", "a bit width from 1 to 8")
-    return {int(key): _convert(where, item, _Size, at) for key, item, at in items}
+def _mapping(where: Where, value: object, path: str) -> dict[float, int]:
+    items = _items(where, value, path, _WIDTH, f"a bit width: {', '.join(map(str, codec.WIDTHS))}")
+    return {codec.as_width(float(key)): _convert(where, item, _Size, at) for key, item, at in items}
 
 
-def _widths(where: Where, key: str, path: str) -> tuple[int, ...]:
-    widths = tuple(int(digit) for digit in re.findall("[1-8]", key))
+def _widths(where: Where, key: str, path: str) -> tuple[float, ...]:
+    widths = tuple(codec.as_width(float(width)) for width in re.findall(_WIDTH, key))
     if list(widths) != sorted(set(widths)):
         _fail(where, path, f"key {key!r} must list its bit widths sorted and distinct")
     return widths
@@ -123,9 +128,7 @@ def _table(where: Where, value: object) -> LookupTable:
     # 10 digits hold every number of rows that the kernels take; longer keys are refused before int() sees them.
     for batch, row, at_row in _items(where, value, "$.lookup_table", "[1-9][0-9]{0,9}", "a number of tokens"):
         for hidden, cell, at_cell in _items(where, row, at_row, "[1-9][0-9]{0,7}", "a hidden size"):
-            widths = _items(
-                where, cell, at_cell, r"\(([1-8](, [1-8])+|[1-8],)\)", 'bit widths such as "(2, 4)" or "(2,)"'
-            )
+            widths = _items(where, cell, at_cell, _WIDTHS, 'bit widths such as "(2, 2.5, 4)" or "(2,)"')
             for key, config, at in widths:
                 _settle(where, config, KernelConfig, at)
                 columns = table.setdefault(int(batch), {}).setdefault(int(hidden), {})

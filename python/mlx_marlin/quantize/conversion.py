@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from typing import TypeVar
 import numpy as np
 
 from .. import codec, kernels
+from ..loader.exl3 import MARKERS
+from ..loader.scaling import up_divisor
 from ..storage import atomic
 from ..storage.safetensors import Tensor, write_tensors
 from .allocate import MODES, Allocation, Item, allocate
@@ -29,12 +32,13 @@ from .layered import LayeredModel, Taps
 from .sensitivity import disturbed, sensitivities
 from .source import Source
 from .weight import Codes, expected_loss, prepare, quantize_prepared
-from .writer import FINISHED, MARKERS, assemble, stored_tensors
+from .writer import FINISHED, assemble, stored_tensors
 
 # Candidate widths reach this far below and above the budget.
 _BELOW, _ABOVE = 2, 3
 # 65536 tokens: of 128 experts, 8 per token, each sees 4096 on average, twice as many as it has inputs of 2048.
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 256, 256
+_EXPERT_UP = re.compile(r"\.experts\.\d+\.(?:up_proj|w3)$")
 _BATCH = 8  # windows per call of a layer
 
 Result = TypeVar("Result")
@@ -293,7 +297,8 @@ class _Conversion:
                 results = self._parallel(lambda job, n: self._quantize_job(job, allocation.widths[job.name], n), jobs)
                 tensors: dict[str, Tensor] = {}
                 for job, codes in zip(jobs, results):
-                    tensors.update(stored_tensors(job.name, codes, job.bias))
+                    divisor = up_divisor(self.source.config, index) if _EXPERT_UP.search(job.name) else 1
+                    tensors.update(stored_tensors(job.name, codes, job.bias, divisor))
                     job.install(codec.dequantize(codes), None if job.bias is None else half_round(job.bias))
                 hidden = self.model.run(index, hidden)
             self.model.unload(index)

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import codec, ops
+from .. import codec
+from ..loader.exl3 import MARKERS
 from ..storage import atomic, safetensors
 from ..storage.safetensors import ITEM_BYTES, Tensor, TensorInfo, read_header
 from .allocate import Allocation
 from .source import SIDE_FILES, Source
 from .weight import Codes
 
-# Multipliers that mark a codebook; 3INST has no marker.
-MARKERS = {name: ops.CODEBOOK_MULTIPLIERS[name] for name in ("mul1", "mcg")}
 # The layout that is written is that of this version.
 _FORMAT_VERSION = "1.4.1"
 FINISHED = ".finished"  # name of the work directory while it is removed
@@ -28,17 +27,29 @@ _TORCH_NAMES = {
 }  # fmt: skip
 
 
-def stored_tensors(name: str, codes: Codes, bias: np.ndarray | None) -> dict[str, Tensor]:
-    """A quantized linear as EXL3 stores it."""
+# Of a divisor, so much goes into svh, the rest into suh: suh is near 1 and svh near 0.01, and both stay normal numbers.
+_SVH_SHARE = 8
+
+
+def stored_tensors(name: str, codes: Codes, bias: np.ndarray | None, divisor: int = 1) -> dict[str, Tensor]:
+    """A quantized linear as EXL3 stores it.
+
+    Args:
+        name: Its name.
+        codes: Its weight.
+        bias: float32 ``[out_features]`` or ``None``.
+        divisor: What its outputs are divided by, a power of two; see ``loader.scaling``. Default: ``1``.
+    """
+    svh_divisor = min(divisor, _SVH_SHARE)
     tensors = {
         f"{name}.trellis": Tensor.of(codes.trellis),
-        f"{name}.suh": Tensor.of(codes.suh),
-        f"{name}.svh": Tensor.of(codes.svh),
+        f"{name}.suh": Tensor.of(codes.suh / np.float16(divisor / svh_divisor)),
+        f"{name}.svh": Tensor.of(codes.svh / np.float16(svh_divisor)),
     }
     if codes.codebook in MARKERS:
         tensors[f"{name}.{codes.codebook}"] = Tensor.of(np.array(MARKERS[codes.codebook], np.uint32).view(np.int32))
     if bias is not None:
-        tensors[f"{name}.bias"] = Tensor.of(np.pad(bias, (0, len(codes.svh) - len(bias))).astype(np.float16))
+        tensors[f"{name}.bias"] = Tensor.of(np.pad(bias / divisor, (0, len(codes.svh) - len(bias))).astype(np.float16))
     return tensors
 
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
-from .. import kernels
+from .. import codec
 from ..kernels import Problem, Triple
 from . import rules
 from .evidence import MIN_SAMPLES, Ledger
@@ -210,29 +210,18 @@ def _check_rows(batch_size: int) -> None:
         raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
 
 
-def _check_width(what: str, bits: float) -> None:
-    whole = type(bits) is int or isinstance(bits, Integral)
-    if not whole or not 1 <= bits <= kernels.MAX_KERNEL_BITS:
-        raise ValueError(f"{what} must be integers from 1 to {kernels.MAX_KERNEL_BITS}, got {bits!r}")
-
-
 def _check_bits(active_expert_bits: Sequence[float]) -> list[float]:
     # Arrays of MLX and NumPy: their elements are no integers, those of their lists are.
     bits = active_expert_bits.tolist() if hasattr(active_expert_bits, "tolist") else active_expert_bits
     if isinstance(bits, str) or not isinstance(bits, Iterable):
         bits = [bits]
-    bits = list(bits)
-    for width in bits:
-        _check_width("active_expert_bits", width)
-    return bits
+    return [codec.as_width(width, "each of active_expert_bits") for width in bits]
 
 
 def _triple(gate: float | None, up: float | None, down: float | None) -> Triple | None:
     if gate is None or up is None or down is None:
         return None
-    for width in (gate, up, down):
-        _check_width("gate_bits, up_bits and down_bits", width)
-    return gate, up, down
+    return codec.as_width(gate, "gate_bits"), codec.as_width(up, "up_bits"), codec.as_width(down, "down_bits")
 
 
 def _available(names: Iterable[str] | None) -> frozenset[str] | set[str] | None:

@@ -1,4 +1,4 @@
-"""Safetensors files: reading those that nobody vouches for, and writing.
+"""Safetensors files: untrusted ones read, whole ones written.
 
 The format: eight bytes with the length of a JSON header, the header (``{name: {dtype, shape,
 data_offsets}}``), then the data that the offsets point into. Every number of a header is checked before it is used.
@@ -14,11 +14,12 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 
 from . import atomic
+from .untrusted import check_genuine, parse_json
 
 # The header limit of the reference implementation (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
@@ -110,43 +111,6 @@ class Tensor:
         return cls(_NAMES[array.dtype], array.shape, array.tobytes())
 
 
-def _reject_constant(value: str) -> NoReturn:
-    raise ValueError(f"{value} is not JSON")
-
-
-def _reject_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} appears twice")
-    return entries
-
-
-def parse_json(data: bytes | str, source: str, *, finite: bool = True) -> dict:
-    """A JSON object from bytes that nobody vouches for.
-
-    Args:
-        data: The text.
-        source: What it is, for error messages.
-        finite: Refuse NaN and Infinity, which JSON does not have but Python writes. Default: ``True``.
-
-    Raises:
-        ValueError: If it is not a JSON object, nests too deeply, or has a key twice.
-    """
-    try:
-        text = data.decode("utf-8") if isinstance(data, bytes) else data  # json.loads would also guess UTF-16 and -32
-        parse_constant = _reject_constant if finite else None
-        value = json.loads(text, parse_constant=parse_constant, object_pairs_hook=_reject_duplicates)
-    except RecursionError:
-        raise ValueError(f"{source} nests too deeply to be read as JSON") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(f"{source} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{source} must be a JSON object, got {type(value).__name__}")
-    return value
-
-
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -183,11 +147,13 @@ def _check_overlap(file: Path, tensors: dict[str, TensorInfo]) -> None:
 
 
 def raw_header(file: Path) -> bytes:
-    """The bytes of a file's header, as many as there are; nothing about them is checked."""
-    with open(file, "rb") as stream:
-        prefix = stream.read(8)
-        length = int.from_bytes(prefix, "little")
-        return stream.read(min(length, MAX_HEADER_BYTES))
+    """The bytes of a file's header, as many as there are and can be read; nothing about them is checked."""
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            return stream.read(min(length, MAX_HEADER_BYTES))
+    except OSError:
+        return b""
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -197,9 +163,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         file: The file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the header is not one that the format allows, or does not fit the size of the file.
+        FileNotFoundError: If there is no such file, or it is a link that leads nowhere.
+        ValueError: If the file is something else, or the header is not one that the format allows, or does not fit
+            the size of the file.
     """
+    check_genuine(file)
     size = file.stat().st_size
     with open(file, "rb") as stream:
         prefix = stream.read(8)
