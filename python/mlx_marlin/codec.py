@@ -73,7 +73,7 @@ def is_half_rate(bits: float) -> bool:
     return half_bits(bits) % 2 == 1
 
 
-def as_width(value, what: str = "bits") -> int | float:
+def as_width(value: float, what: str = "bits") -> int | float:
     """The width that a number stands for, as :data:`WIDTHS` writes it: 2.0 and NumPy's 2 are 2.
 
     Args:

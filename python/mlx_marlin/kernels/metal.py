@@ -5,7 +5,7 @@ The same limits as ``csrc/plan/tiling.cpp``, which throws where these functions 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 
 from .. import codec
@@ -156,6 +156,6 @@ def half_sums(config: KernelConfig) -> bool:
     return not config.use_fp32_acc
 
 
-def _either(values) -> str:
+def _either(values: Iterable[int]) -> str:
     *most, last = map(str, values)
     return f"{', '.join(most)} or {last}" if most else last

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import msgspec
 
@@ -41,6 +41,12 @@ else:
 _Rows = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 _Width = Annotated[int, msgspec.Meta(ge=1, le=codec.MAX_BITS)] | Annotated[float, msgspec.Meta(ge=1, le=codec.MAX_BITS)]
+
+
+class Asks(Protocol):
+    """What a problem can be asked of: TrellisLinear, TrellisSwitchGLU."""
+
+    def problem(self, rows: int, dtype: Any, device: str, *, combine: bool = False) -> Problem: ...
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,7 @@ class Problem:
         )
 
     @classmethod
-    def of(cls, layer, rows: int, dtype, device: str, *, combine: bool = False) -> Problem:
+    def of(cls, layer: Asks, rows: int, dtype: object, device: str, *, combine: bool = False) -> Problem:
         """The problem that a layer (or weight, or bank) poses for a number of rows.
 
         Args:

@@ -68,7 +68,7 @@ class MixedKernelSelector:
     def reset_history(self) -> None:
         """Forget all latencies, switches and counts."""
         with self._lock:
-            self._ledgers: dict[tuple[Problem | None, str], Ledger] = {}
+            self._ledgers: dict[tuple[Problem | None, str], Ledger[str]] = {}
             self._tracked: set[str] = set()
             self._selections = self._explorations = self._judged = self._accurate = 0
 
@@ -185,7 +185,7 @@ class MixedKernelSelector:
         return rules.make("base", fp32acc=fp32acc), reason
 
     def _by_evidence(
-        self, name: str, reason: str, candidates: list[str], ledger: Ledger | None
+        self, name: str, reason: str, candidates: list[str], ledger: Ledger[str] | None
     ) -> tuple[str, str, bool]:
         """The kernel that the timings, or the wish to get timings, put in the place of the rules' choice."""
         chosen, fastest = name, None
@@ -205,12 +205,12 @@ class MixedKernelSelector:
         return chosen, reason, False
 
 
-def _check_rows(batch_size) -> None:
+def _check_rows(batch_size: int) -> None:
     if not (type(batch_size) is int or isinstance(batch_size, Integral)) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
 
 
-def _check_bits(active_expert_bits) -> list[float]:
+def _check_bits(active_expert_bits: Sequence[float]) -> list[float]:
     # Arrays of MLX and NumPy: their elements are no integers, those of their lists are.
     bits = active_expert_bits.tolist() if hasattr(active_expert_bits, "tolist") else active_expert_bits
     if isinstance(bits, str) or not isinstance(bits, Iterable):
@@ -235,7 +235,9 @@ def _available(names: Iterable[str] | None) -> frozenset[str] | set[str] | None:
     return names
 
 
-def _substituted(name: str, reason: str, triple, available) -> tuple[str, str]:
+def _substituted(
+    name: str, reason: str, triple: Triple | None, available: frozenset[str] | set[str] | None
+) -> tuple[str, str]:
     """A kernel that is available: the one asked for, or the one most like it."""
     if available is None or name in available:
         return name, reason
@@ -243,7 +245,7 @@ def _substituted(name: str, reason: str, triple, available) -> tuple[str, str]:
     return substitute, f"fallback_availability: Selected kernel {name} not available, using {substitute} instead"
 
 
-def _evidence(ledger: Ledger | None, names: list[str]) -> dict[str, dict]:
+def _evidence(ledger: Ledger[str] | None, names: list[str]) -> dict[str, dict]:
     """What is known of each kernel."""
     histories = {} if ledger is None else ledger.histories
     return {n: histories[n].summary() if n in histories else {"samples": 0} for n in dict.fromkeys(names)}
