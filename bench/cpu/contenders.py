@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from bench.cpu.shape import Shape
-from mlx_marlin import ExpertBank, TrellisSwitchGLU, _ext, device
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, _ext, codec, device
 from mlx_marlin.measure import stats
 from mlx_marlin.weights.synthetic import random_weight
 
@@ -53,7 +53,7 @@ class MarlinContender:
         self.gpu = instruction_set is None
         self.name = f"mlx_marlin {codebook} {instruction_set or 'gpu'}"
         self.codebook, self.instruction_set, self.cores = codebook, instruction_set, 0 if self.gpu else threads
-        triples = MIXED if bits == "mixed" else ((int(bits),) * 3,)
+        triples = MIXED if bits == "mixed" else ((codec.as_width(float(bits)),) * 3,)
         sizes = ((shape.hidden, shape.intermediate),) * 2 + ((shape.intermediate, shape.hidden),)
         experts = [
             [random_weight(rng, *size, triples[e % len(triples)][p], codebook) for e in range(shape.experts)]

@@ -34,10 +34,11 @@ from mlx_marlin import _ext, codec, device, set_num_threads
 from mlx_marlin.storage import atomic
 
 ROWS = (1, 4, 16, 64, 256)
-BITS = ("2", "3", "4", "mixed")
+BITS = ("1.5", "2", "2.5", "3", "3.5", "4", "mixed")
 DEVICES = ("cpu", "gpu") if mx.is_available(mx.Device(mx.gpu)) else ("cpu",)
 # What each width is measured beside: affine bits, ggml type.
-PEERS = {"2": (2, "Q2_K"), "3": (3, "Q3_K"), "4": (4, "Q4_K"), "mixed": (3, "Q3_K")}
+PEERS = dict.fromkeys(("1.5", "2", "2.5"), (2, "Q2_K")) | dict.fromkeys(("3", "3.5", "mixed"), (3, "Q3_K"))
+PEERS["4"] = (4, "Q4_K")
 # Routings per number of rows: at 64 rows a single one touches nearly every expert.
 FEW_ROUTINGS, MANY_ROUTINGS = 6, 32
 # Calls of one contender in a round: long enough for the scheduler's accounting of CPU time (ticks of 4 ms).
@@ -175,7 +176,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     sets = _ext.instruction_sets()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
-    parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--bits", nargs="+", choices=BITS, default=["2", "3", "4", "mixed"])
     parser.add_argument("--codebooks", nargs="+", choices=codec.CODEBOOKS, default=["mul1"])
     parser.add_argument("--instruction-set", nargs="+", choices=sets, default=sets[-1:], help="default: %(default)s")
     parser.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES), help="default: %(default)s")

@@ -45,7 +45,7 @@ def count() -> dict:
         operations = {op: round(8 * n / result.inner_loop.weights, 3) for op, n in sorted(counts.items()) if n}
         found[name] = {"weights": 8, "rows": rows, "bits": bits, "operations": operations, "simd": simd}
     return {
-        "what": "Per lane, for 8 decoded weights: peer_loops.metal, counted by metal_peer_loops.py.",
+        "what": "Per lane, for 8 decoded weights: peer_loops.metal, counted by peer_loops.py.",
         "loops": found,
     }
 

@@ -351,7 +351,8 @@ void encode_embedding(
   arrays[1] = as_read(inputs[1], rows, call.rows);
   // Not kept: a plan of one dispatch, made once per token.
   Prepared prepared(
-      plan_embedding(call, rows, dtype_id(out.dtype())), stream, {"indices", "embedding.codes", "embedding.signs", "y"});
+      plan_embedding(call, rows, dtype_id(out.dtype())), stream,
+      {"indices", "embedding.codes", "embedding.signs", "y"});
   run(prepared, stream, std::move(arrays), out);
 }
 

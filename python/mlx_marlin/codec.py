@@ -29,14 +29,14 @@ WIDTHS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
 """Bits per weight that the format has. Whole widths are ints; the half rates, floats, exist for mul1 only."""
 MAX_BITS = WIDTHS[-1]
 _LISTED = ", ".join(map(str, WIDTHS))
+# Numbers that are equal are the same key.
+_WIDTH_OF = {width: width for width in WIDTHS}
 
 # x = x * multiplier + increment (mod 2**32) for the two codebooks that add two halves.
 _HALVES_HASH = {"3inst": (89226354, 64248484), "mcg": (0xCBAC1FED, 0)}
 _HALVES_MASK = 0x8FFF8FFF
 _HALVES_XOR = 0x3B603B60
 _MUL1_MULTIPLIER = 0x83DCD12D
-# What the tensors .mcg and .mul1 hold, as unsigned numbers; 3INST has no such marker.
-MARKERS = {"mcg": _HALVES_HASH["mcg"][0], "mul1": _MUL1_MULTIPLIER}
 # mul1 maps the byte sum s to fma(1024 + s, scale, offset) in half precision; these are the half constants' bits.
 _MUL1_SCALE, _MUL1_OFFSET = np.array([0x1EEE, 0xC931], np.uint16).view(np.float16).astype(np.float64)
 
@@ -71,6 +71,25 @@ def bits_of_half(halves: int) -> int | float:
 def is_half_rate(bits: float) -> bool:
     """Whether these are 1.5, 2.5 or 3.5 bits and not a whole width."""
     return half_bits(bits) % 2 == 1
+
+
+def as_width(value: float, what: str = "bits") -> int | float:
+    """The width that a number stands for, as :data:`WIDTHS` writes it: 2.0 and NumPy's 2 are 2.
+
+    Args:
+        value: The number.
+        what: What to call it in the error. Default: ``"bits"``.
+
+    Raises:
+        ValueError: If the format has no such width.
+    """
+    try:
+        width = None if isinstance(value, bool) else _WIDTH_OF.get(value)
+    except TypeError:  # lists, arrays
+        width = None
+    if width is None:
+        raise ValueError(f"{what} must be one of {_LISTED}, got {value!r}")
+    return width
 
 
 def words_per_tile(bits: float) -> int:

@@ -88,7 +88,7 @@ def test_model_problems_are_those_of_the_loaded_model():
     [
         (["--shape", "256,128,4"], "hidden,inter,experts,top_k"),
         (["--shape", "256,128,4,5"], "top_k <= experts"),
-        (["--shape", "256,128,4,2", "--bits", "9"], "widths from 1 to 8"),
+        (["--shape", "256,128,4,2", "--bits", "9"], "widths such as"),
         (["--bits", "2"], "--bits goes with --shape"),
         (["--batch-sizes", "0"], "at least 1"),
         (["--batch-sizes", "a"], "must be integers"),

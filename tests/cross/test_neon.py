@@ -19,6 +19,7 @@ from mlx_marlin.weights.experts import ExpertStack
 from mlx_marlin.weights.synthetic import random_weight
 from tests.support import golden
 from tests.support.cases import (
+    FORMATS,
     TOLERANCE,
     random_experts,
     random_rows,
@@ -83,7 +84,7 @@ def search_driver(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", range(1, codec.MAX_BITS + 1))
+@pytest.mark.parametrize("bits", codec.WIDTHS)
 def test_search_under_qemu(search_driver, bits, tmp_path):
     """The states that this machine's own search finds, the tail of a batch included."""
     tiles = np.random.default_rng(bits).standard_normal((1, codec.TILE_SIZE)).astype(np.float16)
@@ -95,7 +96,6 @@ def test_search_under_qemu(search_driver, bits, tmp_path):
     np.testing.assert_array_equal(found, ops.viterbi_search(tiles, bits, "mul1"))
 
 
-FORMATS = [(bits, codebook) for bits in range(1, codec.MAX_BITS + 1) for codebook in codec.CODEBOOKS]
 # Rows of x, and rows per decoded panel: one row, a few in one panel, and more than one panel.
 SHAPES = ((1, 1), (2, 4), (3, 64), (5, 4), (17, 8))
 

@@ -101,7 +101,7 @@ def test_a_stack_holds_the_words_of_every_expert_as_they_are():
         for e, w in enumerate(weights):
             words = np.array(w.trellis).reshape(-1).view(np.uint32)
             np.testing.assert_array_equal(codes[offsets[e] : offsets[e] + words.size], words)
-            assert formats[e] == 2 * w.bits | codec.CODEBOOKS.index(w.codebook) << 8
+            assert formats[e] == int(2 * w.bits) | codec.CODEBOOKS.index(w.codebook) << 8
             np.testing.assert_array_equal(np.array(stack.suh[e]), np.array(w.suh))
             np.testing.assert_array_equal(np.array(stack.svh[e]), np.array(w.svh))
             np.testing.assert_array_equal(np.array(stack.bias[e]), np.array(w.bias).astype(np.float32))

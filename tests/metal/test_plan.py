@@ -36,7 +36,8 @@ def swiglu(size: str, bits=((3, 3, 3),), dtype="float16", combine=True, bias=Fal
         experts=experts,
         top_k=top_k,
         bits=bits,
-        codebooks="mcg",
+        # Half rates exist for mul1 only.
+        codebooks=("mcg", "mul1") if any(b % 1 for group in bits for b in group) else "mcg",
         dtype=dtype,
         device="gpu",
         combine=combine,

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_marlin import ExpertBank, Problem, TrellisSwitchGLU, codec, kernels, trellis_linear, trellis_swiglu
+from mlx_marlin import ExpertBank, Problem, TrellisSwitchGLU, kernels, trellis_linear, trellis_swiglu
 from mlx_marlin.weights.synthetic import random_weight
 from tests.support import cases
 
@@ -14,8 +14,8 @@ def random_config(rng, problem: Problem) -> kernels.KernelConfig | None:
     return None if rng.random() < 0.3 else candidates[rng.integers(len(candidates))]
 
 
-def random_format(rng) -> tuple[int, str]:
-    return int(rng.integers(1, codec.MAX_BITS + 1)), codec.CODEBOOKS[rng.integers(3)]
+def random_format(rng) -> tuple[float, str]:
+    return cases.FORMATS[rng.integers(len(cases.FORMATS))]
 
 
 def check_random_layer(seed: int) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import math
-import re
 import signal
 import sys
 import time
@@ -18,9 +17,9 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from .. import kernels
+from .. import codec, kernels
 from ..device.machine import default_device, is_present, memory_bytes, mlx_device
-from ..kernels import Problem
+from ..kernels import Problem, Triple
 from ..measure.race import RaceSettings
 from ..profile import files as profile_files
 from ..profile.schema import ProfileError
@@ -67,15 +66,17 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def _bits(text: str) -> tuple[tuple[int, int, int], ...]:
-    triples: set[tuple[int, int, int]] = set()
+def _bits(text: str) -> tuple[Triple, ...]:
+    known = {str(width): width for width in codec.WIDTHS}
+    triples: set[Triple] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"([1-8])(?:_([1-8])_([1-8]))?", part)
-        if match is None:
+        widths = part.split("_")
+        if len(widths) not in (1, 3) or not known.keys() >= set(widths):
             raise argparse.ArgumentTypeError(
-                f"must be widths from 1 to 8 such as 2,3,4, or gate_up_down such as 6_2_3; got {part!r}"
+                f"must be widths such as 2,2.5,4, or gate_up_down such as 6_2_3, each one of {', '.join(known)}; "
+                f"got {part!r}"
             )
-        gate, up, down = (int(b or match[1]) for b in match.groups())
+        gate, up, down = (known[width] for width in (widths if len(widths) == 3 else widths * 3))
         triples.add((gate, up, down))
     return tuple(sorted(triples))
 
@@ -105,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--bits",
         type=_bits,
-        metavar="2,3,4",
+        metavar="2,2.5,4",
         help="with --shape: widths of the experts, in equal shares (or gate_up_down such as 6_2_3); default 4",
     )
     p.add_argument("--quick", action="store_true", help="3 batch sizes, fewer candidates and iterations")

@@ -41,7 +41,7 @@ class Recorder(Generic[Recorded, Candidate]):
     (see :class:`~.evidence.Ledger`), so that asking often does not find differences that are not there.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self.clear()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -100,6 +101,7 @@ class Session:
     def close(self) -> None:
         """All is done: whoever notices removes the file."""
         self.path.unlink(missing_ok=True)
+        atomic.remove_leftovers(self.path.parent, glob.escape(self.path.name))
 
     def _clean(self) -> None:
         """Remove what runs left behind that were never continued."""

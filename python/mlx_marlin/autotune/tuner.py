@@ -11,7 +11,7 @@ from .. import device as machine
 from .. import kernels, profile
 from ..device.fingerprint import canonical_name, device_family
 from ..kernels import KernelConfig, Problem
-from ..measure.race import NO_LIMITS, Limits, RaceSettings
+from ..measure.race import NO_LIMITS, Limits, OnRound, RaceSettings
 from ..profile import files as profile_files
 from ..profile import json as profile_json
 from ..profile import lookup
@@ -20,7 +20,7 @@ from ..profile.lookup import distinct_widths
 from ..profile.schema import AutotuneConfig, Entry, ProfileError
 from . import feedback
 from .trial import Objective, Trial, Verdicts
-from .workload import Workload, as_layer, release
+from .workload import Layer, Workload, as_layer, release
 
 __all__ = ["AutotuneConfig", "BenchmarkResult", "KernelConfig", "MixedBPWAutoTuner", "Objective", "use_profile"]
 
@@ -70,7 +70,7 @@ class MixedBPWAutoTuner:
     def __init__(
         self,
         device_name: str | None = None,
-        config_path=None,
+        config_path: str | Path | None = None,
         *,
         device: str | None = None,
         objective: Objective | Mapping[str, float] | None = None,
@@ -90,7 +90,7 @@ class MixedBPWAutoTuner:
         self.config = self._initial_config()
         self.checked: Verdicts = {}
         self._foreign: AutotuneConfig | None = None
-        self._adaptation = feedback.Recorder()
+        self._adaptation: feedback.Recorder[tuple[str, KernelConfig | None], KernelConfig] = feedback.Recorder()
 
     def _initial_config(self) -> AutotuneConfig:
         if self.config_path is not None and self.config_path.exists():
@@ -104,7 +104,7 @@ class MixedBPWAutoTuner:
 
     def benchmark_layer(
         self,
-        layer,
+        layer: Layer | Problem,
         batch_size: int,
         configs: Sequence[KernelConfig] | None = None,
         num_warmup: int = 5,
@@ -112,7 +112,7 @@ class MixedBPWAutoTuner:
         *,
         top_k: int = 8,
         limits: Limits = NO_LIMITS,
-        on_round=None,
+        on_round: OnRound | None = None,
     ) -> list[BenchmarkResult]:
         """Time configs on a layer and enter the outcome into the table.
 
@@ -137,6 +137,8 @@ class MixedBPWAutoTuner:
         unknown = [config for config in configs or () if not isinstance(config, KernelConfig)]
         if unknown:
             raise ValueError(f"configs must be KernelConfigs, got {unknown[0]!r}")
+        workload: Workload | None = None
+        trial: Trial | None = None
         try:
             workload = self._workload(layer, batch_size, top_k)
             problem = workload.problem
@@ -169,17 +171,25 @@ class MixedBPWAutoTuner:
         self.config.benchmark_count += len(entry.timings)
         self.config.add(problem, entry)
 
-    def _workload(self, layer, batch_size: int, top_k: int) -> Workload:
-        more = {"memory_limit": self.memory_limit, "seed": self.race.seed}
+    def _workload(self, layer: Layer | Problem, batch_size: int, top_k: int) -> Workload:
         if isinstance(layer, Problem):
             if layer.device != self._device:
                 raise ValueError(f"the tuner times on the {self._device}, but the problem is for the {layer.device}")
-            return Workload.synthetic(replace(layer, rows=batch_size), **more)
-        return Workload.of_layer(layer, batch_size, top_k=top_k, dtype=self.dtype, device=self._device, **more)
+            problem = replace(layer, rows=batch_size)
+            return Workload.synthetic(problem, memory_limit=self.memory_limit, seed=self.race.seed)
+        return Workload.of_layer(
+            layer,
+            batch_size,
+            top_k=top_k,
+            dtype=self.dtype,
+            device=self._device,
+            memory_limit=self.memory_limit,
+            seed=self.race.seed,
+        )
 
     def benchmark_all(
         self,
-        layers: Mapping | Sequence,
+        layers: Mapping[str, Layer | Problem] | Sequence[Layer | Problem],
         batch_sizes: Iterable[int],
         num_warmup: int = 5,
         num_iter: int = 20,
@@ -206,13 +216,13 @@ class MixedBPWAutoTuner:
 
         if not isinstance(layers, Mapping):
             layers = {f"layer_{i}": layer for i, layer in enumerate(layers)}
-        layers = {name: layer if isinstance(layer, Problem) else as_layer(layer) for name, layer in layers.items()}
+        timed = {name: layer if isinstance(layer, Problem) else as_layer(layer) for name, layer in layers.items()}
         batch_sizes = list(batch_sizes)
         if any(rows < 1 for rows in batch_sizes):
             raise ValueError(f"a timing needs at least 1 row, got {min(batch_sizes)}")
-        results: dict = {name: {} for name in layers}
-        with ProgressBar(len(layers) * len(batch_sizes), enabled=verbose) as bar:
-            for name, layer in layers.items():
+        results: dict[str, dict[int, list[BenchmarkResult]]] = {name: {} for name in timed}
+        with ProgressBar(len(timed) * len(batch_sizes), enabled=verbose) as bar:
+            for name, layer in timed.items():
                 for batch_size in batch_sizes:
                     bar.begin(f"{name}, {batch_size} rows")
                     try:
@@ -232,7 +242,7 @@ class MixedBPWAutoTuner:
         self,
         batch_size: int,
         hidden_dim: int,
-        bit_widths: Iterable[int],
+        bit_widths: Iterable[float],
         use_decode: bool = False,
         fallback_to_default: bool = True,
     ) -> KernelConfig | None:
@@ -267,7 +277,7 @@ class MixedBPWAutoTuner:
         batch_size: int,
         latency_ms: float,
         hidden_dim: int | None = None,
-        bit_widths: Iterable[int] | None = None,
+        bit_widths: Iterable[float] | None = None,
         problem: Problem | None = None,
         config: KernelConfig | None = None,
     ) -> None:
@@ -289,7 +299,7 @@ class MixedBPWAutoTuner:
         )
 
     def adapt_selection(
-        self, batch_size: int, hidden_dim: int, bit_widths: Iterable[int], top_k: int = 3
+        self, batch_size: int, hidden_dim: int, bit_widths: Iterable[float], top_k: int = 3
     ) -> KernelConfig | None:
         """What the recorded times say about a key.
 
@@ -307,6 +317,7 @@ class MixedBPWAutoTuner:
             return None
         widths = distinct_widths(bit_widths)
         incumbent = self.select_kernel(batch_size, hidden_dim, widths)
+        assert incumbent is not None  # at worst the default
 
         # A sample that came without a config counts for the config of its name.
         def config_of(recorded: tuple[str, KernelConfig | None]) -> KernelConfig:
@@ -316,7 +327,9 @@ class MixedBPWAutoTuner:
         key, limit = (batch_size, hidden_dim, widths), self.config.adaptation_history_len
         return self._adaptation.leader(key, incumbent, top_k, config_of, limit)
 
-    def _config_named(self, name, batch_size, hidden_dim, widths, incumbent) -> KernelConfig:
+    def _config_named(
+        self, name: str, batch_size: int, hidden_dim: int, widths: tuple[float, ...], incumbent: KernelConfig
+    ) -> KernelConfig:
         if name == incumbent.kernel_name:
             return incumbent
         key = (batch_size, hidden_dim, widths)
@@ -330,7 +343,7 @@ class MixedBPWAutoTuner:
 
     # Files
 
-    def export_config(self, path=None) -> str:
+    def export_config(self, path: str | Path | None = None) -> str:
         """The profile as JSON; written to a file if there is one, merged with what the file holds.
 
         Args:
@@ -351,7 +364,7 @@ class MixedBPWAutoTuner:
         return profile_json.encode(self.config).decode()
 
     @classmethod
-    def load_config(cls, path) -> MixedBPWAutoTuner:
+    def load_config(cls, path: str | Path) -> MixedBPWAutoTuner:
         """A tuner over a profile, of whatever machine.
 
         Raises:

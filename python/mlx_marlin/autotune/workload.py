@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -38,6 +40,12 @@ CACHE_FACTOR = 1.25
 
 Projections = tuple[Stack, ...]
 
+Layer = TrellisLinear | TrellisSwitchGLU | TrellisWeight | ExpertBank
+"""What can be timed, besides a problem."""
+
+Routing = tuple[mx.array, mx.array | None]
+"""Experts of each row, and scores where a problem combines."""
+
 
 def problem_class(problem: Problem) -> Problem:
     """The problem whose check holds for all problems of this kind with the same usual variant."""
@@ -50,7 +58,7 @@ def tolerance(problem: Problem, config: KernelConfig) -> float:
     return max(TOLERANCE[problem.dtype], _HALF_TOLERANCE if halves else 0.0)
 
 
-def as_layer(layer) -> TrellisLinear | TrellisSwitchGLU:
+def as_layer(layer: Layer) -> TrellisLinear | TrellisSwitchGLU:
     """The layer that the tuner times for what it was given.
 
     Raises:
@@ -107,7 +115,12 @@ class Workload:
     """
 
     def __init__(
-        self, problem: Problem, stacks: Projections, activation=("silu", 1.702, 7.0), memory_limit=None, seed=0
+        self,
+        problem: Problem,
+        stacks: Projections,
+        activation: tuple[str, float, float] = ("silu", 1.702, 7.0),
+        memory_limit: int | None = None,
+        seed: int = 0,
     ):
         self.problem, self.activation = check_problem(problem), activation
         self.weight_bytes = sum(a.nbytes for stack in stacks for a in stack.arrays)
@@ -119,11 +132,19 @@ class Workload:
         self._routings = [self._routing(problem.rows) for _ in range(ROUTINGS if problem.kind == "swiglu" else 1)]
         self.bytes_touched = self._bytes_touched(stacks)
         self.sets = self._copies(stacks, room)
-        self._reference: tuple | None = None
+        self._reference: tuple[mx.array, Routing | None, np.ndarray] | None = None
 
     @classmethod
     def of_layer(
-        cls, layer, rows: int, *, top_k=8, dtype="float32", device="cpu", memory_limit=None, seed=0
+        cls,
+        layer: Layer,
+        rows: int,
+        *,
+        top_k: int = 8,
+        dtype: str = "float32",
+        device: str = "cpu",
+        memory_limit: int | None = None,
+        seed: int = 0,
     ) -> Workload:
         """The workload of a layer.
 
@@ -136,15 +157,15 @@ class Workload:
             memory_limit, seed: As for the class.
         """
         layer = as_layer(layer)
-        more = {"memory_limit": memory_limit, "seed": seed}
+        make = partial(cls, memory_limit=memory_limit, seed=seed)
         if isinstance(layer, TrellisLinear):
-            return cls(layer.problem(rows, getattr(mx, dtype), device), (layer.stack,), **more)
+            return make(layer.problem(rows, getattr(mx, dtype), device), (layer.stack,))
         top_k = min(top_k, layer.gate_proj.num_experts)
         problem = layer.problem(rows, getattr(mx, dtype), device, top_k=top_k)
-        return cls(problem, layer.stacks, layer.activation, **more)
+        return make(problem, layer.stacks, layer.activation)
 
     @classmethod
-    def synthetic(cls, problem: Problem, *, memory_limit=None, seed=0) -> Workload:
+    def synthetic(cls, problem: Problem, *, memory_limit: int | None = None, seed: int = 0) -> Workload:
         """The workload of a problem on random weights: every bit pattern is a legal trellis."""
         check_problem(problem)
         parts = range(len(problem.shapes))
@@ -191,7 +212,7 @@ class Workload:
         x, routing, expected = self._reference
         worst = 0.0
         for rows in counts:
-            part = None if routing is None else tuple(None if a is None else a[:rows] for a in routing)
+            part = None if routing is None else _first(routing, rows)
             actual = np.array(self._call(config, x[:rows], part, self.sets[0]).astype(mx.float32))
             error, limit = reference.row_error(actual, expected[:rows]), tolerance(self.problem, config)
             if error > limit:
@@ -199,13 +220,14 @@ class Workload:
             worst = max(worst, error)
         return worst
 
-    def _call(self, config, x, routing, stacks) -> mx.array:
-        if self.problem.kind == "linear":
+    def _call(self, config: KernelConfig, x: mx.array, routing: Routing | None, stacks: Projections) -> mx.array:
+        if routing is None:
             call = ops.check_linear(x, stacks[0], stream=self.stream)
         else:
             indices, scores = routing
+            gate, up, down = stacks
             activation = ops.Activation(*self.activation)
-            call = ops.check_swiglu(x, indices, stacks, activation, scores, stream=self.stream)
+            call = ops.check_swiglu(x, indices, (gate, up, down), activation, scores, stream=self.stream)
         return ops.run(call, ops.resolve(call.op, call.problem(self.problem.device), config))
 
     def _rows(self, rows: int) -> mx.array:
@@ -213,8 +235,8 @@ class Workload:
         mx.eval(x)
         return x
 
-    def _routing(self, rows: int, experts: list[int] | None = None) -> tuple | None:
-        """Distinct random experts per token; scores where the problem combines."""
+    def _routing(self, rows: int, experts: list[int] | None = None) -> Routing | None:
+        """Distinct random experts per token; ``None`` for a linear."""
         p = self.problem
         if p.kind == "linear":
             return None
@@ -230,7 +252,7 @@ class Workload:
         p = self.problem
         outputs = p.rows * (p.intermediate if p.kind == "linear" else p.hidden * (1 if p.combine else p.top_k))
         activations = (self.x.size + outputs) * self._dtype.size
-        per_expert = sum(np.array([_expert_bytes(stack.source, e) for e in range(p.experts)]) for stack in stacks)
+        per_expert = np.array([sum(_expert_bytes(stack.source, e) for stack in stacks) for e in range(p.experts)])
         active = [np.zeros(1, int) if r is None else np.unique(np.array(r[0])) for r in self._routings]
         return activations + float(np.mean([per_expert[experts].sum() for experts in active]))
 
@@ -254,17 +276,23 @@ class Workload:
         rest = [e for e in range(len(formats)) if e not in first]
         return first + rest[: max(0, self.problem.top_k - len(first))]
 
-    def _expected(self, rows: int) -> tuple:
+    def _expected(self, rows: int) -> tuple[mx.array, Routing | None, np.ndarray]:
         """Inputs of a check and what they must give: each row by itself, so that fewer rows are a part of it."""
         x = self._rows(rows)
         x64 = np.array(x.astype(mx.float32)).astype(np.float64)
         sources = [stack.source for stack in self.sets[0]]
-        if self.problem.kind == "linear":
+        routing = self._routing(rows, self._check_experts())
+        if routing is None:
             return x, None, reference.linear(x64, sources[0][0])
-        indices, scores = self._routing(rows, self._check_experts())
+        indices, scores = routing
         given = None if scores is None else np.array(scores)
         expected = reference.swiglu(x64, np.array(indices), sources, given, *self.activation)
-        return x, (indices, scores), expected
+        return x, routing, expected
+
+
+def _first(routing: Routing, rows: int) -> Routing:
+    indices, scores = routing
+    return indices[:rows], None if scores is None else scores[:rows]
 
 
 class ConfigClock(Chain):
@@ -282,7 +310,14 @@ class ConfigClock(Chain):
         check: Called before the first call; raises if the config must not run.
     """
 
-    def __init__(self, workload: Workload, config: KernelConfig, floor: float, memory_limit: int | None, check=None):
+    def __init__(
+        self,
+        workload: Workload,
+        config: KernelConfig,
+        floor: float,
+        memory_limit: int | None,
+        check: Callable[[], None] | None = None,
+    ):
         super().__init__(lambda x, i: workload.run(config, x, i), workload.x, floor)
         self.config = config
         self._workload, self._limit, self._check = workload, memory_limit, check

@@ -62,7 +62,7 @@ def fingerprint(device: str) -> Fingerprint:
     """
     gpu = check_device(device) == "gpu"
     return Fingerprint(
-        device=device,
+        device="gpu" if gpu else "cpu",
         chip=device_name("gpu") if gpu else _cpu_model(),
         cores=_gpu_cores() if gpu else cpu_threads(),
         instruction_set="" if gpu else ops.instruction_set(),

@@ -104,7 +104,7 @@ class _Price:
 
     __slots__ = ("mean_ms", "unpriced")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.mean_ms: float | None = None
         self.unpriced = 0
 

@@ -12,15 +12,14 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 
-from .. import device, kernels
-from ..kernels import KernelConfig, Problem
+from .. import codec, device, kernels
+from ..kernels import KernelConfig, Problem, Triple
 from ..layers.experts import TrellisSwitchGLU
 from ..ops import Indices
 from ..selection import choices, selftest
 from ..selection.selector import MixedKernelSelector
 from ..weights.experts import ExpertBank
 from .pattern import (
-    Triple,
     analyze_expert_activation_pattern,
     count_rows,
     expert_id_array,
@@ -48,9 +47,8 @@ def get_available_kernels() -> set[str]:
 
 @lru_cache(maxsize=1)
 def _all_names() -> frozenset[str]:
-    widths = range(1, kernels.MAX_KERNEL_BITS + 1)
     kinds: list[tuple[str, Triple | None]] = [(variant, None) for variant in kernels.VARIANTS]
-    kinds += [("decode", triple) for triple in product(widths, widths, widths)]
+    kinds += [("decode", triple) for triple in product(codec.WIDTHS, codec.WIDTHS, codec.WIDTHS)]
     return frozenset(
         kernels.make_name(*kind, mixed=mixed, fp32acc=fp32acc)
         for kind in kinds

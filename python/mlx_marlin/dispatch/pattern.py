@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from .. import codec
+from ..kernels import Triple
 from ..ops import Indices
-
-Triple = tuple[float, float, float]
-"""(gate, up, down) bits of an expert."""
 
 
 def expert_id_array(expert_ids: Indices) -> np.ndarray:
@@ -33,7 +32,7 @@ def get_expert_bits(expert_ids: Indices, expert_bit_metadata: Mapping[int, Tripl
     missing = [expert for expert in active if expert not in expert_bit_metadata]
     if missing:
         raise ValueError(f"expert_bit_metadata has no (gate, up, down) for the active experts {missing}")
-    return [expert_bit_metadata[expert][1] for expert in active]
+    return [codec.as_width(expert_bit_metadata[expert][1], "bits in expert_bit_metadata") for expert in active]
 
 
 def analyze_expert_activation_pattern(expert_ids: Indices, num_experts: int) -> dict[str, float]:

@@ -4,7 +4,6 @@ worth timing. No MLX.
 The default config handles every legal problem; tuning only adds speed.
 """
 
-from . import cpu, metal
 from .catalogue import (
     KernelRules,
     candidates,
@@ -16,7 +15,7 @@ from .catalogue import (
     fitted,
     rules_of,
 )
-from .config import MAX_KERNEL_BITS, VARIANTS, KernelConfig, KernelName, default_variant, make_name, parse_name
+from .config import VARIANTS, KernelConfig, KernelName, Triple, default_variant, make_name, parse_name
 from .cpu import cpu_threads
 from .problem import ACTIVATIONS, DEVICES, DTYPES, USUAL_DTYPE, Problem
 from .search_space import Hardware
@@ -25,7 +24,6 @@ __all__ = [
     "ACTIVATIONS",
     "DEVICES",
     "DTYPES",
-    "MAX_KERNEL_BITS",
     "USUAL_DTYPE",
     "VARIANTS",
     "Hardware",
@@ -33,10 +31,10 @@ __all__ = [
     "KernelName",
     "KernelRules",
     "Problem",
+    "Triple",
     "candidates",
     "candidates_on",
     "config_for",
-    "cpu",
     "cpu_threads",
     "default",
     "default_variant",
@@ -44,7 +42,6 @@ __all__ = [
     "feasible",
     "fitted",
     "make_name",
-    "metal",
     "parse_name",
     "rules_of",
 ]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from . import cpu, metal
-from .config import VARIANTS, KernelConfig, make_name, parse_name
+from .config import VARIANTS, KernelConfig, Triple, make_name, parse_name
 from .problem import Problem
 from .search_space import Hardware, Tiles
 
@@ -40,7 +40,7 @@ class KernelRules(Protocol):
     def legal_tiles(self, variant: str) -> list[Tiles]:
         """All tiles of a variant; :meth:`infeasible` may refuse some of them for a problem."""
 
-    def refuses_triple(self, problem: Problem, triple: tuple[int, int, int]) -> bool:
+    def refuses_triple(self, problem: Problem, triple: Triple) -> bool:
         """Whether the decode kernel of (gate, up, down) bits cannot run a problem."""
 
     def infeasible(self, problem: Problem, config: KernelConfig) -> str | None:

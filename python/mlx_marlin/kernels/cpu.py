@@ -11,14 +11,14 @@ from functools import lru_cache
 from itertools import product
 
 from .. import codec
-from .config import KernelConfig, default_variant, make_name
+from .config import KernelConfig, Triple, default_variant, make_name
 from .problem import Problem
 from .search_space import Hardware, Tiles
 
-TILE_ROWS = {"decode": (1, 2), "prefill4": (4,), "base": (8, 16), "large_batch": (32, 64)}
+TILE_ROWS: dict[str, tuple[int, ...]] = {"decode": (1, 2), "prefill4": (4,), "base": (8, 16), "large_batch": (32, 64)}
 """Rows per decoded panel that make a variant, largest number of rows last."""
 
-TILE_COLUMNS = (16, 32, 64, 128, 256)
+TILE_COLUMNS: tuple[int, ...] = (16, 32, 64, 128, 256)
 """Columns per task."""
 
 COMPILED_AT_RUN_TIME = False
@@ -51,7 +51,7 @@ def legal_tiles(variant: str) -> list[Tiles]:
     return list(product(TILE_ROWS[variant], TILE_COLUMNS, range(1, cpu_threads() + 1)))
 
 
-def refuses_triple(problem: Problem, triple: tuple[int, int, int]) -> bool:
+def refuses_triple(problem: Problem, triple: Triple) -> bool:
     """A triple names the same code as plain decode, which reads each expert's own widths."""
     return False
 

@@ -5,19 +5,19 @@ The same limits as ``csrc/plan/tiling.cpp``, which throws where these functions 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 
 from .. import codec
-from .config import VARIANTS, KernelConfig, default_variant, make_name
+from .config import VARIANTS, KernelConfig, Triple, default_variant, make_name
 from .problem import Problem
 from .search_space import SIMDGROUPS as SIMDGROUPS_BY_WIDTH
 from .search_space import TILE_SIZES, Hardware, Tiles, nearest_width
 
-TILE_ROWS = {"decode": (1, 2, 3), "prefill4": (4,), "base": (8, 16), "large_batch": (64,)}
+TILE_ROWS: dict[str, tuple[int, ...]] = {"decode": (1, 2, 3), "prefill4": (4,), "base": (8, 16), "large_batch": (64,)}
 """Rows per row tile. base and large_batch compute units of 8 rows on simdgroup matrices."""
 
-TILE_COLUMNS = (16, 32, 48, 64, 96, 128, 160, 256)
+TILE_COLUMNS: tuple[int, ...] = (16, 32, 48, 64, 96, 128, 160, 256)
 """Columns per threadgroup and projection. Whole Hadamard blocks fuse the output's transform into it."""
 
 LARGE_BATCH_COLUMNS = codec.HADAMARD_SIZE
@@ -62,7 +62,7 @@ def legal_tiles(variant: str) -> list[Tiles]:
     return list(product(TILE_ROWS[variant], TILE_COLUMNS, SIMDGROUPS))
 
 
-def refuses_triple(problem: Problem, triple: tuple[int, int, int]) -> bool:
+def refuses_triple(problem: Problem, triple: Triple) -> bool:
     """A triple is compiled for just these widths."""
     return problem.kind == "swiglu" and problem.bits != (triple,)
 
@@ -156,6 +156,6 @@ def half_sums(config: KernelConfig) -> bool:
     return not config.use_fp32_acc
 
 
-def _either(values) -> str:
+def _either(values: Iterable[int]) -> str:
     *most, last = map(str, values)
     return f"{', '.join(most)} or {last}" if most else last

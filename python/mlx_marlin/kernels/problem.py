@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import msgspec
 
 from .. import codec
+from .config import Triple
 
 ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai")
 """What the fused kernels compute of gate and up; the position is the id that the kernels use."""
@@ -25,7 +27,11 @@ USUAL_DTYPE = {"cpu": "float32", "gpu": "float16"}
 # Names come from users and from loops over the tuples above, so that they are str to a type checker; files are held to
 # these.
 if TYPE_CHECKING:
-    Kind = Codebook = Activation = Dtype = Device = str
+    Kind = str
+    Codebook = str
+    Activation = str
+    Dtype = str
+    Device = str
 else:
     Kind = Literal["linear", "swiglu"]
     Codebook = Literal[codec.CODEBOOKS]
@@ -34,7 +40,13 @@ else:
     Device = Literal[DEVICES]
 _Rows = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-_Width = Annotated[int, msgspec.Meta(ge=1, le=codec.MAX_BITS)]
+_Width = Annotated[int, msgspec.Meta(ge=1, le=codec.MAX_BITS)] | Annotated[float, msgspec.Meta(ge=1, le=codec.MAX_BITS)]
+
+
+class Asks(Protocol):
+    """What a problem can be asked of: TrellisLinear, TrellisSwitchGLU."""
+
+    def problem(self, rows: int, dtype: Any, device: str, *, combine: bool = False) -> Problem: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Problem:
         hidden: Logical input size.
         intermediate: Padded width between gate/up and down; for a linear, the logical output size.
         experts: Experts in the bank; 1 for a linear, more for one projection of experts, whose rows are slots.
-        bits: Sorted distinct (gate, up, down) bits present; for a linear, ``((K,),)``.
+        bits: Sorted distinct (gate, up, down) bits present; for a linear, ``((K,),)``. Ints, half rates floats.
         codebooks: Sorted distinct codebooks present.
         activation: One of :data:`ACTIVATIONS`; ``"none"`` for a linear.
         dtype: Dtype of x, one of :data:`DTYPES`.
@@ -63,7 +75,7 @@ class Problem:
     hidden: _Size
     intermediate: _Size
     experts: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
-    bits: Annotated[tuple[tuple[_Width, ...], ...], msgspec.Meta(min_length=1, max_length=8**3)]
+    bits: Annotated[tuple[tuple[_Width, ...], ...], msgspec.Meta(min_length=1, max_length=len(codec.WIDTHS) ** 3)]
     codebooks: Annotated[tuple[Codebook, ...], msgspec.Meta(min_length=1)]
     activation: Activation
     dtype: Dtype
@@ -71,19 +83,13 @@ class Problem:
     combine: bool = False
     bias: bool = False
 
-    def __post_init__(self):
-        wanted = 1 if self.kind == "linear" else 3
-        if any(len(group) != wanted for group in self.bits):
-            raise ValueError(f"each element of bits must have {wanted} widths for kind {self.kind!r}")
-        for name in ("bits", "codebooks"):
-            values = getattr(self, name)
-            if list(values) != sorted(set(values)):
-                raise ValueError(f"{name} must be sorted and distinct")
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", _checked_bits(self.kind, self.bits, self.codebooks))
         if (self.activation == "none") != (self.kind == "linear"):
             raise ValueError(f"kind {self.kind!r} does not go with activation {self.activation!r}")
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def widths(self) -> tuple[float, ...]:
         """Sorted distinct bit widths over all projections."""
         return tuple(sorted({b for group in self.bits for b in group}))
 
@@ -112,7 +118,7 @@ class Problem:
         *,
         rows: int = 1,
         experts: int = 1,
-        bits: int | Iterable[int] = 4,
+        bits: float | Iterable[float] = 4,
         codebooks: str | Iterable[str] = "mul1",
         dtype: str | None = None,
         device: str = "cpu",
@@ -156,7 +162,7 @@ class Problem:
         rows: int = 1,
         experts: int = 1,
         top_k: int = 1,
-        bits: int | Iterable[tuple[int, int, int]] = 4,
+        bits: float | Iterable[Triple] = 4,
         codebooks: str | Iterable[str] = "mul1",
         activation: str = "silu",
         dtype: str | None = None,
@@ -187,7 +193,7 @@ class Problem:
             hidden,
             codec.padded(intermediate),
             experts,
-            _distinct(bits if isinstance(bits, Iterable) else [(bits,) * 3]),
+            _distinct(map(tuple, bits) if isinstance(bits, Iterable) else [(bits,) * 3]),
             _distinct([codebooks] if isinstance(codebooks, str) else codebooks),
             activation,
             dtype or USUAL_DTYPE[device],
@@ -197,7 +203,7 @@ class Problem:
         )
 
     @classmethod
-    def of(cls, layer, rows: int, dtype, device: str, *, combine: bool = False) -> Problem:
+    def of(cls, layer: Asks, rows: int, dtype: object, device: str, *, combine: bool = False) -> Problem:
         """The problem that a layer (or weight, or bank) poses for a number of rows.
 
         Args:
@@ -207,6 +213,22 @@ class Problem:
             device: ``"cpu"`` or ``"gpu"``.
         """
         return layer.problem(rows, dtype, device, combine=combine)
+
+
+@lru_cache(maxsize=4096)
+def _checked_bits(kind: str, bits: tuple, codebooks: tuple[str, ...]) -> tuple[tuple[float, ...], ...]:
+    """The widths of a problem as ``codec.WIDTHS`` writes them."""
+    wanted = 1 if kind == "linear" else 3
+    if any(len(group) != wanted for group in bits):
+        raise ValueError(f"each element of bits must have {wanted} widths for kind {kind!r}")
+    for name, values in (("bits", bits), ("codebooks", codebooks)):
+        if list(values) != sorted(set(values)):
+            raise ValueError(f"{name} must be sorted and distinct")
+    written = tuple(tuple(codec.as_width(width) for width in group) for group in bits)
+    halves = [width for group in written for width in group if codec.is_half_rate(width)]
+    if halves and "mul1" not in codebooks:
+        raise ValueError(f"half rates exist for mul1 only, got {halves[0]} bits with codebooks {', '.join(codebooks)}")
+    return written
 
 
 def _distinct(values: Iterable) -> tuple:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 Tiles = tuple[int, int, int]
 """(tile_size_m, tile_size_n, simdgroups)."""
 
-TILE_SIZES = {2: 128, 3: 96, 4: 64, 8: 64}
-SIMDGROUPS = {2: 16, 3: 12, 4: 8, 8: 4}
+TILE_SIZES: dict[float, int] = {2: 128, 3: 96, 4: 64, 8: 64}
+SIMDGROUPS: dict[float, int] = {2: 16, 3: 12, 4: 8, 8: 4}
 """Columns and simdgroups by bit width: fewer bits unpack into more weights per byte, so that more columns and more
-simdgroups work on as many bytes. The defaults of a profile, and always among a GPU's candidates."""
+simdgroups work on as many bytes. Other widths take those of the nearest. The defaults of a profile, and always among a
+GPU's candidates."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,6 @@ class Hardware:
     gpu_l1: int = 0
 
 
-def nearest_width(mapping: dict[int, int], bits: int) -> int:
+def nearest_width(mapping: Mapping[float, int], bits: float) -> int:
     """What a mapping by bit width says about a width: the value of the nearest one, the smaller of two as near."""
     return mapping[min(mapping, key=lambda width: (abs(width - bits), width))]

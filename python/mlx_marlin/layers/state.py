@@ -34,7 +34,7 @@ class LayerConfigs:
 
     __slots__ = ("_resolved", "combine", "dtype", "top_k")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.top_k, self.combine, self.dtype = 1, False, mx.float32
         # The generation of the choices, the weights, and the configs; one tuple, so that threads see all or none.
         self._resolved: tuple[int, tuple[ops.Stack, ...], dict[tuple, ops.NativeConfig]] = (-1, (), {})
@@ -81,7 +81,7 @@ class Derived:
 
     __slots__ = ("adaptation", "checked", "collected", "configs")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.configs = LayerConfigs()
         self.adaptation: Tap | None = None
         self.collected: tuple[tuple, ops.Stack | None] = ((None,) * 5, None)
@@ -91,7 +91,7 @@ class Derived:
 class TrellisModule(nn.Module):
     """A module with derived parts that stay behind when it is copied or pickled."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._derived = Derived()
 

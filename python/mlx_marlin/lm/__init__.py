@@ -16,10 +16,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, overload
 
 import mlx.core as mx
+import mlx.nn as nn
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 __all__ = ["load"]
+
+
+@overload
+def load(
+    path_or_hf_repo: str,
+    dtype: mx.Dtype | str | None = None,
+    *,
+    tokenizer_config: dict | None = None,
+    model_config: dict | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    return_config: Literal[False] = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[nn.Module, TokenizerWrapper]: ...
+
+
+@overload
+def load(
+    path_or_hf_repo: str,
+    dtype: mx.Dtype | str | None = None,
+    *,
+    tokenizer_config: dict | None = None,
+    model_config: dict | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    return_config: Literal[True],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[nn.Module, TokenizerWrapper, dict]: ...
 
 
 def load(
@@ -34,7 +71,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
-):
+) -> tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict]:
     """Load an EXL3 checkpoint as ``mlx_lm.load`` loads others; the other keywords are its own.
 
     Args:

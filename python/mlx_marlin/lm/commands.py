@@ -7,11 +7,14 @@ go to the functions that were there.
 
 from __future__ import annotations
 
-import importlib
+import argparse
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm import cli as mlx_lm_cli
 from mlx_lm import utils as mlx_lm_utils
 
@@ -19,6 +22,8 @@ from ..loader.directory import INDEX_NAME, Kind, kind_of
 from .hub import DESCRIPTION_FILES, check_tokenizer, fetch
 from .model import LayerProgress, load_exl3_model, open_checkpoint
 from .sharding import open_sharded, sharded_load
+
+Result = TypeVar("Result")
 
 # They write weights in other formats, which those of a trellis cannot become.
 CONVERTERS = ("fuse", "awq", "dwq", "dynamic_quant", "gptq")
@@ -39,7 +44,7 @@ def version() -> str:
     return metadata.version("mlx-lm")
 
 
-def _guarded(load, *args, **keywords):
+def _guarded(load: Callable[..., Result], *args: Any, **keywords: Any) -> Result:
     """Call ``load``; what is wrong with a checkpoint becomes a :class:`CheckpointError`."""
     try:
         return load(*args, **keywords)
@@ -94,10 +99,18 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
     """
     load_others, load_others_sharded = mlx_lm_utils.load_model, mlx_lm_utils.sharded_load
 
-    def download(path_or_hf_repo, revision=None, allow_patterns=None):
+    def download(
+        path_or_hf_repo: str | Path, revision: str | None = None, allow_patterns: list[str] | None = None
+    ) -> Path:
         return _guarded(fetch, path_or_hf_repo, revision, allow_patterns)
 
-    def load_model(model_path, lazy=False, strict=True, model_config=None, **keywords):
+    def load_model(
+        model_path: Path,
+        lazy: bool = False,
+        strict: bool = True,
+        model_config: dict | None = None,
+        **keywords: Any,
+    ) -> tuple[nn.Module, dict]:
         if not _is_ours(Path(model_path)):
             return load_others(model_path, lazy, strict, model_config, **keywords)
         if refuse is not None:
@@ -105,29 +118,28 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
         _guarded(_check_tokenizer_early, Path(model_path))
         return _guarded(load_exl3_model, Path(model_path), lazy, model_config, progress=progress)
 
-    def load_sharded(repo, *args, **keywords):
+    def load_sharded(repo: str, *args: Any, **keywords: Any) -> tuple:
         if not _is_our_repo(repo):
             return load_others_sharded(repo, *args, **keywords)
         if refuse is not None:
             raise CheckpointError(refuse)
         return _guarded(sharded_load, repo, *args, **keywords, progress=progress)
 
-    mlx_lm_utils._download = download
-    mlx_lm_utils.load_model, mlx_lm_utils.sharded_load = load_model, load_sharded
+    vars(mlx_lm_utils).update(_download=download, load_model=load_model, sharded_load=load_sharded)
 
 
 def _check_before_serving() -> None:
     """Let the server check its models while it starts: it loads in a thread, and would listen without a model."""
-    server = importlib.import_module("mlx_lm.server")
+    from mlx_lm import server
 
     class CheckedProvider(server.ModelProvider):
-        def __init__(self, cli_args):
+        def __init__(self, cli_args: argparse.Namespace):
             for repo in (cli_args.model, cli_args.draft_model):
                 if repo is not None:
                     check(repo, pipeline=getattr(cli_args, "pipeline", False))
             super().__init__(cli_args)
 
-    server.ModelProvider = CheckedProvider
+    vars(server).update(ModelProvider=CheckedProvider)
 
 
 def run(command: str, progress: LayerProgress | None = None) -> None:

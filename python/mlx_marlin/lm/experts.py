@@ -71,7 +71,7 @@ def load_source(
     """Read a weight, or the 128-blocks ``rows`` of its inputs and ``columns`` of its outputs."""
     if source.blocks is not None:
         columns = source.blocks if columns is None else tuple(source.blocks[c] for c in columns)
-    w = source.linear.load(rows, columns, in_features=in_features, out_features=out_features)
+    w = source.quantized.load(rows, columns, in_features=in_features, out_features=out_features)
     if source.factor != 1:
         w.svh = w.svh * source.factor
         if not mx.isfinite(w.svh).all().item():
@@ -95,7 +95,7 @@ def whole_experts(_path: str, module: nn.Module, sources: dict[str, list[LinearS
     """What stands for a ``SwitchGLU``. Experts of which a projection was left unquantized are dense ones."""
     is_dense = unquantized_experts(sources)
     shapes = {projection: module[projection].weight.shape[1:] for projection in PROJECTIONS}
-    dense = None
+    dense: nn.Module | None = None
     if any(is_dense):
         dense = copy.copy(module)
         for projection, (out_features, in_features) in shapes.items():
@@ -103,8 +103,10 @@ def whole_experts(_path: str, module: nn.Module, sources: dict[str, list[LinearS
             chosen = [source for source, kind in zip(sources[projection], is_dense) if kind]
             dense[projection].weight = mx.stack([_dense_weight(s, in_features, out_features) for s in chosen])
             if "bias" in dense[projection]:
-                dense[projection].bias = mx.stack([s.linear.load_bias()[:out_features] for s in chosen])
-    if all(is_dense):
+                # map_weights: the model has a bias where the checkpoint has one.
+                biases = [bias for bias in (s.linear.load_bias() for s in chosen) if bias is not None]
+                dense[projection].bias = mx.stack([bias[:out_features] for bias in biases])
+    if dense is not None and all(is_dense):
         return dense
     weights = [
         [load_source(s, *reversed(shapes[projection])) for s, kind in zip(sources[projection], is_dense) if not kind]

@@ -29,7 +29,7 @@ DESCRIPTION_FILES = [
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 
-def fetch(path_or_hf_repo, revision: str | None = None, allow_patterns: list[str] | None = None) -> Path:
+def fetch(path_or_hf_repo: str | Path, revision: str | None = None, allow_patterns: list[str] | None = None) -> Path:
     """The directory of a checkpoint; one of the Hub is downloaded as mlx-lm does it.
 
     Args:

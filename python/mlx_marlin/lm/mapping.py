@@ -116,11 +116,12 @@ def sanitize(
 def _stack_experts(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Stack experts that ``sanitize`` left single, because it knows them only fused (gpt_oss, qwen3_5_moe)."""
     banks = {path: module for path, module in model.named_modules() if isinstance(module, SwitchGLU)}
-    result, stacks = {}, {}
+    result: dict[str, mx.array] = {}
+    stacks: dict[str, dict[int, mx.array]] = {}
     for key, value in weights.items():
         match = EXPERT.fullmatch(key.removesuffix(".weight"))
         inside = [p for p in banks if match and p.startswith(f"{match['block']}.")]
-        if key.endswith(".weight") and len(inside) == 1:
+        if match and key.endswith(".weight") and len(inside) == 1:
             projection = _PROJECTION_ALIASES.get(match["projection"], match["projection"])
             stacks.setdefault(f"{inside[0]}.{projection}.weight", {})[int(match["expert"])] = value
         else:
@@ -136,7 +137,7 @@ def _move_leftovers(model: nn.Module, weights: dict[str, mx.array]) -> dict[str,
     It keeps the router's selection bias inside ``gate``, which some models (minimax) have beside it, and the head
     outside of the language model (gemma4).
     """
-    parameters = {key for key, _ in tree_flatten(model.parameters())}
+    parameters = set(_parameters(model))
     heads = [key for key in parameters if key.endswith(".lm_head.weight")]
     moved = {}
     for key, value in weights.items():
@@ -287,6 +288,11 @@ def _check_inputs_and_bias(
             )
 
 
+def _parameters(model: nn.Module) -> dict[str, mx.array]:
+    """The parameters of a model by path."""
+    return dict(tree_flatten(model.parameters()))
+
+
 def _check_complete(model: nn.Module, checkpoint: _Checkpoint, mapping: WeightMap) -> None:
     """Every parameter has a tensor that fits; what is left over belongs to a part that text models leave out."""
     loader = checkpoint.loader
@@ -301,9 +307,7 @@ def _check_complete(model: nn.Module, checkpoint: _Checkpoint, mapping: WeightMa
         *mapping.embeddings,
         *(f"{path}.{projection}" for path in mapping.experts for projection in PROJECTIONS),
     }
-    parameters = {
-        key: value for key, value in tree_flatten(model.parameters()) if key.rpartition(".")[0] not in replaced
-    }
+    parameters = {key: value for key, value in _parameters(model).items() if key.rpartition(".")[0] not in replaced}
     for key, value in parameters.items():
         if key not in mapping.dense:
             raise ValueError(

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -95,7 +96,7 @@ def activation_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
     Raises:
         ValueError: If it is another one.
     """
-    if dtype is None or dtype in DTYPE_NAMES:
+    if dtype is None or (isinstance(dtype, mx.Dtype) and dtype in DTYPE_NAMES):
         return dtype
     named = {name: value for value, name in DTYPE_NAMES.items()}
     if not isinstance(dtype, str) or dtype not in named:
@@ -145,9 +146,9 @@ def cast_dense(model: nn.Module, dense: dict[str, mx.array], dtype: mx.Dtype | N
     return {key: cast(key, value) for key, value in dense.items()}
 
 
-def module_at(model: nn.Module, path: str):
+def module_at(model: nn.Module, path: str) -> Any:
     """The module at a path, or None where it is gone (layers of other pipeline ranks)."""
-    module = model
+    module: Any = model
     for part in path.split("."):
         if isinstance(module, (list, tuple)):
             module = module[int(part)] if int(part) < len(module) else None
@@ -169,7 +170,7 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
         setattr(parent, leaf, new)
 
 
-def groups_of(paths) -> list[list[str]]:
+def groups_of(paths: Iterable[str]) -> list[list[str]]:
     """Paths by layer, in the order of the model; what is in no layer comes first."""
     groups: dict[str, list[str]] = {"": []}
     for path in paths:

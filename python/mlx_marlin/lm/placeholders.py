@@ -33,6 +33,17 @@ class LinearSource:
     blocks: tuple[int, ...] | None
     factor: int = 1
 
+    @property
+    def quantized(self) -> QuantizedLinear:
+        """The linear, for what only quantized ones have.
+
+        Raises:
+            ValueError: If it was left unquantized.
+        """
+        if isinstance(self.linear, PlainLinear):
+            raise ValueError(f"{self.linear.name} is not quantized, but it must be here")
+        return self.linear
+
 
 class Placeholders:
     """Makes the placeholders and reads them back."""
@@ -40,7 +51,7 @@ class Placeholders:
     def __init__(self, loader: TrellisModelLoader):
         self.directory = loader.directory
         self.plain = _plain_experts(loader)
-        self.linears = [*loader.quantized.values(), *self.plain]
+        self.linears: list[QuantizedLinear | PlainLinear] = [*loader.linears.values(), *self.plain]
 
     def make(self) -> dict[str, mx.array]:
         weights = {}
@@ -81,7 +92,7 @@ def _plain_experts(loader: TrellisModelLoader) -> list[PlainLinear]:
     Raises:
         ValueError: If experts of such a layer are missing, or differ in size.
     """
-    first: dict[tuple[str, str], QuantizedLinear] = {}
+    first: dict[tuple[str, str], QuantizedLinear | PlainLinear] = {}
     present: dict[tuple[str, str], set[int]] = {}
     blocks = {match["block"] for match in map(EXPERT.fullmatch, loader.quantized) if match}
     plain = []
@@ -92,7 +103,8 @@ def _plain_experts(loader: TrellisModelLoader) -> list[PlainLinear]:
             found = {suffix: loader.unquantized.get(f"{stem}.{suffix}") for suffix in ("weight", "bias")}
             plain.append(PlainLinear(stem, {suffix: info for suffix, info in found.items() if info is not None}))
             plain[-1].check()
-    for linear in (*loader.quantized.values(), *plain):
+    linears: list[QuantizedLinear | PlainLinear] = [*loader.linears.values(), *plain]
+    for linear in linears:
         match = EXPERT.fullmatch(linear.name)
         if match:
             group = (match["block"], match["projection"])

@@ -40,7 +40,7 @@ def model_problems(model_path: str | Path, dtype: str, device: str) -> dict[Prob
         if activation is None:
             continue  # three products of which the tuner times none: they are not fused
         is_dense = unquantized_experts(sources)
-        stacks = [[s.linear for s, dense in zip(sources[p], is_dense) if not dense] for p in PROJECTIONS]
+        stacks = [[s.quantized for s, dense in zip(sources[p], is_dense) if not dense] for p in PROJECTIONS]
         if not stacks[0]:
             continue
         experts = len(stacks[0])
@@ -62,8 +62,8 @@ def model_problems(model_path: str | Path, dtype: str, device: str) -> dict[Prob
         problem = Problem.linear(
             in_features,
             out_features,
-            bits=source.linear.bits,
-            codebooks=source.linear.codebook,
+            bits=source.quantized.bits,
+            codebooks=source.quantized.codebook,
             dtype=dtype,
             device=device,
             bias="bias" in source.linear.parts,

@@ -199,7 +199,7 @@ def _stored_bias(mapping: WeightMap, path: str, shape: tuple[int, ...]) -> mx.ar
 
 def load_bias(source: LinearSource, size: int) -> mx.array:
     """The bias of a source in float32, cut to its logical size."""
-    values = source.linear.load_bias(source.blocks)
+    values = source.quantized.load_bias(source.blocks)
     assert values is not None, source.linear.name  # map_weights: the model has a bias where the checkpoint has one
     return values[:size].astype(mx.float32)
 

@@ -21,6 +21,7 @@ from ..weights.trellis import TrellisWeight
 from . import metal_marlin
 from .embedding import QuantizedEmbedding, find_embeddings
 from .exl3 import QUANTIZED_SUFFIXES, QuantizedLinear, check_markers
+from .metal_marlin import GridEntry
 
 INDEX_NAME = "model.safetensors.index.json"
 """The file that says which tensor is in which weight file."""
@@ -166,22 +167,22 @@ class TrellisModelLoader:
         tables: Where the tensors of n-gram tables lie, by name.
     """
 
-    def __init__(self, model_dir):
+    def __init__(self, model_dir: str | Path):
         self.directory = Path(model_dir)
         self.kind, self.version = kind_of(self.directory), _version(self.directory)
+        self.quantized: dict[str, QuantizedLinear | GridEntry] = {}
+        self.unquantized: dict[str, TensorInfo] = {}
         self.embeddings: dict[str, QuantizedEmbedding] = {}
         self.tables: dict[str, TensorInfo] = {}
         if self.kind is Kind.METAL_MARLIN:
             entries = metal_marlin.read_directory(self.directory)
             self.quantized = {name: entries[name] for name in sorted(entries, key=_natural_key)}
-            self.unquantized = {}
             return
         tensors = _read_tensors(self.directory)
         self.embeddings = find_embeddings(tensors)
         used = {f"{e.name}.{suffix}" for e in self.embeddings.values() for suffix in e.parts}
         linears = [name for name in tensors if name not in used and name.rpartition(".")[2] in QUANTIZED_SUFFIXES]
         names = {name.rpartition(".")[0] for name in linears}
-        self.quantized = {}
         for name in sorted(names, key=_natural_key):
             suffixes = (*QUANTIZED_SUFFIXES, "bias", "scale")
             linear = QuantizedLinear(name, {s: tensors[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in tensors})
@@ -191,9 +192,14 @@ class TrellisModelLoader:
             used.update(f"{name}.{suffix}" for suffix in linear.parts)
             self.quantized[name] = linear
         self.unquantized = {name: info for name, info in tensors.items() if name not in used}
-        check_markers(self.quantized.values())
+        check_markers(self.linears.values())
         if (self.directory / NGRAM_TABLES).exists():
             self.tables = read_header(self.directory / NGRAM_TABLES)
+
+    @property
+    def linears(self) -> dict[str, QuantizedLinear]:
+        """The EXL3 linears by name: all that are quantized, or none in a metal-marlin directory."""
+        return {name: entry for name, entry in self.quantized.items() if isinstance(entry, QuantizedLinear)}
 
     @property
     def names(self) -> list[str]:
@@ -237,7 +243,7 @@ class TrellisModelLoader:
         """
         if not isinstance(i, (int, np.integer)):
             raise ValueError(f"layers are counted with integers, got {i!r}")
-        layer = {}
+        layer: dict[str, TrellisWeight | GridWeight] = {}
         for name, linear in self.quantized.items():
             match = _LAYER.search(name)
             if match and int(match[1]) == i:
@@ -249,9 +255,10 @@ class TrellisModelLoader:
 
     def load_unquantized(self) -> dict[str, mx.array]:
         """All other tensors, lazily: each is read when it is first evaluated."""
-        arrays = {}
+        arrays: dict[str, mx.array] = {}
         for file in sorted({info.file for info in self.unquantized.values()}):
             loaded = mx.load(str(file), format="safetensors")
+            assert isinstance(loaded, dict)  # as of every file of this format
             arrays.update({name: loaded[name] for name, info in self.unquantized.items() if info.file == file})
         return arrays
 

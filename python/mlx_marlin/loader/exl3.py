@@ -12,9 +12,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .. import codec
+from .. import codec, ops
 from ..storage.safetensors import TensorInfo
 from ..weights.trellis import TrellisWeight
+
+MARKERS = {name: ops.CODEBOOK_MULTIPLIERS[name] for name in ("mcg", "mul1")}
+"""What the tensors .mcg and .mul1 hold, as unsigned numbers; 3INST has no marker."""
 
 # Suffixes that only a quantized linear has. A bias belongs to it too, but other modules also have one.
 QUANTIZED_SUFFIXES = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1")
@@ -39,7 +42,7 @@ class QuantizedLinear:
     @property
     def codebook(self) -> str:
         """Told by which marker is present; :func:`check_markers` sees that it holds what it should."""
-        return next((marker for marker in codec.MARKERS if marker in self.parts), "3inst")
+        return next((marker for marker in MARKERS if marker in self.parts), "3inst")
 
     @property
     def padded_shape(self) -> tuple[int, int]:
@@ -74,7 +77,7 @@ class QuantizedLinear:
             )
         self._check_scales(where, ("suh", "su"), k)
         self._check_scales(where, ("svh", "sv"), n)
-        for suffix in codec.MARKERS:
+        for suffix in MARKERS:
             if suffix in self.parts and (self.parts[suffix].dtype, self.parts[suffix].shape) != ("I32", ()):
                 part = self.parts[suffix]
                 raise ValueError(
@@ -186,7 +189,7 @@ def check_markers(linears: Iterable[QuantizedLinear]) -> None:
     """
     markers: dict[Path, list[tuple[int, str, str]]] = {}
     for linear in linears:
-        for suffix in codec.MARKERS:
+        for suffix in MARKERS:
             if suffix in linear.parts:
                 info = linear.parts[suffix]
                 markers.setdefault(info.file, []).append((info.start, linear.name, suffix))
@@ -194,7 +197,7 @@ def check_markers(linears: Iterable[QuantizedLinear]) -> None:
         with open(file, "rb", buffering=0) as stream:  # there are thousands, four bytes each
             for start, name, suffix in sorted(places):
                 stream.seek(start)
-                value, wanted = int.from_bytes(stream.read(4), "little"), codec.MARKERS[suffix]
+                value, wanted = int.from_bytes(stream.read(4), "little"), MARKERS[suffix]
                 if value != wanted:
                     raise ValueError(
                         f"{file}: {name}.{suffix} holds {value:#010x}, but the codebook of this name has "

@@ -97,7 +97,7 @@ def _entries(index: Path, key: str, files: list[Path]) -> dict[str, GridEntry]:
     return entries
 
 
-def _entry(index: Path, item, tensors: dict[str, TensorInfo]) -> GridEntry:
+def _entry(index: Path, item: object, tensors: dict[str, TensorInfo]) -> GridEntry:
     if not isinstance(item, dict) or not {"name", "bits", "shape"} <= item.keys():
         raise ValueError(f"{index}: every entry needs name, bits and shape, got {item!r}")
     name, bits, shape = item["name"], item["bits"], item["shape"]

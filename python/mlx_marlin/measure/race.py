@@ -10,12 +10,12 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Generic, Literal
 
-from .stats import Comparison, compare, holm, p_faster, without_drift
+from .stats import Comparison, Key, compare, holm, p_faster, without_drift
 
 # Slower than the best median by these factors after 1, 2, and 3 or more rounds: hopeless. Noise averages out.
 HOPELESS = (2.0, 1.5, 1.25)
@@ -47,7 +47,7 @@ class RaceSettings:
     alpha: float = 0.05
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rounds < 2 or self.warmup < 0:
             raise ValueError(f"rounds must be at least 2 and warmup at least 0, got {self.rounds} and {self.warmup}")
         if not 0 <= self.margin < 1 or not 0 < self.alpha < 1:
@@ -55,7 +55,7 @@ class RaceSettings:
 
 
 @dataclass
-class Race:
+class Race(Generic[Key]):
     """The outcome of a race.
 
     Attributes:
@@ -70,13 +70,13 @@ class Race:
         complete: Whether all candidates entered, and two rounds were run to their end.
     """
 
-    winner: Hashable
+    winner: Key
     decision: Decision = "default"
     comparison: Comparison = Comparison(1.0, 1.0, 1.0, 1.0)
-    samples: dict = field(default_factory=dict)
-    fresh: dict = field(default_factory=dict)
-    control: list = field(default_factory=list)
-    failures: dict = field(default_factory=dict)
+    samples: dict[Key, list[float]] = field(default_factory=dict)
+    fresh: dict[Key, list[float]] = field(default_factory=dict)
+    control: list[float] = field(default_factory=list)
+    failures: dict[Key, str] = field(default_factory=dict)
     complete: bool = False
 
 
@@ -95,17 +95,20 @@ class Limits:
 
 NO_LIMITS = Limits()
 
+OnRound = Callable[[int, int], None]
+"""Called with the candidates left and the rounds left."""
+
 
 def race(
-    candidates: Mapping[Hashable, Callable[[], float]],
-    incumbent: Hashable,
+    candidates: Mapping[Key, Callable[[], float]],
+    incumbent: Key,
     settings: RaceSettings = RaceSettings(),
     *,
-    cost: Callable[[Hashable], float] = lambda key: 1.0,
+    cost: Callable[[Key], float] = lambda key: 1.0,
     control: Callable[[], float] | None = None,
     limits: Limits = NO_LIMITS,
-    on_round: Callable[[int, int], None] | None = None,
-) -> Race:
+    on_round: OnRound | None = None,
+) -> Race[Key]:
     """Whether a challenger beats the incumbent.
 
     Candidates enter one after the other, the incumbent first; then all are sampled once per round, in an order that
@@ -153,14 +156,23 @@ def race(
     return result
 
 
-class _Entrants:
+class _Entrants(Generic[Key]):
     """The clocks of a race and the tests on their samples."""
 
-    def __init__(self, candidates, incumbent, settings, cost, control, limits, on_round):
+    def __init__(
+        self,
+        candidates: Mapping[Key, Callable[[], float]],
+        incumbent: Key,
+        settings: RaceSettings,
+        cost: Callable[[Key], float],
+        control: Callable[[], float] | None,
+        limits: Limits,
+        on_round: OnRound | None,
+    ):
         self.clocks = dict(candidates)
         self.incumbent, self.settings, self.cost, self.control = incumbent, settings, cost, control
         self.limits, self.on_round = limits, on_round
-        self.failures: dict = {}
+        self.failures: dict[Key, str] = {}
         self.rounds = 0  # of the first phase
         self.order = {key: i for i, key in enumerate(candidates)}
         self.random = random.Random(settings.seed)
@@ -173,14 +185,16 @@ class _Entrants:
             warm = getattr(self.clocks[key], "warm_up", None)
             if warm is not None:
                 self._guarded(key, partial(warm, self.settings.warmup))
-        if hasattr(self.control, "warm_up"):
-            self.control.warm_up(self.settings.warmup)
+        warm = getattr(self.control, "warm_up", None)
+        if warm is not None:
+            warm(self.settings.warmup)
         return True
 
-    def run(self, keys: list, rounds: int, eliminate: bool) -> tuple[dict, list]:
+    def run(self, keys: list[Key], rounds: int, eliminate: bool) -> tuple[dict[Key, list[float]], list[float]]:
         """Sample in rounds; the times of every candidate that has any, and those of the control."""
-        times = {key: [] for key in keys if key in self.clocks}
-        active, control = list(times), []
+        times: dict[Key, list[float]] = {key: [] for key in keys if key in self.clocks}
+        active = list(times)
+        control: list[float] = []
         for done in range(rounds):
             alone = eliminate and len(active) < 2 and done >= ROUNDS_TO_TEST
             if alone or self._late(done, eliminate):
@@ -209,7 +223,7 @@ class _Entrants:
         owed = first and done < FEWEST_ROUNDS
         return now > self.limits.deadline or (now > self.limits.share and not owed)
 
-    def _guarded(self, key, call):
+    def _guarded(self, key: Key, call: Callable[[], float | None]) -> float | None:
         """The value of a call, or ``None`` if a challenger raised, which then leaves the race."""
         if key == self.incumbent:
             return call()
@@ -224,13 +238,13 @@ class _Entrants:
             self.clocks.pop(key, None)
             return None
 
-    def _survivors(self, active: list, times: dict, rounds: int) -> list:
+    def _survivors(self, active: list[Key], times: Mapping[Key, Sequence[float]], rounds: int) -> list[Key]:
         limit = HOPELESS[min(rounds, len(HOPELESS)) - 1]
         times = self._weighted(without_drift(times))
         medians = {key: statistics.median(times[key]) for key in active}
-        best = min(medians, key=medians.get)
+        best = min(medians, key=medians.__getitem__)
 
-        def stays(key) -> bool:
+        def stays(key: Key) -> bool:
             if key in (self.incumbent, best):
                 return True
             if medians[key] > limit * medians[best]:
@@ -240,22 +254,22 @@ class _Entrants:
 
         return [key for key in active if stays(key)]
 
-    def _weighted(self, times: dict) -> dict:
+    def _weighted(self, times: Mapping[Key, Sequence[float]]) -> dict[Key, list[float]]:
         """What the times are worth by the objective."""
         return {key: [sample * self.cost(key) for sample in samples] for key, samples in times.items()}
 
-    def _challengers(self, times: dict) -> list:
+    def _challengers(self, times: Mapping[Key, Sequence[float]]) -> list[Key]:
         if len(times.get(self.incumbent, ())) < 2:
             return []
         return [key for key, samples in times.items() if key != self.incumbent and len(samples) > 1]
 
-    def significant(self, times: dict, tests: int) -> set:
+    def significant(self, times: Mapping[Key, Sequence[float]], tests: int) -> set[Key]:
         times = self._weighted(times)
-        base, margin = times.get(self.incumbent), self.settings.margin
+        base, margin = times.get(self.incumbent, []), self.settings.margin  # without a base there are no challengers
         p_values = {key: p_faster(times[key], base, margin) for key in self._challengers(times)}
         return holm(p_values, self.settings.alpha, tests)
 
-    def possibly_faster(self, times: dict) -> bool:
+    def possibly_faster(self, times: Mapping[Key, Sequence[float]]) -> bool:
         """Whether some challenger looks faster by the margin, or nothing can be said."""
         if len(times.get(self.incumbent, ())) < 2:
             return True
@@ -263,17 +277,17 @@ class _Entrants:
         limit = (1 - self.settings.margin) * statistics.geometric_mean(times[self.incumbent])
         return any(statistics.geometric_mean(times[key]) < limit for key in self._challengers(times))
 
-    def _tied(self, keys, times: dict) -> list:
+    def _tied(self, keys: Collection[Key], times: Mapping[Key, Sequence[float]]) -> list[Key]:
         """The candidates that are not significantly slower than the best of them, in the caller's order."""
         best = self._fastest(keys, times)
         # 0.025 on one side: the 95 % interval of the ratio contains 1.
         tied = [key for key in keys if key == best or p_faster(times[best], times[key]) > 0.025]
-        return sorted(tied, key=self.order.get)
+        return sorted(tied, key=self.order.__getitem__)
 
-    def _fastest(self, keys, times: dict):
+    def _fastest(self, keys: Collection[Key], times: Mapping[Key, Sequence[float]]) -> Key:
         return min(keys, key=lambda key: statistics.geometric_mean(times[key]))
 
-    def finalists(self, passed: set, times: dict) -> list:
+    def finalists(self, passed: set[Key], times: Mapping[Key, Sequence[float]]) -> list[Key]:
         """The fastest that passed, and the first of those that the samples cannot tell from it."""
         times = self._weighted(times)
         best = self._fastest(passed, times)
@@ -281,9 +295,9 @@ class _Entrants:
         first = [key for key in self._tied({best, *others}, times) if key != best]
         return [best, *first[: MAX_FINALISTS - 1]]
 
-    def first_of_best(self, confirmed: set, times: dict):
+    def first_of_best(self, confirmed: set[Key], times: Mapping[Key, Sequence[float]]) -> Key:
         return self._tied(confirmed, self._weighted(times))[0]
 
 
-def _sampled(times: dict) -> dict:
+def _sampled(times: dict[Key, list[float]]) -> dict[Key, list[float]]:
     return {key: samples for key, samples in times.items() if samples}

@@ -6,11 +6,18 @@ import mlx.core as mx
 
 from .. import _ext
 from .calls import check_ids
-from .problems import DTYPE_NAMES, device_of
+from .problems import DTYPE_NAMES, Indices, StreamOrDevice, device_of
 
 
 def trellis_embedding(
-    ids, trellis: mx.array, signs: mx.array, features: int, bits: int, *, dtype: mx.Dtype = mx.float16, stream=None
+    ids: Indices,
+    trellis: mx.array,
+    signs: mx.array,
+    features: int,
+    bits: int,
+    *,
+    dtype: mx.Dtype = mx.float16,
+    stream: StreamOrDevice = None,
 ) -> mx.array:
     """Rows of a quantized token embedding, decoded; the table is never decoded as a whole.
 

@@ -31,7 +31,7 @@ class Tuned(NamedTuple):
 class _Active:
     """The profiles that layers of this process look into, per device; loaded when first asked for."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = threading.RLock()
         self.chosen: dict[str, tuple[str, AutotuneConfig]] = {}
         self.found: dict[str, list[tuple[str, AutotuneConfig]]] = {}
@@ -100,7 +100,7 @@ def refresh() -> None:
     _active.reset()
 
 
-def use_profile(path, allow_foreign: bool = False) -> None:
+def use_profile(path: str | Path | None, allow_foreign: bool = False) -> None:
     """Let the layers of this process select from a profile instead of the one found automatically.
 
     Args:

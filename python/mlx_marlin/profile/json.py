@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 from msgspec import structs
 
-from .. import kernels
+from .. import codec, kernels
 from ..device.fingerprint import Fingerprint
 from ..kernels import KernelConfig, Problem
-from .schema import AutotuneConfig, Entry, ProfileError
+from .schema import AutotuneConfig, Entry, LookupTable, ProfileError
 
+Where = Path | str
+"""What a profile is called in errors."""
+
+# The longer first: of "2.5" a search would find the 2.
+_WIDTH = (
+    f"(?:{'|'.join(re.escape(str(width)) for width in sorted(codec.WIDTHS, key=codec.is_half_rate, reverse=True))})"
+)
+_WIDTHS = rf"\((({_WIDTH})(, ({_WIDTH}))+|({_WIDTH}),)\)"
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 
 
@@ -54,11 +63,11 @@ def storable(config: KernelConfig) -> bool:
         return False
 
 
-def _fail(where: Path | str, path: str, problem: str):
+def _fail(where: Where, path: str, problem: str) -> NoReturn:
     raise ProfileError(f"{where}: {problem} at {path}. Correct the field, or delete the file and tune again")
 
 
-def _convert(where, value, kind, path: str):
+def _convert(where: Where, value: object, kind: Any, path: str) -> Any:
     """msgspec.convert with the full path of the bad field in the error."""
     try:
         return msgspec.convert(value, kind)
@@ -67,7 +76,7 @@ def _convert(where, value, kind, path: str):
         _fail(where, path + tail.rstrip("`"), message)
 
 
-def _settle(where, value, kind: type, path: str) -> None:
+def _settle(where: Where, value: object, kind: type[Problem | KernelConfig], path: str) -> None:
     """Refuse unknown fields of a config or problem, which msgspec lets pass in a dataclass; bring names up to date."""
     if not isinstance(value, dict):
         return
@@ -78,7 +87,7 @@ def _settle(where, value, kind: type, path: str) -> None:
         value["kernel_variant"] = "prefill4"
 
 
-def _settle_entries(where, raw) -> None:
+def _settle_entries(where: Where, raw: object) -> None:
     """:func:`_settle` for all that the entries hold."""
     problems = raw.get("problems") if isinstance(raw, dict) else None
     for i, entry in enumerate(problems if isinstance(problems, list) else ()):
@@ -94,7 +103,7 @@ def _settle_entries(where, raw) -> None:
                     _settle(where, part.get("config"), KernelConfig, f"{path}.{name}[{j}].config")
 
 
-def _items(where, value, path: str, pattern: str, wanted: str):
+def _items(where: Where, value: object, path: str, pattern: str, wanted: str) -> Iterator[tuple[str, object, str]]:
     """Items of an object whose keys must have a form; each with the path of its value."""
     for key, item in _convert(where, value, dict[str, Any], path).items():
         if not re.fullmatch(pattern, key):
@@ -102,26 +111,24 @@ def _items(where, value, path: str, pattern: str, wanted: str):
         yield key, item, f'{path}["{key}"]'
 
 
-def _mapping(where, value, path: str) -> dict[int, int]:
-    items = _items(where, value, path, "[1-8]", "a bit width from 1 to 8")
-    return {int(key): _convert(where, item, _Size, at) for key, item, at in items}
+def _mapping(where: Where, value: object, path: str) -> dict[float, int]:
+    items = _items(where, value, path, _WIDTH, f"a bit width: {', '.join(map(str, codec.WIDTHS))}")
+    return {codec.as_width(float(key)): _convert(where, item, _Size, at) for key, item, at in items}
 
 
-def _widths(where, key: str, path: str) -> tuple[int, ...]:
-    widths = tuple(int(digit) for digit in re.findall("[1-8]", key))
+def _widths(where: Where, key: str, path: str) -> tuple[float, ...]:
+    widths = tuple(codec.as_width(float(width)) for width in re.findall(_WIDTH, key))
     if list(widths) != sorted(set(widths)):
         _fail(where, path, f"key {key!r} must list its bit widths sorted and distinct")
     return widths
 
 
-def _table(where, value) -> dict:
-    table: dict = {}
+def _table(where: Where, value: object) -> LookupTable:
+    table: LookupTable = {}
     # 10 digits hold every number of rows that the kernels take; longer keys are refused before int() sees them.
     for batch, row, at_row in _items(where, value, "$.lookup_table", "[1-9][0-9]{0,9}", "a number of tokens"):
         for hidden, cell, at_cell in _items(where, row, at_row, "[1-9][0-9]{0,7}", "a hidden size"):
-            widths = _items(
-                where, cell, at_cell, r"\(([1-8](, [1-8])+|[1-8],)\)", 'bit widths such as "(2, 4)" or "(2,)"'
-            )
+            widths = _items(where, cell, at_cell, _WIDTHS, 'bit widths such as "(2, 2.5, 4)" or "(2,)"')
             for key, config, at in widths:
                 _settle(where, config, KernelConfig, at)
                 columns = table.setdefault(int(batch), {}).setdefault(int(hidden), {})
@@ -129,7 +136,7 @@ def _table(where, value) -> dict:
     return table
 
 
-def _check_entry(where, entry: _StoredEntry, path: str) -> None:
+def _check_entry(where: Where, entry: _StoredEntry, path: str) -> None:
     """What calls may have, but layers never select by."""
     problem = entry.problem
     if problem.top_k > problem.experts:
@@ -141,7 +148,7 @@ def _check_entry(where, entry: _StoredEntry, path: str) -> None:
             _fail(where, path, str(error))
 
 
-def decode(data: bytes, where: Path | str = "profile") -> AutotuneConfig:
+def decode(data: bytes, where: Where = "profile") -> AutotuneConfig:
     """A profile from its JSON text, every field checked.
 
     Args:

@@ -16,11 +16,12 @@ from ..kernels import KernelConfig, Problem
 from ..kernels.search_space import SIMDGROUPS, TILE_SIZES
 from ..measure.race import Decision
 
-LookupTable = dict[int, dict[int, dict[tuple[int, ...], KernelConfig]]]
+LookupTable = dict[int, dict[int, dict[tuple[float, ...], KernelConfig]]]
 
 # A compiler's message can be a whole log; its beginning says what is wrong.
 MAX_REASON = 4096
 
+# What annotations ask for is checked where a profile is read from a file.
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 _Positive = Annotated[float, msgspec.Meta(ge=0.0, le=1e15)]
 _Ratio = Annotated[float, msgspec.Meta(gt=0.0, le=1e15)]
@@ -30,11 +31,7 @@ class ProfileError(ValueError):
     """A profile that cannot be read, or must not be used or overwritten here."""
 
 
-class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of a profile. What annotations ask for is checked where it is read from a file."""
-
-
-class Timing(_Part):
+class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Samples of one config.
 
     Attributes:
@@ -48,7 +45,7 @@ class Timing(_Part):
     spread: _Positive
 
 
-class Measured(_Part):
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One candidate's timing, with its memory and its largest error against the codec.
 
     Attributes:
@@ -64,7 +61,7 @@ class Measured(_Part):
     memory_mb: _Positive = 0.0
 
 
-class Rejected(_Part):
+class Rejected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A candidate that was not considered, and why."""
 
     config: KernelConfig
@@ -76,7 +73,7 @@ class Rejected(_Part):
         return cls(config, reason.encode("utf-8", "replace").decode()[:MAX_REASON])
 
 
-class Entry(_Part):
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What tuning found for one problem.
 
     Attributes:
@@ -131,8 +128,8 @@ class AutotuneConfig:
 
     device_name: str
     device_family: str
-    tile_size_mapping: dict[int, int] = field(default_factory=lambda: dict(TILE_SIZES))
-    simdgroup_mapping: dict[int, int] = field(default_factory=lambda: dict(SIMDGROUPS))
+    tile_size_mapping: dict[float, int] = field(default_factory=lambda: dict(TILE_SIZES))
+    simdgroup_mapping: dict[float, int] = field(default_factory=lambda: dict(SIMDGROUPS))
     lookup_table: LookupTable = field(default_factory=dict)
     adaptation_enabled: bool = True
     adaptation_history_len: int = 100
@@ -153,7 +150,7 @@ class AutotuneConfig:
         project(self, {table_key(problem)})
 
 
-def table_key(problem: Problem) -> tuple[int, int, tuple[int, ...]]:
+def table_key(problem: Problem) -> tuple[int, int, tuple[float, ...]]:
     return problem.rows, problem.hidden, problem.widths
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .conversion import Progress
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show(progress) -> None:
+def _show(progress: Progress) -> None:
     left = "" if progress.seconds_left is None else f", {_duration(progress.seconds_left)} left"
     print(f"{100 * progress.done:5.1f} %  {progress.stage}{left}", file=sys.stderr, flush=True)
 

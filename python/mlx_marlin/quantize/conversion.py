@@ -15,10 +15,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from .. import codec, kernels
+from ..loader.exl3 import MARKERS
 from ..loader.scaling import up_divisor
 from ..storage import atomic
 from ..storage.safetensors import Tensor, write_tensors
@@ -38,6 +40,8 @@ _BELOW, _ABOVE = 2, 3
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 256, 256
 _EXPERT_UP = re.compile(r"\.experts\.\d+\.(?:up_proj|w3)$")
 _BATCH = 8  # windows per call of a layer
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class _Settings:
     seed: int
 
 
-def _check(bits, head_bits, codebook, mixed, seed) -> _Settings:
+def _check(bits: float, head_bits: int, codebook: str, mixed: str, seed: int) -> _Settings:
     if not 1 <= bits <= codec.MAX_BITS:
         raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {bits}")
     if head_bits not in (*range(1, codec.MAX_BITS + 1), 16):
@@ -102,18 +106,18 @@ def _check(bits, head_bits, codebook, mixed, seed) -> _Settings:
 def stored_bits(shape: tuple[int, int], k: int, codebook: str, bias: bool) -> int:
     """Everything that EXL3 stores for a linear, in bits: codes, scales, marker, bias."""
     rows, columns = (-(-n // codec.HADAMARD_SIZE) * codec.HADAMARD_SIZE for n in shape)
-    marker = 32 if codebook in codec.MARKERS else 0
+    marker = 32 if codebook in MARKERS else 0
     return rows * columns * k + 16 * (rows + columns) + marker + (16 * columns if bias else 0)
 
 
 def convert(
-    model,
-    output,
+    model: str | Path,
+    output: str | Path,
     *,
     bits: float,
     head_bits: int = 6,
     codebook: str = "mul1",
-    calibration=None,
+    calibration: str | Path | None = None,
     mixed: str = "per-expert",
     resume: bool = False,
     seed: int = 0,
@@ -146,11 +150,11 @@ def convert(
     from threadpoolctl import threadpool_limits
 
     settings = _check(bits, head_bits, codebook, mixed, seed)
-    source, output = Source(Path(model)), Path(output)
+    source, target = Source(Path(model)), Path(output)
     tokens = calibration_tokens(source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH)
-    work = _open_work(output, source, settings, tokens, resume)
+    work = _open_work(target, source, settings, tokens, resume)
     with threadpool_limits(1, "blas"):  # sums must not depend on the machine's cores; experts run side by side
-        return _Conversion(source, output, work, settings, tokens, progress).run()
+        return _Conversion(source, target, work, settings, tokens, progress).run()
 
 
 def _open_work(output: Path, source: Source, settings: _Settings, tokens: np.ndarray, resume: bool) -> Path:
@@ -181,7 +185,15 @@ def _open_work(output: Path, source: Source, settings: _Settings, tokens: np.nda
 class _Conversion:
     """One conversion, from the first measurement to the last file."""
 
-    def __init__(self, source, output, work, settings: _Settings, tokens, report):
+    def __init__(
+        self,
+        source: Source,
+        output: Path,
+        work: Path,
+        settings: _Settings,
+        tokens: np.ndarray,
+        report: Callable[[Progress], None] | None,
+    ):
         self.source, self.output, self.work, self.settings = source, output, work, settings
         self.model = LayeredModel(source.path, tokens, _BATCH)
         self.tokens = tokens
@@ -200,7 +212,14 @@ class _Conversion:
         self._head(hidden)
         self.clock.advance("assembling", 1.0)
         assemble(
-            self.source, self.output, self.work, len(self.model.layers), self.settings, allocation, self.tokens.shape
+            self.source,
+            self.output,
+            self.work,
+            len(self.model.layers),
+            head_bits=self.settings.head_bits,
+            codebook=self.settings.codebook,
+            allocation=allocation,
+            calibration=self.tokens.shape,
         )
         return allocation
 
@@ -240,7 +259,9 @@ class _Conversion:
             self.clock.advance(f"measured layer {index + 1} of {count}", 1.0)
         return self._in_output_units(items, hidden[0], streams, energies)
 
-    def _in_output_units(self, items: list[list[Item]], hidden, streams, energies) -> list[Item]:
+    def _in_output_units(
+        self, items: list[list[Item]], hidden: np.ndarray, streams: list[np.ndarray], energies: list[float]
+    ) -> list[Item]:
         """Losses as KL divergence of the model's output."""
         target = self.work / "sensitivity.json"
         if not target.exists():
@@ -306,7 +327,7 @@ class _Conversion:
             )
             write_tensors(target, tensors)
 
-    def _parallel(self, task, jobs: list[Job]) -> list:
+    def _parallel(self, task: Callable[[Job, int], Result], jobs: list[Job]) -> list[Result]:
         """Run a task for every job, the cores shared among them; results in the order of the jobs."""
         threads = max(1, self.workers // max(1, len(jobs)))
         with ThreadPoolExecutor(self.workers) as pool:
@@ -320,7 +341,9 @@ class _Conversion:
             np.savez(file, *hidden)
         (self.work / f"{stage}-state-{index - 2:04}.npz").unlink(missing_ok=True)
 
-    def _last_state(self, stage: str, count: int, start) -> tuple[list[np.ndarray], int]:
+    def _last_state(
+        self, stage: str, count: int, start: Callable[[], list[np.ndarray]]
+    ) -> tuple[list[np.ndarray], int]:
         suffix = {"measured": "json", "layer": "safetensors"}[stage]
         done = 0
         while done < count and (self.work / f"{stage}-{done:04}.{suffix}").exists():

@@ -14,31 +14,35 @@ from mlx.utils import tree_map
 
 from .hessian import Hessian
 
+Call = tuple[mx.array, tuple, dict]
+"""What a layer is called with: the hidden state, and all else."""
+
 
 class _Recorder:
     """Stands in for a layer: notes what it is called with and passes the hidden state on."""
 
-    def __init__(self, layer):
-        self.layer, self.calls = layer, []
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self.calls: list[Call] = []
 
-    def __call__(self, x, *args, **kwargs):
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         self.calls.append((x, args, kwargs))
         return x
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
 
 
 class _Feed:
     """Stands in for a layer: gives what it is told, or passes the hidden state on."""
 
-    def __init__(self, layer, values=None):
+    def __init__(self, layer: nn.Module, values: Iterator[np.ndarray] | None = None):
         self.layer, self.values = layer, values
 
-    def __call__(self, x, *args, **kwargs):
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         return x if self.values is None else mx.array(next(self.values))
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
 
 
@@ -56,7 +60,7 @@ class LinearTap:
         self.weight = np.ascontiguousarray(np.array(linear.weight).T)
         self.bias = np.array(linear.bias) if "bias" in linear else None
 
-    def __call__(self, x):
+    def __call__(self, x: mx.array) -> mx.array:
         rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
         if self.recording:
             if self.hessian is None:
@@ -106,7 +110,7 @@ class ExpertsTap:
     def activate(self, up: np.ndarray, gate: np.ndarray) -> np.ndarray:
         return np.array(self.experts.activation(mx.array(up), mx.array(gate)))
 
-    def __call__(self, x, indices):
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         if self.probe is not None:
             shape = (*indices.shape, x.shape[-1])
             return mx.broadcast_to(mx.array(self.probe[: indices.shape[-1], : x.shape[-1]]), shape)
@@ -123,7 +127,7 @@ class ExpertsTap:
             out[token, slot] = self.project("down_proj", expert, h)
         return mx.array(out.reshape(*indices.shape, -1)).astype(x.dtype)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.experts, name)
 
 
@@ -137,7 +141,7 @@ class BlockTap:
     def __init__(self, block: nn.Module, experts: ExpertsTap):
         self.block, self.experts = block, experts
 
-    def __call__(self, x, *args, **kwargs):
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         out = self.block(x, *args, **kwargs)
         if self.experts.recording:
             width = x.shape[-1]
@@ -150,7 +154,7 @@ class BlockTap:
             self.experts.rows.scores.append(np.abs(shown.reshape(-1, width)[:, :k]))
         return out
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
 
 
@@ -195,7 +199,7 @@ class LayeredModel:
         self.batches = [mx.array(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
         self.calls = self._record_calls()
 
-    def _record_calls(self) -> list[list]:
+    def _record_calls(self) -> list[list[Call]]:
         recorders = [_Recorder(layer) for layer in self.layers]
         for name, recorder in zip(self.names, recorders):
             _replace(self.model, name, recorder)

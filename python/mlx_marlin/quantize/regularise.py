@@ -6,6 +6,7 @@ their absolute values, and a global scale that fits the codebook.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -49,7 +50,7 @@ class Regularised:
     svh: np.ndarray
 
 
-def random_signs(seed, count: int) -> np.ndarray:
+def random_signs(seed: int | Sequence[int], count: int) -> np.ndarray:
     """float32 ``[count]`` of +1 and -1."""
     return 1.0 - 2.0 * np.random.default_rng(seed).integers(0, 2, count).astype(np.float32)
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from .. import codec
+from ..loader.exl3 import MARKERS
 from ..storage import atomic, safetensors
 from ..storage.safetensors import ITEM_BYTES, Tensor, TensorInfo, read_header
+from .allocate import Allocation
 from .source import SIDE_FILES, Source
 from .weight import Codes
 
@@ -44,16 +46,24 @@ def stored_tensors(name: str, codes: Codes, bias: np.ndarray | None, divisor: in
         f"{name}.suh": Tensor.of(codes.suh / np.float16(divisor / svh_divisor)),
         f"{name}.svh": Tensor.of(codes.svh / np.float16(svh_divisor)),
     }
-    if codes.codebook in codec.MARKERS:
-        tensors[f"{name}.{codes.codebook}"] = Tensor.of(
-            np.array(codec.MARKERS[codes.codebook], np.uint32).view(np.int32)
-        )
+    if codes.codebook in MARKERS:
+        tensors[f"{name}.{codes.codebook}"] = Tensor.of(np.array(MARKERS[codes.codebook], np.uint32).view(np.int32))
     if bias is not None:
         tensors[f"{name}.bias"] = Tensor.of(np.pad(bias / divisor, (0, len(codes.svh) - len(bias))).astype(np.float16))
     return tensors
 
 
-def assemble(source: Source, output: Path, work: Path, layers: int, settings, allocation, calibration) -> None:
+def assemble(
+    source: Source,
+    output: Path,
+    work: Path,
+    layers: int,
+    *,
+    head_bits: int,
+    codebook: str,
+    allocation: Allocation,
+    calibration: tuple[int, int],
+) -> None:
     """Put the finished parts together, then remove the work directory.
 
     Args:
@@ -61,7 +71,8 @@ def assemble(source: Source, output: Path, work: Path, layers: int, settings, al
         output: Where the model goes.
         work: Directory of the finished parts.
         layers: Number of layers.
-        settings: The conversion's settings.
+        head_bits: Width of the output projection; 16 where it is in half precision.
+        codebook: The codebook.
         allocation: The widths.
         calibration: Shape of the calibration tokens, ``(windows, length)``.
     """
@@ -74,9 +85,9 @@ def assemble(source: Source, output: Path, work: Path, layers: int, settings, al
     shapes = {**{n: t.shape for n, t in parts.items()}, **{n: source.tensors[n].shape for n in kept}}
     sizes = {n: math.prod(shapes[n]) * ITEM_BYTES[dtypes[n]] for n in dtypes}
     shards = _shards(sizes)
-    for file, names in shards.items():
+    for shard, names in shards.items():
         data = (parts[n].read() if n in parts else source.kept(n).data for n in names)
-        safetensors.write(output / file, [(n, dtypes[n], shapes[n]) for n in names], data)
+        safetensors.write(output / shard, [(n, dtypes[n], shapes[n]) for n in names], data)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(sizes.values())},
@@ -90,12 +101,12 @@ def assemble(source: Source, output: Path, work: Path, layers: int, settings, al
         "quant_method": "exl3",
         "version": _FORMAT_VERSION,
         "bits": round(allocation.bits, 4),
-        "head_bits": settings.head_bits,
+        "head_bits": head_bits,
         "calibration": {"rows": calibration[0], "cols": calibration[1]},
         "out_scales": "always",
-        "codebook": settings.codebook,
+        "codebook": codebook,
     }
-    storage = _tensor_storage(dtypes, shapes, sizes, settings.codebook)
+    storage = _tensor_storage(dtypes, shapes, sizes, codebook)
     atomic.write_text(output / "quantization_config.json", json.dumps({**summary, "tensor_storage": storage}, indent=2))
     atomic.write_text(output / "plan.txt", (work / "plan.txt").read_text())
     atomic.write_text(output / "config.json", json.dumps({**source.config, "quantization_config": summary}, indent=2))
@@ -130,7 +141,9 @@ def _shards(sizes: dict[str, int]) -> dict[str, list[str]]:
     return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups)}
 
 
-def _tensor_storage(dtypes, shapes, sizes, codebook: str) -> dict:
+def _tensor_storage(
+    dtypes: dict[str, str], shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], codebook: str
+) -> dict[str, dict]:
     storage: dict[str, dict] = {}
     for name in sorted(dtypes):
         module = storage.setdefault(name.rpartition(".")[0], {"stored_tensors": {}})
@@ -138,6 +151,6 @@ def _tensor_storage(dtypes, shapes, sizes, codebook: str) -> dict:
         module["stored_tensors"][name] = {"shape": list(shapes[name]), "n_bytes": sizes[name], "dtype": dtype}
         if name.endswith(".trellis"):
             module.update(quant_format="exl3", bits_per_weight=codec.trellis_bits(shapes[name]))
-            if codebook in codec.MARKERS:
-                module[f"{codebook}_multiplier"] = codec.MARKERS[codebook]
+            if codebook in MARKERS:
+                module[f"{codebook}_multiplier"] = MARKERS[codebook]
     return storage

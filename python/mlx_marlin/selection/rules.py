@@ -10,7 +10,7 @@ from functools import cache, lru_cache
 from numbers import Real
 
 from .. import kernels
-from ..kernels import Problem
+from ..kernels import Problem, Triple
 from . import choices
 from .evidence import Ledger
 
@@ -47,7 +47,7 @@ def by_table(problem: Problem | None, fp32acc: bool) -> tuple[str, str] | None:
 
 
 def by_rules(
-    batch_size: int, triple: tuple | None, use_fp32_acc: bool, pattern: dict | None, problem: Problem | None
+    batch_size: int, triple: Triple | None, use_fp32_acc: bool, pattern: dict | None, problem: Problem | None
 ) -> tuple[str, str]:
     """Rules 5, 4 and 2: the kernel that the shapes alone suggest, and why."""
     rows = _top_expert_rows(batch_size, pattern, problem)
@@ -76,7 +76,7 @@ def _top_expert_rows(batch_size: int, pattern: dict | None, problem: Problem | N
     return round(share * batch_size)
 
 
-def candidates(batch_size: int, triple: tuple | None, fp32acc: bool, ledger: Ledger[str] | None) -> list[str]:
+def candidates(batch_size: int, triple: Triple | None, fp32acc: bool, ledger: Ledger[str] | None) -> list[str]:
     """The kernels that compete for a call: every variant, the triple's own at one row, and what was timed
     besides.
     """
@@ -91,7 +91,7 @@ def candidates(batch_size: int, triple: tuple | None, fp32acc: bool, ledger: Led
     return names
 
 
-def nearest(name: str, triple: tuple | None, available: Iterable[str]) -> str:
+def nearest(name: str, triple: Triple | None, available: Iterable[str]) -> str:
     """The available kernel that is most like the wanted one: never another triple's where anything else is
     left.
     """

@@ -174,8 +174,9 @@ class SelfTest:
         if not isinstance(stored, dict) or stored.get("machine") != self._machine:
             return {}
         verdicts = stored.get("verdicts")
-        valid = isinstance(verdicts, dict) and all(isinstance(v, str) for v in verdicts.values())
-        return verdicts if valid else {}
+        if not isinstance(verdicts, dict) or not all(isinstance(v, str) for v in verdicts.values()):
+            return {}
+        return verdicts
 
     def _save(self) -> None:
         """A disk that cannot be written costs a repeat of the tests, no more."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _RANDOM_BYTES = 8  # of a name that no other process writes to
-_LEFTOVERS = f"*.{2 * _RANDOM_BYTES * '[0-9a-f]'}.tmp"
+_LEFTOVER = f".{2 * _RANDOM_BYTES * '[0-9a-f]'}.tmp"
 
 
 def check_writable(path: Path) -> None:
@@ -59,7 +59,12 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Remove what killed processes left of unfinished files, in a directory that no other process writes to."""
-    for path in directory.glob(_LEFTOVERS):
+def remove_leftovers(directory: Path, name: str = "*") -> None:
+    """Remove what killed processes left of unfinished files that no other process writes to.
+
+    Args:
+        directory: Where they lie.
+        name: Of the files that they were to become. Default: any.
+    """
+    for path in directory.glob(f"{name}{_LEFTOVER}"):
         path.unlink(missing_ok=True)

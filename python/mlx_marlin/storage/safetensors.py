@@ -111,11 +111,11 @@ class Tensor:
         return cls(_NAMES[array.dtype], array.shape, array.tobytes())
 
 
-def _is_size(value) -> bool:
+def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _read_entry(file: Path, name: str, entry, data_start: int, data_bytes: int) -> TensorInfo:
+def _read_entry(file: Path, name: str, entry: object, data_start: int, data_bytes: int) -> TensorInfo:
     def wrong(what: str) -> ValueError:
         return ValueError(f"{file}: tensor {name!r} {what}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
 # As many bytes of a file tell whether it is what its name says.
 _START_BYTES = 512
@@ -52,7 +53,7 @@ def check_genuine(path: Path) -> None:
         )
 
 
-def _reject_constant(value: str):
+def _reject_constant(value: str) -> NoReturn:
     raise ValueError(f"{value} is not JSON")
 
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import codec
-from .trellis import as_array
+from .trellis import Array, as_array
 
 
 class EmbeddingWeight:
@@ -27,7 +27,7 @@ class EmbeddingWeight:
         ValueError: If a shape, a dtype or a sign is not one that the format allows.
     """
 
-    def __init__(self, trellis, signs, features: int | None = None):
+    def __init__(self, trellis: Array, signs: Array, features: int | None = None):
         self.trellis, self.signs = as_array("trellis", trellis), as_array("signs", signs)
         if self.trellis.dtype not in (mx.int16, mx.uint16):
             raise ValueError(f"the trellis of an embedding is int16, got {self.trellis.dtype}")
