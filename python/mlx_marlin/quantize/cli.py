@@ -24,6 +24,9 @@ def _parser() -> argparse.ArgumentParser:
         "--bits", type=float, required=True, help="stored bits per weight of the quantized layers, scales included"
     )
     parser.add_argument("--head-bits", type=int, default=6, help="K of lm_head, or 16 for half precision (default: 6)")
+    parser.add_argument(
+        "--embed-bits", type=int, help="K of the token embedding, 1 to 8 (default: it stays unquantized)"
+    )
     parser.add_argument("--codebook", choices=("mul1", "mcg", "3inst"), default="mul1", help="(default: mul1)")
     parser.add_argument("--calibration", help="UTF-8 text file (default: the bundled text)")
     parser.add_argument(

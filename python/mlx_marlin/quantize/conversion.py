@@ -26,6 +26,7 @@ from ..storage import atomic
 from ..storage.safetensors import Tensor, write_tensors
 from .allocate import MODES, Allocation, Item, allocate
 from .calibration import calibration_tokens
+from .embedding import check_embed_bits, write_embedding
 from .head import head_tensors
 from .jobs import Job, layer_jobs, seed_of, wanted
 from .layered import LayeredModel, Taps
@@ -84,12 +85,13 @@ class _Clock:
 class _Settings:
     bits: float
     head_bits: int
+    embed_bits: int | None
     codebook: str
     mixed: str
     seed: int
 
 
-def _check(bits: float, head_bits: int, codebook: str, mixed: str, seed: int) -> _Settings:
+def _check(bits: float, head_bits: int, embed_bits: int | None, codebook: str, mixed: str, seed: int) -> _Settings:
     if not 1 <= bits <= codec.MAX_BITS:
         raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {bits}")
     if head_bits not in (*range(1, codec.MAX_BITS + 1), 16):
@@ -100,7 +102,7 @@ def _check(bits: float, head_bits: int, codebook: str, mixed: str, seed: int) ->
         raise ValueError(f"codebook must be one of {', '.join(codec.CODEBOOKS)}, got {codebook!r}")
     if mixed not in MODES:
         raise ValueError(f"mixed must be one of {', '.join(MODES)}, got {mixed!r}")
-    return _Settings(float(bits), int(head_bits), codebook, mixed, int(seed))
+    return _Settings(float(bits), int(head_bits), check_embed_bits(embed_bits), codebook, mixed, int(seed))
 
 
 def stored_bits(shape: tuple[int, int], k: int, codebook: str, bias: bool) -> int:
@@ -116,6 +118,7 @@ def convert(
     *,
     bits: float,
     head_bits: int = 6,
+    embed_bits: int | None = None,
     codebook: str = "mul1",
     calibration: str | Path | None = None,
     mixed: str = "per-expert",
@@ -130,6 +133,7 @@ def convert(
         output: Directory to be made.
         bits: Stored bits per weight of the quantized layers: codes, suh, svh and biases, without the head.
         head_bits: K of the output projection; 16 leaves it in half precision. Default: ``6``.
+        embed_bits: K of the token embedding, 1 to 8, which ExLlamaV3 reads since 1.6.0. Default: ``None``, unquantized.
         codebook: ``"mul1"``, ``"mcg"`` or ``"3inst"``. Default: ``"mul1"``.
         calibration: Text file; the bundled text if ``None``. Default: ``None``.
         mixed: ``"per-expert"`` lets every expert and projection have its own K; ``"per-layer"`` one K per
@@ -149,7 +153,7 @@ def convert(
     """
     from threadpoolctl import threadpool_limits
 
-    settings = _check(bits, head_bits, codebook, mixed, seed)
+    settings = _check(bits, head_bits, embed_bits, codebook, mixed, seed)
     source, target = Source(Path(model)), Path(output)
     tokens = calibration_tokens(source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH)
     work = _open_work(target, source, settings, tokens, resume)
@@ -210,6 +214,9 @@ class _Conversion:
         self.model = LayeredModel(self.source.path, self.tokens, _BATCH)  # the first run let go of the weights
         hidden = self._quantize(allocation)
         self._head(hidden)
+        if self.settings.embed_bits is not None:
+            bits, seed = self.settings.embed_bits, self.settings.seed
+            write_embedding(self.work, self.model, self.source, bits, seed, self.workers)
         self.clock.advance("assembling", 1.0)
         assemble(
             self.source,

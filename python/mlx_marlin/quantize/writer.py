@@ -14,6 +14,7 @@ from ..loader.exl3 import MARKERS
 from ..storage import atomic, safetensors
 from ..storage.safetensors import ITEM_BYTES, Tensor, TensorInfo, read_header
 from .allocate import Allocation
+from .embedding import PART as EMBEDDING
 from .source import SIDE_FILES, Source
 from .weight import Codes
 
@@ -77,7 +78,10 @@ def assemble(
         calibration: Shape of the calibration tokens, ``(windows, length)``.
     """
     parts: dict[str, TensorInfo] = {}
-    for file in (*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / "head.safetensors"):
+    files = [*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / "head.safetensors"]
+    if (work / EMBEDDING).exists():
+        files.append(work / EMBEDDING)
+    for file in files:
         parts.update(read_header(file))
     quantized = {name.rpartition(".")[0] for name in parts if name.endswith(".trellis")}
     kept = [name for name in source.tensors if not _replaced(name, quantized) and name not in parts]
@@ -149,7 +153,7 @@ def _tensor_storage(
         module = storage.setdefault(name.rpartition(".")[0], {"stored_tensors": {}})
         dtype = _TORCH_NAMES.get(dtypes[name], dtypes[name])
         module["stored_tensors"][name] = {"shape": list(shapes[name]), "n_bytes": sizes[name], "dtype": dtype}
-        if name.endswith(".trellis"):
+        if name.endswith(".trellis") and len(shapes[name]) == 3:  # an embedding has stored_tensors only
             module.update(quant_format="exl3", bits_per_weight=codec.trellis_bits(shapes[name]))
             if codebook in MARKERS:
                 module[f"{codebook}_multiplier"] = MARKERS[codebook]
