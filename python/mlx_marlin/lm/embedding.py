@@ -54,8 +54,10 @@ def make_placeholders(loader: TrellisModelLoader) -> dict[str, mx.array]:
     return weights
 
 
-def _is_placeholder(value: mx.array) -> bool:
-    return value.dtype == mx.uint64 and value.size > 0 and bool(np.array(value.reshape(-1)[:1])[0] & _MARK)
+def _is_placeholder(value: object) -> bool:
+    if not isinstance(value, mx.array) or value.dtype != mx.uint64 or not value.size:
+        return False
+    return bool(np.array(value.reshape(-1)[:1])[0] & _MARK)
 
 
 def take_embeddings(
