@@ -54,6 +54,10 @@ def make_placeholders(loader: TrellisModelLoader) -> dict[str, mx.array]:
     return weights
 
 
+def _is_placeholder(value: mx.array) -> bool:
+    return value.dtype == mx.uint64 and value.size > 0 and bool(np.array(value.reshape(-1)[0]) & _MARK)
+
+
 def take_embeddings(
     loader: TrellisModelLoader, modules: dict[str, nn.Module], weights: dict[str, mx.array], parts: Container[str]
 ) -> dict[str, QuantizedEmbedding]:
@@ -71,10 +75,11 @@ def take_embeddings(
     Raises:
         ValueError: If one ends where no quantized embedding can stand, or has another size there.
     """
-    embeddings, used = list(loader.embeddings.values()), {}
+    embeddings = list(loader.embeddings.values())
+    used: dict[str, QuantizedEmbedding] = {}
     if not embeddings:
         return used
-    for key in [k for k, v in weights.items() if v.dtype == mx.uint64 and v.size and v.reshape(-1)[0].item() & _MARK]:
+    for key in [key for key, value in weights.items() if _is_placeholder(value)]:
         codes = np.array(weights.pop(key)).reshape(-1) & (_MARK - 1)
         source = embeddings[int(codes[0] >> 32)]
         path, _, leaf = key.rpartition(".")

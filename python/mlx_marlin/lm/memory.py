@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
@@ -61,7 +63,7 @@ def _rounded(tokens: int, step: int) -> int:
     return -(-tokens // step) * step
 
 
-def _cache_bytes(cache, context: int) -> int:
+def _cache_bytes(cache: Any, context: int) -> int:
     """Bytes of a cache that has seen a token, once it has seen ``context`` tokens."""
     kind = type(cache)
     if kind is mlx_lm_cache.CacheList:
