@@ -87,11 +87,13 @@ def search_driver(tmp_path_factory):
 @pytest.mark.parametrize("bits", codec.WIDTHS)
 def test_search_under_qemu(search_driver, bits, tmp_path):
     """The states that this machine's own search finds, the tail of a batch included."""
-    tiles = np.random.default_rng(bits).standard_normal((1, codec.TILE_SIZE)).astype(np.float16)
+    tiles = np.random.default_rng(codec.half_bits(bits)).standard_normal((1, codec.TILE_SIZE)).astype(np.float16)
     files = [tmp_path / name for name in ("values", "tiles", "states")]
     codec.decode(np.arange(1 << 16, dtype=np.uint16), "mul1").astype(np.float32).tofile(files[0])
     tiles.astype(np.float32).tofile(files[1])
-    subprocess.run([QEMU, "-cpu", "max", str(search_driver), "neon", str(bits), *map(str, files)], check=True)
+    subprocess.run(
+        [QEMU, "-cpu", "max", str(search_driver), "neon", str(codec.half_bits(bits)), *map(str, files)], check=True
+    )
     found = np.fromfile(files[2], np.uint16).reshape(tiles.shape)
     np.testing.assert_array_equal(found, ops.viterbi_search(tiles, bits, "mul1"))
 

@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from .conversion import Progress
 
 
+def width(text: str) -> int | float:
+    """A width from the command line: ``"3"`` is 3, ``"2.5"`` is 2.5."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
 def _parser() -> argparse.ArgumentParser:
     from .allocate import MODES
 
