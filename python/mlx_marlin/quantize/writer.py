@@ -1,4 +1,4 @@
-"""The finished directory: shards, index, configuration, exactly as ExLlamaV3 1.4.1 lays them out."""
+"""The finished directory: shards, index, configuration, exactly as ExLlamaV3 1.6.5 lays them out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .weight import Codes
 # Multipliers that mark a codebook; 3INST has no marker.
 MARKERS = {name: ops.CODEBOOK_MULTIPLIERS[name] for name in ("mul1", "mcg")}
 # The layout that is written is that of this version.
-_FORMAT_VERSION = "1.4.1"
+_FORMAT_VERSION = "1.6.5"
 FINISHED = ".finished"  # name of the work directory while it is removed
 _SHARD_BYTES = 8 << 30
 _TORCH_NAMES = {
@@ -41,7 +41,7 @@ def stored_tensors(name: str, codes: Codes, bias: np.ndarray | None) -> dict[str
     return tensors
 
 
-def assemble(source: Source, output: Path, work: Path, layers: int, settings, allocation, calibration) -> None:
+def assemble(source: Source, output: Path, work: Path, layers: int, settings, calibration) -> None:
     """Put the finished parts together, then remove the work directory.
 
     Args:
@@ -50,7 +50,6 @@ def assemble(source: Source, output: Path, work: Path, layers: int, settings, al
         work: Directory of the finished parts.
         layers: Number of layers.
         settings: The conversion's settings.
-        allocation: The widths.
         calibration: Shape of the calibration tokens, ``(windows, length)``.
     """
     parts: dict[str, TensorInfo] = {}
@@ -77,7 +76,7 @@ def assemble(source: Source, output: Path, work: Path, layers: int, settings, al
     summary = {
         "quant_method": "exl3",
         "version": _FORMAT_VERSION,
-        "bits": round(allocation.bits, 4),
+        "bits": _average_bits({n: t.shape for n, t in parts.items() if n != "lm_head.trellis"}),
         "head_bits": settings.head_bits,
         "calibration": {"rows": calibration[0], "cols": calibration[1]},
         "out_scales": "always",
@@ -86,10 +85,20 @@ def assemble(source: Source, output: Path, work: Path, layers: int, settings, al
     storage = _tensor_storage(dtypes, shapes, sizes, settings.codebook)
     write_text(output / "quantization_config.json", json.dumps({**summary, "tensor_storage": storage}, indent=2))
     write_text(output / "plan.txt", (work / "plan.txt").read_text())
-    write_text(output / "config.json", json.dumps({**source.config, "quantization_config": summary}, indent=2))
+    # The head is written even where it is tied, and may differ from the embeddings; ExLlamaV3 says so since 1.6.1.
+    untied = {"tie_word_embeddings": False} if "tie_word_embeddings" in source.config else {}
+    config = {**source.config, **untied, "quantization_config": summary}
+    write_text(output / "config.json", json.dumps(config, indent=2))
     # Renamed first: a kill from here on leaves a complete model and no half-removed state to resume from.
     finished = work.rename(work.with_name(FINISHED))
     shutil.rmtree(finished)
+
+
+def _average_bits(shapes: dict[str, tuple[int, ...]]) -> float:
+    """K of the trellis tensors, weighted with their padded sizes, as ExLlamaV3 rounds it."""
+    trellises = [shape for name, shape in shapes.items() if name.endswith(".trellis")]
+    weights = sum(rows * columns for rows, columns, _ in trellises) * codec.TILE_SIZE
+    return round(sum(math.prod(shape) for shape in trellises) * codec.TILE / weights, 2) if weights else 0.0
 
 
 def _replaced(name: str, quantized: set[str]) -> bool:
@@ -119,8 +128,13 @@ def _shards(sizes: dict[str, int]) -> dict[str, list[str]]:
 
 
 def _tensor_storage(dtypes, shapes, sizes, codebook: str) -> dict:
+    """What each module stores, of those without modules inside."""
     storage: dict[str, dict] = {}
+    names = {name.rpartition(".")[0] for name in dtypes}
+    parents = {name[:i] for name in names for i, c in enumerate(name) if c == "."}
     for name in sorted(dtypes):
+        if name.rpartition(".")[0] in parents:
+            continue
         module = storage.setdefault(name.rpartition(".")[0], {"stored_tensors": {}})
         dtype = _TORCH_NAMES.get(dtypes[name], dtypes[name])
         module["stored_tensors"][name] = {"shape": list(shapes[name]), "n_bytes": sizes[name], "dtype": dtype}
