@@ -32,6 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--head-bits", type=width, default=6, help="K of lm_head, or 16 for half precision (default: 6)"
     )
+    parser.add_argument(
+        "--embed-bits", type=int, help="K of the token embedding, 1 to 8 (default: it stays unquantized)"
+    )
     parser.add_argument("--codebook", choices=("mul1", "mcg", "3inst"), default="mul1", help="(default: mul1)")
     parser.add_argument(
         "--no-half",

@@ -26,6 +26,7 @@ from ..storage import atomic
 from ..storage.safetensors import Tensor, write_tensors
 from .allocate import MODES, Allocation, Item, allocate
 from .calibration import calibration_tokens
+from .embedding import check_embed_bits, write_embedding
 from .head import head_tensors
 from .jobs import Job, layer_jobs, seed_of, wanted
 from .layered import LayeredModel, Taps
@@ -84,6 +85,7 @@ class _Clock:
 class _Settings:
     bits: float
     head_bits: float
+    embed_bits: int | None
     codebook: str
     half_rates: bool
     mixed: str
@@ -96,11 +98,15 @@ class _Settings:
         return tuple(k for k in codec.WIDTHS if half_rates or not codec.is_half_rate(k))
 
 
-def _check(bits: float, head_bits: float, codebook: str, half_rates: bool, mixed: str, seed: int) -> _Settings:
+def _check(
+    bits: float, head_bits: float, embed_bits: int | None, codebook: str, half_rates: bool, mixed: str, seed: int
+) -> _Settings:
     codec.check_codebook(codebook)
     if mixed not in MODES:
         raise ValueError(f"mixed must be one of {', '.join(MODES)}, got {mixed!r}")
-    settings = _Settings(float(bits), head_bits, codebook, bool(half_rates), mixed, int(seed))
+    settings = _Settings(
+        float(bits), head_bits, check_embed_bits(embed_bits), codebook, bool(half_rates), mixed, int(seed)
+    )
     if not 1 <= bits <= codec.MAX_BITS:
         raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {bits}")
     if head_bits not in (*settings.widths, 16):
@@ -125,6 +131,7 @@ def convert(
     *,
     bits: float,
     head_bits: float = 6,
+    embed_bits: int | None = None,
     codebook: str = "mul1",
     half_rates: bool = True,
     calibration: str | Path | None = None,
@@ -140,6 +147,7 @@ def convert(
         output: Directory to be made.
         bits: Stored bits per weight of the quantized layers: codes, suh, svh and biases, without the head.
         head_bits: K of the output projection; 16 leaves it in half precision. Default: ``6``.
+        embed_bits: K of the token embedding, 1 to 8, which ExLlamaV3 reads since 1.6.0. Default: ``None``, unquantized.
         codebook: ``"mul1"``, ``"mcg"`` or ``"3inst"``. Default: ``"mul1"``.
         half_rates: Whether linears may have 1.5, 2.5 and 3.5 bits, which exist for mul1 only and which ExLlamaV3 reads
             since 1.5.1; older versions take them for the whole width below. Default: ``True``.
@@ -161,7 +169,7 @@ def convert(
     """
     from threadpoolctl import threadpool_limits
 
-    settings = _check(bits, head_bits, codebook, half_rates, mixed, seed)
+    settings = _check(bits, head_bits, embed_bits, codebook, half_rates, mixed, seed)
     source, target = Source(Path(model)), Path(output)
     tokens = calibration_tokens(source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH)
     work = _open_work(target, source, settings, tokens, resume)
@@ -222,6 +230,9 @@ class _Conversion:
         self.model = LayeredModel(self.source.path, self.tokens, _BATCH)  # the first run let go of the weights
         hidden = self._quantize(allocation)
         self._head(hidden)
+        if self.settings.embed_bits is not None:
+            bits, seed = self.settings.embed_bits, self.settings.seed
+            write_embedding(self.work, self.model, self.source, bits, seed, self.workers)
         self.clock.advance("assembling", 1.0)
         assemble(
             self.source,

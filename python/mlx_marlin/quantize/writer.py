@@ -13,6 +13,7 @@ from .. import codec
 from ..loader.exl3 import MARKERS
 from ..storage import atomic, safetensors
 from ..storage.safetensors import ITEM_BYTES, Tensor, TensorInfo, read_header
+from .embedding import PART as EMBEDDING
 from .source import SIDE_FILES, Source
 from .weight import Codes
 
@@ -74,7 +75,10 @@ def assemble(
         calibration: Shape of the calibration tokens, ``(windows, length)``.
     """
     parts: dict[str, TensorInfo] = {}
-    for file in (*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / "head.safetensors"):
+    files = [*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / "head.safetensors"]
+    if (work / EMBEDDING).exists():
+        files.append(work / EMBEDDING)
+    for file in files:
         parts.update(read_header(file))
     quantized = {name.rpartition(".")[0] for name in parts if name.endswith(".trellis")}
     kept = [name for name in source.tensors if not _replaced(name, quantized) and name not in parts]
@@ -116,8 +120,8 @@ def assemble(
 
 
 def _average_bits(shapes: dict[str, tuple[int, ...]]) -> float:
-    """K of the trellis tensors, weighted with their padded sizes, as ExLlamaV3 rounds it."""
-    trellises = [shape for name, shape in shapes.items() if name.endswith(".trellis")]
+    """K of the linears, weighted with their padded sizes, as ExLlamaV3 rounds it."""
+    trellises = [shape for name, shape in shapes.items() if name.endswith(".trellis") and len(shape) == 3]
     weights = sum(rows * columns for rows, columns, _ in trellises) * codec.TILE_SIZE
     return round(sum(math.prod(shape) for shape in trellises) * codec.TILE / weights, 2) if weights else 0.0
 
@@ -161,7 +165,7 @@ def _tensor_storage(
         module = storage.setdefault(name.rpartition(".")[0], {"stored_tensors": {}})
         dtype = _TORCH_NAMES.get(dtypes[name], dtypes[name])
         module["stored_tensors"][name] = {"shape": list(shapes[name]), "n_bytes": sizes[name], "dtype": dtype}
-        if name.endswith(".trellis"):
+        if name.endswith(".trellis") and len(shapes[name]) == 3:  # an embedding has stored_tensors only
             module.update(quant_format="exl3", bits_per_weight=codec.trellis_bits(shapes[name]))
             if codebook in MARKERS:
                 module[f"{codebook}_multiplier"] = MARKERS[codebook]
