@@ -77,8 +77,8 @@ def take_embeddings(
     Raises:
         ValueError: If one ends where no quantized embedding can stand, or has another size there.
     """
-    used: dict[str, QuantizedEmbedding] = {}
     embeddings = list(loader.embeddings.values())
+    used: dict[str, QuantizedEmbedding] = {}
     if not embeddings:
         return used
     for key in [key for key, value in weights.items() if _is_placeholder(value)]:

@@ -189,11 +189,7 @@ class _Used(NamedTuple):
     @classmethod
     def of(cls, loader: TrellisModelLoader, unused: set[str]) -> _Used:
         return cls(
-            [
-                m
-                for m in loader.quantized.values()
-                if isinstance(m, QuantizedLinear) and f"{m.name}.trellis" not in unused
-            ],
+            [m for m in loader.linears.values() if f"{m.name}.trellis" not in unused],
             [e for e in loader.embeddings.values() if f"{e.name}.signs" not in unused],
             {name: info for name, info in loader.unquantized.items() if name not in unused},
         )
