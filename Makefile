@@ -10,6 +10,10 @@ RUN := $(VENV)/bin/python
 COMPILED := pyproject.toml CMakeLists.txt $(shell find cmake csrc kernels -type f)
 SOURCES := $(COMPILED) $(shell find python -type f -not -name '*.pyc')
 
+# Processes that share the tests.
+WORKERS ?= 2
+PYTEST := $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadgroup
+
 CPP_SOURCES = $(shell git ls-files "*.cpp" "*.h" "*.metal")
 
 # The build tree of make dev stays, with paths that stay: only what changed is compiled again.
@@ -18,16 +22,20 @@ EDITABLE := --no-build-isolation --config-settings=build-dir=build/dev --editabl
 # Without make dev: what the tests see is what a user installs.
 INSTALLED := $(if $(wildcard $(VENV)/editable),$(VENV)/editable,$(VENV)/installed)
 
-.PHONY: bench clean demo dev docs first-run format lint macos-wheel test test-full
+.PHONY: bench clean demo dev docs first-run format lint macos-wheel sanitize test test-full
 
 demo: $(INSTALLED)
 	$(RUN) examples/demo.py
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-full: $(INSTALLED)
-	$(RUN) -m pytest
+	$(PYTEST)
+
+# The C++ parts without MLX under the address, undefined-behaviour and thread sanitizers; a part of test-full.
+sanitize: $(INSTALLED)
+	$(PYTEST) tests/sanitize
 
 # One layer beside its peers: about ten minutes on an idle machine.
 bench: $(VENV)/bench

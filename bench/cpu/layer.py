@@ -37,7 +37,7 @@ ROWS = (1, 4, 16, 64, 256)
 BITS = ("1.5", "2", "2.5", "3", "3.5", "4", "mixed")
 DEVICES = ("cpu", "gpu") if mx.is_available(mx.Device(mx.gpu)) else ("cpu",)
 # What each width is measured beside: affine bits, ggml type.
-PEERS = {bits: (2, "Q2_K") for bits in ("1.5", "2", "2.5")} | {bits: (3, "Q3_K") for bits in ("3", "3.5", "mixed")}
+PEERS = dict.fromkeys(("1.5", "2", "2.5"), (2, "Q2_K")) | dict.fromkeys(("3", "3.5", "mixed"), (3, "Q3_K"))
 PEERS["4"] = (4, "Q4_K")
 # Routings per number of rows: at 64 rows a single one touches nearly every expert.
 FEW_ROUTINGS, MANY_ROUTINGS = 6, 32

@@ -109,7 +109,7 @@ def trellis_row(evaluation: Evaluation, label: str, kind: str, directory: Path) 
     return evaluation.row(label, kind, bits / count, weights)
 
 
-def data_free_row(evaluation: Evaluation, bits: int) -> dict:
+def data_free_row(evaluation: Evaluation, bits: float) -> dict:
     weights = {n: codec.dequantize(quantize_weight(w, bits)) for n, w in evaluation.original.items()}
     stored = sum(stored_bits(w.shape, bits, "mul1", False) for w in evaluation.original.values())
     count = sum(w.size for w in evaluation.original.values())

@@ -87,11 +87,13 @@ def search_driver(tmp_path_factory):
 @pytest.mark.parametrize("bits", codec.WIDTHS)
 def test_search_under_qemu(search_driver, bits, tmp_path):
     """The states that this machine's own search finds, the tail of a batch included."""
-    tiles = np.random.default_rng(bits).standard_normal((1, codec.TILE_SIZE)).astype(np.float16)
+    tiles = np.random.default_rng(codec.half_bits(bits)).standard_normal((1, codec.TILE_SIZE)).astype(np.float16)
     files = [tmp_path / name for name in ("values", "tiles", "states")]
     codec.decode(np.arange(1 << 16, dtype=np.uint16), "mul1").astype(np.float32).tofile(files[0])
     tiles.astype(np.float32).tofile(files[1])
-    subprocess.run([QEMU, "-cpu", "max", str(search_driver), "neon", str(bits), *map(str, files)], check=True)
+    subprocess.run(
+        [QEMU, "-cpu", "max", str(search_driver), "neon", str(codec.half_bits(bits)), *map(str, files)], check=True
+    )
     found = np.fromfile(files[2], np.uint16).reshape(tiles.shape)
     np.testing.assert_array_equal(found, ops.viterbi_search(tiles, bits, "mul1"))
 
@@ -108,7 +110,7 @@ class Cases:
     """The driver's input file, and what must come out, in the driver's order."""
 
     def __init__(self):
-        self.decodes, self.products, self.swiglus = [], [], []
+        self.decodes, self.products, self.swiglus, self.ids = [], [], [], []
         self.parts: list[bytes] = []
 
     def array(self, values, dtype):
@@ -128,12 +130,30 @@ class Cases:
     def decode(self, w):
         self.decodes.append((w,))
 
-    def product(self, w, x: mx.array, dtype: str, panel_rows: int, transposed: bool = False, exact=None):
+    def product(
+        self,
+        w,
+        x: mx.array,
+        dtype: str,
+        panel_rows: int,
+        transposed: bool = False,
+        ids=None,
+        divisor: int = 1,
+        exact=None,
+    ):
+        """w: a weight, or with ids, the expert of each row, a list; row r reads x[r // divisor]."""
         x = x.astype(getattr(mx, dtype))
-        x64 = np.array(x.astype(mx.float32)).astype(np.float64)
+        weights = w if ids is not None else [w]
         if exact is None:
-            exact = x64 @ codec.dequantize(w).astype(np.float64).T if transposed else reference_linear(x64, w)
-        self.products.append((w, x, dtype, panel_rows, transposed, exact))
+            x64 = np.array(x.astype(mx.float32)).astype(np.float64)
+            rows = np.repeat(x64, divisor, axis=0)
+            chosen = np.zeros(len(rows), np.uint32) if ids is None else ids
+            exact = np.zeros((len(rows), weights[0].in_features if transposed else weights[0].out_features))
+            for e in np.unique(chosen):
+                back = codec.dequantize(weights[e]).astype(np.float64).T if transposed else None
+                mine = rows[chosen == e]
+                exact[chosen == e] = mine @ back if transposed else reference_linear(mine, weights[e])
+        self.products.append((weights, x, dtype, panel_rows, transposed, ids, divisor, exact))
 
     def swiglu(self, experts, x, ids, scores, dtype: str, panel_rows: int, activation: str, exact=None):
         x = x.astype(getattr(mx, dtype))
@@ -142,23 +162,33 @@ class Cases:
             exact = reference_swiglu(x64, ids, experts, scores, activation)
         self.swiglus.append((experts, x, ids, scores, dtype, panel_rows, activation, exact))
 
+    def bad_ids(self, ids, experts: int):
+        wrong = np.nonzero(np.asarray(ids) >= experts)[0]
+        self.ids.append((ids, experts, max(wrong, key=lambda i: (ids[i], -i)) if wrong.size else -1))
+
     def write(self, path: Path) -> None:
-        self.array([len(self.decodes), len(self.products), len(self.swiglus)], np.int32)
+        self.parts.clear()
+        self.array([len(self.decodes), len(self.products), len(self.swiglus), len(self.ids)], np.int32)
         for (w,) in self.decodes:
             self.stack([w])
-        for w, x, dtype, panel_rows, transposed, _ in self.products:
-            self.stack([w])
-            sizes = w.in_features, w.out_features
-            self.array([DTYPES.index(dtype), panel_rows, x.shape[0], *sizes, transposed], np.int32)
+        for weights, x, dtype, panel_rows, transposed, ids, divisor, exact in self.products:
+            self.stack(weights)
+            sizes = weights[0].in_features, weights[0].out_features
+            self.array([DTYPES.index(dtype), panel_rows, len(exact), *sizes, transposed, divisor], np.int32)
+            self.array([] if ids is None else ids, np.uint32)
             self.array(to_bytes(x), np.uint8)
         for experts, x, ids, scores, dtype, panel_rows, activation, _ in self.swiglus:
             for name in ("gate", "up", "down"):
                 self.stack(experts[name])
             hidden, kind = experts["gate"][0].in_features, ACTIVATIONS.index(activation)
-            self.array([DTYPES.index(dtype), panel_rows, x.shape[0], hidden, ids.shape[1], kind], np.int32)
+            combine = scores is not None
+            self.array([DTYPES.index(dtype), panel_rows, x.shape[0], hidden, ids.shape[1], kind, combine], np.int32)
             self.array(to_bytes(x), np.uint8)
             self.array(ids, np.uint32)
-            self.array([] if scores is None else scores, np.float32)
+            self.array(scores if combine else [], np.float32)
+        for ids, experts, _ in self.ids:
+            self.array(ids, np.uint32)
+            self.array([experts], np.int32)
         path.write_bytes(b"".join(self.parts))
 
     def check(self, data: bytes) -> None:
@@ -174,12 +204,15 @@ class Cases:
         for (w,) in self.decodes:
             got = np.array(take("float16", w.padded_shape)).view(np.uint16)
             np.testing.assert_array_equal(got, codec.inner(w).view(np.uint16), err_msg=str(w))
-        for w, x, dtype, panel_rows, transposed, exact in self.products:
+        for weights, x, dtype, panel_rows, transposed, _, _, exact in self.products:
             error = row_error(take(dtype, exact.shape), exact)
-            assert error <= TOLERANCE[dtype], (w, x.shape, dtype, panel_rows, transposed, error)
+            assert error <= TOLERANCE[dtype], (weights, x.shape, dtype, panel_rows, transposed, error)
         for _, x, ids, _, dtype, panel_rows, activation, exact in self.swiglus:
             error = row_error(take(dtype, exact.shape), exact)
             assert error <= TOLERANCE[dtype], (activation, x.shape, ids.shape, dtype, panel_rows, error)
+        for ids, experts, wrong in self.ids:
+            assert np.frombuffer(data, np.int64, 1, at)[0] == wrong, (ids, experts)
+            at += 8
         assert at == len(data)
 
 
@@ -230,7 +263,6 @@ def all_cases():
 @pytest.mark.parametrize("name", list(SETS))
 def test_kernels_under_qemu(driver, all_cases, name, tmp_path):
     cases, results = tmp_path / "cases", tmp_path / "results"
-    all_cases.parts.clear()
     all_cases.write(cases)
     subprocess.run([QEMU, "-cpu", "max", str(driver), name, str(cases), str(results)], check=True)
     all_cases.check(results.read_bytes())

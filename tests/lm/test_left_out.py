@@ -185,7 +185,7 @@ def test_the_command_shows_what_is_left_out(tmp_path):
         (lambda c: c.linear("model.layers.9.self_attn.q_proj", 128, 128), r"layers\.9.*a layer behind the 2 of config"),
         (
             lambda c: c.exl3.update({"model.embed.trellis": mx.zeros((160, 98), mx.int16)}),
-            r"model\.embed\.trellis: .*a quantized embedding, which ExLlamaV3 writes since 1\.6\.0 \(-eb\)",
+            r"model\.embed\.trellis .*a quantized embedding's, which ExLlamaV3 writes since 1\.6\.0 \(-eb\)",
         ),
     ],
 )

@@ -21,6 +21,7 @@ from .toolchain import (
     ISA,
     LINKER,
     PRECISION,
+    building,
     digest,
     run_tool,
     sources_digest,
@@ -158,18 +159,19 @@ def _build(unit, flags):
     """Compile and link, once per content. Returns the library's path and clang's warnings."""
     key = digest(unit.text, sources_digest(), *flags)
     library, diagnostics = CACHE / f"kernel_{key}.so", CACHE / f"kernel_{key}.diagnostics"
-    if not library.exists():
-        beside = CACHE / f"kernel_{key}.{os.getpid()}"
-        source, object_file = beside.with_suffix(".clcpp"), beside.with_suffix(".o")
-        source.write_text(unit.text)
-        include = f"-I{HERE / 'shim'}"
-        built = run_tool([*CLANG, *flags, include, "-c", "-o", str(object_file), str(source)], f"compiling {unit.name}")
-        warnings = built.stderr.splitlines() + pointer_warnings(unit.text, [*flags, include])
-        run_tool([*LINKER, "-shared", "-o", str(beside), str(object_file)], "linking")
-        object_file.unlink()
-        source.unlink()
-        write_atomically(diagnostics, "\n".join(warnings))
-        beside.replace(library)
+    with building(library, diagnostics) as wanted:
+        if wanted:
+            beside = CACHE / f"kernel_{key}.{os.getpid()}"
+            source, object_file = beside.with_suffix(".clcpp"), beside.with_suffix(".o")
+            source.write_text(unit.text)
+            flags = [*flags, f"-I{HERE / 'shim'}"]
+            built = run_tool([*CLANG, *flags, "-c", "-o", str(object_file), str(source)], f"compiling {unit.name}")
+            warnings = built.stderr.splitlines() + pointer_warnings(unit.text, flags)
+            run_tool([*LINKER, "-shared", "-o", str(beside), str(object_file)], "linking")
+            object_file.unlink()
+            source.unlink()
+            write_atomically(diagnostics, "\n".join(warnings))
+            beside.replace(library)
     found = [
         w
         for w in diagnostics.read_text().splitlines()

@@ -8,13 +8,14 @@ feeds an add, width changes, half operands of float operations.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 
 from . import costs, ir
 from .compiler import DIALECT, translate
 from .launch import Library, Result
-from .toolchain import CACHE, CLANG, HERE, LINKER, digest, run_tool, sources_digest, write_atomically
+from .toolchain import CACHE, CLANG, HERE, LINKER, building, digest, run_tool, sources_digest, write_atomically
 
 CLASSES = (
     *("multiply", "shift", "variable_shift", "wide_variable_shift", "convert"),
@@ -128,22 +129,25 @@ def compile_counted(source: str, *, fp_contract: str = "off", **options) -> Coun
     counter = "\n".join((HERE / f).read_text() for f in ("counting.py", "costs.py", "ir.py"))
     key = digest(unit.text, sources_digest(), counter, *flags)
     text, library = CACHE / f"counted_{key}.ll", CACHE / f"counted_{key}.so"
-    if not text.exists():
-        unit_file = CACHE / f"counted_{key}.clcpp"
-        write_atomically(unit_file, unit.text)
-        command = [*CLANG, *flags, f"-I{HERE / 'shim'}", "-S", "-emit-llvm", "-o", "-", str(unit_file)]
-        write_atomically(text, run_tool(command, f"compiling {unit.name}").stdout)
+    with building(text) as wanted:
+        if wanted:
+            unit_file = CACHE / f"counted_{key}.clcpp"
+            write_atomically(unit_file, unit.text)
+            command = [*CLANG, *flags, f"-I{HERE / 'shim'}", "-S", "-emit-llvm", "-o", "-", str(unit_file)]
+            write_atomically(text, run_tool(command, f"compiling {unit.name}").stdout)
     module = ir.Module(text.read_text())
     for function in module.functions:
         costs.classify(function)
-    if not library.exists():
-        instrumented = CACHE / f"counted_{key}_blocks.ll"
-        write_atomically(instrumented, module.instrumented())
-        beside = CACHE / f"counted_{key}.o"
-        target = ["-target", "x86_64-linux-gnu", "-mavx", "-mf16c", "-mfma", "-w"]
-        run_tool(
-            [*CLANG, "-x", "ir", *target, "-O1", "-fPIC", "-c", "-o", str(beside), str(instrumented)],
-            f"compiling {unit.name} for counting",
-        )
-        run_tool([*LINKER, "-shared", "-o", str(library), str(beside)], "linking")
+    with building(library) as wanted:
+        if wanted:
+            instrumented = CACHE / f"counted_{key}_blocks.ll"
+            write_atomically(instrumented, module.instrumented())
+            beside, linked = CACHE / f"counted_{key}.o", CACHE / f"counted_{key}.{os.getpid()}"
+            target = ["-target", "x86_64-linux-gnu", "-mavx", "-mf16c", "-mfma", "-w"]
+            run_tool(
+                [*CLANG, "-x", "ir", *target, "-O1", "-fPIC", "-c", "-o", str(beside), str(instrumented)],
+                f"compiling {unit.name} for counting",
+            )
+            run_tool([*LINKER, "-shared", "-o", str(linked), str(beside)], "linking")
+            linked.replace(library)
     return CountedLibrary(library, unit, module)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 from .errors import CompileError
 
 HERE = Path(__file__).resolve().parent
+# The user's cache, by content: a clone, a branch or a reinstalled package finds what another has built.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_marlin" / "metal_sim"
+# A run of all tests leaves 300 MB. Above the limit what has not been used for longest goes, down to half of it.
+CACHE_LIMIT = 1 << 30
 CLANG = [sys.executable, "-m", "ziglang", "clang"]
 # `zig cc -x c++` without exceptions: `zig c++` would first build libc++ for two minutes.
 CXX = [sys.executable, "-m", "ziglang", "cc", "-x", "c++", "-fno-exceptions", "-fno-rtti"]
@@ -54,6 +61,49 @@ def write_atomically(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+@contextmanager
+def building(*made: Path):
+    """Yields whether these files, whose names are digests of what they are made from, are still to be made.
+
+    One process makes them, others wait: two test workers want the same kernels at the same time.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if all(path.exists() for path in made):
+        yield False
+    else:
+        _trim_once()
+        # A few lock files for all names; that two names share one costs a wait.
+        with FileLock(CACHE / f"{digest(made[0].name)[:2]}.lock"):
+            yield not all(path.exists() for path in made)
+    for path in made:
+        os.utime(path)
+
+
+@functools.cache
+def _trim_once() -> None:
+    trim(CACHE, CACHE_LIMIT)
+
+
+def trim(folder: Path, limit: int) -> None:
+    """Where the files of a folder have more bytes than `limit`, remove the least recently used down to half of it."""
+    known = []
+    for path in folder.iterdir():
+        try:
+            found = path.stat()
+        except FileNotFoundError:  # another process renamed or removed it
+            continue
+        if path.suffix != ".lock":
+            known.append((found.st_mtime, found.st_size, path))
+    total = sum(size for _, size, _ in known)
+    if total <= limit:
+        return
+    for _, size, path in sorted(known):
+        if total <= limit // 2:
+            break
+        path.unlink(missing_ok=True)
+        total -= size
+
+
 def _errors_only(stderr: str) -> str:
     """Errors and the lines that belong to them, without the warnings."""
     kept, following = [], 0
@@ -81,22 +131,22 @@ def run_tool(command: list[str], what: str) -> subprocess.CompletedProcess:
 
 @functools.cache
 def sources_digest() -> str:
-    """Hash of the shim and the runtime: a change rebuilds everything."""
+    """Hash of the shim, the runtime and the compiler's version: a change rebuilds everything."""
     files = sorted([*(HERE / "shim").iterdir(), *(HERE / "runtime").iterdir()])
-    return digest(*(f.read_text() for f in files))
+    return digest(importlib.metadata.version("ziglang"), *(f.read_text() for f in files))
 
 
 @functools.cache
 def runtime() -> ctypes.CDLL:
     """Build (once) and load the runtime that executes threadgroups."""
-    CACHE.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-fno-sanitize=all", "-fomit-frame-pointer"]
     library = CACHE / f"runtime_{digest(sources_digest(), *ISA, *flags)}.so"
-    if not library.exists():
-        beside = library.with_name(f"{library.name}.{os.getpid()}")
-        source = str(HERE / "runtime" / "runtime.cpp")
-        run_tool([*CXX, *flags, *ISA, *PRECISION, "-o", str(beside), source], "building the runtime")
-        beside.replace(library)
+    with building(library) as wanted:
+        if wanted:
+            beside = library.with_name(f"{library.name}.{os.getpid()}")
+            source = str(HERE / "runtime" / "runtime.cpp")
+            run_tool([*CXX, *flags, *ISA, *PRECISION, "-o", str(beside), source], "building the runtime")
+            beside.replace(library)
     ctypes.CDLL("libm.so.6", ctypes.RTLD_GLOBAL)  # kernels call libm by name
     loaded = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
     loaded.msl_shared.restype = ctypes.c_void_p

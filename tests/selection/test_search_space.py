@@ -1,5 +1,6 @@
 """Which configs are the same code, which are worth timing on a machine, and how one from elsewhere is fitted."""
 
+import inspect
 from dataclasses import replace
 from itertools import product
 
@@ -23,6 +24,21 @@ def swiglu(rows=4, bits=3, on="cpu", **more):
 
 def linear(rows=1, hidden=256, out=128, on="cpu"):
     return Problem.linear(hidden, out, rows=rows, bits=3, dtype="float32", device=on)
+
+
+# One interface
+
+
+def test_both_devices_answer_the_same_questions():
+    asked = {name: value for name, value in vars(kernels.KernelRules).items() if inspect.isfunction(value)}
+    asked = {name: list(inspect.signature(f).parameters)[1:] for name, f in asked.items() if name[0] != "_"}
+    assert len(asked) >= 8
+    for rules in (cpu, metal):
+        assert {name: list(inspect.signature(getattr(rules, name)).parameters) for name in asked} == asked
+        assert rules.TILE_ROWS.keys() == set(kernels.VARIANTS) and isinstance(rules.COMPILED_AT_RUN_TIME, bool)
+        for variant in kernels.VARIANTS:
+            columns = {tiles[1] for tiles in rules.legal_tiles(variant)}
+            assert columns == set(rules.TILE_COLUMNS) and rules.legal_tiles(variant)[0][0] in rules.TILE_ROWS[variant]
 
 
 # The same code on the CPU

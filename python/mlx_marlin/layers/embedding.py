@@ -41,6 +41,11 @@ class TrellisEmbedding(nn.Module):
         """Bits per element, from the shapes."""
         return codec.embedding_bits(self.trellis.shape, self.signs.shape[0])
 
+    @property
+    def weight(self) -> mx.array:
+        """The whole table, decoded at each look, for model code that multiplies with it: ``[rows, features]``."""
+        return self(mx.arange(self.trellis.shape[0]))
+
     def __call__(self, x: mx.array) -> mx.array:
         """Token ids ``[...]`` -> ``[..., features]``, in the dtype of ``signs``; values are those of half precision."""
         signs = self.signs

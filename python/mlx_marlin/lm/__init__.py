@@ -3,9 +3,12 @@
 - ``hub``: where a checkpoint is.
 - ``placeholders``: what stands for its linears while mlx-lm moves tensors about.
 - ``mapping``: where its tensors belong in mlx-lm's model.
+- ``embedding``: its token embeddings there.
 - ``experts``: the layers that take the places of linears and experts.
 - ``model``: that model, made and filled.
 - ``sharding``: the same on several ranks.
+- ``memory``: what it takes to run one.
+- ``info``: what a checkpoint is, without reading its weights; ``info_report``: the same as text.
 - ``commands``: mlx-lm's commands over all this.
 - ``problems``: what a checkpoint asks of the kernels.
 """

@@ -21,7 +21,9 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 from ..codec import padded
 from ..loader.contents import NGRAM, OTHER, LeftOut, parts_of, seems_to_be
 from ..loader.directory import TrellisModelLoader
+from ..loader.embedding import QuantizedEmbedding
 from ..loader.exl3 import PlainLinear
+from .embedding import make_placeholders, take_embeddings
 from .placeholders import EXPERT, LinearSource, Placeholders
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -50,6 +52,7 @@ class WeightMap:
         linears: Source of each quantized ``nn.Linear``, by its path in the model.
         experts: Sources of each quantized ``SwitchGLU``: path -> projection -> one source per expert.
         heads: Source of the output head, by the path of the embeddings that the model would use instead.
+        embeddings: Each quantized token embedding, by its path in the model.
         dense: All other parameters of the model, lazy, by path.
         left_out: What of the checkpoint the model does not use.
     """
@@ -57,6 +60,7 @@ class WeightMap:
     linears: dict[str, LinearSource] = field(default_factory=dict)
     experts: dict[str, dict[str, list[LinearSource]]] = field(default_factory=dict)
     heads: dict[str, LinearSource] = field(default_factory=dict)
+    embeddings: dict[str, QuantizedEmbedding] = field(default_factory=dict)
     dense: dict[str, mx.array] = field(default_factory=dict)
     left_out: LeftOut = LeftOut({})
 
@@ -84,7 +88,7 @@ class _Checkpoint:
         modules = dict(model.named_modules())
         numbers = (int(match[1]) for match in map(_LAYER.search, modules) if match)
         layers = len(model.layers) if hasattr(model, "layers") else max(numbers, default=-1) + 1
-        parts = parts_of((*loader.quantized, *loader.unquantized), layers)
+        parts = parts_of((*loader.quantized, *loader.embeddings, *loader.unquantized), layers)
         return cls(loader, Placeholders(loader), modules, layers, parts)
 
     def seems_to_be(self, name: str) -> str:
@@ -159,8 +163,9 @@ def map_weights(model: nn.Module, loader: TrellisModelLoader) -> WeightMap:
     placeholders, modules = checkpoint.placeholders, checkpoint.modules
     of_experts = {f"{linear.name}.{suffix}" for linear in placeholders.plain for suffix in linear.parts}
     unquantized = {name: value for name, value in loader.load_unquantized().items() if name not in of_experts}
-    mapping = WeightMap()
-    for key, value in sanitize(model, loader.directory, unquantized, placeholders).items():
+    weights = sanitize(model, loader.directory, {**unquantized, **make_placeholders(loader)}, placeholders)
+    mapping = WeightMap(embeddings=take_embeddings(loader, modules, weights, checkpoint.parts))
+    for key, value in weights.items():
         if not isinstance(value, mx.array):
             raise ValueError(f"{loader.directory}: mlx-lm makes a {type(value).__name__} of {key}")
         if value.dtype == mx.uint64 and not _is_head(key, modules):
@@ -178,10 +183,11 @@ def _left_out(mapping: WeightMap, checkpoint: _Checkpoint, unquantized: dict[str
     sources = [*mapping.linears.values(), *mapping.heads.values(), *(source for bank in banks for source in bank)]
     used = {source.linear.name for source in sources}
     found: dict[str, dict[str, int]] = {}
-    for linear in checkpoint.placeholders.linears:
-        if linear.name not in used:
-            sizes = found.setdefault(checkpoint.parts.get(linear.name, OTHER), {})
-            sizes.update({f"{linear.name}.{suffix}": info.nbytes for suffix, info in linear.parts.items()})
+    used.update(embedding.name for embedding in mapping.embeddings.values())
+    for module in (*checkpoint.placeholders.linears, *checkpoint.loader.embeddings.values()):
+        if module.name not in used:
+            sizes = found.setdefault(checkpoint.parts.get(module.name, OTHER), {})
+            sizes.update({f"{module.name}.{suffix}": info.nbytes for suffix, info in module.parts.items()})
     for name in _unread(unquantized, mapping.dense.values()):
         part = checkpoint.parts.get(name, OTHER)
         found.setdefault(part, {})[name] = checkpoint.loader.unquantized[name].nbytes
@@ -298,6 +304,7 @@ def _check_complete(model: nn.Module, checkpoint: _Checkpoint, mapping: WeightMa
                 )
     replaced = {
         *mapping.linears,
+        *mapping.embeddings,
         *(f"{path}.{projection}" for path in mapping.experts for projection in PROJECTIONS),
     }
     parameters = {key: value for key, value in _parameters(model).items() if key.rpartition(".")[0] not in replaced}

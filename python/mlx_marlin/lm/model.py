@@ -26,6 +26,7 @@ from ..loader.directory import Kind, TrellisModelLoader
 from ..loader.scaling import up_divisor, without_folded_scales
 from ..ops import DTYPE_NAMES
 from ..storage.untrusted import read_json
+from .embedding import EmbeddingWithHead, make_embedding
 from .experts import load_source, whole_experts, whole_linear
 from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap, map_weights
 from .placeholders import LinearSource
@@ -42,23 +43,6 @@ MakeExperts = Callable[[str, nn.Module, dict[str, list[LinearSource]]], nn.Modul
 _log = logging.getLogger("mlx_marlin.lm")
 _LAYER = re.compile(r"(?:^|.*?\.)layers\.\d+(?=\.)")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-
-
-class EmbeddingWithHead(nn.Embedding):
-    """Embeddings of a model that has no head of its own, with the one of the checkpoint.
-
-    Args:
-        embedding: The embeddings.
-        head: What :meth:`as_linear` applies instead of their transpose.
-    """
-
-    def __init__(self, embedding: nn.Embedding, head: TrellisLinear):
-        nn.Module.__init__(self)
-        self.weight = embedding.weight
-        self.head = head
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        return self.head(x)
 
 
 def read_config(model_path: Path, loader: TrellisModelLoader, model_config: dict | None) -> dict:
@@ -125,18 +109,21 @@ _SELECTION_BIAS = re.compile(r"(?:^|\.)(?:e_score_correction_bias|expert_bias|ro
 
 
 def running_dtype(dense: dict[str, mx.array], dtype: mx.Dtype | None) -> mx.Dtype | None:
-    """The dtype that the unquantized parameters run in, ``None`` where they stay as they are.
+    """The dtype that the unquantized parameters and the embeddings run in, ``None`` where they stay as they are.
 
-    With ``dtype=None`` that is float32 on the CPU. On a GPU it is the dtype of the embeddings: EXL3 keeps them
-    in the source's dtype but stores routers in half precision, and mixing both 16-bit kinds would make float32
-    of all.
+    With ``dtype=None`` that is float32 on the CPU. On a GPU it is the dtype of the embeddings, or where those are
+    quantized that of the norms: EXL3 keeps both in the source's dtype but stores routers in half precision, and mixing
+    both 16-bit kinds would make float32 of all.
     """
     if dtype is not None:
         return dtype
     if ops.device_of(None) == "cpu":
         return mx.float32
-    embeddings = [v.dtype for k, v in dense.items() if k.endswith("embed_tokens.weight")]
-    return embeddings[0] if embeddings and embeddings[0] in (mx.float16, mx.bfloat16) else None
+    for ending in ("embed_tokens.weight", "norm.weight"):
+        for key, value in dense.items():
+            if key.endswith(ending):
+                return value.dtype if value.dtype in (mx.float16, mx.bfloat16) else None
+    return None
 
 
 def cast_dense(model: nn.Module, dense: dict[str, mx.array], dtype: mx.Dtype | None) -> dict[str, mx.array]:
@@ -192,6 +179,18 @@ def groups_of(paths: Iterable[str]) -> list[list[str]]:
     return [group for group in groups.values() if group]
 
 
+def _fill_embeddings(model: nn.Module, mapping: WeightMap, dtype: mx.Dtype | None) -> None:
+    for path in dict.fromkeys((*mapping.embeddings, *mapping.heads)):
+        module = module_at(model, path)
+        if module is None:
+            continue
+        made = make_embedding(module, mapping.embeddings[path], dtype) if path in mapping.embeddings else module
+        if path in mapping.heads:
+            head = TrellisLinear(load_source(mapping.heads[path], *reversed(module.weight.shape)))
+            made = EmbeddingWithHead(made, head)
+        replace_module(model, path, made)
+
+
 def fill(
     model: nn.Module,
     mapping: WeightMap,
@@ -219,10 +218,7 @@ def fill(
     dense = cast_dense(model, present, dtype)
     del present
     model.load_weights(list(dense.items()), strict=False)
-    for path, source in mapping.heads.items():
-        embedding = module_at(model, path)
-        head = TrellisLinear(load_source(source, *reversed(embedding.weight.shape)))
-        replace_module(model, path, EmbeddingWithHead(embedding, head))
+    _fill_embeddings(model, mapping, target)
     groups = groups_of((*dense, *mapping.linears, *mapping.experts))
     for done, group in enumerate(groups, 1):
         for path in group:

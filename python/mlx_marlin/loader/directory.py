@@ -15,9 +15,11 @@ import numpy as np
 
 from ..storage.safetensors import TensorInfo, raw_header, read_header
 from ..storage.untrusted import check_present, parse_json, read_json
+from ..weights.embedding import EmbeddingWeight
 from ..weights.grid import GridWeight
 from ..weights.trellis import TrellisWeight
 from . import metal_marlin
+from .embedding import QuantizedEmbedding, find_embeddings
 from .exl3 import QUANTIZED_SUFFIXES, QuantizedLinear, check_markers
 from .metal_marlin import GridEntry
 
@@ -160,6 +162,7 @@ class TrellisModelLoader:
         kind: What it holds.
         version: Of the ExLlamaV3 that wrote it, as config.json says, or ``None``.
         quantized: The :class:`QuantizedLinear` (or :class:`GridEntry`) of each quantized linear, by name.
+        embeddings: The :class:`QuantizedEmbedding` of each quantized token embedding, by name.
         unquantized: Where all other tensors lie, by name.
         tables: Where the tensors of n-gram tables lie, by name.
     """
@@ -169,14 +172,17 @@ class TrellisModelLoader:
         self.kind, self.version = kind_of(self.directory), _version(self.directory)
         self.quantized: dict[str, QuantizedLinear | GridEntry] = {}
         self.unquantized: dict[str, TensorInfo] = {}
+        self.embeddings: dict[str, QuantizedEmbedding] = {}
         self.tables: dict[str, TensorInfo] = {}
         if self.kind is Kind.METAL_MARLIN:
             entries = metal_marlin.read_directory(self.directory)
             self.quantized = {name: entries[name] for name in sorted(entries, key=_natural_key)}
             return
         tensors = _read_tensors(self.directory)
-        names = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in QUANTIZED_SUFFIXES}
-        used: set[str] = set()
+        self.embeddings = find_embeddings(tensors)
+        used = {f"{e.name}.{suffix}" for e in self.embeddings.values() for suffix in e.parts}
+        linears = [name for name in tensors if name not in used and name.rpartition(".")[2] in QUANTIZED_SUFFIXES]
+        names = {name.rpartition(".")[0] for name in linears}
         for name in sorted(names, key=_natural_key):
             suffixes = (*QUANTIZED_SUFFIXES, "bias", "scale")
             linear = QuantizedLinear(name, {s: tensors[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in tensors})
@@ -202,21 +208,30 @@ class TrellisModelLoader:
 
     def load_weight(
         self, name: str, *, in_features: int | None = None, out_features: int | None = None
-    ) -> TrellisWeight | GridWeight:
-        """One weight.
+    ) -> TrellisWeight | GridWeight | EmbeddingWeight:
+        """One weight: of a linear, or a token embedding.
 
         Args:
             name: Its name; a leading ``"model."`` may be left out.
-            in_features: Logical number of inputs, which the files do not record. Default: the padded one.
-            out_features: Logical number of outputs. Default: the padded one.
+            in_features: Logical number of inputs, which the files do not record. Default: the padded one. Of an
+                embedding, its rows.
+            out_features: Logical number of outputs. Default: the padded one. Of an embedding, the elements of a row.
 
         Raises:
-            KeyError: If no quantized linear has this name.
+            KeyError: If no quantized linear or embedding has this name.
+            ValueError: If its sizes cannot be these.
         """
         name = str(name).removesuffix(".weight")
+        embedding = self.embeddings.get(name) or self.embeddings.get(f"model.{name}")
+        if embedding is not None:
+            if in_features not in (None, embedding.rows):
+                raise ValueError(f"{embedding.name}: in_features, its rows, is {embedding.rows}, not {in_features}")
+            return embedding.load(out_features)
         linear = self.quantized.get(name) or self.quantized.get(f"model.{name}")
         if linear is None:
-            raise KeyError(f"{self.directory} has no quantized linear {name!r}; see .names for those that it has")
+            raise KeyError(
+                f"{self.directory} has no quantized linear {name!r}; see .names and .embeddings for what it has"
+            )
         return linear.load(in_features=in_features, out_features=out_features)
 
     def load_layer(self, i: int) -> dict[str, TrellisWeight | GridWeight]:

@@ -65,12 +65,6 @@ class QuantizedLinear:
             raise ValueError(f"{where} has both .mcg and .mul1; a linear has one codebook")
         if trellis.dtype != "I16":
             raise ValueError(f"{where}.trellis must be I16, got {trellis.dtype}")
-        if len(trellis.shape) == 2:
-            raise ValueError(
-                f"{where}.trellis: a linear's has three dimensions, got {list(trellis.shape)}; it seems to be a "
-                "quantized embedding, which ExLlamaV3 writes since 1.6.0 (-eb), or an n-gram table, which it writes "
-                "since 1.4.5 (-ngb); neither is supported"
-            )
         try:
             codec.trellis_bits(trellis.shape)
         except ValueError as error:

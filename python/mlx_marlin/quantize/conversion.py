@@ -26,6 +26,7 @@ from ..storage import atomic
 from ..storage.safetensors import Tensor, write_tensors
 from .allocate import MODES, Allocation, Item, allocate
 from .calibration import calibration_tokens
+from .embedding import check_embed_bits, write_embedding
 from .head import head_tensors
 from .jobs import Job, layer_jobs, seed_of, wanted
 from .layered import LayeredModel, Taps
@@ -83,31 +84,45 @@ class _Clock:
 @dataclass(frozen=True)
 class _Settings:
     bits: float
-    head_bits: int
+    head_bits: float
+    embed_bits: int | None
     codebook: str
+    half_rates: bool
     mixed: str
     seed: int
 
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Those that a linear may have."""
+        half_rates = self.half_rates and self.codebook == "mul1"
+        return tuple(k for k in codec.WIDTHS if half_rates or not codec.is_half_rate(k))
 
-def _check(bits: float, head_bits: int, codebook: str, mixed: str, seed: int) -> _Settings:
-    if not 1 <= bits <= codec.MAX_BITS:
-        raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {bits}")
-    if head_bits not in (*range(1, codec.MAX_BITS + 1), 16):
-        raise ValueError(
-            f"head_bits must be 1..{codec.MAX_BITS}, or 16 to leave the head in half precision, got {head_bits}"
-        )
-    if codebook not in codec.CODEBOOKS:
-        raise ValueError(f"codebook must be one of {', '.join(codec.CODEBOOKS)}, got {codebook!r}")
+
+def _check(
+    bits: float, head_bits: float, embed_bits: int | None, codebook: str, half_rates: bool, mixed: str, seed: int
+) -> _Settings:
+    codec.check_codebook(codebook)
     if mixed not in MODES:
         raise ValueError(f"mixed must be one of {', '.join(MODES)}, got {mixed!r}")
-    return _Settings(float(bits), int(head_bits), codebook, mixed, int(seed))
+    settings = _Settings(
+        float(bits), head_bits, check_embed_bits(embed_bits), codebook, bool(half_rates), mixed, int(seed)
+    )
+    if not 1 <= bits <= codec.MAX_BITS:
+        raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {bits}")
+    if head_bits not in (*settings.widths, 16):
+        listed = ", ".join(map(str, settings.widths))
+        kind = f"codebook {codebook}" if half_rates else "half_rates=False"
+        raise ValueError(
+            f"head_bits must be one of {listed} ({kind}), or 16 to leave the head in half precision, got {head_bits}"
+        )
+    return settings
 
 
-def stored_bits(shape: tuple[int, int], k: int, codebook: str, bias: bool) -> int:
+def stored_bits(shape: tuple[int, int], k: float, codebook: str, bias: bool) -> int:
     """Everything that EXL3 stores for a linear, in bits: codes, scales, marker, bias."""
     rows, columns = (-(-n // codec.HADAMARD_SIZE) * codec.HADAMARD_SIZE for n in shape)
     marker = 32 if codebook in MARKERS else 0
-    return rows * columns * k + 16 * (rows + columns) + marker + (16 * columns if bias else 0)
+    return rows * columns * codec.half_bits(k) // 2 + 16 * (rows + columns) + marker + (16 * columns if bias else 0)
 
 
 def convert(
@@ -115,8 +130,10 @@ def convert(
     output: str | Path,
     *,
     bits: float,
-    head_bits: int = 6,
+    head_bits: float = 6,
+    embed_bits: int | None = None,
     codebook: str = "mul1",
+    half_rates: bool = True,
     calibration: str | Path | None = None,
     mixed: str = "per-expert",
     resume: bool = False,
@@ -130,11 +147,14 @@ def convert(
         output: Directory to be made.
         bits: Stored bits per weight of the quantized layers: codes, suh, svh and biases, without the head.
         head_bits: K of the output projection; 16 leaves it in half precision. Default: ``6``.
+        embed_bits: K of the token embedding, 1 to 8, which ExLlamaV3 reads since 1.6.0. Default: ``None``, unquantized.
         codebook: ``"mul1"``, ``"mcg"`` or ``"3inst"``. Default: ``"mul1"``.
+        half_rates: Whether linears may have 1.5, 2.5 and 3.5 bits, which exist for mul1 only and which ExLlamaV3 reads
+            since 1.5.1; older versions take them for the whole width below. Default: ``True``.
         calibration: Text file; the bundled text if ``None``. Default: ``None``.
         mixed: ``"per-expert"`` lets every expert and projection have its own K; ``"per-layer"`` one K per
             projection over the experts of a layer, which other EXL3 loaders need; ``"uniform"`` the same with two
-            neighbouring widths only. Default: ``"per-expert"``.
+            neighbouring whole widths and what lies between them only. Default: ``"per-expert"``.
         resume: Continue an interrupted conversion in ``output``. Default: ``False``.
         seed: Seed of the random signs. The result depends on nothing else than the arguments. Default: ``0``.
         progress: Called with a :class:`Progress` after each finished piece of work.
@@ -149,7 +169,7 @@ def convert(
     """
     from threadpoolctl import threadpool_limits
 
-    settings = _check(bits, head_bits, codebook, mixed, seed)
+    settings = _check(bits, head_bits, embed_bits, codebook, half_rates, mixed, seed)
     source, target = Source(Path(model)), Path(output)
     tokens = calibration_tokens(source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH)
     work = _open_work(target, source, settings, tokens, resume)
@@ -199,7 +219,7 @@ class _Conversion:
         self.tokens = tokens
         low = max(1, int(settings.bits) - _BELOW)
         high = min(codec.MAX_BITS, int(np.ceil(settings.bits)) + _ABOVE)
-        self.candidates = tuple(range(low, high + 1))
+        self.candidates = tuple(k for k in settings.widths if low <= k <= high)
         self.workers = kernels.cpu_threads()
         self.clock = _Clock(2.0 * len(self.model.layers) + 1.0, report)  # in layers: measured, quantized; the head
 
@@ -210,6 +230,9 @@ class _Conversion:
         self.model = LayeredModel(self.source.path, self.tokens, _BATCH)  # the first run let go of the weights
         hidden = self._quantize(allocation)
         self._head(hidden)
+        if self.settings.embed_bits is not None:
+            bits, seed = self.settings.embed_bits, self.settings.seed
+            write_embedding(self.work, self.model, self.source, bits, seed, self.workers)
         self.clock.advance("assembling", 1.0)
         assemble(
             self.source,
@@ -218,7 +241,6 @@ class _Conversion:
             len(self.model.layers),
             head_bits=self.settings.head_bits,
             codebook=self.settings.codebook,
-            allocation=allocation,
             calibration=self.tokens.shape,
         )
         return allocation
@@ -307,7 +329,7 @@ class _Conversion:
             self.clock.advance(f"quantized layer {index + 1} of {count}", 1.0)
         return hidden
 
-    def _quantize_job(self, job: Job, bits: int, threads: int) -> Codes:
+    def _quantize_job(self, job: Job, bits: float, threads: int) -> Codes:
         prepared = prepare(job.weight(), job.hessian, seed_of(self.settings.seed, job.name))
         return quantize_prepared(prepared, bits, self.settings.codebook, threads)
 
@@ -380,10 +402,10 @@ def plan_table(items: list[Item], allocation: Allocation) -> str:
     gap = allocation.loss / allocation.bound - 1 if allocation.bound > 0 else 0.0
     lines = [
         f"bits per weight {allocation.bits:.4f}   loss {allocation.loss:.6g}   within {100 * gap:.3g} % of the bound",
-        f"{'linear':60} {'weights':>10} {'K':>2} {'loss':>12} {'share of loss':>14}",
+        f"{'linear':60} {'weights':>10} {'K':>3} {'loss':>12} {'share of loss':>14}",
     ]
     for item in items:
         k = allocation.widths[item.name]
         share = item.loss[k] / allocation.loss if allocation.loss else 0.0
-        lines.append(f"{item.name:60} {item.weights:10d} {k:2d} {item.loss[k]:12.4g} {100 * share:13.3f}%")
+        lines.append(f"{item.name:60} {item.weights:10d} {k!s:>3} {item.loss[k]:12.4g} {100 * share:13.3f}%")
     return "\n".join(lines) + "\n"

@@ -22,7 +22,7 @@ def head_tensors(
     source: Source,
     hidden: list[np.ndarray],
     *,
-    bits: int,
+    bits: float,
     codebook: str,
     seed: int,
     threads: int,

@@ -8,7 +8,7 @@ from .. import codec, ops
 
 
 def quantize_tiles(
-    inner: np.ndarray, bits: int, codebook: str, threads: int | None = None
+    inner: np.ndarray, bits: float, codebook: str, threads: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nearest codes without feedback.
 
@@ -22,7 +22,7 @@ def quantize_tiles(
 
 
 def ldlq(
-    inner: np.ndarray, factor: np.ndarray, bits: int, codebook: str, threads: int | None = None
+    inner: np.ndarray, factor: np.ndarray, bits: float, codebook: str, threads: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes that keep ``tr(E^T R E)`` small, for ``R = L D L^T``.
 

@@ -104,13 +104,13 @@ class Codes:
     out_features: int
 
 
-def expected_loss(p: Prepared, bits: int, codebook: str) -> float:
+def expected_loss(p: Prepared, bits: float, codebook: str) -> float:
     """Expected squared output error per input row at one K."""
     _, loss = feedback_scale(p.regularised.inner, p.gain, p.spread, bits, codebook)
     return loss * float(np.sum(np.square(p.regularised.svh, dtype=np.float64)))
 
 
-def quantize_prepared(p: Prepared, bits: int, codebook: str, threads: int | None = None) -> Codes:
+def quantize_prepared(p: Prepared, bits: float, codebook: str, threads: int | None = None) -> Codes:
     """Quantize a prepared weight at one K."""
     r = p.regularised
     if p.factor is None:
@@ -156,7 +156,7 @@ def _refine_scales(p: Prepared, outer: np.ndarray, suh: np.ndarray, svh: np.ndar
 
 def quantize_weight(
     weight: Array,
-    K: int,
+    K: float,
     codebook: str = "mul1",
     hessian: Array | None = None,
     seed: int | Sequence[int] = 0,
@@ -169,7 +169,7 @@ def quantize_weight(
     Args:
         weight: ``[in_features, out_features]`` (transposed against a Hugging Face ``weight``), finite. Sizes that
             are not multiples of 128 are padded.
-        K: Bits per weight, 1 to 8.
+        K: Bits per weight, 1 to 8; with mul1 also 1.5, 2.5 and 3.5.
         codebook: ``"mul1"``, ``"mcg"`` or ``"3inst"``. Default: ``"mul1"``.
         hessian: Mean of ``x x^T`` over calibration inputs, ``[in_features, in_features]``; without it all inputs
             count alike and there is no feedback. Default: ``None``.
@@ -188,10 +188,8 @@ def quantize_weight(
         raise ValueError(f"weight must be a matrix [in_features, out_features], got shape {list(weight.shape)}")
     if not np.isfinite(weight).all():
         raise ValueError("weight holds values that are not finite")
-    if not 1 <= K <= codec.MAX_BITS:
-        raise ValueError(f"K must be in 1..{codec.MAX_BITS}, got {K}")
-    if codebook not in codec.CODEBOOKS:
-        raise ValueError(f"codebook must be one of {', '.join(codec.CODEBOOKS)}, got {codebook!r}")
+    codec.check_codebook(codebook)
+    codec.check_bits(K, codebook)
     if hessian is not None:
         hessian = np.array(hessian, np.float64)
         if hessian.shape != (len(weight), len(weight)) or not np.isfinite(hessian).all():

@@ -1,4 +1,4 @@
-"""The finished directory: shards, index, configuration, exactly as ExLlamaV3 1.4.1 lays them out."""
+"""The finished directory: shards, index, configuration, exactly as ExLlamaV3 1.6.5 lays them out."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .. import codec
 from ..loader.exl3 import MARKERS
 from ..storage import atomic, safetensors
 from ..storage.safetensors import ITEM_BYTES, Tensor, TensorInfo, read_header
-from .allocate import Allocation
+from .embedding import PART as EMBEDDING
 from .source import SIDE_FILES, Source
 from .weight import Codes
 
 # The layout that is written is that of this version.
-_FORMAT_VERSION = "1.4.1"
+_FORMAT_VERSION = "1.6.5"
 FINISHED = ".finished"  # name of the work directory while it is removed
 _SHARD_BYTES = 8 << 30
 _TORCH_NAMES = {
@@ -59,9 +59,8 @@ def assemble(
     work: Path,
     layers: int,
     *,
-    head_bits: int,
+    head_bits: float,
     codebook: str,
-    allocation: Allocation,
     calibration: tuple[int, int],
 ) -> None:
     """Put the finished parts together, then remove the work directory.
@@ -73,11 +72,13 @@ def assemble(
         layers: Number of layers.
         head_bits: Width of the output projection; 16 where it is in half precision.
         codebook: The codebook.
-        allocation: The widths.
         calibration: Shape of the calibration tokens, ``(windows, length)``.
     """
     parts: dict[str, TensorInfo] = {}
-    for file in (*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / "head.safetensors"):
+    files = [*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / "head.safetensors"]
+    if (work / EMBEDDING).exists():
+        files.append(work / EMBEDDING)
+    for file in files:
         parts.update(read_header(file))
     quantized = {name.rpartition(".")[0] for name in parts if name.endswith(".trellis")}
     kept = [name for name in source.tensors if not _replaced(name, quantized) and name not in parts]
@@ -100,7 +101,7 @@ def assemble(
     summary = {
         "quant_method": "exl3",
         "version": _FORMAT_VERSION,
-        "bits": round(allocation.bits, 4),
+        "bits": _average_bits({n: t.shape for n, t in parts.items() if n != "lm_head.trellis"}),
         "head_bits": head_bits,
         "calibration": {"rows": calibration[0], "cols": calibration[1]},
         "out_scales": "always",
@@ -109,10 +110,20 @@ def assemble(
     storage = _tensor_storage(dtypes, shapes, sizes, codebook)
     atomic.write_text(output / "quantization_config.json", json.dumps({**summary, "tensor_storage": storage}, indent=2))
     atomic.write_text(output / "plan.txt", (work / "plan.txt").read_text())
-    atomic.write_text(output / "config.json", json.dumps({**source.config, "quantization_config": summary}, indent=2))
+    # The head is written even where it is tied, and may differ from the embeddings; ExLlamaV3 says so since 1.6.1.
+    untied = {"tie_word_embeddings": False} if "tie_word_embeddings" in source.config else {}
+    config = {**source.config, **untied, "quantization_config": summary}
+    atomic.write_text(output / "config.json", json.dumps(config, indent=2))
     # Renamed first: a kill from here on leaves a complete model and no half-removed state to resume from.
     finished = work.rename(work.with_name(FINISHED))
     shutil.rmtree(finished)
+
+
+def _average_bits(shapes: dict[str, tuple[int, ...]]) -> float:
+    """K of the linears, weighted with their padded sizes, as ExLlamaV3 rounds it."""
+    trellises = [shape for name, shape in shapes.items() if name.endswith(".trellis") and len(shape) == 3]
+    weights = sum(rows * columns for rows, columns, _ in trellises) * codec.TILE_SIZE
+    return round(sum(math.prod(shape) for shape in trellises) * codec.TILE / weights, 2) if weights else 0.0
 
 
 def _replaced(name: str, quantized: set[str]) -> bool:
@@ -144,12 +155,17 @@ def _shards(sizes: dict[str, int]) -> dict[str, list[str]]:
 def _tensor_storage(
     dtypes: dict[str, str], shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], codebook: str
 ) -> dict[str, dict]:
+    """What each module stores, of those without modules inside."""
     storage: dict[str, dict] = {}
+    names = {name.rpartition(".")[0] for name in dtypes}
+    parents = {name[:i] for name in names for i, c in enumerate(name) if c == "."}
     for name in sorted(dtypes):
+        if name.rpartition(".")[0] in parents:
+            continue
         module = storage.setdefault(name.rpartition(".")[0], {"stored_tensors": {}})
         dtype = _TORCH_NAMES.get(dtypes[name], dtypes[name])
         module["stored_tensors"][name] = {"shape": list(shapes[name]), "n_bytes": sizes[name], "dtype": dtype}
-        if name.endswith(".trellis"):
+        if name.endswith(".trellis") and len(shapes[name]) == 3:  # an embedding has stored_tensors only
             module.update(quant_format="exl3", bits_per_weight=codec.trellis_bits(shapes[name]))
             if codebook in MARKERS:
                 module[f"{codebook}_multiplier"] = MARKERS[codebook]
