@@ -10,10 +10,6 @@ RUN := $(VENV)/bin/python
 COMPILED := pyproject.toml CMakeLists.txt $(shell find cmake csrc kernels -type f)
 SOURCES := $(COMPILED) $(shell find python -type f -not -name '*.pyc')
 
-# Processes that share the tests.
-WORKERS ?= 2
-PYTEST := $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadgroup
-
 CPP_SOURCES = $(shell git ls-files "*.cpp" "*.h" "*.metal")
 
 # The build tree of make dev stays, with paths that stay: only what changed is compiled again.
@@ -28,14 +24,14 @@ demo: $(INSTALLED)
 	$(RUN) examples/demo.py
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not slow"
+	$(RUN) -m pytest -m "not slow"
 
 test-full: $(INSTALLED)
-	$(PYTEST)
+	$(RUN) -m pytest
 
 # The C++ parts without MLX under the address, undefined-behaviour and thread sanitizers; a part of test-full.
 sanitize: $(INSTALLED)
-	$(PYTEST) tests/sanitize
+	$(RUN) -m pytest tests/sanitize
 
 # One layer beside its peers: about ten minutes on an idle machine.
 bench: $(VENV)/bench

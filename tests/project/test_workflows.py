@@ -82,10 +82,7 @@ def test_missing_commands_are_found(command):
 def recipe(target: str) -> list[list[str]]:
     """The commands of a make target that run Python."""
     lines = re.findall(rf"^{target}:.*\n((?:\t.*\n)*)", MAKEFILE, re.MULTILINE)
-    text = "".join(lines)
-    for name, value in re.findall(r"^(PYTEST|RUN) := (.*)$", MAKEFILE, re.MULTILINE)[::-1]:
-        text = text.replace(f"$({name})", "python" if name == "RUN" else value)
-    return [words for words in commands(text) if words[0] == "python"]
+    return [words for words in commands("".join(lines).replace("$(RUN)", "python")) if words[0] == "python"]
 
 
 def test_make_targets_run_what_exists():
