@@ -23,10 +23,13 @@ HERE = Path(__file__).resolve().parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_marlin" / "metal_sim"
 # A run of all tests leaves 300 MB. Above the limit what has not been used for longest goes, down to half of it.
 CACHE_LIMIT = 1 << 30
-CLANG = [sys.executable, "-m", "ziglang", "clang"]
+_PACKAGE = importlib.util.find_spec("ziglang")
+# Not `python -m ziglang`: starting Python four times per kernel takes as long as a small kernel takes to compile.
+ZIG = str(Path(_PACKAGE.origin).with_name("zig")) if _PACKAGE and _PACKAGE.origin else "zig"
+CLANG = [ZIG, "clang"]
 # `zig cc -x c++` without exceptions: `zig c++` would first build libc++ for two minutes.
-CXX = [sys.executable, "-m", "ziglang", "cc", "-x", "c++", "-fno-exceptions", "-fno-rtti"]
-LINKER = [sys.executable, "-m", "ziglang", "ld.lld"]
+CXX = [ZIG, "cc", "-x", "c++", "-fno-exceptions", "-fno-rtti"]
+LINKER = [ZIG, "ld.lld"]
 # No AVX2 or AVX-512: the memory callbacks exist for at most 16 bytes.
 ISA = ["-mavx", "-mf16c", "-mfma"]
 # Without these, x86 clang keeps chains of half and bfloat operations in float.
@@ -36,7 +39,7 @@ MAX_REPORTED_LINES = 120
 
 def unavailable() -> str | None:
     """Why the simulator cannot run here, or None."""
-    if importlib.util.find_spec("ziglang") is None:
+    if _PACKAGE is None:
         return "the Metal simulator needs PyPI's ziglang (pip install ziglang)"
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"the Metal simulator runs on x86-64 Linux, not on {sys.platform} {platform.machine()}"
