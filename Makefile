@@ -1,4 +1,5 @@
 # make demo: set everything up and run the main job.   make test: set everything up and run the tests.
+# make dev: install the clone itself, for development; the other targets then use that. See CONTRIBUTING.md.
 # Needs Python 3.10 to 3.13 and a C++20 compiler; everything else goes into .venv.
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; do \
@@ -6,46 +7,64 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; 
 	2>/dev/null && echo $$p && break; done)
 VENV := .venv
 RUN := $(VENV)/bin/python
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -type f -not -name '*.pyc')
-
-# Processes that share the tests.
-WORKERS ?= 2
-PYTEST := $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadgroup
+COMPILED := pyproject.toml CMakeLists.txt $(shell find cmake csrc kernels -type f)
+SOURCES := $(COMPILED) $(shell find python -type f -not -name '*.pyc')
 
 CPP_SOURCES = $(shell git ls-files "*.cpp" "*.h" "*.metal")
 
-.PHONY: bench demo format lint test test-full sanitize macos-wheel clean
+# The build tree of make dev stays, with paths that stay: only what changed is compiled again.
+EDITABLE := --no-build-isolation --config-settings=build-dir=build/dev --editable
 
-demo: $(VENV)/installed
+# Without make dev: what the tests see is what a user installs.
+INSTALLED := $(if $(wildcard $(VENV)/editable),$(VENV)/editable,$(VENV)/installed)
+
+.PHONY: bench clean demo dev docs first-run format lint macos-wheel sanitize test test-full
+
+demo: $(INSTALLED)
 	$(RUN) examples/demo.py
 
-test: $(VENV)/installed
-	$(PYTEST) -m "not slow"
+test: $(INSTALLED)
+	$(RUN) -m pytest -m "not slow"
 
-test-full: $(VENV)/installed
-	$(PYTEST)
+test-full: $(INSTALLED)
+	$(RUN) -m pytest
 
 # The C++ parts without MLX under the address, undefined-behaviour and thread sanitizers; a part of test-full.
-sanitize: $(VENV)/installed
-	$(PYTEST) tests/sanitize
+sanitize: $(INSTALLED)
+	$(RUN) -m pytest tests/sanitize
 
 # One layer beside its peers: about ten minutes on an idle machine.
-bench: $(VENV)/installed
-	$(RUN) -m pip install --quiet ".[bench]"
+bench: $(VENV)/bench
 	$(RUN) -m bench.cpu.layer
 
-# Both fail where `make format` would change something.
-lint: $(VENV)/lint
+# On a Mac: everything that a first run shows, in one JSON file.
+first-run: $(INSTALLED)
+	$(RUN) -m bench.first_run.first_run
+
+# The API reference: static pages, build/docs/index.html.
+docs: $(INSTALLED)
+	$(RUN) docs/reference.py build/docs
+
+dev: $(VENV)/editable $(VENV)/lint
+
+# All but mypy fail where `make format` would change something. mypy reads the types of what the package imports.
+lint: $(VENV)/lint build/stubs/mlx_marlin/_ext.pyi
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/ruff format --quiet --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP_SOURCES)
+	$(VENV)/bin/mypy --no-error-summary
+
+# The build writes the extension's types beside the extension, not into the clone.
+build/stubs/mlx_marlin/_ext.pyi: $(INSTALLED)
+	@mkdir -p $(@D)
+	@cp $(VENV)/lib/python3*/site-packages/mlx_marlin/_ext.pyi $@
 
 format: $(VENV)/lint
 	$(VENV)/bin/ruff check --quiet --fix .
 	$(VENV)/bin/ruff format --quiet .
 	$(VENV)/bin/clang-format -i $(CPP_SOURCES)
 
-macos-wheel: $(VENV)/installed
+macos-wheel: $(INSTALLED)
 	$(RUN) -m tests.cross.build_macos
 
 $(VENV)/bin/python:
@@ -57,9 +76,25 @@ $(VENV)/lint: pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --group lint
 	@touch $@
 
-# Not editable: what the tests see is what a user installs.
 $(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet ".[test]"
+	@touch $@
+
+$(VENV)/bench: pyproject.toml | $(INSTALLED)
+	$(RUN) -m pip install --quiet $(if $(wildcard $(VENV)/editable),$(EDITABLE)) ".[bench]"
+	@touch $@
+
+# What pip would install for the time of a build, so that later builds find it where the first one did.
+$(VENV)/build-requirements: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet scikit-build-core
+	$(RUN) -m scikit_build_core.build requires --mode editable | $(RUN) -c \
+	'import json, sys; print(*json.load(sys.stdin), sep="\n")' > $@.txt
+	$(RUN) -m pip install --quiet --requirement $@.txt
+	@touch $@
+
+# Python sources are read where they are; only the rest needs a build.
+$(VENV)/editable: $(VENV)/build-requirements $(COMPILED)
+	$(RUN) -m pip install --quiet $(EDITABLE) ".[test]"
 	@touch $@
 
 clean:

@@ -22,7 +22,7 @@ from bench.cpu import contest
 from mlx_marlin import device, kernels, measure, ops
 from mlx_marlin.autotune.labels import config_label
 from mlx_marlin.autotune.workload import ConfigClock, Workload
-from mlx_marlin.measure.race import Limits, Rules, race
+from mlx_marlin.measure.race import Limits, RaceSettings, race
 
 # mixed_kernel_selection, "Expected Improvements".
 CLAIMS = {"uniform": "15 to 20 %", "specialised": "up to 17 %", "large_batch": "20 to 30 %"}
@@ -65,11 +65,11 @@ class Bench:
     def tune(self) -> dict:
         """Race all candidates at each number of rows."""
         races, share = {}, self.args.budget / len(self.workloads)
-        rules = Rules(rounds=self.args.tuning_rounds, warmup=2, seed=self.args.seed)
+        settings = RaceSettings(rounds=self.args.tuning_rounds, warmup=2, seed=self.args.seed)
         for rows, workload in self.workloads.items():
             default, *others = kernels.candidates_on(workload.problem, device.hardware(self.device))
             clocks = self.clocks(workload, [default, *others[:: self.args.candidates or 1]])
-            races[rows] = race(clocks, default, rules, limits=Limits(share=time.perf_counter() + share))
+            races[rows] = race(clocks, default, settings, limits=Limits(share=time.perf_counter() + share))
             print(f"{rows} rows: {len(clocks)} candidates timed", file=sys.stderr)
         return races
 

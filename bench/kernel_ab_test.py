@@ -13,7 +13,7 @@ import statistics
 import sys
 
 from bench.cpu import contest
-from mlx_marlin import device, kernels, measure
+from mlx_marlin import codec, device, kernels, measure
 from mlx_marlin.autotune.workload import ConfigClock, Workload
 from mlx_marlin.measure import stats
 
@@ -40,9 +40,12 @@ def widths(text: str) -> tuple:
     """The experts' (gate, up, down) bits that --bits stands for."""
     if text == "mixed":
         return contest.MIX
-    bits = tuple(int(b) for b in text.split(","))
-    if len(bits) not in (1, 3) or not all(1 <= b <= kernels.MAX_KERNEL_BITS for b in bits):
-        raise SystemExit(f'--bits must be "mixed", a width from 1 to 8, or three of them, got {text!r}')
+    try:
+        bits = tuple(codec.as_width(float(b)) for b in text.split(","))
+    except ValueError as error:
+        raise SystemExit(f"--bits: {error}") from None
+    if len(bits) not in (1, 3):
+        raise SystemExit(f'--bits must be "mixed", a width such as 2.5, or three of them, got {text!r}')
     return (bits * (3 // len(bits)),)
 
 

@@ -84,4 +84,13 @@ struct DecodeCall {
   bool operator==(const DecodeCall&) const = default;
 };
 
+// Rows of a quantized token embedding.
+struct EmbeddingCall {
+  int rows;      // of the table: the vocabulary
+  int features;  // elements of a row
+  int bits;      // per element, 1 to 8
+
+  bool operator==(const EmbeddingCall&) const = default;
+};
+
 }  // namespace mlx_marlin

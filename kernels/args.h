@@ -14,7 +14,7 @@
 
 // Constants that decide which code there is at all. They are fixed in the text of a source: the host defines
 // MARLIN_SOURCE_<name> for each, 0 if a dispatch does not name it. As function constants they would make Metal
-// compile all 24 decoders before it drops 23 of them. `*_widths` has bit 2 * K set where an expert has K bits per
+// compile all 27 decoders before it drops 26 of them. `*_widths` has bit 2 * K set where an expert has K bits per
 // weight, `*_codebooks` bit c where one has codebook c. `down_*` also stands for the only weight of a linear.
 #define MARLIN_SOURCE_CONSTANTS(X)                               \
   X(gate_widths)                                                 \
@@ -115,6 +115,13 @@ struct MarlinDecodeArgs {
   unsigned int zero;
 };
 
+struct MarlinEmbeddingArgs {
+  unsigned int rows;      // of the table
+  unsigned int features;  // elements of a row
+  unsigned int groups;    // of 256 elements, the last one may be incomplete
+  unsigned int bits;      // per element
+};
+
 static_assert(sizeof(struct MarlinRowTile) == 12, "layout");
 static_assert(sizeof(struct MarlinRouteArgs) == 28, "layout");
 static_assert(sizeof(struct MarlinRotateArgs) == 20, "layout");
@@ -122,5 +129,6 @@ static_assert(sizeof(struct MarlinProductArgs) == 60, "layout");
 static_assert(sizeof(struct MarlinActivateArgs) == 20, "layout");
 static_assert(sizeof(struct MarlinCombineArgs) == 20, "layout");
 static_assert(sizeof(struct MarlinDecodeArgs) == 16, "layout");
+static_assert(sizeof(struct MarlinEmbeddingArgs) == 16, "layout");
 
 #endif

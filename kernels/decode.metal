@@ -9,9 +9,9 @@ struct DecodeTile {
   ushort lane;
   uint zero;
 
-  template <int K, int Codebook>
+  template <int H, int Codebook>
   METAL_FUNC void run() {
-    const LaneWeights weights = decode_lane<K, Codebook>(codes + ulong(tile) * (16 * K), lane, zero);
+    const LaneWeights weights = decode_lane<H, Codebook>(codes + ulong(tile) * (8 * H), lane, zero);
     const uint tiles_per_row = n / MARLIN_TILE;
     const uint row = (tile / tiles_per_row) * MARLIN_TILE + 2 * (lane % 4);
     const uint column = (tile % tiles_per_row) * MARLIN_TILE + lane / 4;

@@ -30,9 +30,9 @@ struct RowProduct {
   uint zero;
   float sums[R][T][2];
 
-  template <int K, int Codebook>
+  template <int H, int Codebook>
   METAL_FUNC void run() {
-    constexpr uint tile_size = 16 * K;
+    constexpr uint tile_size = 8 * H;
     device const ushort* tile = codes + (ulong(k_begin) * tiles_per_row + first_tile) * tile_size;
     for (uint k = k_begin; k < k_end;) {
       float scale[R];
@@ -50,7 +50,7 @@ struct RowProduct {
         }
         MARLIN_UNROLL
         for (int t = 0; t < T; ++t) {
-          const LaneWeights w = decode_lane<K, Codebook>(tile + t * tile_size, lane, zero);
+          const LaneWeights w = decode_lane<H, Codebook>(tile + t * tile_size, lane, zero);
           MARLIN_UNROLL
           for (int r = 0; r < R; ++r) {
             MARLIN_UNROLL
@@ -121,9 +121,9 @@ struct TransposedProduct {
   uint zero;
   float4 sums[R][T];
 
-  template <int K, int Codebook>
+  template <int H, int Codebook>
   METAL_FUNC void run() {
-    constexpr uint tile_size = 16 * K;
+    constexpr uint tile_size = 8 * H;
     const uint column = lane / 4;
     for (uint k = k_begin; k < k_end; ++k) {
       float2 v[R];
@@ -136,7 +136,7 @@ struct TransposedProduct {
       MARLIN_UNROLL
       for (int t = 0; t < T; ++t) {
         device const ushort* tile = codes + (ulong(first_tile + t) * depth + k) * tile_size;
-        const LaneWeights w = decode_lane<K, Codebook>(tile, lane, zero);
+        const LaneWeights w = decode_lane<H, Codebook>(tile, lane, zero);
         MARLIN_UNROLL
         for (int r = 0; r < R; ++r) {
           MARLIN_UNROLL
@@ -225,16 +225,16 @@ struct MatrixProduct {
     }
   }
 
-  template <int K, int Codebook>
+  template <int H, int Codebook>
   METAL_FUNC void run() {
-    constexpr uint tile_size = 16 * K;
+    constexpr uint tile_size = 8 * H;
     device const ushort* tile = codes + (ulong(k_begin) * tiles_per_row + first_tile) * tile_size;
     for (uint k = k_begin; k < k_end; ++k) {
       Fragment v[M][2];
       load(v, 0, kEarly, k);
       MARLIN_UNROLL
       for (int t = 0; t < T; ++t) {
-        const LaneWeights weights = decode_lane<K, Codebook>(tile + t * tile_size, lane, zero);
+        const LaneWeights weights = decode_lane<H, Codebook>(tile + t * tile_size, lane, zero);
         Fragment w[2][2];
         MARLIN_UNROLL
         for (int c = 0; c < 2; ++c) {

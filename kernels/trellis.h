@@ -21,24 +21,29 @@ METAL_FUNC uint shift_left(uint v, uint zero) {
   }
 }
 
-// 16-bit pieces of the stream that a lane's windows touch: one before its own bits, then its own 8 * K bits.
-template <int K>
+// Everything below is a template over H, the bits per weight times two: a lane's weights take 4 * H bits of the stream.
+//
+// 16-bit pieces of the stream that a lane's windows touch: one before its own bits, then those that hold its own bits.
+// Own bits begin inside a piece where 4 * H is no multiple of 16.
+template <int H>
 struct LaneCodes {
-  static constant constexpr const int size = K % 2 ? (K + 3) / 2 : K / 2 + 1;
+  static constant constexpr const int offset = H % 4 == 0 ? 0 : H % 2 == 0 ? 8 : 12;  // of the own bits, at most
+  static constant constexpr const int size = 1 + (4 * H + offset + 15) / 16;
   ushort piece[size];
 };
 
 // The stream's 16-bit pieces lie swapped in each 32-bit word. The first piece of lane 0 is the tile's last.
-template <int K>
-METAL_FUNC LaneCodes<K> load_codes(device const ushort* tile, ushort lane) {
-  LaneCodes<K> codes;
-  const ushort first = ushort(lane * K) >> 1;
-  codes.piece[0] = tile[(first == 0 ? 16 * K - 1 : first - 1) ^ 1];
-  if constexpr (K == 4) {
+template <int H>
+METAL_FUNC LaneCodes<H> load_codes(device const ushort* tile, ushort lane) {
+  constexpr ushort last = 8 * H - 1;
+  LaneCodes<H> codes;
+  const ushort first = ushort(lane * H) >> 2;
+  codes.piece[0] = tile[(first == 0 ? last : first - 1) ^ 1];
+  if constexpr (H == 8) {
     const ushort2 word = as_type<ushort2>(((device const uint*)tile)[lane]);
     codes.piece[1] = word.y;
     codes.piece[2] = word.x;
-  } else if constexpr (K == 8) {
+  } else if constexpr (H == 16) {
     const uint2 words = ((device const uint2*)tile)[lane];
     const ushort2 a = as_type<ushort2>(words.x);
     const ushort2 b = as_type<ushort2>(words.y);
@@ -48,8 +53,11 @@ METAL_FUNC LaneCodes<K> load_codes(device const ushort* tile, ushort lane) {
     codes.piece[4] = b.x;
   } else {
     MARLIN_UNROLL
-    for (int i = 1; i < LaneCodes<K>::size; ++i) {
-      codes.piece[i] = tile[(first + i - 1) ^ 1];
+    for (int i = 1; i < LaneCodes<H>::size; ++i) {
+      // At half rates the bits of the last lane may end before its last piece, which is then any: no load depends on a
+      // condition.
+      const ushort at = first + i - 1;
+      codes.piece[i] = tile[(H % 2 == 0 ? at : min(at, last)) ^ 1];
     }
   }
   return codes;
@@ -59,16 +67,24 @@ METAL_FUNC uint join(ushort high, ushort low) {
   return as_type<uint>(ushort2(low, high));
 }
 
-// For odd K the bits of odd lanes begin in the middle of a piece: times 256 they move up by 8; even lanes multiply by 1.
-// That takes as long as a shift by a constant. As the compiler does not know the factors, it cannot make a shift by a
-// register amount of it, which takes twice as long.
-template <int K>
-METAL_FUNC void align_codes(thread LaneCodes<K>& codes, uint factor) {
+// Moves a lane's own bits to the beginning of a piece by a multiplication, which takes as long as a shift by a constant.
+// The factor is 16^j where they begin j * 4 bits in it: for odd K 1 in even lanes and 256 in odd ones, at half rates one
+// of four. As the compiler does not know the factors, it cannot make a shift by a register amount of it, which takes
+// twice as long.
+template <int H>
+METAL_FUNC uint align_factor(ushort lane, uint zero) {
+  const ushort j = ushort(lane * H) & 3;
+  const uint even = j & 2 ? 256 : 1 + zero;
+  return H % 2 == 0 ? even : j & 1 ? (j & 2 ? 4096 : 16) : even;
+}
+
+template <int H>
+METAL_FUNC void align_codes(thread LaneCodes<H>& codes, uint factor) {
   MARLIN_UNROLL
-  for (int i = 0; i + 1 < LaneCodes<K>::size; ++i) {
+  for (int i = 0; i + 1 < LaneCodes<H>::size; ++i) {
     const ushort2 aligned = as_type<ushort2>(join(codes.piece[i], codes.piece[i + 1]) * factor);
     codes.piece[i] = aligned.y;
-    if (i + 2 == LaneCodes<K>::size) {
+    if (i + 2 == LaneCodes<H>::size) {
       codes.piece[i + 1] = aligned.x;
     }
   }
@@ -104,16 +120,17 @@ struct LaneWeights {
   half value[kLaneWeights];
 };
 
-// Window c of a lane ends at bit (c + 1) * K of its own bits: it is the top half of two joined pieces shifted
-// left by 1 to 16. Windows of the same pieces are reached by walking; a shift by 16 is the low piece.
-template <int K, int Codebook, int C>
-METAL_FUNC void decode_window(thread LaneWeights& weights, const thread LaneCodes<K>& codes, uint walked, uint zero) {
+// Window c of a lane ends at bit (c + 1) * H / 2, rounded down, of its own bits: it is the top half of two joined pieces
+// shifted left by 1 to 16. Windows of the same pieces are reached by walking; a shift by 16 is the low piece.
+template <int H, int Codebook, int C>
+METAL_FUNC void decode_window(thread LaneWeights& weights, const thread LaneCodes<H>& codes, uint walked, uint zero) {
   if constexpr (C < kLaneWeights) {
-    constexpr int end = (C + 1) * K;
+    constexpr int end = (C + 1) * H / 2;
+    constexpr int previous_end = C * H / 2;
     constexpr int piece = (end - 1) / 16;
     constexpr int shift = end - 16 * piece;
-    constexpr bool same_pieces = C > 0 && (C * K - 1) / 16 == piece;
-    constexpr int walked_by = same_pieces ? shift - K : 0;
+    constexpr bool same_pieces = C > 0 && (previous_end - 1) / 16 == piece;
+    constexpr int walked_by = same_pieces ? previous_end - 16 * piece : 0;
     ushort state;
     if constexpr (shift == 16) {
       state = codes.piece[piece + 1];
@@ -123,57 +140,59 @@ METAL_FUNC void decode_window(thread LaneWeights& weights, const thread LaneCode
       state = as_type<ushort2>(walked).y;
     }
     weights.value[C] = codebook_value<Codebook>(state);
-    decode_window<K, Codebook, C + 1>(weights, codes, walked, zero);
+    decode_window<H, Codebook, C + 1>(weights, codes, walked, zero);
   }
 }
 
 // The eight weights that a lane holds of a tile.
-template <int K, int Codebook>
+template <int H, int Codebook>
 METAL_FUNC LaneWeights decode_lane(device const ushort* tile, ushort lane, uint zero) {
-  LaneCodes<K> codes = load_codes<K>(tile, lane);
-  if constexpr (K % 2 == 1) {
-    align_codes<K>(codes, lane & 1 ? 256 : 1 + zero);
+  LaneCodes<H> codes = load_codes<H>(tile, lane);
+  if constexpr (LaneCodes<H>::offset != 0) {
+    align_codes<H>(codes, align_factor<H>(lane, zero));
   }
   LaneWeights weights;
-  decode_window<K, Codebook, 0>(weights, codes, 0, zero);
+  decode_window<H, Codebook, 0>(weights, codes, 0, zero);
   return weights;
 }
 
-// Calls body.template run<K, Codebook>() for a format word. Only decoders for Widths and Codebooks are compiled; with
+// Calls body.template run<H, Codebook>() for a format word. Only decoders for Widths and Codebooks are compiled; with
 // one of each nothing is compared at run time.
-template <int K, uint Codebooks, int Codebook, typename Body>
+template <int H, uint Codebooks, int Codebook, typename Body>
 METAL_FUNC void for_codebook(thread Body& body, uint format) {
   if constexpr (Codebook <= MARLIN_CODEBOOK_MUL1) {
     constexpr uint bit = 1u << Codebook;
     if constexpr ((Codebooks & bit) == 0) {
-      for_codebook<K, Codebooks, Codebook + 1>(body, format);
+      for_codebook<H, Codebooks, Codebook + 1>(body, format);
     } else if constexpr (Codebooks == bit) {
-      body.template run<K, Codebook>();
+      body.template run<H, Codebook>();
     } else if (MARLIN_FORMAT_CODEBOOK(format) == Codebook) {
-      body.template run<K, Codebook>();
+      body.template run<H, Codebook>();
     } else {
-      for_codebook<K, Codebooks, Codebook + 1>(body, format);
+      for_codebook<H, Codebooks, Codebook + 1>(body, format);
     }
   }
 }
 
-template <uint Widths, uint Codebooks, int K, typename Body>
+template <uint Widths, uint Codebooks, int H, typename Body>
 METAL_FUNC void for_width(thread Body& body, uint format) {
-  if constexpr (K <= MARLIN_MAX_BITS) {
-    constexpr uint bit = 1u << 2 * K;
+  if constexpr (H <= 2 * MARLIN_MAX_BITS) {
+    constexpr uint bit = 1u << H;
+    // Half rates exist for one codebook.
+    constexpr uint codebooks = H % 2 == 0 ? Codebooks : 1u << MARLIN_CODEBOOK_MUL1;
     if constexpr ((Widths & bit) == 0) {
-      for_width<Widths, Codebooks, K + 1>(body, format);
+      for_width<Widths, Codebooks, H + 1>(body, format);
     } else if constexpr (Widths == bit) {
-      for_codebook<K, Codebooks, 0>(body, format);
-    } else if (MARLIN_FORMAT_HALF_BITS(format) == 2 * K) {
-      for_codebook<K, Codebooks, 0>(body, format);
+      for_codebook<H, codebooks, 0>(body, format);
+    } else if (MARLIN_FORMAT_HALF_BITS(format) == H) {
+      for_codebook<H, codebooks, 0>(body, format);
     } else {
-      for_width<Widths, Codebooks, K + 1>(body, format);
+      for_width<Widths, Codebooks, H + 1>(body, format);
     }
   }
 }
 
 template <uint Widths, uint Codebooks, typename Body>
 METAL_FUNC void for_format(thread Body& body, uint format) {
-  for_width<Widths, Codebooks, 1>(body, format);
+  for_width<Widths, Codebooks, 2>(body, format);
 }

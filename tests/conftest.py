@@ -1,33 +1,10 @@
-"""Fixtures that several files share, and how tests are spread over the workers of pytest-xdist."""
+"""Fixtures that several files share."""
 
 import signal
 
 import pytest
 
 from mlx_marlin import _ext
-
-# Tests of one group run on one worker, one after the other: those that measure time, or hold the clock's lock, ...
-MEASURING = ("tests/autotune/", "tests/selection/", "tests/project/test_bench.py", "tests/project/test_docs.py")
-# ... and those that look for a free port, which would be free for both.
-LISTENING = ("tests/lm/test_commands.py", "tests/lm/test_distributed.py")
-# These take longest, and no test of theirs needs what another has made.
-SPREAD = ("tests/metal/", "tests/ops/", "tests/sim/")
-
-
-def _group(nodeid: str) -> str | None:
-    if nodeid.startswith(MEASURING):
-        return "measuring"
-    if nodeid.startswith(LISTENING):
-        return "listening"
-    # A file stays together, for what it makes once.
-    return None if nodeid.startswith(SPREAD) else nodeid.split("::")[0]
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if group := _group(item.nodeid):
-            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _tiers() -> list:

@@ -70,7 +70,7 @@ def test_unknown_device_family():
 @pytest.mark.parametrize("on, rows", [("cpu", 17), ("cpu", 64), ("gpu", 1), ("gpu", 4), ("gpu", 64)])
 def test_candidates_cover_all_variants(on, rows, bits):
     """On the CPU from the rows on that fill a wide panel; below, variants run the same code."""
-    problem = Problem("swiglu", rows, 2, 256, 128, 4, bits, ("mul1",), "silu", "float32", on)
+    problem = Problem.swiglu(256, 128, rows=rows, experts=4, top_k=2, bits=bits, dtype="float32", device=on)
     found = kernels.candidates(problem)
     assert found[0] == kernels.default(problem) and len(set(found)) == len(found)
     assert {c.kernel_variant for c in found} == set(kernels.VARIANTS)
@@ -290,7 +290,7 @@ def test_history_is_trimmed(adaptive):
 
 
 def test_problem_and_config_give_the_key(adaptive):
-    problem = Problem("swiglu", 1, 2, 256, 128, 4, ((2, 4, 4),), ("mul1",), "silu", "float32", "cpu")
+    problem = Problem.swiglu(256, 128, experts=4, top_k=2, bits=((2, 4, 4),))
     narrow = replace(DECODE, tile_size_n=16)
     for t in around(1.0):
         adaptive.record_latency(DECODE.kernel_name, 1, t, problem=problem)

@@ -17,7 +17,7 @@ MIXED = [2, 2, 3, 4]
 
 
 def problem(rows=1, top_k=2, hidden=128):
-    return Problem("swiglu", rows, top_k, hidden, 128, 4, ((2, 2, 2), (3, 3, 3)), ("mul1",), "silu", "float32", "cpu")
+    return Problem.swiglu(hidden, 128, rows=rows, experts=4, top_k=top_k, bits=((2, 2, 2), (3, 3, 3)))
 
 
 @pytest.fixture

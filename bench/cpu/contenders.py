@@ -11,8 +11,9 @@ import mlx.core as mx
 import numpy as np
 
 from bench.cpu.shape import Shape
-from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, _ext, device
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, _ext, codec, device
 from mlx_marlin.measure import stats
+from mlx_marlin.weights.synthetic import random_weight
 
 # The mix: bits of gate, up and down, expert by expert, 3 on average.
 MIXED = ((2, 3, 4), (3, 4, 2), (4, 2, 3))
@@ -52,21 +53,15 @@ class MarlinContender:
         self.gpu = instruction_set is None
         self.name = f"mlx_marlin {codebook} {instruction_set or 'gpu'}"
         self.codebook, self.instruction_set, self.cores = codebook, instruction_set, 0 if self.gpu else threads
-        triples = MIXED if bits == "mixed" else ((int(bits),) * 3,)
+        triples = MIXED if bits == "mixed" else ((codec.as_width(float(bits)),) * 3,)
         sizes = ((shape.hidden, shape.intermediate),) * 2 + ((shape.intermediate, shape.hidden),)
         experts = [
-            [self._weight(*size, triples[e % len(triples)][p], codebook, rng) for e in range(shape.experts)]
+            [random_weight(rng, *size, triples[e % len(triples)][p], codebook) for e in range(shape.experts)]
             for p, size in enumerate(sizes)
         ]
         self.bits = sum(w.bits for weights in experts for w in weights) / (3 * shape.experts)
         self.layer = TrellisSwitchGLU(bank=ExpertBank(*experts))
         mx.eval(self.layer.parameters())
-
-    @staticmethod
-    def _weight(k: int, n: int, bits: int, codebook: str, rng) -> TrellisWeight:
-        words = np.frombuffer(rng.bytes(k * n * bits // 8), np.int16).reshape(k // 16, n // 16, 16 * bits)
-        signs = [rng.choice(np.array([-1, 1], np.float16), size) for size in (k, n)]
-        return TrellisWeight(words, signs[0], signs[1] * np.float16(k**-0.5), codebook)
 
     def prepare(self, x: np.ndarray, routings: list[np.ndarray]) -> list:
         """One callable per routing; on a GPU each is a chain that begins with its routing."""

@@ -7,14 +7,15 @@ import math
 import random
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
-from mlx_marlin import TrellisSwitchGLU, TrellisWeight, device, kernels
+from mlx_marlin import TrellisSwitchGLU, device, kernels
 from mlx_marlin.measure import stats
 from mlx_marlin.storage import atomic
+from mlx_marlin.weights.synthetic import random_weight
 
 # An expert's (gate, up, down) bits, in turn over the experts: 2, 3 and 4 bits in every projection.
 MIX = ((2, 3, 4), (3, 4, 2), (4, 2, 3))
@@ -23,15 +24,9 @@ MIX = ((2, 3, 4), (3, 4, 2), (4, 2, 3))
 def mixed_layer(hidden: int, intermediate: int, experts: int, mix=MIX, seed: int = 0) -> TrellisSwitchGLU:
     """A layer of random trellis words: times do not depend on their values."""
     rng = np.random.default_rng(seed)
-
-    def weight(k: int, n: int, bits: int) -> TrellisWeight:
-        words = rng.integers(0, 1 << 16, (k // 16, n // 16, 16 * bits), np.uint16).view(np.int16)
-        scale = np.full(n, k**-0.5, np.float16)
-        return TrellisWeight(words, np.ones(k, np.float16), scale, "mul1")
-
     sizes = ((hidden, intermediate), (hidden, intermediate), (intermediate, hidden))
     gate, up, down = (
-        [weight(*size, mix[e % len(mix)][part]) for e in range(experts)] for part, size in enumerate(sizes)
+        [random_weight(rng, *size, mix[e % len(mix)][part]) for e in range(experts)] for part, size in enumerate(sizes)
     )
     return TrellisSwitchGLU(gate, up, down)
 
@@ -89,5 +84,5 @@ def saving(samples: Mapping, ours, theirs) -> dict:
 def write(path: str | None, result, name: str) -> None:
     """Write a result with the machine it was measured on."""
     if path is not None:
-        document = {"machine": asdict(device.fingerprint(name)), **result}
-        atomic.replace(Path(path), json.dumps(document, indent=1).encode() + b"\n")
+        document = {"machine": structs.asdict(device.fingerprint(name)), **result}
+        atomic.write_text(Path(path), json.dumps(document, indent=1) + "\n")

@@ -25,17 +25,20 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from msgspec import structs
 
 from bench.cpu import ceilings, peers
 from bench.cpu.contenders import Contender, MarlinContender
 from bench.cpu.shape import Shape
 from mlx_marlin import _ext, codec, device, set_num_threads
+from mlx_marlin.storage import atomic
 
 ROWS = (1, 4, 16, 64, 256)
-BITS = ("2", "3", "4", "mixed")
+BITS = ("1.5", "2", "2.5", "3", "3.5", "4", "mixed")
 DEVICES = ("cpu", "gpu") if mx.is_available(mx.Device(mx.gpu)) else ("cpu",)
 # What each width is measured beside: affine bits, ggml type.
-PEERS = {"2": (2, "Q2_K"), "3": (3, "Q3_K"), "4": (4, "Q4_K"), "mixed": (3, "Q3_K")}
+PEERS = dict.fromkeys(("1.5", "2", "2.5"), (2, "Q2_K")) | dict.fromkeys(("3", "3.5", "mixed"), (3, "Q3_K"))
+PEERS["4"] = (4, "Q4_K")
 # Routings per number of rows: at 64 rows a single one touches nearly every expert.
 FEW_ROUTINGS, MANY_ROUTINGS = 6, 32
 # Calls of one contender in a round: long enough for the scheduler's accounting of CPU time (ticks of 4 ms).
@@ -121,7 +124,7 @@ def print_table(bits: str, results: list[dict], contenders: list[Contender], lim
 
 def document(shape: Shape, limits: dict) -> dict:
     """The machine, the versions and the shape that results are stored with."""
-    fingerprint = dataclasses.asdict(device.fingerprint("cpu"))
+    fingerprint = structs.asdict(device.fingerprint("cpu"))
     packages = [
         name for name in ("mlx_marlin", "mlx", "mlx_lm", "numpy", "xllamacpp") if importlib.util.find_spec(name)
     ]
@@ -166,17 +169,14 @@ def save(path: Path, stored: dict, results: list[dict]) -> None:
     head = json.dumps({name: value for name, value in stored.items() if name != "results"}, indent=1)
     lines = ",\n".join(json.dumps(result) for result in sorted(kept + results, key=key))
     text = f'{head[:-2]},\n "results": [\n{lines}\n ]\n}}'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(text + "\n")
-    os.replace(beside, path)
+    atomic.write_text(path, text + "\n")
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     sets = _ext.instruction_sets()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
-    parser.add_argument("--bits", nargs="+", choices=BITS, default=list(BITS))
+    parser.add_argument("--bits", nargs="+", choices=BITS, default=["2", "3", "4", "mixed"])
     parser.add_argument("--codebooks", nargs="+", choices=codec.CODEBOOKS, default=["mul1"])
     parser.add_argument("--instruction-set", nargs="+", choices=sets, default=sets[-1:], help="default: %(default)s")
     parser.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES), help="default: %(default)s")

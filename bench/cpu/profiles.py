@@ -25,11 +25,11 @@ from mlx_marlin import device, kernels, measure, profile
 from mlx_marlin.autotune import cli as tune_cli
 from mlx_marlin.autotune import run as tuning_run
 from mlx_marlin.autotune.labels import config_label, problem_label
-from mlx_marlin.autotune.progress import Progress
+from mlx_marlin.autotune.progress import ProgressBar
 from mlx_marlin.autotune.workload import ConfigClock, Workload
 from mlx_marlin.kernels.problem import Problem
 from mlx_marlin.measure import stats
-from mlx_marlin.measure.race import Rules
+from mlx_marlin.measure.race import RaceSettings
 
 
 def sample(problem: Problem, configs, rounds: int) -> dict:
@@ -95,9 +95,9 @@ def tuned(path: Path, args) -> dict:
     layer = tune_cli.parser().parse_args(["--shape", args.shape, "--bits", args.bits, "--device", where])
     problems = tuning_run.at_rows(tune_cli.layers(layer, where), args.rows)
     limit = device.memory_bytes(where) // 2
-    run = tuning_run.Run(path, where, None, limit, Rules(rounds=args.iterations), quick=args.quick)
+    run = tuning_run.Run(path, where, None, limit, RaceSettings(rounds=args.iterations), quick=args.quick)
     deadline = time.perf_counter() + (args.budget / 2 if args.budget else math.inf)
-    with Progress(0, enabled=True, lines=True) as bar:
+    with ProgressBar(0, enabled=True, lines=True) as bar:
         return run.tune(problems, mx.distributed.init(), deadline, bar).entries
 
 

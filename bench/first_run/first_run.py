@@ -21,15 +21,17 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from msgspec import structs
 
 from bench.metal.chips import CHIPS, label
-from mlx_marlin import ExpertBank, TrellisSwitchGLU, TrellisWeight, codec, device, kernels, measure, ops
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, codec, device, kernels, measure, ops
 from mlx_marlin.kernels import metal
 from mlx_marlin.kernels.config import KernelConfig
 from mlx_marlin.kernels.problem import Problem
 from mlx_marlin.measure import stats
 from mlx_marlin.selection import choices, selftest
 from mlx_marlin.storage import atomic
+from mlx_marlin.weights.synthetic import random_projection
 
 ROOT = Path(__file__).resolve().parents[2]
 PREDICTED = ROOT / "bench" / "results" / "metal_predicted.json"
@@ -43,7 +45,7 @@ def machine(where: str) -> dict:
     """What the numbers depend on."""
     stream = mx.Device(mx.gpu if where == "gpu" else mx.cpu)
     return {
-        "fingerprint": asdict(device.fingerprint(where)),
+        "fingerprint": structs.asdict(device.fingerprint(where)),
         "mlx": version("mlx"),
         "python": platform.python_version(),
         "macos": platform.mac_ver()[0],
@@ -107,10 +109,11 @@ def self_tests(where: str, small: bool) -> dict:
     every = replace(_problem(3, 1, "gpu"), codebooks=codec.CODEBOOKS)
     configs = {c: None for rows in (1, 4, 16, 64) for c in kernels.candidates(replace(every, rows=rows))}
     calls = [(every, config) for config in (list(configs)[:4] if small else configs)]
-    for bits in (3,) if small else range(1, codec.MAX_BITS + 1):
+    for bits in (3,) if small else codec.WIDTHS:
+        codebook = "mul1" if codec.is_half_rate(bits) else "mcg"
         for dtype in kernels.DTYPES:
             for variant, rows in zip(kernels.VARIANTS, (1, 4, 17, 64)):
-                problem = replace(_problem(bits, rows, "gpu"), dtype=dtype, combine=rows == 1)
+                problem = replace(_problem(bits, rows, "gpu", codebook), dtype=dtype, combine=rows == 1)
                 calls.append((problem, kernels.config_for(problem, kernels.make_name(variant))))
     wrong = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +136,7 @@ def _run_on_cpu(problem: Problem, config: KernelConfig, case: dict) -> np.ndarra
 
 
 def _problem(
-    bits: int,
+    bits: float,
     rows: int,
     where: str,
     codebook: str = "mcg",
@@ -141,29 +144,21 @@ def _problem(
     intermediate: int = 768,
     experts: int = 128,
 ):
-    dtype = "float16" if where == "gpu" else "float32"
-    bits = ((bits,) * 3,)
-    return Problem(
-        "swiglu", rows, 8, hidden, intermediate, experts, bits, (codebook,), "silu", dtype, where, combine=True
+    return Problem.swiglu(
+        hidden,
+        intermediate,
+        rows=rows,
+        experts=experts,
+        top_k=8,
+        bits=bits,
+        codebooks=codebook,
+        device=where,
+        combine=True,
     )
 
 
 def _bank(rng, problem: Problem) -> ExpertBank:
-    shapes = [(problem.hidden, problem.intermediate)] * 2 + [(problem.intermediate, problem.hidden)]
-    return ExpertBank(
-        *(
-            [
-                TrellisWeight(
-                    rng.integers(-(1 << 15), 1 << 15, (k // 16, n // 16, 16 * bits), np.int16),
-                    np.ones(k, np.float16),
-                    np.ones(n, np.float16),
-                    problem.codebooks[0],
-                )
-                for _ in range(problem.experts)
-            ]
-            for (k, n), bits in zip(shapes, problem.bits[0])
-        )
-    )
+    return ExpertBank(*(random_projection(rng, problem, part) for part in range(3)))
 
 
 def _configs(problem: Problem) -> list[KernelConfig]:
@@ -274,7 +269,7 @@ def main() -> None:
     chip = device.fingerprint(arguments.device).chip
     path = arguments.output or Path("first_run_" + "_".join(chip.lower().split()) + ".json")
     for part, report in collect(arguments.device, arguments.small):  # a later part may crash
-        atomic.replace(path, (json.dumps(report, indent=1) + "\n").encode())
+        atomic.write_text(path, json.dumps(report, indent=1) + "\n")
         print(f"{part} written", file=sys.stderr)
     print(path)
 

@@ -28,7 +28,7 @@ CHANGES: tuple[str, ...] = (
     "Nobody has published its cost there. The one measurement that depends on it, PonyExl3 on M5 Max, moves from 1.70 "
     "to 1.00. It now goes by the formula of all kernels; its own, in which a shuffle waited for a shift, is gone: M1 "
     "Max moves from 0.97 to 0.82.",
-    "The peers' loops are committed and recounted (metal_peer_loops.metal). Those of several rows load four values of "
+    "The peers' loops are committed and recounted (peer_loops.metal). Those of several rows load four values of "
     "x per row, as published, instead of eight: 4 and 12 rows move from 0.90 to 1.09 and 1.25.",
     "Operations that had been free or too cheap: fma of halves, calls of the library, a shift of 16 bits by 8, joining "
     "two halves to a register (1), 64-bit additions (4, not 2), integer divisions (48, not 8). What the simulator "

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from bench.metal.chips import CHANGES, CHIPS, SOURCES
 from bench.metal.model import Work, decode_rate, dispatch_time
+from mlx_marlin.storage import atomic
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
@@ -106,8 +107,7 @@ def _print_calibration(result) -> None:
 
 
 def _write(path: Path, result: dict) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    atomic.write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:

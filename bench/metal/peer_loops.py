@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_marlin.storage import atomic
 from tests import metal_sim
 from tests.metal_sim.counting import compile_counted
 
@@ -44,13 +45,13 @@ def count() -> dict:
         operations = {op: round(8 * n / result.inner_loop.weights, 3) for op, n in sorted(counts.items()) if n}
         found[name] = {"weights": 8, "rows": rows, "bits": bits, "operations": operations, "simd": simd}
     return {
-        "what": "Per lane, for 8 decoded weights: peer_loops.metal, counted by metal_peer_loops.py.",
+        "what": "Per lane, for 8 decoded weights: peer_loops.metal, counted by peer_loops.py.",
         "loops": found,
     }
 
 
 def main() -> None:
-    RESULT.write_text(json.dumps(count(), indent=1) + "\n")
+    atomic.write_text(RESULT, json.dumps(count(), indent=1) + "\n")
     print(RESULT)
 
 

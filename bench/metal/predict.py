@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.metal.chips import CHIPS, Chip, label
 from bench.metal.model import COMPLEX, dispatch_time, layer_time
 from bench.metal.work import Counted, count, traffic
-from mlx_marlin import kernels
+from mlx_marlin import codec, kernels
 from mlx_marlin.kernels import metal
 from mlx_marlin.kernels.config import KernelConfig
 from mlx_marlin.kernels.problem import Problem
@@ -31,10 +31,10 @@ COLUMNS = (16, 32, 64, 128, 256)
 RANKED = 5
 
 
-def qwen3_30b(bits: int, rows: int = 1, codebook: str = "mcg") -> Problem:
+def qwen3_30b(bits: float, rows: int = 1, codebook: str = "mcg") -> Problem:
     """The MoE block of Qwen3-30B-A3B."""
-    return Problem(
-        "swiglu", rows, 8, 2048, 768, 128, ((bits,) * 3,), (codebook,), "silu", "float16", "gpu", combine=True
+    return Problem.swiglu(
+        2048, 768, rows=rows, experts=128, top_k=8, bits=bits, codebooks=codebook, device="gpu", combine=True
     )
 
 
@@ -55,7 +55,7 @@ def candidates(problem: Problem) -> list[KernelConfig]:
     found = [
         KernelConfig(kernels.make_name(variant), *tiles, True, variant)
         for variant in kernels.VARIANTS
-        for tiles in metal.tiles(variant)
+        for tiles in metal.legal_tiles(variant)
         if tiles[0] in rows and tiles[1] in COLUMNS
     ]
     legal = (c for c in found if kernels.feasible(problem, c) is None)
@@ -167,7 +167,9 @@ def _inner_loops() -> dict:
     """Complex operations per decoded weight of the gate and up product, by bits and codebook."""
     table = {}
     for codebook in CODEBOOKS:
-        for bits in range(1, 9):
+        for bits in codec.WIDTHS:
+            if codec.is_half_rate(bits) and codebook != "mul1":
+                continue
             problem = qwen3_30b(bits, codebook=codebook)
             product = next(c for c in counted(problem, kernels.default(problem)) if c.inner_loop.weights)
             table[f"{codebook} {bits}"] = {k: round(v, 3) for k, v in product.inner_loop.per_weight().items()}

@@ -11,6 +11,7 @@ from mlx_marlin import kernels
 from mlx_marlin.kernels.problem import Problem
 from mlx_marlin.profile import json as profile_json
 from mlx_marlin.profile.schema import AutotuneConfig, Entry, Measured, Timing
+from mlx_marlin.storage import atomic
 
 PROFILES = Path(__file__).resolve().parents[2] / "python/mlx_marlin/profile/predicted"
 
@@ -24,11 +25,7 @@ def problems() -> list[Problem]:
         qwen3_30b(bits, rows) for rows, widths in ((1, (2, 3, 4)), (2, (3,)), (4, (3,)), (8, (3,))) for bits in widths
     ]
     layers = [replace(p, combine=False) for p in layers]  # as mlx-lm's blocks call their experts
-    linears = [
-        Problem("linear", rows, 1, *size, 1, ((4,),), ("mcg",), "none", "float16", "gpu")
-        for rows in (1, 4)
-        for size in LINEARS
-    ]
+    linears = [Problem.linear(*size, rows=rows, codebooks="mcg", device="gpu") for rows in (1, 4) for size in LINEARS]
     return layers + linears
 
 
@@ -52,6 +49,8 @@ def profile(chip: Chip) -> AutotuneConfig:
                 _timing(baseline),
                 (ratio, ratio, ratio),
                 "default" if config == default else "faster",
+                "unchecked",
+                timestamp=0.0,
                 timings=tuple(Measured(c, _timing(t)) for t, c in ranking(problem, chip)[:RANKED]),
             ),
         )
@@ -60,10 +59,9 @@ def profile(chip: Chip) -> AutotuneConfig:
 
 def write() -> list[Path]:
     """Write the shipped profiles, one per chip."""
-    PROFILES.mkdir(exist_ok=True)
     paths = []
     for chip in CHIPS.values():
         path = PROFILES / f"{chip.name.lower().replace(' ', '_')}.json"
-        path.write_bytes(profile_json.encode(profile(chip)))
+        atomic.write_bytes(path, profile_json.encode(profile(chip)))
         paths.append(path)
     return paths

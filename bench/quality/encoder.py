@@ -21,6 +21,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mlx_marlin import ops
+from mlx_marlin.storage import atomic
 
 OPERATIONS = 2 * 3 * 65536  # per weight, in scalar terms
 MODEL_WEIGHTS = 30e9
@@ -59,8 +60,7 @@ def main() -> None:
         rows.append({"bits": bits, "weights_per_second": rate, "fraction_of_peak": rate * OPERATIONS / peak})
         print(f"| {bits} | {rate:.0f} | {rate * OPERATIONS / peak:.2f} | {hours / 2:.1f} | {hours / 16:.1f} |")
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({"machine": platform.processor(), "rows": rows}, indent=1) + "\n")
+        atomic.write_text(options.output, json.dumps({"machine": platform.processor(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from mlx_marlin.quantize.conversion import stored_bits
 from mlx_marlin.quantize.jobs import wanted
 from mlx_marlin.quantize.layered import LayeredModel, Taps
 from mlx_marlin.quantize.source import Source
+from mlx_marlin.storage import atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models/docs-moe"
@@ -108,7 +109,7 @@ def trellis_row(evaluation: Evaluation, label: str, kind: str, directory: Path) 
     return evaluation.row(label, kind, bits / count, weights)
 
 
-def data_free_row(evaluation: Evaluation, bits: int) -> dict:
+def data_free_row(evaluation: Evaluation, bits: float) -> dict:
     weights = {n: codec.dequantize(quantize_weight(w, bits)) for n, w in evaluation.original.items()}
     stored = sum(stored_bits(w.shape, bits, "mul1", False) for w in evaluation.original.values())
     count = sum(w.size for w in evaluation.original.values())
@@ -154,7 +155,7 @@ def plot(rows: list[dict], path: Path) -> None:
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colours[kind]}"/>')
         parts += [f'<circle cx="{x(b):.1f}" cy="{y(k):.1f}" r="3.5" fill="{colours[kind]}"/>' for b, k in points]
         parts.append(f'<text x="600" y="{60 + 20 * i}" fill="{colours[kind]}">{kind}</text>')
-    path.write_text("\n".join([*parts, "</svg>\n"]))
+    atomic.write_text(path, "\n".join([*parts, "</svg>\n"]))
 
 
 def main() -> None:
@@ -186,8 +187,9 @@ def main() -> None:
         rows.append(trellis_row(evaluation, f"{name} (models/)", "trellis, data-free", ROOT / "models" / name))
     rows += [data_free_row(evaluation, k) for k in options.data_free]
     rows += [mlx_row(evaluation, *entry) for entry in MLX_FORMATS]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"tokens": WINDOWS * LENGTH, "window": LENGTH, "rows": rows}, indent=1) + "\n")
+    atomic.write_text(
+        options.output, json.dumps({"tokens": WINDOWS * LENGTH, "window": LENGTH, "rows": rows}, indent=1) + "\n"
+    )
     plot([row for row in rows if row["kind"] != "original"], options.output.with_suffix(".svg"))
     print(table(rows))
 

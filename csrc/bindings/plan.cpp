@@ -87,6 +87,13 @@ void bind_plan(nb::module_& m) {
       "stack"_a, "expert"_a, "The Metal dispatch of a trellis_decode.");
 
   m.def(
+      "plan_embedding",
+      [](int64_t rows, int dtype, int vocabulary, int features, int bits) {
+        return to_python(plan_embedding({vocabulary, features, bits}, rows, dtype));
+      },
+      "rows"_a, "dtype"_a, "vocabulary"_a, "features"_a, "bits"_a, "The Metal dispatches of a trellis_embedding.");
+
+  m.def(
       "kernel_library",
       [](const std::string& kernel, const std::unordered_map<std::string, uint32_t>& constants,
          const std::string& file) {

@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "primitives/decode.h"
+#include "primitives/embedding.h"
 #include "primitives/expert_ids.h"
 #include "primitives/linear.h"
 #include "primitives/swiglu.h"
@@ -31,7 +32,9 @@ void bind_types(nb::module_& m) {
             new (self) KernelConfig{variant, tile_m, tile_n, simdgroups, fp32};
           },
           "variant"_a, "tile_size_m"_a, "tile_size_n"_a, "simdgroups"_a, "use_fp32_acc"_a)
-      .def("__eq__", [](const KernelConfig& a, const KernelConfig& b) { return a == b; });
+      .def(
+          "__eq__", [](const KernelConfig& a, const KernelConfig& b) { return a == b; }, nb::is_operator(),
+          nb::sig("def __eq__(self, other: object, /) -> bool"));
 
   nb::class_<StackInfo>(m, "StackInfo", "Sizes and contents of a stack of trellis weights.")
       .def(
@@ -116,6 +119,15 @@ void bind_primitives(nb::module_& m) {
         return trellis_decode(stack, {expert, info}, s);
       },
       "stack"_a, "info"_a, "expert"_a, "stream"_a = nb::none(), "The inner matrix of one expert, float16 [k, n].");
+
+  m.def(
+      "trellis_embedding",
+      [](const mx::array& ids, const mx::array& codes, const mx::array& signs, int features, int bits, mx::Dtype dtype,
+         mx::StreamOrDevice s) {
+        return trellis_embedding(ids, codes, signs, {codes.shape(0), features, bits}, dtype, s);
+      },
+      "ids"_a, "codes"_a, "signs"_a, "features"_a, "bits"_a, "dtype"_a, "stream"_a = nb::none(),
+      "Rows of a quantized token embedding: uint32 ids [...] -> [..., features].");
 }
 
 }  // namespace mlx_marlin

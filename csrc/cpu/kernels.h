@@ -66,6 +66,19 @@ void swiglu(const SwigluArgs& args, const Config& config);
 // The inner matrix of one expert, exact: out is half [k, n], row major.
 void decode(const Stack& stack, int expert, uint16_t* out, int threads);
 
+// Rows of a quantized token embedding, exact: half values in the dtype of out.
+struct EmbeddingArgs {
+  DType dtype;          // of out
+  const uint32_t* ids;  // [rows], all known to the table
+  int64_t rows;
+  const uint16_t* codes;  // [vocabulary, groups * (1 + 16 * bits)]
+  const uint16_t* signs;  // [groups, 256], half
+  void* out;              // [rows, features]
+  int features;
+  int bits;
+};
+void embedding(const EmbeddingArgs& args, int threads);
+
 // Largest id of ids[0..count) that is >= experts, as its position, or -1: ids are checked before use.
 int64_t find_bad_id(const uint32_t* ids, int64_t count, int experts);
 

@@ -10,14 +10,18 @@
 
 namespace mlx_marlin::cpu {
 
-// The inner matrix of one expert. Tile (i, j) starts at tiles + (i * n / 16 + j) * 32 * bits.
+// The inner matrix of one expert. Tile (i, j) starts at tiles + (i * n / 16 + j) * tile_bytes(half_bits).
 struct Codes {
   const uint8_t* tiles;
-  int bits;
+  int half_bits;  // 2 * bits
   int codebook;
   int k;
   int n;
 };
+
+constexpr int64_t tile_bytes(int half_bits) {
+  return MARLIN_TILE_SIZE / 16 * half_bits;
+}
 
 // x between the Hadamard transform and the product lies in blocks of block_rows rows (the last may be
 // smaller), each block tile by tile: 16 values of each of its rows, in the order in which a tile
@@ -54,6 +58,9 @@ struct Tier {
 
   // Rows [16 * tile_row, + 16) of the inner matrix as half, row major.
   void (*decode)(const Codes& codes, int tile_row, uint16_t* out);
+
+  // The first `count` of a group's 256 elements. ring: its scale, then 16 * bits words.
+  void (*embed)(DType dtype, const uint16_t* ring, int bits, const uint16_t* signs, int count, void* out);
 };
 
 // That of the instruction set in use.
@@ -75,7 +82,7 @@ inline Codes expert_codes(const Stack& stack, int expert) {
   uint32_t format = stack.formats[expert];
   return {
       reinterpret_cast<const uint8_t*>(stack.codes + stack.offsets[expert]),
-      static_cast<int>(MARLIN_FORMAT_HALF_BITS(format) / 2), static_cast<int>(MARLIN_FORMAT_CODEBOOK(format)), stack.k,
+      static_cast<int>(MARLIN_FORMAT_HALF_BITS(format)), static_cast<int>(MARLIN_FORMAT_CODEBOOK(format)), stack.k,
       stack.n};
 }
 

@@ -343,4 +343,17 @@ void encode_decode(const DecodeCall& call, mx::Stream stream, const std::vector<
   run(Prepared(plan_decode(call), stream, std::move(names)), stream, inputs, out);
 }
 
+void encode_embedding(
+    const EmbeddingCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {
+  const auto rows = static_cast<int64_t>(inputs[0].size());
+  // A call reads a row for each id, not the table (see as_read).
+  std::vector<mx::array> arrays = inputs;
+  arrays[1] = as_read(inputs[1], rows, call.rows);
+  // Not kept: a plan of one dispatch, made once per token.
+  Prepared prepared(
+      plan_embedding(call, rows, dtype_id(out.dtype())), stream,
+      {"indices", "embedding.codes", "embedding.signs", "y"});
+  run(prepared, stream, std::move(arrays), out);
+}
+
 }  // namespace mlx_marlin::metal

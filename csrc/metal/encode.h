@@ -18,4 +18,7 @@ void encode_swiglu(const SwigluCall& call, mx::Stream stream, const std::vector<
 
 void encode_decode(const DecodeCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out);
 
+void encode_embedding(
+    const EmbeddingCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out);
+
 }  // namespace mlx_marlin::metal

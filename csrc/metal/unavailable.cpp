@@ -32,4 +32,8 @@ void encode_decode(const DecodeCall&, mx::Stream, const std::vector<mx::array>&,
   refuse("trellis_decode");
 }
 
+void encode_embedding(const EmbeddingCall&, mx::Stream, const std::vector<mx::array>&, mx::array&) {
+  refuse("trellis_embedding");
+}
+
 }  // namespace mlx_marlin::metal

@@ -67,5 +67,6 @@ struct Plan {
 Plan plan_linear(const LinearCall& call, int64_t rows, int dtype);
 Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype);
 Plan plan_decode(const DecodeCall& call);
+Plan plan_embedding(const EmbeddingCall& call, int64_t rows, int dtype);
 
 }  // namespace mlx_marlin

@@ -353,4 +353,32 @@ Plan plan_decode(const DecodeCall& call) {
   return plan;
 }
 
+Plan plan_embedding(const EmbeddingCall& call, int64_t rows, int dtype) {
+  MarlinEmbeddingArgs args{};
+  args.rows = static_cast<uint32_t>(call.rows);
+  args.features = static_cast<uint32_t>(call.features);
+  args.groups = ceil_div(call.features, MARLIN_TILE_SIZE);
+  args.bits = static_cast<uint32_t>(call.bits);
+  const uint64_t row_codes = 2ull * args.groups * (1 + MARLIN_TILE * args.bits);
+  const uint64_t element = dtype == MARLIN_DTYPE_FLOAT32 ? 4 : 2;
+  const uint32_t simdgroups = std::min<uint32_t>(args.groups, kStageSimdgroups);
+  // A grid has at most 65535 threadgroups along y.
+  constexpr int64_t kMostRows = 65535;
+  Plan plan;
+  for (int64_t first = 0; first < rows; first += kMostRows) {
+    const auto count = static_cast<uint64_t>(std::min(kMostRows, rows - first));
+    const uint64_t row_bytes = call.features * element;
+    plan.add(Builder("embedding", simdgroups)
+                 .grid(ceil_div(args.groups, simdgroups), static_cast<uint32_t>(count))
+                 .args(args)
+                 .constant("dtype", static_cast<uint32_t>(dtype))
+                 .read(1, "indices", count * 4, first * 4)
+                 .read(2, "embedding.codes", call.rows * row_codes)
+                 .read(3, "embedding.signs", 2ull * args.groups * MARLIN_TILE_SIZE)
+                 .write(4, "y", count * row_bytes, first * row_bytes)
+                 .done());
+  }
+  return plan;
+}
+
 }  // namespace mlx_marlin

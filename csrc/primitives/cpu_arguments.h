@@ -22,10 +22,6 @@ inline cpu::Config cpu_config(const KernelConfig& config) {
 
 // The stack whose arrays begin at inputs[first].
 inline cpu::Stack cpu_stack(const StackInfo& info, const std::vector<mx::array>& inputs, size_t first) {
-  constexpr uint32_t kHalfRates = 0xAAAAAAAA;
-  if (info.widths & kHalfRates) {
-    throw std::invalid_argument("the CPU kernels decode whole widths only, but a weight has 1.5, 2.5 or 3.5 bits.");
-  }
   return {
       .codes = inputs[first].data<uint32_t>(),
       .offsets = inputs[first + 1].data<int64_t>(),

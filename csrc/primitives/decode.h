@@ -17,17 +17,7 @@ mx::array trellis_decode(const std::vector<mx::array>& stack, const DecodeCall& 
 
 // Inputs: stack arrays.
 class TrellisDecode : public TrellisPrimitive<DecodeCall> {
- public:
-  using TrellisPrimitive::TrellisPrimitive;
-  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
-  std::vector<mx::array> vjp(
-      const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
-      const std::vector<mx::array>& outputs) override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
-  const char* name() const override {
-    return "TrellisDecode";
-  }
+  MARLIN_PRIMITIVE(TrellisDecode)
 };
 
 }  // namespace mlx_marlin

@@ -69,6 +69,18 @@ void check(const std::string& op, const mx::array& indices, int experts) {
   }
 }
 
+void require_ids(const std::string& op, const uint32_t* ids, int64_t count, int experts) {
+  const int64_t bad = cpu::find_bad_id(ids, count, experts);
+  if (bad < 0) {
+    return;
+  }
+  std::string index = std::to_string(ids[bad]);
+  if (ids[bad] > static_cast<uint32_t>(std::numeric_limits<int32_t>::max())) {
+    index = std::to_string(static_cast<int32_t>(ids[bad])) + " (unsigned: " + index + ")";
+  }
+  refuse(op, index, bad, experts);
+}
+
 }  // namespace
 
 mx::array expert_ids(const std::string& op, const mx::array& indices, int experts, mx::StreamOrDevice s) {
@@ -85,18 +97,6 @@ mx::array expert_ids(const std::string& op, const mx::array& indices, int expert
     ids = mx::minimum(ids, mx::array(std::numeric_limits<uint32_t>::max(), mx::uint64), s);
   }
   return ids.dtype() == mx::uint32 ? ids : mx::astype(ids, mx::uint32, s);
-}
-
-void require_ids(const std::string& op, const uint32_t* ids, int64_t count, int experts) {
-  const int64_t bad = cpu::find_bad_id(ids, count, experts);
-  if (bad < 0) {
-    return;
-  }
-  std::string index = std::to_string(ids[bad]);
-  if (ids[bad] > static_cast<uint32_t>(std::numeric_limits<int32_t>::max())) {
-    index = std::to_string(static_cast<int32_t>(ids[bad])) + " (unsigned: " + index + ")";
-  }
-  refuse(op, index, bad, experts);
 }
 
 void require_ids_or_nan(

@@ -16,11 +16,8 @@ namespace mx = mlx::core;
 // is out of [0, experts) and known by now; never waits for an array.
 mx::array expert_ids(const std::string& op, const mx::array& indices, int experts, mx::StreamOrDevice s);
 
-// The same refusal at evaluation, of indices that were not known before.
-void require_ids(const std::string& op, const uint32_t* ids, int64_t count, int experts);
-
-// Refuses indices that are out of range, and leaves NaN rather than uninitialised memory in the result: MLX lets it
-// be read after the error.
+// The same refusal at evaluation, of indices that were not known before. It leaves NaN rather than uninitialised memory
+// in the result: MLX lets it be read after the error.
 void require_ids_or_nan(
     const std::string& op, const uint32_t* ids, int64_t count, int experts, cpu::DType dtype, void* out, int64_t size);
 

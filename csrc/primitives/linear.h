@@ -21,17 +21,7 @@ mx::array trellis_linear(
 
 // Inputs: x, stack arrays, ids if gathered.
 class TrellisLinear : public TrellisPrimitive<LinearCall> {
- public:
-  using TrellisPrimitive::TrellisPrimitive;
-  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;
-  std::vector<mx::array> vjp(
-      const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
-      const std::vector<mx::array>& outputs) override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
-  const char* name() const override {
-    return "TrellisLinear";
-  }
+  MARLIN_PRIMITIVE(TrellisLinear)
 };
 
 }  // namespace mlx_marlin

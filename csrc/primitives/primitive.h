@@ -41,4 +41,18 @@ class TrellisPrimitive : public mx::UnaryPrimitive {
   Call call_;
 };
 
+// What every primitive of ours declares, as MLX's macros do for its own (mlx/primitives.h, DEFINE_NAME).
+#define MARLIN_PRIMITIVE(NAME)                                                          \
+ public:                                                                                \
+  using TrellisPrimitive::TrellisPrimitive;                                             \
+  void eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) override;         \
+  void eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) override;         \
+  std::vector<mx::array> vjp(                                                           \
+      const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,  \
+      const std::vector<int>& argnums, const std::vector<mx::array>& outputs) override; \
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;  \
+  const char* name() const override {                                                   \
+    return #NAME;                                                                       \
+  }
+
 }  // namespace mlx_marlin

@@ -9,13 +9,14 @@ namespace mlx_marlin::viterbi {
 struct Encoder {
   int tiles;               // tiles searched side by side
   int64_t scratch_floats;  // 64-byte aligned scratch of one worker
-  // Puts the 65536 values in the order in which a step reads them.
+  int64_t table_floats;    // 64-byte aligned
+  // Puts the 65536 values in the order in which the steps read them.
   void (*arrange)(const float* values, float* table);
   // Searches count <= tiles tiles.
   void (*run)(const float* tiles, int count, const float* values, const float* table, float* scratch, uint16_t* states);
 };
 
-// Encoders for K = 1 .. 8. Those that the target's architecture lacks are not defined.
+// Encoders for K = 1, 1.5, 2, 2.5, 3, 3.5, 4 .. 8 at position 2 * K; the others have no tiles. Those that the target's architecture lacks are not defined.
 const Encoder* encoders_baseline();
 const Encoder* encoders_avx2();
 const Encoder* encoders_avx512();

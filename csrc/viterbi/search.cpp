@@ -7,6 +7,7 @@
 
 #include "cpu/instruction_set.h"
 #include "cpu/pool.h"
+#include "format.h"
 #include "viterbi/encoder.h"
 
 namespace mlx_marlin::viterbi {
@@ -32,16 +33,17 @@ const Encoder* encoders() {
 
 }  // namespace
 
-void search(const float* tiles, int64_t count, const float* values, int bits, uint16_t* states, int threads) {
-  if (bits < 1 || bits > 8) {
-    throw std::invalid_argument("bits must be in 1..8, got " + std::to_string(bits));
+void search(const float* tiles, int64_t count, const float* values, int half_bits, uint16_t* states, int threads) {
+  if (half_bits < 0 || half_bits > 2 * MARLIN_MAX_BITS || encoders()[half_bits].tiles == 0) {
+    throw std::invalid_argument(
+        "half_bits must be twice 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7 or 8, got " + std::to_string(half_bits));
   }
   if (threads < 1) {
     throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
   }
-  const Encoder& encoder = encoders()[bits - 1];
+  const Encoder& encoder = encoders()[half_bits];
   cpu::Scratch ordered;
-  float* table = ordered.floats(1 << 16);
+  float* table = ordered.floats(encoder.table_floats);
   encoder.arrange(values, table);
   const int64_t batches = (count + encoder.tiles - 1) / encoder.tiles;
   const auto run_batch = [&](int64_t batch) {

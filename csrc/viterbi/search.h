@@ -13,11 +13,11 @@ namespace mlx_marlin::viterbi {
 // float32, one fused multiply-add per state; among equal costs the lowest state wins. The states are
 // the same on every instruction set and with every number of threads.
 //
-//   tiles   [count, 256]
-//   values  [65536], the value of each state
-//   bits    1 .. 8
-//   states  [count, 256]
-//   threads >= 1: up to that many of the pool's
-void search(const float* tiles, int64_t count, const float* values, int bits, uint16_t* states, int threads);
+//   tiles      [count, 256]
+//   values     [65536], the value of each state
+//   half_bits  2 * K
+//   states     [count, 256]
+//   threads    >= 1: up to that many of the pool's
+void search(const float* tiles, int64_t count, const float* values, int half_bits, uint16_t* states, int threads);
 
 }  // namespace mlx_marlin::viterbi

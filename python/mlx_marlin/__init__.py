@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from . import _abi  # first: explains a mismatch before anything else fails
-from .codec import CODEBOOKS, decode, dequantize, hadamard, inner, pack, unpack, unpack_signs
+from .codec import CODEBOOKS, decode, decode_embedding, dequantize, hadamard, inner, pack, unpack, unpack_signs
 from .dispatch import (
     Adaptation,
     MixedBpwMoEDispatcher,
@@ -16,7 +16,7 @@ from .dispatch import (
     get_expert_bits,
 )
 from .kernels import KernelConfig, Problem, candidates, default, feasible
-from .layers import GridLinear, TrellisLinear, TrellisSwitchGLU
+from .layers import GridLinear, TrellisEmbedding, TrellisLinear, TrellisSwitchGLU
 from .lm import load
 from .loader import TrellisModelLoader
 from .ops import plan, set_num_threads, trellis_decode, trellis_linear, trellis_swiglu
@@ -30,7 +30,7 @@ from .selection import (
     reset_history,
     set_exploration_rate,
 )
-from .weights import ExpertBank, GridWeight, TrellisWeight
+from .weights import EmbeddingWeight, ExpertBank, GridWeight, TrellisWeight
 
 if TYPE_CHECKING:
     from .autotune import AutotuneConfig, BenchmarkResult, MixedBPWAutoTuner, Objective
@@ -44,6 +44,7 @@ __all__ = [
     "AutotuneConfig",
     "BenchmarkResult",
     "Choice",
+    "EmbeddingWeight",
     "ExpertBank",
     "GridLinear",
     "GridWeight",
@@ -55,6 +56,7 @@ __all__ = [
     "Objective",
     "Problem",
     "ProfileError",
+    "TrellisEmbedding",
     "TrellisLinear",
     "TrellisModelLoader",
     "TrellisSwitchGLU",
@@ -64,6 +66,7 @@ __all__ = [
     "candidates",
     "convert",
     "decode",
+    "decode_embedding",
     "default",
     "default_path",
     "dequantize",
@@ -102,10 +105,12 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker takes every name for one that it gives
+
+    def __getattr__(name):
+        if name in _LAZY:
+            return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

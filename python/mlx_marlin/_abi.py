@@ -8,13 +8,14 @@ from importlib import metadata
 
 import mlx.core as mx
 
-VERSION = metadata.version("mlx_marlin")
+VERSION: str = metadata.version("mlx_marlin")
 # pyproject.toml pins the same version for the build and at run time; tests/project/test_build.py compares them.
 BUILT_FOR_MLX = "0.32.4"
 
-if mx.__version__ != BUILT_FOR_MLX:
+_installed: str = mx.__version__  # type: ignore[attr-defined]  # MLX's stub leaves it out
+if _installed != BUILT_FOR_MLX:
     raise ImportError(
-        f"mlx_marlin {VERSION} is built for mlx {BUILT_FOR_MLX}, but mlx {mx.__version__} is installed, whose C++ "
+        f"mlx_marlin {VERSION} is built for mlx {BUILT_FOR_MLX}, but mlx {_installed} is installed, whose C++ "
         f"interface may differ. Run: pip install mlx=={BUILT_FOR_MLX}"
     )
 

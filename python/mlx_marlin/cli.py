@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import sys
 from typing import NoReturn
+
+import msgspec
 
 from ._abi import VERSION
 from .lm import require_mlx_lm
@@ -13,6 +17,8 @@ _USAGE = """usage: mlx_marlin COMMAND [ARGUMENTS]
 The commands of mlx-lm (generate, chat, server, benchmark, perplexity, evaluate, lora, ...) with its arguments.
 --model also takes EXL3 directories and repositories. mlx_marlin COMMAND --help shows the arguments.
 Commands that write quantized weights (fuse, awq, dwq, dynamic_quant, gptq) refuse EXL3 models.
+
+mlx_marlin info DIR [--context N] [--json] says what an EXL3 directory is, and whether it fits into this machine.
 
 See also: mlx_marlin-tune (measure kernels), mlx_marlin-convert (quantize a model to EXL3)."""
 
@@ -27,9 +33,38 @@ def _show_progress(done: int, total: int) -> None:
         print("" if sys.stderr.isatty() else f"Loaded {total} groups of weights", file=sys.stderr, flush=True)
 
 
+def _show_what_is_left_out() -> None:
+    """Show what loading reports; the library itself never prints."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("mlx_marlin: %(message)s"))
+    logger = logging.getLogger("mlx_marlin.lm")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
 def _fail(message: str) -> NoReturn:
     print(f"mlx_marlin: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _info(arguments: list[str]) -> None:
+    from .lm.info import CONTEXT, describe
+    from .lm.info_report import report
+
+    parser = argparse.ArgumentParser(
+        prog="mlx_marlin info", description="What an EXL3 directory is. Reads headers, no weights."
+    )
+    parser.add_argument("directory", metavar="DIR", help="of an EXL3 (ExLlamaV3) model")
+    help_context = f"tokens that memory is computed for (default: {CONTEXT})"
+    parser.add_argument("--context", type=int, default=CONTEXT, metavar="N", help=help_context)
+    parser.add_argument("--json", action="store_true", help="sizes in bytes and everything else as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        info = describe(options.directory, options.context)
+    except (FileNotFoundError, PermissionError, ValueError) as error:
+        _fail(str(error))
+    print(msgspec.json.format(msgspec.json.encode(info)).decode() if options.json else report(info))
 
 
 def main() -> None:
@@ -44,6 +79,9 @@ def main() -> None:
         require_mlx_lm()
     except ModuleNotFoundError as error:
         _fail(str(error))
+    if command == "info":
+        _info(sys.argv[2:])
+        return
     import mlx.core as mx
 
     from .lm import commands
@@ -53,7 +91,10 @@ def main() -> None:
         return
     if command not in commands.names():
         _fail(f"mlx-lm has no command {command!r}; it has {', '.join(commands.names())}")
-    progress = _show_progress if mx.distributed.init().rank() == 0 else None
+    progress = None
+    if mx.distributed.init().rank() == 0:
+        progress = _show_progress
+        _show_what_is_left_out()
     try:
         commands.run(command, progress)
     except commands.CheckpointError as error:

@@ -14,6 +14,8 @@ This module imports NumPy only.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 CODEBOOKS = ("3inst", "mcg", "mul1")
@@ -27,6 +29,8 @@ WIDTHS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
 """Bits per weight that the format has. Whole widths are ints; the half rates, floats, exist for mul1 only."""
 MAX_BITS = WIDTHS[-1]
 _LISTED = ", ".join(map(str, WIDTHS))
+# Numbers that are equal are the same key.
+_WIDTH_OF = {width: width for width in WIDTHS}
 
 # x = x * multiplier + increment (mod 2**32) for the two codebooks that add two halves.
 _HALVES_HASH = {"3inst": (89226354, 64248484), "mcg": (0xCBAC1FED, 0)}
@@ -67,6 +71,25 @@ def bits_of_half(halves: int) -> int | float:
 def is_half_rate(bits: float) -> bool:
     """Whether these are 1.5, 2.5 or 3.5 bits and not a whole width."""
     return half_bits(bits) % 2 == 1
+
+
+def as_width(value: float, what: str = "bits") -> int | float:
+    """The width that a number stands for, as :data:`WIDTHS` writes it: 2.0 and NumPy's 2 are 2.
+
+    Args:
+        value: The number.
+        what: What to call it in the error. Default: ``"bits"``.
+
+    Raises:
+        ValueError: If the format has no such width.
+    """
+    try:
+        width = None if isinstance(value, bool) else _WIDTH_OF.get(value)
+    except TypeError:  # lists, arrays
+        width = None
+    if width is None:
+        raise ValueError(f"{what} must be one of {_LISTED}, got {value!r}")
+    return width
 
 
 def words_per_tile(bits: float) -> int:
@@ -240,7 +263,31 @@ def matrix_to_tiles(matrix: np.ndarray) -> np.ndarray:
     return tiles[:, :, TILE_ROWS, TILE_COLUMNS]
 
 
-def inner(w) -> np.ndarray:
+class Array(Protocol):
+    """An array of NumPy or MLX."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Weight(Protocol):
+    """A :class:`~mlx_marlin.TrellisWeight`, or the same in NumPy arrays."""
+
+    @property
+    def trellis(self) -> Array: ...
+    @property
+    def suh(self) -> Array: ...
+    @property
+    def svh(self) -> Array: ...
+    @property
+    def codebook(self) -> str: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+
+
+def inner(w: Weight) -> np.ndarray:
     """The matrix between the two Hadamard transforms, bit-exact.
 
     Args:
@@ -308,7 +355,7 @@ def unpack_signs(words: np.ndarray) -> np.ndarray:
     return np.float16(1) - np.float16(2) * bits.reshape(-1).astype(np.float16)
 
 
-def dequantize(w) -> np.ndarray:
+def dequantize(w: Weight) -> np.ndarray:
     """The effective weight ``diag(suh) H W_inner H diag(svh)``, computed in double precision.
 
     Args:

@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_marlin import measure, ops
+from mlx_marlin.measure import clock
 from tests.support import cases
 
 
@@ -41,13 +42,13 @@ def test_slope_cancels_the_launch_floor(monkeypatch):
     # A machine where a call takes 1 ms and launching an evaluation 10 ms, on a clock that only the test moves.
     now = [0.0]
     pending = [0]
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
 
     def evaluate(_):
         now[0] += 0.010 + 0.001 * pending[0]
         pending[0] = 0
 
-    monkeypatch.setattr(measure.mx, "eval", evaluate)
+    monkeypatch.setattr(clock.mx, "eval", evaluate)
 
     def step(x, i):
         pending[0] += 1
@@ -64,15 +65,15 @@ def test_slope_cancels_the_launch_floor(monkeypatch):
 
 def test_a_control_is_a_clock_of_fixed_work(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
     products = []
     matmul = mx.matmul
-    monkeypatch.setattr(measure.mx, "matmul", lambda x, w, stream: products.append((x.shape, w.shape)) or matmul(x, w))
+    monkeypatch.setattr(clock.mx, "matmul", lambda x, w, stream: products.append((x.shape, w.shape)) or matmul(x, w))
 
     def evaluate(*_):
         now[0] += 0.001
 
-    monkeypatch.setattr(measure.mx, "eval", evaluate)
+    monkeypatch.setattr(clock.mx, "eval", evaluate)
     control = measure.control(mx.cpu, 1e-9)
     control.warm_up(2)
     assert control() == pytest.approx(0.001) and set(products) == {((16, 1024), (1024, 1024))}
@@ -80,8 +81,8 @@ def test_a_control_is_a_clock_of_fixed_work(monkeypatch):
 
 def test_a_slope_that_noise_turned_round_is_measured_again(monkeypatch):
     now, lengths = [0.0], []
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(measure.mx, "eval", lambda _: None)
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clock.mx, "eval", lambda _: None)
     chain = measure.Chain(lambda x, i: x, mx.zeros((1,)), floor=1.0)
     chain._length = 5
     times = iter([3.0, 2.0, 1.0, 9.0])  # short, long; short, long

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mlx_marlin.measure.race import Limits, Rules, race
+from mlx_marlin.measure.race import Limits, RaceSettings, race
 
 RUNS = 100
 
@@ -32,7 +32,7 @@ def outcomes(times, noise, others=(), count=RUNS):
         rng = random.Random(seed)
         clocks = {i: Planted(t, noise, rng) for i, t in enumerate(times)}
         clocks |= {f"other{i}": clock for i, clock in enumerate(others)}
-        results.append(race(clocks, 0, Rules(seed=seed)))
+        results.append(race(clocks, 0, RaceSettings(seed=seed)))
     return results
 
 
@@ -99,7 +99,7 @@ def test_candidates_that_crash_later_never_win():
 
     for seed in range(RUNS):
         rng = random.Random(seed)
-        result = race({0: Planted(1.0, 0.03, rng), 1: Fragile()}, 0, Rules(seed=seed))
+        result = race({0: Planted(1.0, 0.03, rng), 1: Fragile()}, 0, RaceSettings(seed=seed))
         assert result.winner == 0 and result.failures == {1: "MemoryError: out of memory"}
 
 
@@ -134,7 +134,7 @@ def test_drifting_machine_does_not_mislead():
             calls[0] += 1
             return mean * (1 + calls[0] / 80) * math.exp(rng.gauss(0.0, 0.03))
 
-        wrong += race({0: lambda: clock(1.0), 1: lambda: clock(1.05)}, 0, Rules(seed=seed)).winner != 0
+        wrong += race({0: lambda: clock(1.0), 1: lambda: clock(1.05)}, 0, RaceSettings(seed=seed)).winner != 0
     assert wrong <= 1
 
 
@@ -148,7 +148,7 @@ def test_a_wildly_drifting_machine_still_decides():
             return mean * world[0] * math.exp(rng.gauss(0.0, 0.02))
 
         clocks = {i: lambda m=m: clock(m) for i, m in enumerate((1.0, mean, 1.1, 1.2))}
-        return race(clocks, 0, Rules(seed=seed)).winner
+        return race(clocks, 0, RaceSettings(seed=seed)).winner
 
     wins = [sum(result(mean, seed) == 1 for seed in range(RUNS)) for mean in (0.9, 1.0, 1.1)]
     assert wins[0] >= 95 and wins[1] <= 1 and wins[2] == 0
@@ -161,7 +161,7 @@ def test_interrupts_do_not_hide_a_difference():
         clocks = [
             lambda m=m: m * math.exp(rng.gauss(0.0, 0.03)) * (3.0 if rng.random() < 0.1 else 1.0) for m in (1.0, mean)
         ]
-        return race(dict(enumerate(clocks)), 0, Rules(seed=seed)).winner
+        return race(dict(enumerate(clocks)), 0, RaceSettings(seed=seed)).winner
 
     assert sum(winner(0.9, seed) for seed in range(RUNS)) >= 60
     assert sum(winner(1.0, seed) for seed in range(RUNS)) <= 1
@@ -255,15 +255,15 @@ def test_a_share_leaves_two_rounds(now):
 def test_a_control_is_sampled_in_each_round_and_never_wins(now):
     control = Slow(now, result=0.001)
     clocks = {0: lambda: 1.0, 1: lambda: 0.5}
-    result = race(clocks, 0, Rules(rounds=6), control=control)
+    result = race(clocks, 0, RaceSettings(rounds=6), control=control)
     assert result.winner == 1 and control.warmed == 1
     assert result.control == [0.001] * len(result.fresh[0])
     assert control.samples == len(result.samples[0]) + len(result.fresh[0])
-    kept = race({0: lambda: 1.0, 1: lambda: 1.0}, 0, Rules(rounds=6), control=control)
+    kept = race({0: lambda: 1.0, 1: lambda: 1.0}, 0, RaceSettings(rounds=6), control=control)
     assert kept.winner == 0 and len(kept.control) == len(kept.samples[0])
 
 
 @pytest.mark.parametrize("bad", [{"rounds": 1}, {"warmup": -1}, {"margin": 1.0}, {"alpha": 0.0}])
 def test_bad_rules(bad):
     with pytest.raises(ValueError, match="got"):
-        Rules(**bad)
+        RaceSettings(**bad)

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from mlx_marlin import kernels, profile
 from mlx_marlin.autotune import check as regression
@@ -33,13 +34,13 @@ class World:
 def world(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_MARLIN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(workload, "last_level_cache", lambda: 1 << 16)
-    monkeypatch.setattr(kernels, "cpu_threads", lambda: 2)
+    monkeypatch.setattr(kernels.cpu, "cpu_threads", lambda: 2)
     world = World()
     monkeypatch.setattr(workload.ConfigClock, "__call__", lambda self: world.sample(world.times.get(self.config, 1.0)))
     monkeypatch.setattr(workload.ConfigClock, "warm_up", lambda self, n: self._check and self._check())
-    for module in ("trial", "regression"):
-        monkeypatch.setattr(f"mlx_marlin.{module}.measure.control", lambda *_: Control(world))
-        monkeypatch.setattr(f"mlx_marlin.{module}.measure.launch_floor", lambda: 1e-4)
+    for module in ("trial", "check"):
+        monkeypatch.setattr(f"mlx_marlin.autotune.{module}.measure.control", lambda *_: Control(world))
+        monkeypatch.setattr(f"mlx_marlin.autotune.{module}.measure.launch_floor", lambda: 1e-4)
     profile.refresh()
     yield world
     profile.refresh()
@@ -146,7 +147,7 @@ def test_noise_alone_is_no_regression(tuned, capsys, runs):
 
 
 def test_an_entry_without_anything_to_compare_with(tuned, capsys):
-    edited(lambda e: replace(e, over_control=None))
+    edited(lambda e: structs.replace(e, over_control=None))
     tuned.times |= {kernels.default(p): 5.0 for p in profile.load(profile.default_path("cpu")).problems if p.rows == 16}
     code, rows, _ = check(capsys, "--batch-sizes", "16")
     assert code == 0 and rows[16]["note"] == "nothing was stored that it could be compared with"
@@ -155,9 +156,9 @@ def test_an_entry_without_anything_to_compare_with(tuned, capsys):
 def test_a_config_chosen_for_its_memory_may_be_slower_than_the_default(tuned, capsys):
     (better,) = tuned.times
     tuned.times = {better: 1.2}
-    edited(lambda e: replace(e, ratio=(1.2, 1.19, 1.21), objective=(1.0, 0.0, 1.0)))
+    edited(lambda e: structs.replace(e, ratio=(1.2, 1.19, 1.21), objective=(1.0, 0.0, 1.0)))
     assert check(capsys, "--batch-sizes", "64")[0] == 0
-    edited(lambda e: replace(e, objective=(1.0, 0.0, 0.0)))
+    edited(lambda e: structs.replace(e, objective=(1.0, 0.0, 0.0)))
     assert check(capsys, "--batch-sizes", "64")[1][64]["regression"] == "slower than the default"
 
 
@@ -174,7 +175,7 @@ def test_a_wrong_result_is_a_finding(tuned, capsys, monkeypatch):
 
 
 def test_an_infeasible_config_is_a_finding(tuned, capsys):
-    edited(lambda e: replace(e, config=replace(e.config, tile_size_n=48)))
+    edited(lambda e: structs.replace(e, config=replace(e.config, tile_size_n=48)))
     code, rows, _ = check(capsys)
     assert code == 1 and all(r["regression"].startswith("infeasible: a task on the CPU has") for r in rows.values())
 
@@ -220,7 +221,7 @@ def test_another_build_of_the_kernels_is_checked(tuned, capsys):
     """That is what a check in CI is for; each build has a profile of its own."""
     path = profile.default_path("cpu")
     stored = profile.load(path)
-    stored.fingerprint = replace(stored.fingerprint, kernel_hash="0" * 16, os="Linux 1", mlx_version="0.1")
+    stored.fingerprint = structs.replace(stored.fingerprint, kernel_hash="0" * 16, os="Linux 1", mlx_version="0.1")
     old = path.with_name(f"{path.stem[:-8]}{'0' * 8}.json")
     old.write_bytes(profile_json.encode(stored))
     path.unlink()
@@ -232,7 +233,7 @@ def test_another_build_of_the_kernels_is_checked(tuned, capsys):
 def test_another_machine_is_refused(tuned, capsys):
     path = profile.default_path("cpu")
     stored = profile.load(path)
-    stored.fingerprint = replace(stored.fingerprint, chip="Another chip")
+    stored.fingerprint = structs.replace(stored.fingerprint, chip="Another chip")
     path.write_bytes(profile_json.encode(stored))
     code, _, err = check(capsys)
     assert code == 2 and "foreign profile: it was measured on Another chip" in err
@@ -268,7 +269,7 @@ def test_measuring_nothing_is_not_success(tuned, capsys, arguments):
 
 
 def test_the_table_names_the_regression(tuned, capsys):
-    edited(lambda e: replace(e, config=replace(e.config, tile_size_n=48)))
+    edited(lambda e: structs.replace(e, config=replace(e.config, tile_size_n=48)))
     capsys.readouterr()
     assert tune_cli.main(["--check", "--device", "cpu", "--iterations", "2"]) == 1
     assert capsys.readouterr().out.count("infeasible: ") == 2

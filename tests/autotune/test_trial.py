@@ -15,19 +15,19 @@ from mlx_marlin.autotune.tuner import BenchmarkResult, MixedBPWAutoTuner
 from mlx_marlin.autotune.workload import ConfigClock, Workload
 from mlx_marlin.kernels import KernelConfig, Problem
 from mlx_marlin.layers.linear import TrellisLinear
-from mlx_marlin.measure.race import Limits, Rules
+from mlx_marlin.measure.race import Limits, RaceSettings
 from mlx_marlin.profile import files as profile_files
 from mlx_marlin.profile.schema import MAX_REASON
 from tests.support.tuning import PlantedClock, linear, mixed_experts
 
-FAST = Rules(rounds=3, warmup=1)
+FAST = RaceSettings(rounds=3, warmup=1)
 
 
 pytestmark = pytest.mark.usefixtures("tuning_sandbox")
 
 
 def tuner(**more):
-    return MixedBPWAutoTuner(device="cpu", **({"rules": FAST} | more))
+    return MixedBPWAutoTuner(device="cpu", **({"race": FAST} | more))
 
 
 def default_of(layer, rows=1):
@@ -78,7 +78,7 @@ def test_configs_must_be_configs():
 
 
 def test_a_problem_of_another_device_is_refused():
-    problem = Problem("linear", 1, 1, 256, 256, 1, ((3,),), ("mul1",), "none", "float16", "gpu")
+    problem = Problem.linear(256, 256, bits=3, device="gpu")
     with pytest.raises(ValueError, match="the tuner times on the cpu, but the problem is for the gpu"):
         tuner().benchmark_layer(problem, 1)
 
@@ -122,7 +122,7 @@ def test_one_layer_that_fails_does_not_stop_the_others(error, monkeypatch, caplo
 def test_nothing_is_left_in_memory():
     mx.clear_cache()
     before = mx.get_active_memory()
-    tuner().benchmark_layer(Problem("linear", 8, 1, 1024, 1024, 1, ((3,),), ("mul1",), "none", "float32", "cpu"), 8)
+    tuner().benchmark_layer(Problem.linear(1024, 1024, rows=8, bits=3), 8)
     assert mx.get_active_memory() - before < 100_000 and mx.get_cache_memory() == 0
 
 
@@ -170,7 +170,7 @@ def test_endless_reasons_and_odd_configs_can_be_stored(tmp_path, monkeypatch, ca
 # Memory
 
 
-BIG = Problem("linear", 16, 1, 1024, 1024, 1, ((3,),), ("mul1",), "none", "float32", "cpu")
+BIG = Problem.linear(1024, 1024, rows=16, bits=3)
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def test_wrong_and_crashing_configs_never_win(planted, monkeypatch, runs):
     right, verdicts = 0, {}
     for seed in range(runs):
         planted.rng = random.Random(seed)
-        mine = tuner(rules=Rules(seed=seed))
+        mine = tuner(race=RaceSettings(seed=seed))
         mine.checked = verdicts
         mine.benchmark_layer(layer, 4, [wrong, crashing, good])
         entry = only_entry(mine)
@@ -356,7 +356,7 @@ def test_the_objective_weighs_memory_and_times_stay_times(planted):
     planted.bytes = {fast: 9_000_000, default: 3_000_000, lean: 1_000_000}
 
     def entry(**objective):
-        mine = tuner(objective=objective, rules=Rules(rounds=20))
+        mine = tuner(objective=objective, race=RaceSettings(rounds=20))
         results = mine.benchmark_layer(layer, 4, [fast, lean])
         return only_entry(mine), {r.config: r.latency_ms for r in results}
 
@@ -381,7 +381,7 @@ def test_an_objective_of_unknown_weights(objective):
 
 
 def test_steps_count_what_differs():
-    problem = Problem("swiglu", 20, 2, 256, 128, 4, ((3, 3, 3),), ("mul1",), "silu", "float32", "gpu")
+    problem = Problem.swiglu(256, 128, rows=20, experts=4, top_k=2, bits=3, dtype="float32", device="gpu")
     a = kernels.default(problem)
     assert trial.steps(problem, a) == 0
     assert trial.steps(problem, replace(a, tile_size_m=16, tile_size_n=64, simdgroups=4, use_fp32_acc=False)) == 4

@@ -131,7 +131,7 @@ MANY = ",".join(map(str, range(1, LAST + 1)))
 
 def started(path):
     """A run of its own process that has stored something, but not yet all."""
-    code = "from mlx_marlin.tune_cli import main; raise SystemExit(main())"
+    code = "from mlx_marlin.autotune.cli import main; raise SystemExit(main())"
     run = subprocess.Popen(
         [sys.executable, "-c", code, *SMALL, "--batch-sizes", MANY, "--output", str(path)],
         stderr=subprocess.PIPE,
@@ -176,7 +176,7 @@ def test_a_killed_process_is_continued_where_it_was(tmp_path):
 def now(monkeypatch):
     """A clock that only the test moves; a check takes a second of it, a sample none."""
     now, checked = [0.0], []
-    for module in ("tuning_run", "race", "tune_cli"):
+    for module in ("autotune.run", "measure.race", "autotune.cli"):
         monkeypatch.setattr(f"mlx_marlin.{module}.time.perf_counter", lambda: now[0])
 
     def check(self, config):

@@ -19,7 +19,9 @@ int main(int argc, char** argv) {
   FILE* out = open_file(argv[3], "wb");
   cases.each([out](const auto& one) {
     const std::vector<uint8_t> result = one.run(2);
-    std::fwrite(result.data(), 1, result.size(), out);
+    if (!result.empty()) {  // fwrite takes no null pointer
+      std::fwrite(result.data(), 1, result.size(), out);
+    }
   });
   return std::fclose(out) == 0 ? 0 : 1;
 }

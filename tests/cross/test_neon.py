@@ -16,12 +16,13 @@ import pytest
 from mlx_marlin import codec, ops
 from mlx_marlin.kernels import ACTIVATIONS, DTYPES
 from mlx_marlin.weights.experts import ExpertStack
+from mlx_marlin.weights.synthetic import random_weight
 from tests.support import golden
 from tests.support.cases import (
+    FORMATS,
     TOLERANCE,
     random_experts,
     random_rows,
-    random_weight,
     reference_linear,
     reference_swiglu,
     row_error,
@@ -83,19 +84,20 @@ def search_driver(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", range(1, codec.MAX_BITS + 1))
+@pytest.mark.parametrize("bits", codec.WIDTHS)
 def test_search_under_qemu(search_driver, bits, tmp_path):
     """The states that this machine's own search finds, the tail of a batch included."""
-    tiles = np.random.default_rng(bits).standard_normal((1, codec.TILE_SIZE)).astype(np.float16)
+    tiles = np.random.default_rng(codec.half_bits(bits)).standard_normal((1, codec.TILE_SIZE)).astype(np.float16)
     files = [tmp_path / name for name in ("values", "tiles", "states")]
     codec.decode(np.arange(1 << 16, dtype=np.uint16), "mul1").astype(np.float32).tofile(files[0])
     tiles.astype(np.float32).tofile(files[1])
-    subprocess.run([QEMU, "-cpu", "max", str(search_driver), "neon", str(bits), *map(str, files)], check=True)
+    subprocess.run(
+        [QEMU, "-cpu", "max", str(search_driver), "neon", str(codec.half_bits(bits)), *map(str, files)], check=True
+    )
     found = np.fromfile(files[2], np.uint16).reshape(tiles.shape)
     np.testing.assert_array_equal(found, ops.viterbi_search(tiles, bits, "mul1"))
 
 
-FORMATS = [(bits, codebook) for bits in range(1, codec.MAX_BITS + 1) for codebook in codec.CODEBOOKS]
 # Rows of x, and rows per decoded panel: one row, a few in one panel, and more than one panel.
 SHAPES = ((1, 1), (2, 4), (3, 64), (5, 4), (17, 8))
 

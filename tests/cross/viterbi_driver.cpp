@@ -1,5 +1,5 @@
 // Searches tiles from a file and writes their states to another. The test builds it for a foreign CPU:
-// argv = instruction set, bits, values of the 65536 states, tiles, states. Float32 and uint16, bare.
+// argv = instruction set, 2 * bits, values of the 65536 states, tiles, states. Float32 and uint16, bare.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -27,7 +27,7 @@ std::vector<float> read_floats(const char* path) {
 
 int main(int argc, char** argv) {
   if (argc != 6) {
-    std::fprintf(stderr, "usage: %s INSTRUCTION_SET BITS VALUES TILES STATES\n", argv[0]);
+    std::fprintf(stderr, "usage: %s INSTRUCTION_SET HALF_BITS VALUES TILES STATES\n", argv[0]);
     return 1;
   }
   mlx_marlin::cpu::set_instruction_set(argv[1]);

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from mlx_marlin import codec, ops
+from mlx_marlin.weights.synthetic import random_weight
 from mlx_marlin.weights.trellis import TrellisWeight
 from tests.support import cases, golden
 from tests.support.paths import ROOT
-from tests.support.planted import PLANTED, PLANTED_FLOAT32
+from tests.support.planted import PLANTED, PLANTED_FLOAT32, PLANTED_HALF_RATES
 
 HALF_RATES = (1.5, 2.5, 3.5)
-FORMATS = [(k, codebook) for k in codec.WIDTHS for codebook in codec.CODEBOOKS if codebook == "mul1" or type(k) is int]
 
 
 def assert_same_bits(actual, expected):
@@ -29,7 +29,7 @@ def test_every_state_of_a_codebook(codebook):
     assert_same_bits(values.view(np.uint16), expected)
 
 
-@pytest.mark.parametrize("bits, codebook", FORMATS)
+@pytest.mark.parametrize("bits, codebook", cases.FORMATS)
 def test_unpack_decode_and_pack(bits, codebook):
     z = golden.load(f"decode_k{bits}_{codebook}")
     assert (z["K"], str(z["cb"])) == (bits, codebook)
@@ -189,10 +189,10 @@ def test_an_embedding_whose_arrays_do_not_fit():
             codec.decode_embedding(*arguments)
 
 
-@pytest.mark.parametrize("bits, codebook", FORMATS)
+@pytest.mark.parametrize("bits, codebook", cases.FORMATS)
 def test_dequantize_removes_the_padding(bits, codebook):
     rng = np.random.default_rng(codec.half_bits(bits))
-    w = cases.random_weight(rng, 200, 130, bits, codebook)
+    w = random_weight(rng, 200, 130, bits, codebook)
     dense = codec.dequantize(w)
     assert (dense.shape, dense.dtype) == ((200, 130), np.float32)
     x = rng.standard_normal((4, 200))
@@ -217,6 +217,29 @@ def test_a_planted_decoder_is_above_the_tolerance_of_every_case(name, dtype, mon
         assert cases.row_error(rounded, right) > case.tolerance, f"{name} passes {case}"
 
 
+@pytest.mark.parametrize("name", PLANTED_HALF_RATES)
+def test_a_planted_half_rate_is_above_the_tolerance_of_every_case(name, monkeypatch):
+    function, planted, _ = PLANTED_HALF_RATES[name]
+    selected = [c for c in cases.pairwise() if c.rows and type(c.bits) is float and c.mix == "uniform"]
+    assert {c.bits for c in selected} == set(HALF_RATES) and {c.dtype for c in selected} == set(cases.DTYPES)
+    for case in selected:
+        inputs = case.inputs()
+        right = case.reference(*inputs)
+        with monkeypatch.context() as patch:
+            patch.setattr(codec, function, planted)
+            assert cases.row_error(case.reference(*inputs), right) > case.tolerance, f"{name} passes {case}"
+
+
+@pytest.mark.parametrize("name", PLANTED_HALF_RATES)
+def test_a_planted_half_rate_differs_in_the_vectors(name, monkeypatch):
+    function, planted, _ = PLANTED_HALF_RATES[name]
+    monkeypatch.setattr(codec, function, planted)
+    for bits in codec.WIDTHS:
+        z = golden.load(f"decode_k{bits}_mul1")
+        same = np.array_equal(codec.inner(SimpleNamespace(trellis=z["trellis"], codebook="mul1")), z["inner"])
+        assert same == (bits not in HALF_RATES)
+
+
 @pytest.mark.parametrize("name", PLANTED_FLOAT32)
 def test_a_decoder_without_the_rounding_is_above_the_float32_tolerance(name, monkeypatch):
     function, planted, codebooks = PLANTED_FLOAT32[name]
@@ -238,7 +261,7 @@ def test_a_decoder_without_the_rounding_is_above_the_float32_tolerance(name, mon
 def test_a_planted_decoder_differs_in_the_vectors(name, monkeypatch):
     function, planted, codebooks = {**PLANTED, **PLANTED_FLOAT32}[name]
     monkeypatch.setattr(codec, function, planted)
-    for bits, codebook in FORMATS:
+    for bits, codebook in cases.FORMATS:
         if codebook in codebooks:
             z = golden.load(f"decode_k{bits}_{codebook}")
             w = SimpleNamespace(trellis=z["trellis"], codebook=codebook)

@@ -1,7 +1,6 @@
 """The metal-marlin scalar grid: weights, layers and directories."""
 
 import json
-import struct
 
 import mlx.core as mx
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 
 from mlx_marlin import GridWeight, TrellisModelLoader
 from mlx_marlin.layers import GridLinear
+from mlx_marlin.storage.safetensors import Tensor, write_tensors
 from tests.support.paths import VECTORS
 
 EXAMPLES = np.load(VECTORS / "metal_marlin.npz")
@@ -21,15 +21,7 @@ def tensors(bits):
 
 
 def write_safetensors(path, arrays):
-    header, data = {}, b""
-    for name, array in arrays.items():
-        dtype = {"uint8": "U8", "float32": "F32"}[str(array.dtype)]
-        offsets = [len(data), len(data) + array.nbytes]
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": offsets}
-        data += array.tobytes()
-    text = json.dumps(header).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    write_tensors(path, {name: Tensor.of(array) for name, array in arrays.items()})
 
 
 @pytest.fixture(params=["v2 tensor", "v2 batch", "v3 underscores", "v3 dots"])

@@ -169,6 +169,11 @@ def test_wrong_tensors_are_named(directory, changes, message):
     [
         (b"not json", "header of .* cannot be read as JSON"),
         (b"\xff\xfe", "header of .* cannot be read as JSON"),
+        (b'{"a.trellis": {}}\xff', "header of .* cannot be read as JSON"),
+        ('{"a": {}}'.encode("utf-16"), "header of .* cannot be read as JSON"),
+        ('{"a": {}}'.encode("utf-32-le"), "header of .* cannot be read as JSON"),
+        (b"\xef\xbb\xbf{}", "header of .* cannot be read as JSON"),
+        (b'{"a\\ud800": {}}', "half of a surrogate pair"),
         (b"[]", "must be a JSON object, got list"),
         (b"[" * 100_000, "nests too deeply"),
         (b'{"a": 1' + b"0" * 5000 + b"}", "cannot be read as JSON"),

@@ -6,6 +6,7 @@ import pytest
 
 from mlx_marlin import codec
 from mlx_marlin.weights.experts import ExpertBank, ExpertStack
+from mlx_marlin.weights.synthetic import random_weight
 from mlx_marlin.weights.trellis import TrellisWeight
 from tests.support import cases
 
@@ -85,7 +86,7 @@ def test_bad_weights(change, message):
 
 def test_a_size_that_would_need_less_padding_is_refused():
     rng = np.random.default_rng(0)
-    w = cases.random_weight(rng, 256, 256, 2)
+    w = random_weight(rng, 256, 256, 2)
     assert TrellisWeight(w.trellis, w.suh, w.svh, in_features=129).in_features == 129
     with pytest.raises(ValueError, match=r"in_features must lie in \(128, 256\].*got 128"):
         TrellisWeight(w.trellis, w.suh, w.svh, in_features=128)
@@ -100,7 +101,7 @@ def test_a_stack_holds_the_words_of_every_expert_as_they_are():
         for e, w in enumerate(weights):
             words = np.array(w.trellis).reshape(-1).view(np.uint32)
             np.testing.assert_array_equal(codes[offsets[e] : offsets[e] + words.size], words)
-            assert formats[e] == 2 * w.bits | codec.CODEBOOKS.index(w.codebook) << 8
+            assert formats[e] == int(2 * w.bits) | codec.CODEBOOKS.index(w.codebook) << 8
             np.testing.assert_array_equal(np.array(stack.suh[e]), np.array(w.suh))
             np.testing.assert_array_equal(np.array(stack.svh[e]), np.array(w.svh))
             np.testing.assert_array_equal(np.array(stack.bias[e]), np.array(w.bias).astype(np.float32))
@@ -109,7 +110,7 @@ def test_a_stack_holds_the_words_of_every_expert_as_they_are():
 
 def test_a_stack_gives_each_expert_back():
     rng = np.random.default_rng(4)
-    weights = [cases.random_weight(rng, 250, 120, bits, book, bias=True) for bits, book in ((2, "mcg"), (5, "mul1"))]
+    weights = [random_weight(rng, 250, 120, bits, book, bias=True) for bits, book in ((2, "mcg"), (5, "mul1"))]
     stack = ExpertStack.of("gate", weights)
     assert len(list(stack)) == 2
     for got, given in zip(stack, weights):
@@ -121,9 +122,9 @@ def test_a_stack_gives_each_expert_back():
 
 def test_an_expert_without_bias_gets_zeros_where_others_have_one():
     rng = np.random.default_rng(0)
-    stack = ExpertStack.of("up", [cases.random_weight(rng, 128, 128, 2, bias=b) for b in (False, True)])
+    stack = ExpertStack.of("up", [random_weight(rng, 128, 128, 2, bias=b) for b in (False, True)])
     assert not np.array(stack.bias[0]).any() and np.array(stack.bias[1]).any()
-    assert ExpertStack.of("up", [cases.random_weight(rng, 128, 128, 2)]).bias is None
+    assert ExpertStack.of("up", [random_weight(rng, 128, 128, 2)]).bias is None
 
 
 def test_a_bank():

@@ -9,7 +9,8 @@ import pytest
 from mlx_marlin import KernelConfig, TrellisLinear, TrellisSwitchGLU, kernels, ops, profile
 from mlx_marlin.selection import choices
 from mlx_marlin.selection.selector import MixedKernelSelector
-from tests.support.cases import Case, expert_formats, random_experts, random_weight, row_error
+from mlx_marlin.weights.synthetic import random_weight
+from tests.support.cases import Case, expert_formats, random_experts, row_error
 
 DECODE64 = KernelConfig("moe_trellis_swiglu_decode", 1, 64, 1, True, "decode")
 

@@ -23,10 +23,10 @@ from mlx_marlin import (
     trellis_swiglu,
 )
 from mlx_marlin.weights.experts import ExpertStack
+from mlx_marlin.weights.synthetic import random_weight
 from tests.support.cases import (
     expert_formats,
     random_experts,
-    random_weight,
     reference_linear,
     reference_swiglu,
     row_error,

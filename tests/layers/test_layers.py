@@ -8,10 +8,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_marlin import ExpertBank, Problem, TrellisLinear, TrellisSwitchGLU, codec
+from mlx_marlin.weights.synthetic import random_weight
 from tests.support.cases import (
     expert_formats,
     random_experts,
-    random_weight,
     reference_linear,
     reference_swiglu,
     row_error,

@@ -144,12 +144,13 @@ def truncate_shard(directory: Path) -> None:
 
 
 def cut_header(directory: Path) -> None:
-    """The index is gone, and one file ends inside its header."""
+    """One file, which ends inside its header."""
     (directory / "model.safetensors.index.json").unlink()
     for file in directory.glob("model-0000[23]*"):
         file.unlink()
     (file,) = directory.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:2000])
+    file.rename(directory / "model.safetensors")
 
 
 def add_ghost(directory: Path) -> None:
@@ -211,6 +212,7 @@ def test_a_metal_marlin_directory_is_refused(tmp_path):
 )
 def test_a_check_knows_how_many_ranks_there_are(tmp_path, monkeypatch, name, pipeline, message):
     directory = architectures.ARCHITECTURES[name]().write(tmp_path / "model")
+    shutil.copy(EXL3 / "tokenizer.json", directory)
     commands.check(str(directory), pipeline=pipeline)
     monkeypatch.setattr(mx.distributed, "init", lambda: Rank(0, 2))
     with pytest.raises(commands.CheckpointError, match=message):
@@ -262,8 +264,8 @@ def test_missing_extras_are_one_line(tmp_path):
     hide = "import sys; sys.modules[{!r}] = None; sys.argv = {!r}; from mlx_marlin.{} import main; sys.exit(main())"
     for module, argv, entry in (
         ("mlx_lm", ["mlx_marlin", "generate"], "cli"),
-        ("threadpoolctl", ["mlx_marlin-convert", *conversion], "convert_cli"),
-        ("mlx_lm", ["mlx_marlin-convert", *conversion], "convert_cli"),
+        ("threadpoolctl", ["mlx_marlin-convert", *conversion], "quantize.cli"),
+        ("mlx_lm", ["mlx_marlin-convert", *conversion], "quantize.cli"),
     ):
         code = hide.format(module, argv, entry)
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS)

@@ -15,9 +15,10 @@ from mlx_marlin.lm.mapping import WeightMap
 from mlx_marlin.lm.model import build, load_exl3_model, open_checkpoint
 from mlx_marlin.lm.sharding import AllToShardedTrellisLinear, Cut, ShardedToAllTrellisLinear, open_sharded, split
 from mlx_marlin.loader.exl3 import QuantizedLinear
+from mlx_marlin.weights.synthetic import random_weight
 from tests.lm.test_architectures import assert_same
 from tests.support import architectures
-from tests.support.cases import random_weight, row_error
+from tests.support.cases import row_error
 from tests.support.checkpoints import SPLITTABLE
 from tests.support.generic_checkpoints import logits
 from tests.support.paths import ROOT

@@ -13,8 +13,9 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 import mlx_marlin
 from mlx_marlin import TrellisLinear, TrellisSwitchGLU, codec
-from mlx_marlin.lm.mapping import LinearSource, _Placeholders
-from mlx_marlin.lm.model import activation_of, cast_dense, load_exl3_model, make_glu, replace_module
+from mlx_marlin.lm.experts import activation_of, make_glu
+from mlx_marlin.lm.model import cast_dense, load_exl3_model, replace_module
+from mlx_marlin.lm.placeholders import LinearSource, Placeholders
 from mlx_marlin.lm.problems import model_problems
 from mlx_marlin.loader.directory import TrellisModelLoader
 from mlx_marlin.ops import Activation
@@ -157,8 +158,8 @@ def test_memory_at_the_peak(sizes, tmp_path):
     assert resident <= 1.05 * whole
 
 
-def placeholder(loader: TrellisModelLoader, name: str) -> tuple[_Placeholders, np.ndarray]:
-    placeholders = _Placeholders(loader)
+def placeholder(loader: TrellisModelLoader, name: str) -> tuple[Placeholders, np.ndarray]:
+    placeholders = Placeholders(loader)
     return placeholders, np.array(placeholders.make()[f"{name}.weight"])[:, 0]
 
 

@@ -12,7 +12,7 @@ import pytest
 from bench.metal import cost as metal_cost
 from bench.metal.chips import CHIPS
 from bench.metal.model import Work, dispatch_time, layer_time, stretch
-from mlx_marlin import kernels
+from mlx_marlin import codec, kernels
 from mlx_marlin.kernels import metal
 from mlx_marlin.profile import files as profile_files
 from mlx_marlin.profile import json as profile_json
@@ -101,15 +101,17 @@ def test_predictions_meet_their_goals():
 
 
 @needs_simulator
-@pytest.mark.parametrize("bits", [2, 3])
-@pytest.mark.parametrize("codebook", ["3inst", "mcg", "mul1"])
+@pytest.mark.parametrize(
+    "bits, codebook", [*product((2, 3), codec.CODEBOOKS), (1.5, "mul1"), (2.5, "mul1"), (3.5, "mul1")]
+)
 def test_complex_operations_per_weight(bits, codebook):
     from bench.metal import work as metal_work
     from bench.metal.predict import qwen3_30b
 
     problem = replace(qwen3_30b(bits, codebook=codebook), hidden=512, intermediate=256, top_k=2)
     counted = metal_work.count(problem, kernels.default(problem))
-    allowed = {"mul1": (2.25, 3)}.get(codebook, (1.25, 2))[bits % 2]
+    even, odd = (2.25, 3) if codebook == "mul1" else (1.25, 2)
+    allowed = 2.5 if codec.is_half_rate(bits) else odd if bits % 2 else even
     products = [c for c in counted if c.inner_loop.weights]
     assert len(products) == 2
     assert sum(c.operations.weights for c in products) == 2 * 3 * 512 * 256

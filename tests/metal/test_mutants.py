@@ -1,16 +1,18 @@
 """Every barrier of the Metal kernels is needed, and the simulator notices each one that is missing or too
-weak.
+weak. Wrong decoders of half rates are noticed by every case that has one.
 
-A mutant is the shader folder with one barrier changed. Some probe must fail on it, and then in every
-schedule.
+A mutant is the shader folder with one barrier, or the decoder, changed. Some probe must fail on a barrier's, and then
+in every schedule.
 """
 
 import re
 import shutil
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
+from mlx_marlin import codec, ops
 from tests import metal_sim
 from tests.metal.test_kernels import config
 from tests.support import cases, metal_executor
@@ -134,3 +136,30 @@ def test_a_barrier_that_idle_simdgroups_skip_is_noticed(tmp_path):
 def test_there_are_barriers_to_remove():
     text = "".join(path.read_text() for path in metal_executor.SHADERS.glob("*.*"))
     assert len(SITES) == text.count("_barrier(") > 0
+
+
+# What is replaced in trellis.h, all of it wrong for half rates only.
+HALF_RATES = {
+    "odd positions first": {"(C + 1) * H / 2": "((C + 1) * H + 1) / 2", "= C * H / 2": "= (C * H + 1) / 2"},
+    "floored rate": {"run<H, Codebook>": "run<H / 2 * 2, Codebook>"},
+    "moved by 8 only": {"H % 2 == 0 ? even : j & 1": "true ? even : j & 1"},
+}
+
+
+@pytest.mark.parametrize("bits", [1.5, 2.5, 3.5])
+@pytest.mark.parametrize("name", HALF_RATES)
+def test_a_wrong_decoder_of_half_rates_is_noticed(name, bits, tmp_path):
+    folder = tmp_path / "kernels"
+    shutil.copytree(metal_executor.SHADERS, folder)
+    text = (folder / "trellis.h").read_text()
+    for right, wrong in HALF_RATES[name].items():
+        assert right in text
+        text = text.replace(right, wrong)
+    (folder / "trellis.h").write_text(text)
+    case = cases.Case(bits, "mul1", "bfloat16", 3, "block", "none")
+    w = ops.prepare_weight("test", case.weight())
+    assert not np.array_equal(Simulated.decode(w, directory=folder), codec.inner(case.weight()))
+    inputs = case.inputs()
+    for chosen in (None, config("base", 8, 64, 4)):
+        y = run(Simulated, case, inputs, chosen, directory=folder)
+        assert cases.row_error(y, case.reference(*inputs)) > 0.1 > case.tolerance

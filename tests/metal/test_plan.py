@@ -24,37 +24,39 @@ SIZES = {
     "many experts": (64, 8, 7168, 2048, 384),
     "many rows": (40000, 8, 2048, 768, 128),
 }
-TRIPLES = ((3, 3, 3),), ((6, 2, 3),), ((1, 8, 5), (2, 4, 6))
+TRIPLES = ((3, 3, 3),), ((6, 2, 3),), ((1, 8, 5), (2, 4, 6), (2.5, 3.5, 1.5))
 
 
 def swiglu(size: str, bits=((3, 3, 3),), dtype="float16", combine=True, bias=False) -> Problem:
     rows, top_k, hidden, intermediate, experts = SIZES[size]
-    return Problem(
-        "swiglu",
-        rows,
-        top_k,
+    return Problem.swiglu(
         hidden,
         intermediate,
-        experts,
-        bits,
-        ("mcg",),
-        "silu",
-        dtype,
-        "gpu",
+        rows=rows,
+        experts=experts,
+        top_k=top_k,
+        bits=bits,
+        # Half rates exist for mul1 only.
+        codebooks=("mcg", "mul1") if any(b % 1 for group in bits for b in group) else "mcg",
+        dtype=dtype,
+        device="gpu",
         combine=combine,
         bias=bias,
     )
 
 
-def linear(size: str, bits: int = 3, dtype="float16", bias=False) -> Problem:
+def linear(size: str, bits: float = 3, dtype="float16", bias=False) -> Problem:
     rows, _, hidden, intermediate, _ = SIZES[size]
-    return Problem("linear", rows, 1, hidden, intermediate, 1, ((bits,),), ("mul1",), "none", dtype, "gpu", bias=bias)
+    return Problem.linear(hidden, intermediate, rows=rows, bits=bits, dtype=dtype, device="gpu", bias=bias)
 
 
 PROBLEMS = [swiglu(size, TRIPLES[i % 3], kernels.DTYPES[i % 3], i % 2 == 0, i % 3 == 1) for i, size in enumerate(SIZES)]
-PROBLEMS += [linear(size, i + 1, kernels.DTYPES[i % 3], i % 2 == 1) for i, size in enumerate(SIZES)]
+PROBLEMS += [
+    linear(size, bits, kernels.DTYPES[i % 3], i % 2 == 1)
+    for i, (size, bits) in enumerate(zip(SIZES, (1, 2, 2.5, 4, 3.5, 6, 1.5), strict=True))
+]
 
-ALL_TILES = [(variant, *tiles) for variant in kernels.VARIANTS for tiles in metal.tiles(variant)]
+ALL_TILES = [(variant, *tiles) for variant in kernels.VARIANTS for tiles in metal.legal_tiles(variant)]
 
 
 def config(variant: str, rows: int, columns: int, simdgroups: int, fp32_acc: bool = True) -> KernelConfig:
@@ -95,7 +97,7 @@ def sizes(problem: Problem, plan: dict) -> dict[str, int]:
     )
     for name, (rows, columns, index) in shapes.items():
         known |= {
-            f"{name}.codes": e * rows * columns * max(group[index] for group in problem.bits) // 8,
+            f"{name}.codes": int(e * rows * columns * max(group[index] for group in problem.bits) / 8),
             f"{name}.offsets": e * 8,
             f"{name}.formats": e * 4,
             f"{name}.suh": e * rows * 2,
@@ -257,10 +259,14 @@ def test_constants_are_the_widths_and_codebooks_present():
     assert gate_up["constants"]["gate_widths"] == 1 << 2 * 6 and gate_up["constants"]["up_widths"] == 1 << 2 * 2
     assert down["constants"]["down_widths"] == 1 << 2 * 3
     assert gate_up["constants"]["gate_codebooks"] == 1 << codec.CODEBOOKS.index("mcg")
+    gate_up, down, _ = ops.plan(swiglu("qwen3-30b", bits=((2.5, 1.5, 3.5), (8, 1, 3))))["dispatches"]
+    constants = gate_up["constants"] | down["constants"]
+    assert constants["gate_widths"] == 1 << 5 | 1 << 16 and constants["up_widths"] == 1 << 3 | 1 << 2
+    assert constants["down_widths"] == 1 << 7 | 1 << 6
 
 
 def test_no_rows_need_no_dispatch():
-    problem = Problem("linear", 0, 1, 128, 128, 1, ((3,),), ("mcg",), "none", "float32", "gpu")
+    problem = Problem.linear(128, 128, rows=0, bits=3, codebooks="mcg", dtype="float32", device="gpu")
     assert ops.plan(problem) == {"dispatches": [], "scratch": {}}
 
 

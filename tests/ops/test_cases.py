@@ -8,6 +8,7 @@ import pytest
 
 from mlx_marlin import codec
 from tests.support import cases
+from tests.support.cases import FORMATS
 from tests.support.covering import covering_array
 
 AXES = {**cases.AXES, **cases.OPTIONS}
@@ -28,10 +29,16 @@ def test_the_selection_covers_every_pair():
             assert pair in seen or not cases.legal(dict(pair)), f"no case has {pair}"
 
 
-def test_the_axes_need_no_exception():
-    for pair in combinations(cases.AXES.items(), 2):
-        for values in product(*(v for _, v in pair)):
-            assert cases.legal(dict(zip((a for a, _ in pair), values)))
+def test_the_axes_need_no_exception_but_the_formats():
+    for (a, left), (b, right) in combinations(cases.AXES.items(), 2):
+        for values in product(left, right):
+            assert cases.legal(dict(zip((a, b), values))) or ((a, b) == ("bits", "codebook") and values not in FORMATS)
+
+
+def test_half_rates_are_cases_of_mul1_only():
+    for bits, codebook in product(codec.WIDTHS, codec.CODEBOOKS):
+        legal = codebook == "mul1" or type(bits) is int
+        assert cases.legal({"bits": bits, "codebook": codebook}) == ((bits, codebook) in FORMATS) == legal
 
 
 def test_the_selection_is_small_and_fixed():
@@ -41,9 +48,9 @@ def test_the_selection_is_small_and_fixed():
 
 
 def test_the_full_product_is_full():
-    expected = 1
-    for values in cases.AXES.values():
-        expected *= len(values)
+    expected = len(FORMATS)
+    for axis, values in cases.AXES.items():
+        expected *= 1 if axis in ("bits", "codebook") else len(values)
     assert len({tuple(getattr(c, a) for a in cases.AXES) for c in cases.full()}) == expected
 
 
@@ -58,6 +65,10 @@ def test_a_mix_has_different_formats_in_one_expert_and_between_experts():
         assert len({expert[p] for expert in formats}) == cases.EXPERTS
     assert all(len({bits for bits, _ in expert}) == 3 for expert in formats)
     assert formats[0][0] == (2, "mcg")
+    for mix in ("bits", "both"):
+        formats = cases.expert_formats(2.5, "mul1", mix)
+        assert formats[0][0] == (2.5, "mul1") and {f for expert in formats for f in expert} <= set(FORMATS)
+        assert {1.5, 2.5, 3.5} < {bits for expert in formats for bits, _ in expert}
 
 
 @pytest.mark.parametrize("dims", cases.DIMS)

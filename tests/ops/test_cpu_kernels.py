@@ -10,23 +10,15 @@ import pytest
 
 from mlx_marlin import _ext, codec
 from mlx_marlin.kernels import KernelConfig, make_name
-from mlx_marlin.kernels.cpu import PANEL_ROWS, cpu_threads
+from mlx_marlin.kernels.cpu import TILE_ROWS, cpu_threads
 from mlx_marlin.ops import trellis_decode, trellis_linear, trellis_swiglu
 from mlx_marlin.weights.experts import ExpertBank
-from mlx_marlin.weights.trellis import TrellisWeight
-from tests.support.cases import TOLERANCE, random_rows, reference_linear, reference_swiglu, row_error
-
-
-def make_weight(rng, k, n, bits, codebook="mul1", bias=False):
-    trellis = rng.integers(-(2**15), 2**15, (k // 16, n // 16, 16 * bits), dtype=np.int16)
-    suh = (rng.choice([-1.0, 1.0], k) * rng.uniform(0.5, 1.5, k)).astype(np.float16)
-    svh = (rng.choice([-1.0, 1.0], n) * rng.uniform(0.5, 1.5, n) / k**0.5).astype(np.float16)
-    bias = rng.standard_normal(n).astype(np.float32) if bias else None
-    return TrellisWeight(trellis, suh, svh, codebook, bias)
+from mlx_marlin.weights.synthetic import random_weight
+from tests.support.cases import FORMATS, TOLERANCE, random_rows, reference_linear, reference_swiglu, row_error
 
 
 def config(panel_rows=64, threads=None):
-    variant = next(name for name, rows in PANEL_ROWS.items() if panel_rows in rows)
+    variant = next(name for name, rows in TILE_ROWS.items() if panel_rows in rows)
     return KernelConfig(make_name(variant), panel_rows, 128, threads or cpu_threads(), True, variant)
 
 
@@ -54,8 +46,8 @@ def test_the_instruction_sets_are_those_of_the_build():
 @pytest.mark.parametrize("codebook", codec.CODEBOOKS)
 def test_decode_is_exact_for_every_state(instruction_set, codebook):
     rng = np.random.default_rng(1)
-    for bits in range(1, codec.MAX_BITS + 1):
-        w = make_weight(rng, 1024, 1024, bits, codebook)
+    for bits in (bits for bits, having in FORMATS if having == codebook):
+        w = random_weight(rng, 1024, 1024, bits, codebook)
         # 2^20 random windows: each of the 65536 states is missed with a probability of e^-16.
         seen = np.unique(codec.unpack(np.array(w.trellis))).size
         assert seen > 65000
@@ -67,12 +59,13 @@ def test_decode_is_exact_for_every_state(instruction_set, codebook):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_linear(instruction_set, dtype, rows):
     rng = np.random.default_rng(rows)
-    w = make_weight(rng, 384, 256, 1 + rows % 8, codec.CODEBOOKS[rows % 3], bias=True)
     x = random_rows(rng, rows, 384, dtype)
-    exact = reference_linear(np.array(x.astype(mx.float32)).astype(np.float64), w)
-    for panel_rows in (1, 4, 64):
-        y = np.array(trellis_linear(x, w, config=config(panel_rows)).astype(mx.float32))
-        assert row_error(y, exact) <= TOLERANCE[dtype], panel_rows
+    for bits, codebook in ((1 + rows % 8, codec.CODEBOOKS[rows % 3]), (1.5 + rows % 3, "mul1")):
+        w = random_weight(rng, 384, 256, bits, codebook, bias=True)
+        exact = reference_linear(np.array(x.astype(mx.float32)).astype(np.float64), w)
+        for panel_rows in (1, 4, 64):
+            y = np.array(trellis_linear(x, w, config=config(panel_rows)).astype(mx.float32))
+            assert row_error(y, exact) <= TOLERANCE[dtype], (bits, panel_rows)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "swiglu_oai"])
@@ -80,7 +73,9 @@ def test_swiglu(instruction_set, activation):
     rng = np.random.default_rng(2)
 
     def experts(k, n):
-        return [make_weight(rng, k, n, 1 + e, codec.CODEBOOKS[e % 3], bias=True) for e in range(4)]
+        return [
+            random_weight(rng, k, n, *f, bias=True) for f in ((1, "3inst"), (2.5, "mul1"), (3, "mcg"), (3.5, "mul1"))
+        ]
 
     weights = {"gate": experts(256, 384), "up": experts(256, 384), "down": experts(384, 256)}
     bank = ExpertBank(**weights)
@@ -95,7 +90,7 @@ def test_swiglu(instruction_set, activation):
 
 def test_the_same_bits_whatever_the_number_of_threads(instruction_set):
     rng = np.random.default_rng(3)
-    bank = ExpertBank(*([make_weight(rng, 256, 256, bits) for bits in (2, 3, 4)] for _ in range(3)))
+    bank = ExpertBank(*([random_weight(rng, 256, 256, bits) for bits in (2, 2.5, 3)] for _ in range(3)))
     x = random_rows(rng, 50, 256, "float32")
     indices = mx.array(rng.permuted(np.tile(np.arange(3), (50, 1)), axis=1)[:, :2].astype(np.uint32))
     results = []
@@ -109,7 +104,7 @@ def test_the_same_bits_whatever_the_number_of_threads(instruction_set):
 @pytest.mark.parametrize("rows", [3, 20])
 def test_a_bad_row_leaves_the_others_alone_and_large_rows_stay_accurate(instruction_set, rows):
     rng = np.random.default_rng(4)
-    w = make_weight(rng, 256, 128, 3)
+    w = random_weight(rng, 256, 128, 3)
     x = np.array(random_rows(rng, rows, 256, "float32"))
     good = np.array(trellis_linear(mx.array(x), w, config=config()))
     for value in (np.nan, np.inf, -np.inf):
@@ -125,9 +120,10 @@ def test_a_bad_row_leaves_the_others_alone_and_large_rows_stay_accurate(instruct
 
 def test_gradient_is_the_transposed_product(instruction_set):
     rng = np.random.default_rng(5)
-    w = make_weight(rng, 384, 256, 3)
-    x = random_rows(rng, 5, 384, "float32")
-    seed = random_rows(rng, 5, 256, "float32")
-    _, (grad,) = mx.vjp(lambda x: trellis_linear(x, w), [x], [seed])
-    exact = np.array(seed).astype(np.float64) @ codec.dequantize(w).astype(np.float64).T
-    assert row_error(np.array(grad), exact) <= TOLERANCE["float32"]
+    for bits in (3, 1.5):
+        w = random_weight(rng, 384, 256, bits)
+        x = random_rows(rng, 5, 384, "float32")
+        seed = random_rows(rng, 5, 256, "float32")
+        _, (grad,) = mx.vjp(lambda x: trellis_linear(x, w), [x], [seed])
+        exact = np.array(seed).astype(np.float64) @ codec.dequantize(w).astype(np.float64).T
+        assert row_error(np.array(grad), exact) <= TOLERANCE["float32"]

@@ -13,7 +13,15 @@ pytestmark = pytest.mark.skipif(not mx.is_available(mx.Device(mx.gpu)), reason="
 def test_every_default_passes_its_self_test(rows, tmp_path):
     test = selftest.SelfTest(path=tmp_path / "verdicts.json")
     for dtype in kernels.DTYPES:
-        problem = kernels.Problem(
-            "swiglu", rows, 8, 2048, 768, 128, ((2, 3, 2), (4, 4, 4)), codec.CODEBOOKS, "silu", dtype, "gpu"
+        problem = kernels.Problem.swiglu(
+            2048,
+            768,
+            rows=rows,
+            experts=128,
+            top_k=8,
+            bits=((2, 3, 2), (4, 4, 4)),
+            codebooks=codec.CODEBOOKS,
+            dtype=dtype,
+            device="gpu",
         )
         assert test.fault(problem, kernels.default(problem)) is None

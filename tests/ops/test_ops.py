@@ -19,9 +19,7 @@ from mlx_marlin import (
     trellis_swiglu,
 )
 from tests.support import cases, golden
-from tests.support.planted import PLANTED
-
-FORMATS = [(bits, codebook) for bits in range(1, codec.MAX_BITS + 1) for codebook in codec.CODEBOOKS]
+from tests.support.planted import PLANTED, PLANTED_HALF_RATES
 
 
 @pytest.fixture
@@ -65,7 +63,7 @@ def test_pairwise(case, instruction_set):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits, codebook", FORMATS)
+@pytest.mark.parametrize("bits, codebook", cases.FORMATS)
 def test_full_product(bits, codebook, instruction_set):
     selected = [c for c in cases.full() if (c.bits, c.codebook) == (bits, codebook)]
     for case in sorted(selected, key=lambda c: (c.dims, c.mix, c.bias)):  # weights are made once per group
@@ -73,7 +71,7 @@ def test_full_product(bits, codebook, instruction_set):
         cases.check(case, run(case, inputs), inputs)
 
 
-@pytest.mark.parametrize("bits, codebook", FORMATS)
+@pytest.mark.parametrize("bits, codebook", cases.FORMATS)
 def test_decode_is_bit_exact_for_every_state(bits, codebook, instruction_set):
     w, inner = cases.every_state(bits, codebook)
     decoded = np.array(trellis_decode(w))
@@ -81,16 +79,8 @@ def test_decode_is_bit_exact_for_every_state(bits, codebook, instruction_set):
     np.testing.assert_array_equal(decoded.view(np.uint16), inner.view(np.uint16))
 
 
-WHOLE_ONLY = pytest.mark.xfail(strict=True, raises=ValueError, reason="the CPU kernels decode whole widths only")
-HALF_RATES = ("linear_k2.5_mul1_padded_192x320_bias", "moe_half_bits_mul1")
-
-
-def vectors(pattern: str) -> list:
-    return [pytest.param(n, marks=[WHOLE_ONLY] if n in HALF_RATES else []) for n in golden.names(pattern)]
-
-
 @pytest.mark.parametrize("dtype, tolerance", cases.TOLERANCE.items())
-@pytest.mark.parametrize("name", vectors("linear_*"))
+@pytest.mark.parametrize("name", golden.names("linear_*"))
 def test_linear_vectors(name, dtype, tolerance, instruction_set):
     z = golden.load(name)
     w = golden.weight(z)
@@ -100,7 +90,7 @@ def test_linear_vectors(name, dtype, tolerance, instruction_set):
 
 
 @pytest.mark.parametrize("dtype, tolerance", cases.TOLERANCE.items())
-@pytest.mark.parametrize("name", vectors("moe_*"))
+@pytest.mark.parametrize("name", golden.names("moe_*"))
 def test_moe_vectors(name, dtype, tolerance, instruction_set):
     z = golden.load(name)
     experts = golden.experts(z)
@@ -115,13 +105,14 @@ def test_moe_vectors(name, dtype, tolerance, instruction_set):
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("name", [*PLANTED, *PLANTED_HALF_RATES])
 def test_the_check_rejects_planted_decoders(name, dtype, monkeypatch):
     """The kernels beside a wrong oracle: what a wrong kernel beside the right oracle would show."""
-    function, planted, codebooks = PLANTED[name]
+    function, planted, codebooks = (PLANTED | PLANTED_HALF_RATES)[name]
+    bits = 2.5 if name in PLANTED_HALF_RATES else 3
     for codebook in codebooks:
         for activation in cases.AXES["activation"]:
-            case = cases.Case(3, codebook, dtype, 3, "blocks", activation)
+            case = cases.Case(bits, codebook, dtype, 3, "blocks", activation)
             inputs = case.inputs()
             actual = run(case, inputs)
             cases.check(case, actual, inputs)

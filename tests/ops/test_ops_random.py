@@ -4,7 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_marlin import ExpertBank, Problem, TrellisSwitchGLU, codec, kernels, trellis_linear, trellis_swiglu
+from mlx_marlin import ExpertBank, Problem, TrellisSwitchGLU, kernels, trellis_linear, trellis_swiglu
+from mlx_marlin.weights.synthetic import random_weight
 from tests.support import cases
 
 
@@ -13,8 +14,8 @@ def random_config(rng, problem: Problem) -> kernels.KernelConfig | None:
     return None if rng.random() < 0.3 else candidates[rng.integers(len(candidates))]
 
 
-def random_format(rng) -> tuple[int, str]:
-    return int(rng.integers(1, codec.MAX_BITS + 1)), codec.CODEBOOKS[rng.integers(3)]
+def random_format(rng) -> tuple[float, str]:
+    return cases.FORMATS[rng.integers(len(cases.FORMATS))]
 
 
 def check_random_layer(seed: int) -> None:
@@ -58,23 +59,16 @@ def check_random_layer(seed: int) -> None:
 
 def check_random_linear(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    w = cases.random_weight(
-        rng, *(int(v) for v in rng.integers(1, 900, 2)), *random_format(rng), bias=bool(rng.integers(2))
-    )
+    w = random_weight(rng, *(int(v) for v in rng.integers(1, 900, 2)), *random_format(rng), bias=bool(rng.integers(2)))
     rows, dtype = int(rng.integers(1, 140)), cases.DTYPES[rng.integers(3)]
     x = cases.random_rows(rng, rows, w.in_features, dtype)
-    problem = Problem(
-        "linear",
-        rows,
-        1,
+    problem = Problem.linear(
         w.in_features,
         w.out_features,
-        1,
-        ((w.bits,),),
-        (w.codebook,),
-        "none",
-        dtype,
-        "cpu",
+        rows=rows,
+        bits=w.bits,
+        codebooks=w.codebook,
+        dtype=dtype,
         bias=w.bias is not None,
     )
     y = trellis_linear(x, w, config=random_config(rng, problem), stream=mx.cpu)

@@ -3,12 +3,13 @@
 import ast
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from mlx_marlin import device, kernels, ops
+from mlx_marlin.device import machine
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_no_module_lists_instruction_sets():
     from mlx_marlin import _ext
 
     names = re.compile(r"\b(" + "|".join(set(_ext.compiled_instruction_sets()) - {"baseline"}) + r")\b")
-    sources = Path(device.__file__).parent.rglob("*.py")
+    sources = Path(device.__file__).parents[1].rglob("*.py")
     strings = [n for p in sources for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.Constant)]
     documented = {"The best instruction set", "MLX's device name"}  # examples in docstrings
     listed = [s.value for s in strings if isinstance(s.value, str) and names.search(s.value)]
@@ -67,12 +68,12 @@ def test_the_kernel_hash_is_that_of_the_sources():
     here = device.fingerprint("cpu")
     assert re.fullmatch("[0-9a-f]{64}", ops.cpu_digest()) and here.kernel_hash == ops.cpu_digest()[:16]
     assert re.fullmatch("[0-9a-f]{64}", ops.plan_digest()) and ops.plan_digest() != ops.cpu_digest()
-    assert device._kernel_hash("gpu") not in ("", here.kernel_hash)
+    assert machine._kernel_hash("gpu") not in ("", here.kernel_hash)
 
 
 @pytest.mark.parametrize("changed", ["shader", "plan"])
 def test_the_hash_of_the_gpu_is_that_of_shaders_and_plan(monkeypatch, tmp_path, changed):
-    before = device._kernel_hash("gpu")
+    before = machine._kernel_hash("gpu")
     if changed == "plan":
         monkeypatch.setattr(ops, "plan_digest", lambda: "0" * 64)
     else:
@@ -80,13 +81,13 @@ def test_the_hash_of_the_gpu_is_that_of_shaders_and_plan(monkeypatch, tmp_path, 
         with open(tmp_path / "kernels" / "combine.metal", "a") as shader:
             shader.write("\n")
         monkeypatch.setattr(ops, "SHADERS", tmp_path / "kernels")
-    assert device._kernel_hash("gpu") != before
+    assert machine._kernel_hash("gpu") != before
 
 
 def test_another_build_is_the_same_machine():
     here = device.fingerprint("cpu")
-    assert here.same_machine(replace(here, kernel_hash="0", os="Linux 9", mlx_version="1"))
-    assert not here.same_machine(replace(here, cores=here.cores + 1))
+    assert here.same_machine(structs.replace(here, kernel_hash="0", os="Linux 9", mlx_version="1"))
+    assert not here.same_machine(structs.replace(here, cores=here.cores + 1))
 
 
 # Machines that are written down
@@ -97,14 +98,14 @@ def cpus(tmp_path, monkeypatch):
     """An empty /sys/devices/system/cpu."""
     folder = tmp_path / "devices" / "system" / "cpu"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(device, "_CPUS", folder)
-    monkeypatch.setattr(device.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(device.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(device, "cpu_threads", lambda: 8)
-    device.hardware.cache_clear()
+    monkeypatch.setattr(machine, "_CPUS", folder)
+    monkeypatch.setattr(machine.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(machine, "cpu_threads", lambda: 8)
+    machine.hardware.cache_clear()
     device.last_level_cache.cache_clear()
     yield folder
-    device.hardware.cache_clear()
+    machine.hardware.cache_clear()
     device.last_level_cache.cache_clear()
 
 
@@ -129,7 +130,7 @@ def test_caches_of_a_linux_machine(cpus):
 
 def test_a_machine_that_does_not_tell(cpus):
     assert device.hardware("cpu") == kernels.Hardware(cores=8, fast_cores=8)
-    assert device.last_level_cache() == device._UNKNOWN_CACHE_BYTES
+    assert device.last_level_cache() == machine._UNKNOWN_CACHE_BYTES
 
 
 def test_fast_cores_of_an_arm_machine(cpus):
@@ -145,16 +146,16 @@ def test_fast_cores_of_an_intel_machine(cpus):
 
 def test_an_apple_machine(cpus, monkeypatch):
     told = {"logicalcpu": "4", "l1dcachesize": "131072", "l2cachesize": "16777216", "cpusperl2": "4"}
-    monkeypatch.setattr(device.platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(device, "_sysctl", lambda name: told[name.removeprefix("hw.perflevel0.")])
+    monkeypatch.setattr(machine.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(machine, "_sysctl", lambda name: told[name.removeprefix("hw.perflevel0.")])
     assert device.hardware("cpu") == kernels.Hardware(cores=8, fast_cores=4, l1d=128 << 10, l2_per_core=4 << 20)
-    monkeypatch.setattr(device, "_sysctl", lambda name: "")  # a virtual machine
-    device.hardware.cache_clear()
+    monkeypatch.setattr(machine, "_sysctl", lambda name: "")  # a virtual machine
+    machine.hardware.cache_clear()
     assert device.hardware("cpu") == kernels.Hardware(cores=8, fast_cores=8)
 
 
 @pytest.mark.parametrize("name, l1", [("M1 Pro", 8192), ("M2", 8192), ("M3 Max", 0), ("M5", 0)])
 def test_apple_gpus(cpus, monkeypatch, name, l1):
-    monkeypatch.setattr(device, "device_name", lambda on: name)
-    monkeypatch.setattr(device, "_gpu_cores", lambda: 16)
+    monkeypatch.setattr(machine, "device_name", lambda on: name)
+    monkeypatch.setattr(machine, "_gpu_cores", lambda: 16)
     assert device.hardware("gpu") == kernels.Hardware(cores=16, gpu_l1=l1)

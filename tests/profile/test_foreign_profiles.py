@@ -1,19 +1,19 @@
 """Tables of other machines and builds: they answer the tuner's look-ups, and are never written over."""
 
 import json
-from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from mlx_marlin import device
 from mlx_marlin.autotune.tuner import AutotuneConfig, MixedBPWAutoTuner
-from mlx_marlin.measure.race import Rules
+from mlx_marlin.measure.race import RaceSettings
 from mlx_marlin.profile import files as profile_files
 from mlx_marlin.profile import json as profile_json
 from mlx_marlin.profile.active import ProfileError
 from tests.support.tuning import DECODE, DOCUMENT, PREFILL, cpu_profile, linear
 
-FAST = Rules(rounds=2, warmup=1)
+FAST = RaceSettings(rounds=2, warmup=1)
 
 
 pytestmark = pytest.mark.usefixtures("tuning_sandbox")
@@ -28,7 +28,7 @@ def foreign(tmp_path, kind):
         other = cpu_profile()
         other.lookup_table = {4: {4096: {(2, 4): PREFILL}}}
         change = {"chip": "Another chip"} if kind == "another chip" else {"kernel_hash": "0" * 16}
-        other.fingerprint = replace(other.fingerprint, **change)
+        other.fingerprint = structs.replace(other.fingerprint, **change)
         path.write_bytes(profile_json.encode(other))
     return path
 
@@ -40,7 +40,7 @@ def test_results_go_into_a_profile_of_this_machine(tmp_path, kind, load):
     before = path.read_bytes()
     tuner = load(path)
     told = tuner.select_kernel(4, 4096, [2, 4])
-    tuner.rules = FAST
+    tuner.race = FAST
     tuner.benchmark_layer(linear(), 4, num_warmup=1, num_iter=2)
     assert tuner.config.fingerprint == device.fingerprint("cpu") and tuner.config.source == "measured"
     assert tuner.config.device_name == device.device_name("cpu")
@@ -68,7 +68,7 @@ def test_a_foreign_table_is_not_written_over_its_file(tmp_path, kind):
 
 
 def test_a_tuner_for_another_device_measures_for_this_one(tmp_path):
-    tuner = MixedBPWAutoTuner("M4 Max", device="cpu", rules=FAST)
+    tuner = MixedBPWAutoTuner("M4 Max", device="cpu", race=FAST)
     assert tuner.config == AutotuneConfig("M4 Max", "M4")
     tuner.benchmark_layer(linear(), 1, num_warmup=1, num_iter=2)
     text = json.loads(tuner.export_config(tmp_path / "p.json"))

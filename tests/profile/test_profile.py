@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from mlx_marlin import device, kernels, profile
 from mlx_marlin.kernels import KernelConfig, Problem
@@ -28,7 +29,9 @@ NARROW = KernelConfig("moe_trellis_swiglu_decode", 1, 64, 1, True, "decode")
 
 
 def problem(rows=1, hidden=256, bits=((2, 3, 4),), dtype="float32", on="cpu"):
-    return Problem("swiglu", rows, 2, hidden, 128, 4, bits, ("3inst",), "silu", dtype, on)
+    return Problem.swiglu(
+        hidden, 128, rows=rows, experts=4, top_k=2, bits=bits, codebooks="3inst", dtype=dtype, device=on
+    )
 
 
 def entry(config=DECODE, ms=1.0, default=NARROW, baseline=2.0, **more):
@@ -145,7 +148,7 @@ def test_projection_takes_the_lowest_geometric_mean():
 
 def test_projection_does_not_mix_kinds():
     """A layer of experts and a single product may have the same key; each way round the experts have it."""
-    one = Problem("linear", 1, 1, 256, 128, 1, ((3,),), ("mul1",), "none", "float32", "cpu")
+    one = Problem.linear(256, 128, bits=3)
     experts = problem(bits=((3, 3, 3),))
     assert schema.table_key(one) == schema.table_key(experts)
     both = {one: entry(NARROW, 0.1), experts: entry(DECODE, 9.0)}
@@ -199,7 +202,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_foreign_file_is_never_overwritten(tmp_path, change):
     path = tmp_path / "profile.json"
     other = cpu_profile({problem(): entry()})
-    other.fingerprint = replace(other.fingerprint, **change)
+    other.fingerprint = structs.replace(other.fingerprint, **change)
     profile.save(other, path)
     before = path.read_bytes()
     with pytest.raises(ProfileError, match="not overwritten"):
@@ -364,7 +367,7 @@ def test_noise_is_refused(data):
 
 
 def test_oversized_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(profile_json, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(profile_files, "MAX_FILE_BYTES", 10)
     path = tmp_path / "big.json"
     path.write_text(json.dumps(DOCUMENT))
     with pytest.raises(ProfileError, match="larger than"):
@@ -377,8 +380,8 @@ def test_oversized_file(tmp_path, monkeypatch):
 def test_default_path_tells_machines_apart(cache, monkeypatch):
     here = profile.default_path("cpu")
     assert here.parent == cache / "profiles"
-    other = replace(device.fingerprint("cpu"), cores=999)
-    monkeypatch.setattr(profile_json, "fingerprint", lambda _: other)
+    other = structs.replace(device.fingerprint("cpu"), cores=999)
+    monkeypatch.setattr(profile_files, "fingerprint", lambda _: other)
     assert profile.default_path("cpu") != here
 
 

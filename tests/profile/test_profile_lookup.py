@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import mlx.core as mx
 import pytest
+from msgspec import structs
 
 from mlx_marlin import kernels, profile
 from mlx_marlin.kernels import Problem
@@ -16,14 +17,14 @@ pytestmark = pytest.mark.usefixtures("tuning_sandbox")
 
 
 def layer_problem(rows=1, **changes):
-    problem = Problem("swiglu", rows, 2, 256, 128, 4, ((2, 4, 4),), ("mul1",), "silu", "float32", "cpu")
+    problem = Problem.swiglu(256, 128, rows=rows, experts=4, top_k=2, bits=((2, 4, 4),))
     return replace(problem, **changes)
 
 
 def write_profile(path, entries, **changes):
     made = cpu_profile({p: entry(c) for p, c in entries.items()})
     if changes:
-        made.fingerprint = replace(made.fingerprint, **changes)
+        made.fingerprint = structs.replace(made.fingerprint, **changes)
     profile.save(made, path)
     profile.refresh()
 
@@ -56,7 +57,7 @@ def test_lookup_falls_back_to_the_projection():
 
 def test_the_projection_of_experts_is_not_for_single_products():
     experts = layer_problem(4, bits=((3, 3, 3),))
-    one = Problem("linear", 4, 1, 256, 128, 1, ((3,),), ("mul1",), "none", "float32", "cpu")
+    one = Problem.linear(256, 128, rows=4, bits=3)
     wider = replace(one, intermediate=512)
     write_profile(profile.default_path("cpu"), {experts: PREFILL})
     assert config_of(one) is None and config_of(replace(experts, experts=64)) == PREFILL
@@ -72,7 +73,7 @@ def test_a_documents_file_is_of_experts(tmp_path):
     path = tmp_path / "m4.json"
     path.write_text(json.dumps(DOCUMENT | {"lookup_table": {"4": {"256": {"(3,)": asdict(PREFILL)}}}}))
     profile.use_profile(path, allow_foreign=True)
-    one = Problem("linear", 4, 1, 256, 128, 1, ((3,),), ("mul1",), "none", "float32", "cpu")
+    one = Problem.linear(256, 128, rows=4, bits=3)
     assert config_of(one) is None and config_of(layer_problem(4, bits=((3, 3, 3),))) == PREFILL
 
 

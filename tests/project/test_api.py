@@ -15,10 +15,10 @@ import mlx_marlin
 
 # Module -> public names. Each is to be had from mlx_marlin too.
 PUBLIC = {
-    "codec": "CODEBOOKS unpack pack decode inner hadamard unpack_signs dequantize",
-    "weights": "TrellisWeight ExpertBank GridWeight",
+    "codec": "CODEBOOKS unpack pack decode inner hadamard unpack_signs dequantize decode_embedding",
+    "weights": "TrellisWeight ExpertBank GridWeight EmbeddingWeight",
     "ops": "trellis_linear trellis_swiglu trellis_decode plan set_num_threads",
-    "layers": "TrellisLinear TrellisSwitchGLU GridLinear",
+    "layers": "TrellisLinear TrellisSwitchGLU TrellisEmbedding GridLinear",
     "kernels": "Problem KernelConfig feasible candidates default",
     "lm": "load",
     "loader": "TrellisModelLoader",
@@ -60,7 +60,7 @@ SIGNATURES = {
     "TrellisModelLoader": "model_dir",
     "TrellisModelLoader.load_weight": "name, *, in_features=None, out_features=None",
     "MixedBPWAutoTuner": "device_name=None, config_path=None, *, device=None, objective=None, memory_limit=None, "
-    "dtype=None, rules=None",
+    "dtype=None, race=None",
     "MixedBPWAutoTuner.benchmark_all": "layers, batch_sizes, num_warmup=5, num_iter=20, verbose=True, *, top_k=8",
     "MixedBPWAutoTuner.select_kernel": "batch_size, hidden_dim, bit_widths, use_decode=False, fallback_to_default=True",
     "MixedBPWAutoTuner.record_latency": "kernel_name, batch_size, latency_ms, hidden_dim=None, bit_widths=None, "
@@ -80,8 +80,9 @@ SIGNATURES = {
     "adapt": "model, exploration=0.05, *, max_overhead=0.02, seed=None",
     "load": "path_or_hf_repo, dtype=None, *, tokenizer_config=None, model_config=None, adapter_path=None, lazy=False, "
     "return_config=False, revision=None, trust_remote_code=False, progress=None",
-    "convert": "model, output, *, bits, head_bits=6, codebook='mul1', calibration=None, mixed='per-expert', "
-    "resume=False, seed=0, progress=None",
+    "convert": "model, output, *, bits, head_bits=6, embed_bits=None, codebook='mul1', half_rates=True, "
+    "calibration=None, "
+    "mixed='per-expert', resume=False, seed=0, progress=None",
     "quantize_weight": "weight, K, codebook='mul1', hessian=None, seed=0, *, bias=None, threads=None",
 }
 

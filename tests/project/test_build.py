@@ -33,7 +33,8 @@ def test_stub_and_marker_are_shipped():
 def test_licences_are_shipped_in_full():
     """The bundled calibration text is Python's: its licence must come with every copy."""
     assert 'license = "MIT AND PSF-2.0"' in PYPROJECT
-    notices = [PACKAGE / "quantize" / "calibration.LICENSE.txt", ROOT / "models" / "docs-moe" / "heldout.LICENSE.txt"]
+    package = Path(mlx_marlin.__file__).parent
+    notices = [package / "quantize" / "calibration.LICENSE.txt", ROOT / "models" / "docs-moe" / "heldout.LICENSE.txt"]
     for notice in notices:
         text = notice.read_text()
         assert "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2" in text

@@ -1,6 +1,7 @@
 """Bit allocation against exhaustive search and its own bound."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ def make_items(count, seed, candidates=(1, 2, 3, 4), group=lambda i: f"g{i}"):
         weights = int(rng.choice([64, 128, 192]))
         scale = float(np.exp(rng.normal(0, 2)))
         loss = {k: scale * 4.0**-k * float(rng.uniform(0.8, 1.2)) for k in candidates}
-        items.append(Item(f"w{i}", group(i), weights, {k: weights * k + 16 for k in candidates}, loss))
+        items.append(Item(f"w{i}", group(i), weights, {k: int(weights * k) + 16 for k in candidates}, loss))
     return items
 
 
@@ -56,6 +57,18 @@ def test_uniform_uses_two_neighbouring_widths():
     items = make_items(64, 3, group=lambda i: f"layer{i // 4}")
     widths = set(allocate(items, 2.7, "uniform").widths.values())
     assert widths == {2, 3}
+
+
+def test_half_rates_lower_the_loss_of_a_budget_between_two_whole_widths():
+    halves = (1, 1.5, 2, 2.5, 3, 3.5, 4)
+    items = make_items(64, 5, halves, group=lambda i: f"layer{i // 4}")
+    whole = [
+        replace(i, bits={k: i.bits[k] for k in range(1, 5)}, loss={k: i.loss[k] for k in range(1, 5)}) for i in items
+    ]
+    for mode in ("per-expert", "per-layer", "uniform"):
+        found = allocate(items, 2.6, mode)
+        assert found.bits <= 2.6 and found.loss < allocate(whole, 2.6, mode).loss
+    assert set(found.widths.values()) == {2, 2.5, 3}
 
 
 def test_widths_that_lose_are_never_taken():

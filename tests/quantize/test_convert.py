@@ -12,12 +12,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from mlx_lm import utils as mlx_lm_utils
 
 from mlx_marlin import TrellisModelLoader, codec, kernels
+from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.quantize import convert, jobs
 from mlx_marlin.quantize.calibration import BUNDLED
-from mlx_marlin.quantize.tensors import Tensor, write_tensors
-from mlx_marlin.storage.safetensors import read_header
+from mlx_marlin.storage.safetensors import Tensor, read_header, write_tensors
+from tests.support.generic_checkpoints import logits
 from tests.support.paths import MODELS
 
 HIDDEN, WIDTH, EXPERTS, VOCABULARY = 128, 128, 4, 2048
@@ -144,7 +146,7 @@ def test_configuration(converted):
     config = json.loads((output / "config.json").read_text())
     ours = json.loads((output / "quantization_config.json").read_text())
     assert config["quantization_config"].keys() == reference.keys() - {"tensor_storage"}
-    assert {k: config[k] for k in MOE} == MOE
+    assert {k: config[k] for k in MOE} == {**MOE, "tie_word_embeddings": False}  # the head has its own weights
     assert ours.keys() == reference.keys()
     assert config["quantization_config"] == {k: v for k, v in ours.items() if k != "tensor_storage"}
     assert (ours["quant_method"], ours["head_bits"], ours["codebook"], ours["out_scales"]) == (
@@ -153,12 +155,20 @@ def test_configuration(converted):
         "mul1",
         "always",
     )
-    assert ours["bits"] == pytest.approx(allocation.bits, abs=1e-4)
+    sizes = {n: np.prod([codec.padded(size) for size in shape]) for n, shape in moe_shapes().items()}
+    average = np.average(list(allocation.widths.values()), weights=[sizes[f"{n}.weight"] for n in allocation.widths])
+    assert ours["bits"] == round(average, 2) < allocation.bits  # codes without scales
+    assert ours["version"] == "1.6.5" and ours["tensor_storage"].keys() == {
+        n.rpartition(".")[0] for n in moe_shapes()
+    } | {"lm_head"}
     name = "model.layers.0.mlp.experts.0.down_proj"
     entry, wanted = ours["tensor_storage"][name], reference["tensor_storage"][name]
     assert entry.keys() == wanted.keys() and entry["mul1_multiplier"] == wanted["mul1_multiplier"]
     assert entry["stored_tensors"].keys() == wanted["stored_tensors"].keys()
-    assert entry["bits_per_weight"] == allocation.widths[name]
+    for name, k in allocation.widths.items():
+        found = ours["tensor_storage"][name]["bits_per_weight"]
+        assert found == k and type(found) is (float if codec.is_half_rate(k) else int)
+    assert any(codec.is_half_rate(k) for k in allocation.widths.values())
 
 
 def test_budget_counts_everything_stored(converted):
@@ -195,6 +205,48 @@ def test_weights_decode_to_the_source(moe, converted):
             values(source[name]).astype(np.float16 if kept.dtype == "F16" else np.float32),
         )
     assert loader.unquantized["model.layers.0.mlp.gate.weight"].dtype == "F16"
+
+
+def dense_twin(directory, loader, config):
+    """The same model with the weights that the converted files decode to, for mlx-lm."""
+    arrays = {n: values(info).astype(np.float32) for n, info in loader.unquantized.items()}
+    for name in loader.names:
+        shape = moe_shapes().get(f"{name}.weight", (VOCABULARY, HIDDEN))
+        weight = loader.load_weight(name, in_features=shape[1], out_features=shape[0])
+        arrays[f"{name}.weight"] = codec.dequantize(weight).T
+    tensors = {n: Tensor("F32", a.shape, np.ascontiguousarray(a).tobytes()) for n, a in arrays.items()}
+    directory.mkdir()
+    write_tensors(directory / "model.safetensors", tensors)
+    (directory / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    return directory
+
+
+def test_logits_equal_those_of_the_dequantized_weights(converted, tmp_path):
+    output, allocation, _ = converted
+    loader = TrellisModelLoader(output)
+    assert {n: loader.load_weight(n).bits for n in allocation.widths} == allocation.widths
+    dense, _ = mlx_lm_utils.load_model(dense_twin(tmp_path / "dense", loader, MOE))
+    expected, found = logits(dense), logits(load_exl3_model(output)[0])
+    error = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert error.max() < 1e-4
+    np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
+
+
+def test_whole_widths_only(moe, calibration, tmp_path):
+    """For readers older than half rates."""
+    allocation = convert(
+        moe, tmp_path / "exl3", bits=2.5, head_bits=16, half_rates=False, calibration=calibration, mixed="uniform"
+    )
+    assert set(allocation.widths.values()) == {2, 3}
+    loader = TrellisModelLoader(tmp_path / "exl3")
+    assert {loader.load_weight(name).bits for name in allocation.widths} == {2, 3}
+
+
+def test_a_head_of_a_half_rate(moe, calibration, tmp_path):
+    allocation = convert(moe, tmp_path / "exl3", bits=2.6, head_bits=3.5, calibration=calibration, mixed="uniform")
+    assert 2.5 in allocation.widths.values() and set(allocation.widths.values()) <= {2, 2.5, 3}
+    assert TrellisModelLoader(tmp_path / "exl3").load_weight("lm_head").bits == 3.5
+    assert json.loads((tmp_path / "exl3/config.json").read_text())["quantization_config"]["head_bits"] == 3.5
 
 
 def test_progress(converted):
@@ -290,7 +342,7 @@ def test_full_disk(moe, converted, calibration, tmp_path):
     process = run_command(arguments, preexec_fn=limit)
     _, err = process.communicate()
     assert process.returncode == 1 and "make room and run again with --resume" in err and "Traceback" not in err
-    assert not list(output.glob("**/*.partial")) and not (output / "model.safetensors").exists()
+    assert not list(output.glob("**/*.tmp")) and not (output / "model.safetensors").exists()
     process = run_command(arguments + ["--resume"])
     _, err = process.communicate()
     assert process.returncode == 0, err
@@ -320,6 +372,8 @@ def test_unreadable_source(moe, tmp_path, damage, message):
     [
         ({"bits": 0.5}, "1..8, got 0.5"),
         ({"head_bits": 9}, "16 to leave"),
+        ({"head_bits": 2.5, "half_rates": False}, r"4, 5, 6, 7, 8 \(half_rates=False\), .* got 2.5"),
+        ({"head_bits": 2.5, "codebook": "mcg"}, r"4, 5, 6, 7, 8 \(codebook mcg\), .* got 2.5"),
         ({"codebook": "nf4"}, "nf4"),
         ({"mixed": "some"}, "per-layer"),
     ],

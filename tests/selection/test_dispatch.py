@@ -151,7 +151,7 @@ def test_bad_arguments(dispatcher):
 def test_available_kernels_are_all_names():
     names = get_available_kernels()
     assert (
-        len(names) == 2 * 2 * (4 + 8**3)
+        len(names) == 2 * 2 * (4 + 11**3)
         and {"moe_trellis_swiglu", "moe_trellis_mixed_swiglu_decode_8_1_5_fp32acc"} <= names
     )
     for name in names:

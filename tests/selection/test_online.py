@@ -8,7 +8,8 @@ import pytest
 import mlx_marlin
 from mlx_marlin import TrellisLinear, TrellisSwitchGLU, kernels, profile
 from mlx_marlin.dispatch import adaptation as online
-from tests.support.cases import expert_formats, random_experts, random_weight
+from mlx_marlin.weights.synthetic import random_weight
+from tests.support.cases import expert_formats, random_experts
 
 
 class Model(nn.Module):

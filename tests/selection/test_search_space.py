@@ -1,5 +1,6 @@
 """Which configs are the same code, which are worth timing on a machine, and how one from elsewhere is fitted."""
 
+import inspect
 from dataclasses import replace
 from itertools import product
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_marlin import device, kernels, ops
-from mlx_marlin.kernels import Hardware, KernelConfig, Problem, cpu, search_space
+from mlx_marlin.kernels import Hardware, KernelConfig, Problem, cpu, metal
 from tests.support import cases
 from tests.support.paths import ROOT
 
@@ -16,15 +17,28 @@ M1 = Hardware(cores=8, gpu_l1=8 << 10)
 M4_MAX = Hardware(cores=40)
 
 
-def swiglu(rows=4, bits=((3, 3, 3),), on="cpu", **more):
+def swiglu(rows=4, bits=3, on="cpu", **more):
     sizes = {"top_k": 8, "hidden": 2048, "intermediate": 768, "experts": 128} | more
-    return Problem(
-        "swiglu", rows, bits=bits, codebooks=("mul1",), activation="silu", dtype="float32", device=on, **sizes
-    )
+    return Problem.swiglu(rows=rows, bits=bits, dtype="float32", device=on, **sizes)
 
 
 def linear(rows=1, hidden=256, out=128, on="cpu"):
-    return Problem("linear", rows, 1, hidden, out, 1, ((3,),), ("mul1",), "none", "float32", on)
+    return Problem.linear(hidden, out, rows=rows, bits=3, dtype="float32", device=on)
+
+
+# One interface
+
+
+def test_both_devices_answer_the_same_questions():
+    asked = {name: value for name, value in vars(kernels.KernelRules).items() if inspect.isfunction(value)}
+    asked = {name: list(inspect.signature(f).parameters)[1:] for name, f in asked.items() if name[0] != "_"}
+    assert len(asked) >= 8
+    for rules in (cpu, metal):
+        assert {name: list(inspect.signature(getattr(rules, name)).parameters) for name in asked} == asked
+        assert rules.TILE_ROWS.keys() == set(kernels.VARIANTS) and isinstance(rules.COMPILED_AT_RUN_TIME, bool)
+        for variant in kernels.VARIANTS:
+            columns = {tiles[1] for tiles in rules.legal_tiles(variant)}
+            assert columns == set(rules.TILE_COLUMNS) and rules.legal_tiles(variant)[0][0] in rules.TILE_ROWS[variant]
 
 
 # The same code on the CPU
@@ -32,7 +46,7 @@ def linear(rows=1, hidden=256, out=128, on="cpu"):
 
 @pytest.fixture
 def two_cores(monkeypatch):
-    monkeypatch.setattr(kernels, "cpu_threads", lambda: 2)
+    monkeypatch.setattr(cpu, "cpu_threads", lambda: 2)
 
 
 @pytest.mark.parametrize("rows, distinct", [(1, 4), (2, 8), (4, 12), (16, 20), (64, 28), (300, 28)])
@@ -42,8 +56,8 @@ def test_candidates_hold_each_distinct_config_once(two_cores, rows, distinct):
     assert len(found) == distinct == len({kernels.effective(problem, c) for c in found})
     every = [
         KernelConfig(kernels.make_name(variant), *tiles, True, variant)
-        for variant, panels in kernels.CPU_PANEL_ROWS.items()
-        for tiles in product(panels, kernels.CPU_TASK_COLUMNS, (1, 2))
+        for variant, panels in cpu.TILE_ROWS.items()
+        for tiles in product(panels, cpu.TILE_COLUMNS, (1, 2))
     ]
     assert all(kernels.feasible(problem, c) is None for c in every)  # legal all the same
     assert {kernels.effective(problem, c) for c in every} == {kernels.effective(problem, c) for c in found}
@@ -65,8 +79,8 @@ def test_the_same_code_gives_the_same_bits(kind, rows):
     x, indices, scores = case.inputs()
     problem = case.problem()
     results: dict = {}
-    for variant, panels in kernels.CPU_PANEL_ROWS.items():
-        for panel, columns in product(panels, kernels.CPU_TASK_COLUMNS):
+    for variant, panels in cpu.TILE_ROWS.items():
+        for panel, columns in product(panels, cpu.TILE_COLUMNS):
             config = KernelConfig(kernels.make_name(variant), panel, columns, 1, True, variant)
             if kind == "linear":
                 y = ops.trellis_linear(x, case.weight(), config=config, stream=mx.cpu)
@@ -81,7 +95,7 @@ def test_rules_are_those_of_the_kernels():
     """csrc/cpu/segments.cpp says the same."""
     source = (ROOT / "csrc/cpu/segments.cpp").read_text()
     assert "largest = 64, beyond = 128" in source
-    assert cpu.PANEL_ROWS["large_batch"][-1] == 64 and cpu._LARGEST_SEGMENT == 128
+    assert cpu.TILE_ROWS["large_batch"][-1] == 64 and cpu._LARGEST_SEGMENT == 128
     assert "std::max(1, config.task_columns / MARLIN_HADAMARD_SIZE)" in source
 
 
@@ -89,7 +103,7 @@ def test_rules_are_those_of_the_kernels():
 
 
 def test_threads_follow_the_cores(monkeypatch):
-    monkeypatch.setattr(kernels, "cpu_threads", lambda: 12)
+    monkeypatch.setattr(cpu, "cpu_threads", lambda: 12)
     threads = {c.simdgroups for c in kernels.candidates_on(swiglu(64), Hardware(cores=12, fast_cores=8))}
     assert threads == {1, 6, 8, 12}
     # 2 blocks of 128 columns: two tasks at most.
@@ -99,7 +113,7 @@ def test_threads_follow_the_cores(monkeypatch):
 
 def test_panels_that_the_caches_favour_come_first():
     def first(hardware, hidden=2048):
-        return next(search_space.cpu_tiles(swiglu(64, hidden=hidden), hardware))[0]
+        return next(cpu.worth_timing(swiglu(64, hidden=hidden), hardware)).tile_size_m
 
     assert first(Hardware(cores=1, l1d=32 << 10, l2_per_core=1)) == 16  # 16 KB of weights and 16 rows of x
     assert first(Hardware(cores=1, l1d=48 << 10, l2_per_core=1)) == 32
@@ -114,7 +128,7 @@ DOCUMENTED_TILES = {2: (96, 128, 160), 3: (96,), 4: (48, 64, 96), 8: (32, 48, 64
 @pytest.mark.parametrize("rows", [1, 4, 16, 64])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_gpus_candidates_cover_the_ranges_of_the_bit_widths(bits, rows, hardware):
-    problem = swiglu(rows, ((bits,) * 3,), "gpu")
+    problem = swiglu(rows, bits, "gpu")
     found = kernels.candidates_on(problem, hardware)
     assert found[0] == kernels.default(problem) and len(set(found)) == len(found)
     assert all(kernels.feasible(problem, c) is None for c in found)
@@ -127,8 +141,8 @@ def test_a_gpus_candidates_cover_the_ranges_of_the_bit_widths(bits, rows, hardwa
 
 @pytest.mark.parametrize("bits, columns, simdgroups", [(2, 160, 16), (3, 96, 12), (4, 96, 8), (8, 64, 4)])
 def test_codes_in_flight_stay_in_a_gpus_cache(bits, columns, simdgroups):
-    problem = swiglu(16, ((bits,) * 3,), "gpu")
-    own = {metal for variant in kernels.VARIANTS for metal in search_space.gpu_tiles(problem, variant, M1)[:2]}
+    problem = swiglu(16, bits, "gpu")
+    own = {tiles for variant in kernels.VARIANTS for tiles in metal.always_timed(problem, variant)}
     found = [(c.tile_size_m, c.tile_size_n, c.simdgroups) for c in kernels.candidates_on(problem, M1)]
     assert any(tiles[1:] == (columns, simdgroups) for tiles in found)
     limit = 1.25 * 8192  # a quarter more than the cache; the defaults of the variants may exceed it
@@ -146,7 +160,7 @@ def test_every_core_gets_a_threadgroup():
 def test_tiles_are_not_much_higher_than_the_rows():
     for rows, most in ((1, 2), (2, 4), (4, 8), (64, 64)):
         problem = swiglu(rows, on="gpu")
-        own = {tiles[0] for v in kernels.VARIANTS for tiles in search_space.gpu_tiles(problem, v, M4_MAX)[:2]}
+        own = {tiles[0] for v in kernels.VARIANTS for tiles in metal.always_timed(problem, v)}
         assert {c.tile_size_m for c in kernels.candidates_on(problem, M4_MAX)} - own <= set(range(1, most + 1))
 
 
@@ -154,7 +168,7 @@ def test_sums_stay_in_threadgroup_memory():
     small = replace(M4_MAX, threadgroup_bytes=16 << 10)
     problem = swiglu(64, on="gpu")
     many = [c for c in kernels.candidates_on(problem, small) if c.tile_size_m >= 8 and c.simdgroups == 16]
-    own = {tiles for v in kernels.VARIANTS for tiles in search_space.gpu_tiles(problem, v, small)[:2]}
+    own = {tiles for v in kernels.VARIANTS for tiles in metal.always_timed(problem, v)}
     assert {(c.tile_size_m, c.tile_size_n, c.simdgroups) for c in many} <= own
     assert {c.tile_size_m for c in kernels.candidates_on(problem, M4_MAX) if c.simdgroups == 16} == {
         1,

@@ -23,7 +23,7 @@ def bench(tmp_path, monkeypatch):
 
 def problem(rows=4, **more):
     bits = ((2, 3, 4), (3, 4, 2), (4, 2, 3))
-    return replace(Problem("swiglu", rows, 2, 256, 128, 4, bits, ("mul1",), "silu", "float32", "cpu"), **more)
+    return replace(Problem.swiglu(256, 128, rows=rows, experts=4, top_k=2, bits=bits), **more)
 
 
 def stored(tmp_path, name, **configs):

@@ -11,12 +11,21 @@ from mlx_marlin import codec, kernels, ops
 from mlx_marlin.kernels import Problem
 from mlx_marlin.selection import choices, selftest
 from mlx_marlin.weights.experts import ExpertBank
-from tests.support.planted import PLANTED
+from tests.support.planted import PLANTED, PLANTED_HALF_RATES
 
-SWIGLU = Problem("swiglu", 1, 8, 2048, 768, 128, ((2, 3, 2), (3, 3, 4)), ("3inst", "mcg"), "silu", "float32", "gpu")
+SWIGLU = Problem.swiglu(
+    2048,
+    768,
+    experts=128,
+    top_k=8,
+    bits=((2, 3, 2), (3, 3, 4)),
+    codebooks=("3inst", "mcg"),
+    dtype="float32",
+    device="gpu",
+)
 # One projection of experts; rows are slots.
-GATHERED = Problem("linear", 8, 1, 1024, 768, 64, ((2,), (3,)), ("mcg", "mul1"), "none", "float16", "gpu")
-LINEAR = Problem("linear", 4, 1, 1024, 1024, 1, ((3,),), ("mul1",), "none", "float32", "gpu")
+GATHERED = Problem.linear(1024, 768, rows=8, experts=64, bits=(2, 3), codebooks=("mcg", "mul1"), device="gpu")
+LINEAR = Problem.linear(1024, 1024, rows=4, bits=3, dtype="float32", device="gpu")
 
 
 def right(problem, config, case):
@@ -293,11 +302,12 @@ def test_what_does_not_run_is_tried_again_by_the_next_process(tmp_path):
 
 @pytest.mark.parametrize("fp32_acc", [True, False])
 @pytest.mark.parametrize("dtype", kernels.DTYPES)
-@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("name", {**PLANTED, **PLANTED_HALF_RATES})
 def test_planted_decoders_are_refused(tmp_path, monkeypatch, name, dtype, fp32_acc):
     """What the codec's own tests reject, on the rows that the self-test takes."""
-    what, replacement, codebooks = PLANTED[name]
-    problem = replace(LINEAR, codebooks=(codebooks[-1],), dtype=dtype)
+    what, replacement, codebooks = {**PLANTED, **PLANTED_HALF_RATES}[name]
+    bits = ((2.5,),) if name in PLANTED_HALF_RATES else LINEAR.bits
+    problem = replace(LINEAR, bits=bits, codebooks=(codebooks[-1],), dtype=dtype)
     config = replace(kernels.default(problem), use_fp32_acc=fp32_acc)
     assert self_test(tmp_path, right).fault(problem, config) is None
 

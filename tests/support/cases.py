@@ -15,6 +15,7 @@ import numpy as np
 from mlx_marlin import codec
 from mlx_marlin.kernels import ACTIVATIONS, DTYPES, Problem
 from mlx_marlin.weights.experts import ExpertBank
+from mlx_marlin.weights.synthetic import random_weight
 from mlx_marlin.weights.trellis import TrellisWeight
 from tests.support.covering import covering_array
 
@@ -35,14 +36,17 @@ DIMS = {
 }
 
 AXES = {
-    "bits": tuple(range(1, codec.MAX_BITS + 1)),
+    "bits": codec.WIDTHS,
     "codebook": codec.CODEBOOKS,
     "dtype": DTYPES,
     "rows": ROWS,
     "dims": tuple(DIMS),
     "activation": ("none", *ACTIVATIONS),
 }
-"""The axes of the full product; activation "none" is a linear."""
+"""The axes of the full product, but for half rates of other codebooks than mul1; activation "none" is a linear."""
+
+FORMATS = tuple(f for f in product(codec.WIDTHS, codec.CODEBOOKS) if f[1] == "mul1" or not codec.is_half_rate(f[0]))
+"""(bits, codebook) pairs that the format has."""
 
 OPTIONS = {
     "mix": ("uniform", "bits", "codebooks", "both"),
@@ -62,7 +66,7 @@ _GAIN = 3.0
 class Case:
     """One problem: a value of every axis and option."""
 
-    bits: int
+    bits: float
     codebook: str
     dtype: str
     rows: int
@@ -115,34 +119,28 @@ class Case:
         """The case as the kernels see it."""
         hidden, intermediate = DIMS[self.dims]
         if self.linear:
-            return Problem(
-                "linear",
-                self.rows,
-                1,
+            return Problem.linear(
                 hidden,
                 intermediate,
-                1,
-                ((self.bits,),),
-                (self.codebook,),
-                "none",
-                self.dtype,
-                device,
+                rows=self.rows,
+                bits=self.bits,
+                codebooks=self.codebook,
+                dtype=self.dtype,
+                device=device,
                 bias=self.bias,
             )
         bank = self.bank()
-        codebooks = sorted({c for s in (bank.gate, bank.up, bank.down) for c in s.codebooks})
-        return Problem(
-            "swiglu",
-            self.rows,
-            self.top_k,
+        return Problem.swiglu(
             hidden,
             bank.intermediate,
-            EXPERTS,
-            tuple(sorted(set(bank.triples))),
-            tuple(codebooks),
-            self.activation,
-            self.dtype,
-            device,
+            rows=self.rows,
+            experts=EXPERTS,
+            top_k=self.top_k,
+            bits=bank.triples,
+            codebooks=[c for s in (bank.gate, bank.up, bank.down) for c in s.codebooks],
+            activation=self.activation,
+            dtype=self.dtype,
+            device=device,
             combine=self.scores,
             bias=self.bias,
         )
@@ -194,42 +192,6 @@ def random_rows(rng: np.random.Generator, rows: int, size: int, dtype: str = "fl
     return mx.array(x).astype(getattr(mx, dtype))
 
 
-def random_weight(
-    rng: np.random.Generator,
-    in_features: int,
-    out_features: int,
-    bits: float,
-    codebook: str = "mul1",
-    bias: bool = False,
-    gain: float = 1.0,
-) -> TrellisWeight:
-    """A weight of random trellis words.
-
-    Args:
-        rng: Source of everything random.
-        in_features, out_features: Logical sizes; the arrays have the next multiples of 128.
-        bits: K.
-        codebook: One of ``codec.CODEBOOKS``.
-        bias: Whether to add one.
-        gain: Standard deviation of the output for inputs of standard deviation 1.
-    """
-    k, n = codec.padded(in_features), codec.padded(out_features)
-    words = rng.integers(0, 1 << 16, (k // 16, n // 16, codec.words_per_tile(bits)), np.uint16).view(np.int16)
-
-    def scales(size, magnitude):
-        return (magnitude * rng.uniform(0.5, 1.5, size) * rng.choice([-1.0, 1.0], size)).astype(np.float16)
-
-    return TrellisWeight(
-        words,
-        scales(k, 1.0),
-        scales(n, gain / in_features**0.5),
-        codebook,
-        bias=rng.standard_normal(n).astype(np.float16) if bias else None,
-        in_features=in_features,
-        out_features=out_features,
-    )
-
-
 def random_experts(
     rng: np.random.Generator, hidden: int, intermediate: int, formats, bias: bool = False, gain: float = _GAIN
 ) -> dict[str, list[TrellisWeight]]:
@@ -253,23 +215,22 @@ def random_experts(
     }
 
 
-def expert_formats(bits: int, codebook: str, mix: str, experts: int = EXPERTS) -> list[tuple[tuple[int, str], ...]]:
-    """(bits, codebook) of gate, up and down of each expert; a mix starts from the given values and goes round."""
+def expert_formats(bits: float, codebook: str, mix: str, experts: int = EXPERTS) -> list[tuple[tuple[float, str], ...]]:
+    """(bits, codebook) of gate, up and down of each expert; a mix starts from the given values and goes round.
+
+    Mixed bits of one codebook are its own; where codebooks are mixed too, a half rate brings mul1 with it.
+    """
+    widths = [w for w in codec.WIDTHS if mix == "both" or (w, codebook) in FORMATS]
     first = codec.CODEBOOKS.index(codebook)
-    formats = []
-    for e in range(experts):
+
+    def chosen(e: int, p: int) -> tuple[float, str]:
         # 3 and 2 steps per expert: gate, up and down of one expert differ, and so do the experts.
-        steps = [3 * e + 2 * p for p in range(3)]
-        formats.append(
-            tuple(
-                (
-                    (bits - 1 + step) % codec.MAX_BITS + 1 if mix in ("bits", "both") else bits,
-                    codec.CODEBOOKS[(first + e + p) % 3] if mix in ("codebooks", "both") else codebook,
-                )
-                for p, step in enumerate(steps)
-            )
-        )
-    return formats
+        step = 3 * e + 2 * p if mix in ("bits", "both") else 0
+        width = widths[(widths.index(bits) + step) % len(widths)]
+        other = codec.CODEBOOKS[(first + e + p) % 3] if mix in ("codebooks", "both") else codebook
+        return width, other if (width, other) in FORMATS else "mul1"
+
+    return [tuple(chosen(e, p) for p in range(3)) for e in range(experts)]
 
 
 @cache
@@ -282,13 +243,13 @@ def every_state(bits: float, codebook: str) -> tuple[TrellisWeight, np.ndarray]:
 
 
 @lru_cache(maxsize=32)
-def _linear(bits: int, codebook: str, dims: str, bias: bool) -> TrellisWeight:
+def _linear(bits: float, codebook: str, dims: str, bias: bool) -> TrellisWeight:
     rng = _rng("linear", (bits, codebook, dims, bias))
     return random_weight(rng, *DIMS[dims], bits, codebook, bias)
 
 
 @lru_cache(maxsize=32)
-def _bank(bits: int, codebook: str, dims: str, mix: str, bias: bool):
+def _bank(bits: float, codebook: str, dims: str, mix: str, bias: bool):
     rng = _rng("bank", (bits, codebook, dims, mix, bias))
     experts = random_experts(rng, *DIMS[dims], expert_formats(bits, codebook, mix), bias)
     return ExpertBank(**experts), experts
@@ -371,8 +332,12 @@ def check(case: Case, actual: mx.array, inputs: tuple, expected: np.ndarray | No
 def legal(values: dict) -> bool:
     """Whether a (partial) choice of values is a case: a linear has no experts to mix or to choose.
 
-    Scores that are not given have no dtype.
+    Scores that are not given have no dtype. Half rates exist for mul1 only.
     """
+    if (values.get("bits", 1), values.get("codebook", "mul1")) not in FORMATS:
+        return False
+    if codec.is_half_rate(values.get("bits", 1)) and values.get("mix") == "codebooks":
+        return False
     if values.get("scores") is False and values.get("score_dtype", "float32") != "float32":
         return False
     if values.get("activation") != "none":
@@ -390,6 +355,8 @@ def pairwise() -> tuple[Case, ...]:
     rows = covering_array({**axes, "rows": ROWS[1:]}, legal)
     for i in range(max(len(values) for axis, values in axes.items() if axis != "rows")):
         row = {axis: values[i % len(values)] for axis, values in axes.items()} | {"rows": 0}
+        if (row["bits"], row["codebook"]) not in FORMATS:
+            row["codebook"] = "mul1"
         if not legal(row):
             row |= {o: OPTIONS[o][0] for o in OPTIONS if o != "bias"}
         rows.append(row)
@@ -405,7 +372,9 @@ def full() -> tuple[Case, ...]:
     cases = []
     for values in product(*AXES.values()):
         axes = dict(zip(AXES, values))
-        choices = linear if axes["activation"] == "none" else moe
+        if not legal(axes):
+            continue
+        choices = [o for o in (linear if axes["activation"] == "none" else moe) if legal({**axes, **o})]
         cases.append(Case(**axes, **choices[rng.integers(len(choices))]))
     return tuple(cases)
 

@@ -114,6 +114,29 @@ class Checkpoint:
         self.norm(f"{model}.norm", s.hidden, norm_mean)
         self.linear(head, s.hidden, s.vocab, bits=6)
 
+    def quantize_embedding(self, bits: int = 4, parts: int = 1) -> str:
+        """Replace the token embedding by a quantized one, split by rows into ``parts``; returns its name."""
+        name = next(key for key in self.exl3 if key.endswith("embed_tokens.weight")).removesuffix(".weight")
+        rows, features = self.exl3.pop(f"{name}.weight").shape
+        groups = -(-features // codec.TILE_SIZE)
+        rings = self.rng.integers(0, 1 << 16, (rows, groups, 1 + 16 * bits), np.uint16)
+        rings[..., 0] = self.rng.uniform(0.5, 1.5, (rows, groups)).astype(np.float16).view(np.uint16)
+        trellis = rings.reshape(rows, -1).view(np.int16)
+        signs = self.rng.choice([-1.0, 1.0], (groups, codec.TILE_SIZE)).astype(np.float16)
+        height = -(-rows // parts)
+        for i in range(parts):
+            key = f"{name}.trellis" if parts == 1 else f"{name}.shard_{i}.trellis"
+            self.exl3[key] = mx.array(trellis[i * height : (i + 1) * height])
+        self.exl3[f"{name}.signs"] = mx.array(signs)
+        self.dense[f"{name}.weight"] = mx.array(codec.decode_embedding(trellis, signs, features))
+        return name
+
+    def drop_head(self, name: str = "lm_head") -> None:
+        """Leave the head to the embeddings."""
+        for form in (self.exl3, self.dense):
+            for key in [key for key in form if key.startswith(f"{name}.")]:
+                del form[key]
+
     def block_norms(self, layer: str, mean=1.0, names=("input_layernorm", "post_attention_layernorm")) -> None:
         for name in names:
             self.norm(f"{layer}.{name}", self.sizes.hidden, mean)
@@ -185,10 +208,10 @@ class Checkpoint:
         return write_directory(directory, config, self.exl3, shards)
 
     def write_dense(self, directory: Path) -> Path:
-        """The same weights as the original model would hold them; the head is not tied, as EXL3 has its own."""
+        """The same weights as the original model would hold them; the head is not tied if EXL3 has its own."""
         config = json.loads(json.dumps(self.config))
         for part in (config, config.get("text_config", {})):
-            part["tie_word_embeddings"] = False
+            part["tie_word_embeddings"] = not any("lm_head." in name for name in self.dense)
         return write_directory(directory, config, self.dense, 1)
 
 

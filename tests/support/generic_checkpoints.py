@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from tests.support.checkpoints import SIZES, Checkpoint
+from tests.support.checkpoints import SIZES, Checkpoint, Sizes
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": SIZES.width, "norm_topk_prob": True}
@@ -37,6 +37,13 @@ _LATENT = {
     "qk_nope_head_dim": 64,
     "v_head_dim": 64,
     "num_key_value_heads": 4,
+}
+
+_LLAMA4_ROPE = {
+    "type": "default",
+    "rope_theta": 10000.0,
+    "llama_4_scaling_beta": 0.1,
+    "original_max_position_embeddings": 16,
 }
 
 # model_type -> what its config.json holds beside the sizes.
@@ -76,6 +83,8 @@ CONFIGS = {
     },
     "dots1": {**_DEEPSEEK, "scoring_func": "noaux_tc"},
     "solar_open": _DEEPSEEK,
+    "mistral4": {**_DEEPSEEK, **_LATENT, "rope_parameters": _LLAMA4_ROPE},
+    "laguna": {**_MOE, "shared_expert_intermediate_size": 128},
     "ernie4_5_moe": {
         "moe_num_experts": 4,
         "moe_k": 2,
@@ -151,6 +160,10 @@ CONFIGS = {
 }
 
 
+# What ExLlamaV3 divides `up` of their experts by before it quantizes.
+UP_DIVISORS = {"mistral4": 128, "laguna": 128}
+
+
 def new_model(config: dict) -> nn.Module:
     """mlx-lm's model of a config, its weights random."""
     config = json.loads(json.dumps(config))
@@ -158,9 +171,9 @@ def new_model(config: dict) -> nn.Module:
     return model_class(args_class.from_dict(config))
 
 
-def make(model_type: str) -> tuple[Checkpoint, nn.Module]:
+def make(model_type: str, sizes: Sizes = SIZES) -> tuple[Checkpoint, nn.Module]:
     """A checkpoint, and the model with the same weights, dense and in float32."""
-    c = Checkpoint(SIZES, {"model_type": model_type, **CONFIGS[model_type]})
+    c = Checkpoint(sizes, {"model_type": model_type, **CONFIGS[model_type]})
     model, done, dense = new_model(c.config), set(), {}
     for path, module in model.named_modules():
         if isinstance(module, SwitchGLU):
@@ -170,6 +183,8 @@ def make(model_type: str) -> tuple[Checkpoint, nn.Module]:
                 names = [f"{block}.experts.{e}.{p}" for e in range(experts)]
                 for name in names:
                     c.linear(name, k, n, zero_padding=p != "down_proj")
+                    if p == "up_proj":
+                        c.exl3[f"{name}.svh"] = c.exl3[f"{name}.svh"] / UP_DIVISORS.get(model_type, 1)
                 dense[f"{path}.{p}.weight"] = mx.stack([c.dense[f"{name}.weight"] for name in names])
                 done.add(f"{path}.{p}")
         elif type(module) is nn.Linear and path.rpartition(".")[2] not in ("gate", "router", "kv_b_proj"):

@@ -28,7 +28,8 @@ def _contents(problem: Problem, name: str, size: int) -> np.ndarray:
     bits = [problem.bits[e % len(problem.bits)][index] for e in experts] if index is not None else []
     if part == "formats":
         codebooks = [problem.codebooks[e % len(problem.codebooks)] for e in experts]
-        return np.array(list(map(codec.format_word, bits, codebooks)), np.uint32).view(np.uint8)
+        words = [codec.format_word(b, "mul1" if codec.is_half_rate(b) else c) for b, c in zip(bits, codebooks)]
+        return np.array(words, np.uint32).view(np.uint8)
     if part == "offsets":
         padded = [-(-width // 128) * 128 for width in (problem.hidden, problem.intermediate)]
         words = np.array(list(map(codec.half_bits, bits))) * (padded[0] * padded[1] // 64)

@@ -57,6 +57,8 @@ MIXES = ("uniform", "both", "uniform", "bits", "uniform", "codebooks")
 
 
 def legal(values: dict) -> bool:
+    if (values.get("bits", 1), values.get("codebook", "mul1")) not in cases.FORMATS:
+        return False
     known = ("variant", "prologue", "epilogue")
     return any(all(values.get(name, value) == value for name, value in zip(known, key)) for key in TILES)
 
@@ -70,12 +72,15 @@ def selection() -> list:
         sizes = TILES[key][turns[key] % len(TILES[key])]
         turns[key] += 1
         linear = row["kernel"] == "linear"
+        mix = MIXES[mixed[row["variant"]] % len(MIXES)]
+        if not cases.legal({"bits": row["bits"], "codebook": row["codebook"], "mix": mix}):
+            mix = "both"  # a half rate brings its codebook with it
         dims = list(cases.DIMS)[i % len(cases.DIMS)]
         options = (
             {}
             if linear
             else {
-                "mix": MIXES[mixed[row["variant"]] % len(MIXES)],
+                "mix": mix,
                 "top_k": (1, 2, 5)[i % 3],
                 "scores": row["kernel"] == "combined experts",
                 "routing": "one_expert" if i % 7 == 3 else "random",

@@ -47,5 +47,30 @@ PLANTED = {
     "swapped_halves": ("unpack", _swapped_halves, codec.CODEBOOKS),
 }
 
+
+def _odd_positions_first(trellis):
+    """A half rate's extra bits at even positions instead of odd ones."""
+    trellis = np.asarray(trellis).view(np.uint16)
+    halves = codec.half_bits(codec.trellis_bits(trellis.shape))
+    if halves % 2 == 0:
+        return _unpack(trellis)
+    stream = np.unpackbits(codec._swap_halves(np.ascontiguousarray(trellis)).astype(">u2").view(np.uint8), axis=-1)
+    end = ((np.arange(codec.TILE_SIZE) + 1) * halves + 1) // 2
+    window = (end[:, None] - 16 + np.arange(16)) % stream.shape[-1]
+    return np.packbits(np.take(stream, window, axis=-1), axis=-1).view(">u2")[..., 0].astype(np.uint16)
+
+
+def _floored_rate(trellis):
+    """What readers older than half rates do: the whole width below."""
+    bits = codec.trellis_bits(np.shape(trellis))
+    return _unpack(np.ascontiguousarray(np.asarray(trellis)[..., : codec.words_per_tile(int(bits))]))
+
+
+# Wrong for half rates only, otherwise the same.
+PLANTED_HALF_RATES = {
+    "odd_positions_first": ("unpack", _odd_positions_first, ("mul1",)),
+    "floored_rate": ("unpack", _floored_rate, ("mul1",)),
+}
+
 # Too close for half precision activations; float32 and the comparison of decoded values reject it.
 PLANTED_FLOAT32 = {"mul1_affine": ("decode", _mul1_affine, ("mul1",))}

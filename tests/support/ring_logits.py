@@ -7,12 +7,14 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import utils as mlx_lm_utils
 
-from mlx_marlin.lm.sharding import sharded_load
+from mlx_marlin.lm import sharding
 from tests.support.checkpoints import SIZES
 
 directory, output, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-mlx_lm_utils.load_tokenizer = lambda *_, **__: None  # the checkpoints of the tests have none
+# The checkpoints of the tests have no tokenizer.
+mlx_lm_utils.load_tokenizer = sharding.check_tokenizer = lambda *_, **__: None
 group = mx.distributed.init(strict=True)
-model, _ = sharded_load(str(directory), group if kind == "pipeline" else None, group if kind == "tensor" else None)
+groups = {"pipeline": (group, None), "tensor": (None, group)}[kind]
+model, _ = sharding.sharded_load(str(directory), *groups)
 ids = np.random.default_rng(7).integers(0, SIZES.vocab, (2, 24))
 np.save(output / f"{group.rank()}.npy", np.array(model(mx.array(ids)).astype(mx.float32)))

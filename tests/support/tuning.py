@@ -12,6 +12,7 @@ from mlx_marlin.kernels import KernelConfig
 from mlx_marlin.layers.experts import TrellisSwitchGLU
 from mlx_marlin.profile.active import AutotuneConfig
 from mlx_marlin.profile.schema import Entry, Timing
+from mlx_marlin.weights.synthetic import random_weight
 from tests.support import cases
 
 # Configs that every CPU has, one per variant.
@@ -56,7 +57,7 @@ def tune(*more):
 
 def linear(bits=3, out=256):
     """A weight of 256 rows."""
-    return cases.random_weight(np.random.default_rng(bits), 256, out, bits)
+    return random_weight(np.random.default_rng(bits), 256, out, bits)
 
 
 def mixed_experts(triples=((2, 3, 4), (3, 3, 3), (4, 2, 6))):

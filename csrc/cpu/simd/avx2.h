@@ -162,13 +162,11 @@ struct Decoder {
   static constexpr uint32_t kMultiplier = kMul1 ? MARLIN_MUL1_MULTIPLIER : kHalvesMultiplier<CODEBOOK>;
 
   explicit Decoder(const Codes& codes)
-      : step(4 * codes.bits),
+      : pair_bytes(4 * codes.half_bits),
         last(
             codes.tiles +
-            (static_cast<int64_t>(codes.k) / MARLIN_TILE * (codes.n / MARLIN_TILE) - 1) *
-                MARLIN_TILE_WORDS(codes.bits) * 4) {
-    windows = kByteWindows[codes.bits - 1];
-  }
+            (static_cast<int64_t>(codes.k) / MARLIN_TILE * (codes.n / MARLIN_TILE) - 1) * tile_bytes(codes.half_bits)),
+        windows{kByteWindows.by_width[codes.half_bits][0], kByteWindows.by_width[codes.half_bits][1]} {}
 
   template <bool FIRST>
   MARLIN_INLINE void pack(const uint8_t* tile, int group, Packed<CODEBOOK>& packed) const {
@@ -177,12 +175,13 @@ struct Decoder {
       std::memcpy(copy, tile, bytes());
       tile = copy;
     }
-    const uint8_t* begin = tile + group * step;
+    const uint8_t* begin = tile + group / 2 * pair_bytes;
     const uint8_t* wrapped = tile + bytes() - 4;
+    const ByteWindows& of_group = windows[group % 2];
     unroll<2>([&](auto pair) MARLIN_LAMBDA {
-      __m128i low = quarter<FIRST>(begin, wrapped, 2 * pair);
-      __m128i high = quarter<FIRST>(begin, wrapped, 2 * pair + 1);
-      put(states(_mm256_set_m128i(high, low), pair), pair, packed);
+      __m128i low = quarter<FIRST>(begin, wrapped, of_group.offset[2 * pair]);
+      __m128i high = quarter<FIRST>(begin, wrapped, of_group.offset[2 * pair + 1]);
+      put(states(_mm256_set_m128i(high, low), of_group, pair), pair, packed);
     });
   }
 
@@ -201,14 +200,13 @@ struct Decoder {
   }
 
   int bytes() const {  // of a tile
-    return 8 * step;
+    return 4 * pair_bytes;
   }
 
  private:
   // The 16 bytes that hold the states of one of the tile's 32 lanes.
   template <bool FIRST>
-  MARLIN_INLINE __m128i quarter(const uint8_t* begin, const uint8_t* wrapped, int lane) const {
-    int offset = windows.offset[lane];
+  MARLIN_INLINE __m128i quarter(const uint8_t* begin, const uint8_t* wrapped, int offset) const {
     if (FIRST && offset < 0) {  // the word before the tile's first is its last
       __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(begin));
       int word;
@@ -219,12 +217,12 @@ struct Decoder {
   }
 
   // A state is 16 bits of three bytes: the upper two, shifted left, and what the third adds.
-  MARLIN_INLINE __m256i states(__m256i words, int pair) const {
+  MARLIN_INLINE __m256i states(__m256i words, const ByteWindows& of_group, int pair) const {
     auto table = [](const auto& t) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(t)); };
-    __m256i upper = _mm256_shuffle_epi8(words, table(windows.upper[pair]));
-    __m256i third = _mm256_shuffle_epi8(words, table(windows.third[pair]));
+    __m256i upper = _mm256_shuffle_epi8(words, table(of_group.upper[pair]));
+    __m256i third = _mm256_shuffle_epi8(words, table(of_group.third[pair]));
     return _mm256_or_si256(
-        _mm256_mullo_epi16(upper, table(windows.left)), _mm256_mulhi_epu16(third, table(windows.right)));
+        _mm256_mullo_epi16(upper, table(of_group.left)), _mm256_mulhi_epu16(third, table(of_group.right)));
   }
 
   static MARLIN_INLINE __m256i set1_word(uint32_t x) {
@@ -254,9 +252,9 @@ struct Decoder {
     }
   }
 
-  int step;
-  const uint8_t* last;  // tile of the matrix
-  ByteWindows windows;
+  int pair_bytes;          // of two groups
+  const uint8_t* last;     // tile of the matrix
+  ByteWindows windows[2];  // of even and of odd groups
 };
 
 }  // namespace mlx_marlin::cpu::MARLIN_TIER

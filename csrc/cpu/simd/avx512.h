@@ -134,8 +134,7 @@ MARLIN_INLINE void add_steps(const V* steps, float* y) {
   store(y, load(y) + steps[0]);
 }
 
-// How 32 states, columns `group` and `group` + 8 of a tile, are cut out of the 64 bytes that begin one
-// word before the group. The same for every group: a group is a whole number of words.
+// How 32 states, columns `group` and `group` + 8 of a tile, are cut out of the words from the group's first on.
 struct alignas(64) Windows {
 #if defined(__AVX512VBMI__)
   // Each 64-bit lane takes the 8 bytes that hold its 4 states, in the order of the stream; `shift`
@@ -150,14 +149,17 @@ struct alignas(64) Windows {
   uint16_t right[32];
 #endif
 
-  constexpr Windows(int bits) : Windows() {
+  // Of even groups or, with parity 1, of odd ones.
+  constexpr Windows(int half_bits, int parity) : Windows() {
+    auto end_of = [&](int position) {
+      return window_end(half_bits, 32 * parity + position) - 8 * group_begin(half_bits, parity);
+    };
     for (int lane = 0; lane < 32; ++lane) {
       int half = lane / 16, quad = lane % 16 / 4;
       int position = 8 * quad + 4 * half;
 #if defined(__AVX512VBMI__)
-      int first_byte = (32 + (position + 1) * bits - 16) / 8;
-      int end = 32 + (position + lane % 4 + 1) * bits;
-      int low = 64 - (end - 8 * first_byte);
+      int first_byte = (end_of(position) - 16) / 8;
+      int low = 64 - (end_of(position + lane % 4) - 8 * first_byte);
       shift[2 * lane] = static_cast<uint8_t>(low);
       shift[2 * lane + 1] = static_cast<uint8_t>(low + 8);
       for (int i = 0; i < 2; ++i) {
@@ -165,7 +167,7 @@ struct alignas(64) Windows {
         gather[2 * lane + i] = static_cast<uint8_t>((first_byte + 7 - at) ^ 3);
       }
 #else
-      int begin = 32 + (position + lane % 4 + 1) * bits - 16;
+      int begin = end_of(position + lane % 4) - 16;
       first[lane] = static_cast<uint16_t>(begin / 16 ^ 1);
       second[lane] = static_cast<uint16_t>((begin / 16 + 1) ^ 1);
       left[lane] = static_cast<uint16_t>(begin % 16);
@@ -174,7 +176,6 @@ struct alignas(64) Windows {
     }
   }
 
- private:
 #if defined(__AVX512VBMI__)
   constexpr Windows() : gather{}, shift{} {}
 #else
@@ -182,7 +183,7 @@ struct alignas(64) Windows {
 #endif
 };
 
-inline constexpr Windows kWindows[MARLIN_MAX_BITS] = {1, 2, 3, 4, 5, 6, 7, 8};
+inline constexpr WindowTable<Windows> kWindows;
 
 // Rounds to the 11 significant bits of a half (Veltkamp); scaled = v * 8193, rounded. Exact for every
 // value of every codebook: the tests compare all states.
@@ -243,10 +244,16 @@ struct Constants {
   }
 };
 
-// Reads the 4 * bits bytes of a group and the word before them.
+// Reads the words that hold a group's windows.
 struct GroupReader {
-  explicit GroupReader(const Codes& codes)
-      : step(4 * codes.bits), present((1u << (codes.bits + 1)) - 1), present_first(present & ~1u) {}
+  explicit GroupReader(const Codes& codes) : pair_bytes(4 * codes.half_bits) {
+    for (int parity = 0; parity < 2; ++parity) {
+      offset[parity] = group_begin(codes.half_bits, parity);
+      const int bytes = (parity + 1) * pair_bytes / 2 - offset[parity];
+      present[parity] = static_cast<__mmask16>((1u << (bytes + 3) / 4) - 1);
+    }
+    present_first = present[0] & ~1u;
+  }
 
   template <bool FIRST>
   MARLIN_INLINE __m512i words(const uint8_t* tile, int group) const {
@@ -256,30 +263,37 @@ struct GroupReader {
       __m512i words = _mm512_maskz_loadu_epi32(present_first, tile - 4);
       return _mm512_mask_set1_epi32(words, 1, static_cast<int>(last));
     } else {
-      return _mm512_maskz_loadu_epi32(present, tile + group * step - 4);
+      return _mm512_maskz_loadu_epi32(present[group % 2], tile + group / 2 * pair_bytes + offset[group % 2]);
     }
   }
 
   int bytes() const {  // of a tile
-    return 8 * step;
+    return 4 * pair_bytes;
   }
 
-  int step;
-  __mmask16 present, present_first;
+  int pair_bytes;  // of two groups
+  int offset[2];   // of even and of odd groups from the first byte of the pair
+  __mmask16 present[2], present_first;
 };
 
 template <int CODEBOOK>
 struct Decoder {
   explicit Decoder(const Codes& codes) : reader(codes) {
-    const Windows& windows = kWindows[codes.bits - 1];
+    const Windows(&windows)[2] = kWindows.by_width[codes.half_bits];
+    for (int parity = 0; parity < 2; ++parity) {
 #if defined(__AVX512VBMI__)
-    gather = _mm512_load_si512(windows.gather);
-    shift = _mm512_load_si512(windows.shift);
+      gather[parity] = _mm512_load_si512(windows[parity].gather);
 #else
-    first = _mm512_load_si512(windows.first);
-    second = _mm512_load_si512(windows.second);
-    left = _mm512_load_si512(windows.left);
-    right = _mm512_load_si512(windows.right);
+      first[parity] = _mm512_load_si512(windows[parity].first);
+      second[parity] = _mm512_load_si512(windows[parity].second);
+#endif
+    }
+    // Even and odd groups differ in whole words of 16 bits only.
+#if defined(__AVX512VBMI__)
+    shift = _mm512_load_si512(windows[0].shift);
+#else
+    left = _mm512_load_si512(windows[0].left);
+    right = _mm512_load_si512(windows[0].right);
 #endif
   }
 
@@ -319,10 +333,10 @@ struct Decoder {
   MARLIN_INLINE __m512i states(const uint8_t* tile, int group) const {
     const __m512i words = reader.template words<FIRST>(tile, group);
 #if defined(__AVX512VBMI__)
-    return _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(gather, words));
+    return _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(gather[group % 2], words));
 #else
-    __m512i high = _mm512_sllv_epi16(_mm512_permutexvar_epi16(first, words), left);
-    __m512i low = _mm512_srlv_epi16(_mm512_permutexvar_epi16(second, words), right);
+    __m512i high = _mm512_sllv_epi16(_mm512_permutexvar_epi16(first[group % 2], words), left);
+    __m512i low = _mm512_srlv_epi16(_mm512_permutexvar_epi16(second[group % 2], words), right);
     return _mm512_or_si512(high, low);
 #endif
   }
@@ -369,9 +383,9 @@ struct Decoder {
   GroupReader reader;
   Constants<CODEBOOK> constants;
 #if defined(__AVX512VBMI__)
-  __m512i gather, shift;
+  __m512i gather[2], shift;
 #else
-  __m512i first, second, left, right;
+  __m512i first[2], second[2], left, right;
 #endif
 };
 

@@ -7,22 +7,27 @@
 
 namespace mlx_marlin::cpu::MARLIN_TIER {
 
-// How 16 states of column `group` and as many of column `group` + 8 are cut out of the 64 bytes that begin one word
-// before the group: the former into the low, the latter into the high half of each 32-bit lane.
+// How 16 states of column `group` and as many of column `group` + 8 are cut out of the words from the group's first on:
+// the former into the low, the latter into the high half of each 32-bit lane.
 struct alignas(64) PairedWindows {
   // Each 64-bit lane takes the 8 bytes that hold its 4 states, in the order of the stream (6 positions, at most 63
   // bits); `shift` picks each state's two bytes out of them.
   uint8_t gather[64] = {};
   uint8_t shift[64] = {};
 
-  constexpr PairedWindows(int bits) {
+  constexpr PairedWindows() = default;
+
+  // Of even groups or, with parity 1, of odd ones.
+  constexpr PairedWindows(int half_bits, int parity) {
+    auto end_of = [&](int position) {
+      return window_end(half_bits, 32 * parity + position) - 8 * group_begin(half_bits, parity);
+    };
     for (int pair = 0; pair < 8; ++pair) {
       const int row = 2 * pair;  // of 16, in tile order
       const int position = 8 * (row / 4) + row % 4;
-      const int first_byte = (32 + (position + 1) * bits - 16) / 8;
+      const int first_byte = (end_of(position) - 16) / 8;
       for (int state = 0; state < 4; ++state) {
-        const int end = 32 + (position + state / 2 + 4 * (state % 2) + 1) * bits;
-        const int low = 64 - (end - 8 * first_byte);
+        const int low = 64 - (end_of(position + state / 2 + 4 * (state % 2)) - 8 * first_byte);
         shift[8 * pair + 2 * state] = static_cast<uint8_t>(low);
         shift[8 * pair + 2 * state + 1] = static_cast<uint8_t>(low + 8);
       }
@@ -33,7 +38,7 @@ struct alignas(64) PairedWindows {
   }
 };
 
-inline constexpr PairedWindows kPairedWindows[MARLIN_MAX_BITS] = {1, 2, 3, 4, 5, 6, 7, 8};
+inline constexpr WindowTable<PairedWindows> kPairedWindows;
 
 // 2^23 + byte sum, as floats, of 32 weights: columns `group` and `group` + 8.
 template <>
@@ -44,9 +49,10 @@ struct alignas(64) Packed<MARLIN_CODEBOOK_MUL1> {
 template <>
 struct Decoder<MARLIN_CODEBOOK_MUL1> {
   explicit Decoder(const Codes& codes) : reader(codes) {
-    const PairedWindows& windows = kPairedWindows[codes.bits - 1];
-    gather = _mm512_load_si512(windows.gather);
-    shift = _mm512_load_si512(windows.shift);
+    const PairedWindows(&windows)[2] = kPairedWindows.by_width[codes.half_bits];
+    gather[0] = _mm512_load_si512(windows[0].gather);
+    gather[1] = _mm512_load_si512(windows[1].gather);
+    shift = _mm512_load_si512(windows[0].shift);  // even and odd groups differ in whole bytes only
     // Hidden from the optimizer, which would else rebuild them in the loop.
     asm("" : "+v"(multiplier), "+v"(ones), "+v"(zero_sum), "+v"(low_half));
   }
@@ -54,7 +60,7 @@ struct Decoder<MARLIN_CODEBOOK_MUL1> {
   template <bool FIRST>
   MARLIN_INLINE void pack(const uint8_t* tile, int group, Packed<MARLIN_CODEBOOK_MUL1>& packed) const {
     const __m512i words = reader.template words<FIRST>(tile, group);
-    const __m512i states = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(gather, words));
+    const __m512i states = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(gather[group % 2], words));
     put(_mm512_and_si512(states, low_half), packed.sums[0]);
     put(_mm512_srli_epi32(states, 16), packed.sums[1]);
   }
@@ -79,7 +85,7 @@ struct Decoder<MARLIN_CODEBOOK_MUL1> {
   }
 
   GroupReader reader;
-  __m512i gather, shift;
+  __m512i gather[2], shift;
   __m512i multiplier = _mm512_set1_epi32(static_cast<int>(MARLIN_MUL1_MULTIPLIER));
   __m512i ones = _mm512_set1_epi8(1);
   __m512i zero_sum = _mm512_set1_epi32(0x4b000000);  // the bits of 2^23, to which an integer adds itself

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "format.h"
+#include "cpu/simd/tile.h"
 
 namespace mlx_marlin::cpu {
 
@@ -16,16 +16,18 @@ struct alignas(32) ByteWindows {
   // state = upper * left + (third * right >> 16): shifts of f and of f - 8 bits.
   uint16_t left[16] = {};
   uint16_t right[16] = {};
-  int32_t offset[4] = {};  // of the lane's 16 bytes from the group's first: whole words
+  // Of the lane's 16 bytes from the first byte of the pair of groups: whole words.
+  int32_t offset[4] = {};
 
   constexpr ByteWindows() = default;
 
-  constexpr ByteWindows(int bits) {
+  // Of even groups or, with parity 1, of odd ones.
+  constexpr ByteWindows(int half_bits, int parity) {
     for (int lane = 0; lane < 4; ++lane) {
-      int first = lane * bits - 2;  // the byte that the first state begins in or after
-      offset[lane] = first < 0 ? -4 : first / 4 * 4;
+      const int position = 32 * parity + 8 * lane;
+      offset[lane] = (window_end(half_bits, position) + 16) / 32 * 4 - 4;
       for (int q = 0; q < 8; ++q) {
-        int bit = (q + 1) * bits + 8 * (first - offset[lane]);
+        int bit = window_end(half_bits, position + q) - 16 - 8 * offset[lane];
         int at = 16 * (lane % 2) + 2 * q;
         auto memory = [&](int byte) { return static_cast<uint8_t>(byte ^ 3); };
         upper[lane / 2][at] = memory(bit / 8 + 1);
@@ -39,6 +41,6 @@ struct alignas(32) ByteWindows {
   }
 };
 
-inline constexpr ByteWindows kByteWindows[MARLIN_MAX_BITS] = {1, 2, 3, 4, 5, 6, 7, 8};
+inline constexpr WindowTable<ByteWindows> kByteWindows;
 
 }  // namespace mlx_marlin::cpu

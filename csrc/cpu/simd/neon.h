@@ -144,16 +144,17 @@ struct Decoder {
   static constexpr bool kMul1 = CODEBOOK == MARLIN_CODEBOOK_MUL1;
 
   explicit Decoder(const Codes& codes)
-      : step(4 * codes.bits),
+      : pair_bytes(4 * codes.half_bits),
         last(
             codes.tiles +
-            (static_cast<int64_t>(codes.k) / MARLIN_TILE * (codes.n / MARLIN_TILE) - 1) *
-                MARLIN_TILE_WORDS(codes.bits) * 4),
-        windows(kByteWindows[codes.bits - 1]) {
-    uint16x8_t factor = vld1q_u16(windows.left);
-    // left is 2^f: the shift counts are f and f - 8.
-    left = vsubq_s16(vdupq_n_s16(15), vreinterpretq_s16_u16(vclzq_u16(factor)));
-    right = vsubq_s16(left, vdupq_n_s16(8));
+            (static_cast<int64_t>(codes.k) / MARLIN_TILE * (codes.n / MARLIN_TILE) - 1) * tile_bytes(codes.half_bits)),
+        windows{kByteWindows.by_width[codes.half_bits][0], kByteWindows.by_width[codes.half_bits][1]} {
+    for (int odd = 0; odd < 2; ++odd) {
+      uint16x8_t factor = vld1q_u16(windows[0].left + 8 * odd);
+      // left is 2^f: the shift counts are f and f - 8.
+      left[odd] = vsubq_s16(vdupq_n_s16(15), vreinterpretq_s16_u16(vclzq_u16(factor)));
+      right[odd] = vsubq_s16(left[odd], vdupq_n_s16(8));
+    }
   }
 
   template <bool FIRST>
@@ -163,10 +164,12 @@ struct Decoder {
       std::memcpy(copy, tile, bytes());
       tile = copy;
     }
-    const uint8_t* begin = tile + group * step;
+    const uint8_t* begin = tile + group / 2 * pair_bytes;
     const uint8_t* wrapped = tile + bytes() - 4;
+    const ByteWindows& of_group = windows[group % 2];
     unroll<4>([&](auto lane) MARLIN_LAMBDA {
-      values(states(quarter<FIRST>(begin, wrapped, lane), lane), packed.values + 2 * lane);
+      const uint8x16_t words = quarter<FIRST>(begin, wrapped, of_group.offset[lane]);
+      values(states(words, of_group, lane), packed.values + 2 * lane);
     });
   }
 
@@ -175,14 +178,13 @@ struct Decoder {
   }
 
   int bytes() const {  // of a tile
-    return 8 * step;
+    return 4 * pair_bytes;
   }
 
  private:
   // The 16 bytes that hold the states of one of the tile's 32 lanes.
   template <bool FIRST>
-  MARLIN_INLINE uint8x16_t quarter(const uint8_t* begin, const uint8_t* wrapped, int lane) const {
-    int offset = windows.offset[lane];
+  MARLIN_INLINE uint8x16_t quarter(const uint8_t* begin, const uint8_t* wrapped, int offset) const {
     if (FIRST && offset < 0) {  // the word before the tile's first is its last
       uint8x16_t before = vreinterpretq_u8_u32(vld1q_dup_u32(reinterpret_cast<const uint32_t*>(wrapped)));
       return vextq_u8(before, vld1q_u8(begin), 12);
@@ -191,11 +193,11 @@ struct Decoder {
   }
 
   // A state is 16 bits of three bytes: the upper two, shifted left, and what the third adds.
-  MARLIN_INLINE uint16x8_t states(uint8x16_t words, int lane) const {
+  MARLIN_INLINE uint16x8_t states(uint8x16_t words, const ByteWindows& of_group, int lane) const {
     auto pick = [&](const uint8_t (&table)[2][32]) {
       return vreinterpretq_u16_u8(vqtbl1q_u8(words, vld1q_u8(table[lane / 2] + 16 * (lane % 2))));
     };
-    return vorrq_u16(vshlq_u16(pick(windows.upper), left), vshlq_u16(pick(windows.third), right));
+    return vorrq_u16(vshlq_u16(pick(of_group.upper), left[lane % 2]), vshlq_u16(pick(of_group.third), right[lane % 2]));
   }
 
   // The products' 32 bits of four states each.
@@ -251,10 +253,10 @@ struct Decoder {
     }
   }
 
-  int step;
-  const uint8_t* last;  // tile of the matrix
-  ByteWindows windows;
-  int16x8_t left, right;
+  int pair_bytes;               // of two groups
+  const uint8_t* last;          // tile of the matrix
+  ByteWindows windows[2];       // of even and of odd groups, which differ in whole bytes
+  int16x8_t left[2], right[2];  // of even and of odd lanes
 };
 
 }  // namespace mlx_marlin::cpu::MARLIN_TIER

@@ -194,20 +194,20 @@ struct Packed {
 
 template <int CODEBOOK>
 struct Decoder {
-  explicit Decoder(const Codes& codes) : bits(codes.bits) {}
+  explicit Decoder(const Codes& codes) : half_bits(codes.half_bits) {}
 
   int bytes() const {  // of a tile
-    return 32 * bits;
+    return static_cast<int>(tile_bytes(half_bits));
   }
 
   // Not inlined: the callers unroll over the groups, and this is long.
   template <bool FIRST>
   __attribute__((noinline)) void pack(const uint8_t* tile, int group, Packed<CODEBOOK>& packed) const {
-    const int words = MARLIN_TILE_WORDS(bits);
+    const int words = bytes() / 4;
     for (int i = 0; i < 8; ++i) {
       U state;
       for (int lane = 0; lane < 4; ++lane) {
-        int bit = (32 * group + 4 * i + lane + 1) * bits - 16;
+        int bit = window_end(half_bits, 32 * group + 4 * i + lane) - 16;
         int word = bit >> 5;
         uint32_t high, low;
         std::memcpy(&high, tile + 4 * (word < 0 ? words - 1 : word), 4);
@@ -223,7 +223,7 @@ struct Decoder {
     unroll<8>([&](auto i) MARLIN_LAMBDA { out[i] = packed.values[i]; });
   }
 
-  int bits;
+  int half_bits;
 };
 
 }  // namespace mlx_marlin::cpu::MARLIN_TIER

@@ -30,16 +30,13 @@ MARLIN_INLINE const float* block_at(const float* x, int first, int count, int k,
   return x + static_cast<int64_t>(first) * k + tile_row * count * MARLIN_TILE;
 }
 
-constexpr int64_t tile_bytes(int bits) {
-  return 32 * bits;
-}
-
 // A tile that is decoded later: the tiles of a column lie a matrix row apart, which no hardware prefetcher follows across
 // pages.
 MARLIN_INLINE void prefetch_tile(const uint8_t* tile, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) {
     __builtin_prefetch(tile + b);
   }
+  __builtin_prefetch(tile + bytes - 1);  // half rates: a tile of 48 or 112 bytes may end in a line of its own
 }
 
 // Tile columns between prefetching and decoding. One is not enough: a vector of codes that begins in a tile ends in the
@@ -207,7 +204,7 @@ template <int CODEBOOK>
 static void multiply_few(
     const Codes& codes, const float* x, int rows, int column, int columns, float* y, int64_t ldy, V* sums) {
   Decoder<CODEBOOK> decoder(codes);
-  const int64_t bytes = tile_bytes(codes.bits);
+  const int64_t bytes = tile_bytes(codes.half_bits);
   const int64_t stride = codes.n / MARLIN_TILE * bytes;
   const int tile_rows = codes.k / MARLIN_TILE, tile_columns = columns / MARLIN_TILE;
   const uint8_t* block = codes.tiles + column / MARLIN_TILE * bytes;
@@ -235,7 +232,7 @@ template <int CODEBOOK>
 static void multiply_many(
     const Codes& codes, const float* x, int rows, int column, int columns, float* y, int64_t ldy, V* sums) {
   Decoder<CODEBOOK> decoder(codes);
-  const int64_t bytes = tile_bytes(codes.bits);
+  const int64_t bytes = tile_bytes(codes.half_bits);
   const int64_t stride = codes.n / MARLIN_TILE * bytes;
   const int tile_rows = codes.k / MARLIN_TILE;
   V panel[kSweep * kTileVectors];

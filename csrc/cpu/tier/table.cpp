@@ -16,14 +16,16 @@
 
 #include "cpu/tier/activation.h"
 #include "cpu/tier/convert.h"
+#include "cpu/tier/embedding.h"
 #include "cpu/tier/gemm.h"
 #include "cpu/tier/hadamard.h"
 #include "cpu/tier/transposed.h"
 
 namespace mlx_marlin::cpu::MARLIN_TIER {
 
-static const Tier table = {rotate,   block_rows, multiply, multiply_scratch, multiply_transposed, finish,
-                           activate, add_scaled, store,    decode_tile_row};
+static const Tier table = {
+    rotate, block_rows,      multiply, multiply_scratch, multiply_transposed, finish, activate, add_scaled,
+    store,  decode_tile_row, embed};
 
 extern const Tier& tier_table();
 const Tier& tier_table() {

@@ -20,7 +20,7 @@ static void with_decoder(const Codes& codes, F&& f) {
 static void multiply_transposed(
     const Codes& codes, const float* x, int rows, int column, int columns, float* y, int64_t ldy) {
   const int tile_columns = codes.n / MARLIN_TILE;
-  const int64_t bytes = tile_bytes(codes.bits);
+  const int64_t bytes = tile_bytes(codes.half_bits);
   with_decoder(codes, [&](const auto& decoder) {
     V panel[kTileVectors];
     for (int c = 0; c < columns; c += MARLIN_TILE) {
@@ -52,7 +52,7 @@ static void multiply_transposed(
 }
 
 static void decode_tile_row(const Codes& codes, int tile_row, uint16_t* out) {
-  const int64_t bytes = tile_bytes(codes.bits);
+  const int64_t bytes = tile_bytes(codes.half_bits);
   const int tile_columns = codes.n / MARLIN_TILE;
   const uint8_t* tile = codes.tiles + static_cast<int64_t>(tile_row) * tile_columns * bytes;
   with_decoder(codes, [&](const auto& decoder) {

@@ -16,11 +16,11 @@ from filelock import FileLock
 
 from .. import kernels, measure
 from ..kernels import KernelConfig, Problem
-from ..measure.race import Rules
+from ..measure.race import RaceSettings
 from ..measure.stats import holm, p_faster, p_slower_than, without_drift
 from ..profile.schema import AutotuneConfig, Entry
 from .labels import name_of
-from .progress import Progress
+from .progress import ProgressBar
 from .trial import Objective
 from .workload import ConfigClock, Workload, release
 
@@ -88,17 +88,17 @@ class Check:
     """A check of stored entries.
 
     Args:
-        rules: Samples per config, warm-up, margin, seed.
+        settings: Samples per config, warm-up, margin, seed.
         memory_limit: Bytes that weights, inputs and a call may take.
         tolerance: Slowdown that is put down to the machine's state.
         turn: Held while something is measured.
     """
 
-    def __init__(self, rules: Rules, memory_limit: int, tolerance: float, turn: FileLock):
-        self.rules, self.memory_limit, self.tolerance, self._turn = rules, memory_limit, tolerance, turn
+    def __init__(self, settings: RaceSettings, memory_limit: int, tolerance: float, turn: FileLock):
+        self.settings, self.memory_limit, self.tolerance, self._turn = settings, memory_limit, tolerance, turn
 
     def run(
-        self, profile: AutotuneConfig, wanted: Callable[[Problem], bool], deadline: float, bar: Progress
+        self, profile: AutotuneConfig, wanted: Callable[[Problem], bool], deadline: float, bar: ProgressBar
     ) -> list[Finding]:
         """Measure entries again. What looks like a regression is measured once more, and reported only if it is still
         significant on those fresh samples.
@@ -129,12 +129,12 @@ class Check:
             for i, s in enumerate({**dict(enumerate(looked)), **again}.values())
         ]
 
-    def _significant(self, sampled: dict[int, _Sampled], among: set | None) -> set[tuple[int, str]]:
+    def _significant(self, sampled: dict[int, _Sampled], among: set[tuple[int, str]] | None) -> set[tuple[int, str]]:
         """The tests that reject, of all or of some, over all entries."""
         p_values = {
             (i, what): p
             for i, s in sampled.items()
-            for what, p in s.p_values(self.tolerance, self.rules.margin).items()
+            for what, p in s.p_values(self.tolerance, self.settings.margin).items()
             if among is None or (i, what) in among
         }
         return holm(p_values, ALPHA)
@@ -150,7 +150,7 @@ class Check:
                 release()
 
     def _tried(self, problem: Problem, entry: Entry) -> _Sampled | Finding:
-        workload = Workload.synthetic(problem, memory_limit=self.memory_limit, seed=self.rules.seed)
+        workload = Workload.synthetic(problem, memory_limit=self.memory_limit, seed=self.settings.seed)
         for role, config in (("", entry.config), ("its default: ", entry.default)):
             fault = _fault(workload, config)
             if fault:
@@ -163,8 +163,8 @@ class Check:
         clocks = {config: clock(config) for config in (entry.config, entry.default)}
         control = measure.control(workload.stream, floor)
         for c in (*clocks.values(), control):
-            c.warm_up(self.rules.warmup)
-        rounds = [({config: c() for config, c in clocks.items()}, control()) for _ in range(self.rules.rounds)]
+            c.warm_up(self.settings.warmup)
+        rounds = [({config: c() for config, c in clocks.items()}, control()) for _ in range(self.settings.rounds)]
         config, default = ([times[key] for times, _ in rounds] for key in (entry.config, entry.default))
         return _Sampled(workload.problem, entry, config, default, [seconds for _, seconds in rounds])
 

@@ -7,27 +7,27 @@ import contextlib
 import json
 import logging
 import math
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 
 from .. import codec, kernels
-from ..device.machine import default_device, memory_bytes
-from ..kernels import Problem
-from ..measure.race import Rules
+from ..device.machine import default_device, is_present, memory_bytes, mlx_device
+from ..kernels import Problem, Triple
+from ..measure.race import RaceSettings
 from ..profile import files as profile_files
 from ..profile.schema import ProfileError
 from ..storage import atomic
 from . import check as regression
 from . import report
 from . import run as tuning_run
-from .progress import Progress
+from .progress import ProgressBar
 
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
 # --quick: one size per variant that serving meets most, and samples enough to tell 20 % apart at 5 % noise.
@@ -38,6 +38,8 @@ DEFAULT_SHAPE, DEFAULT_MIXES, DEFAULT_LINEAR = (
     (((3, 3, 3),), ((2, 2, 2), (3, 3, 3), (4, 4, 4))),
     (2048, 4096),
 )
+Number = TypeVar("Number", int, float)
+
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -64,20 +66,23 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def _bits(text: str) -> tuple[tuple[int, int, int], ...]:
-    triples = set()
+def _bits(text: str) -> tuple[Triple, ...]:
+    known = {str(width): width for width in codec.WIDTHS}
+    triples: set[Triple] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"([1-8])(?:_([1-8])_([1-8]))?", part)
-        if match is None:
+        widths = part.split("_")
+        if len(widths) not in (1, 3) or not known.keys() >= set(widths):
             raise argparse.ArgumentTypeError(
-                f"must be widths from 1 to 8 such as 2,3,4, or gate_up_down such as 6_2_3; got {part!r}"
+                f"must be widths such as 2,2.5,4, or gate_up_down such as 6_2_3, each one of {', '.join(known)}; "
+                f"got {part!r}"
             )
-        triples.add(tuple(int(b or match[1]) for b in match.groups()))
+        gate, up, down = (known[width] for width in (widths if len(widths) == 3 else widths * 3))
+        triples.add((gate, up, down))
     return tuple(sorted(triples))
 
 
-def _positive(kind):
-    def parse(text: str):
+def _positive(kind: Callable[[str], Number]) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
         value = kind(text)
         if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
@@ -101,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--bits",
         type=_bits,
-        metavar="2,3,4",
+        metavar="2,2.5,4",
         help="with --shape: widths of the experts, in equal shares (or gate_up_down such as 6_2_3); default 4",
     )
     p.add_argument("--quick", action="store_true", help="3 batch sizes, fewer candidates and iterations")
@@ -136,9 +141,9 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def layers(args, device: str) -> list[Problem]:
+def layers(args: argparse.Namespace, device: str) -> list[Problem]:
     """The problems that the arguments name, at one row."""
-    dtype = args.dtype or ("float32" if device == "cpu" else "float16")
+    dtype = args.dtype or kernels.USUAL_DTYPE[device]
     if args.model:
         from ..lm.problems import model_problems
 
@@ -146,11 +151,11 @@ def layers(args, device: str) -> list[Problem]:
     hidden, inter, experts, top_k = args.shape or DEFAULT_SHAPE
     mixes = ((args.bits or ((4, 4, 4),)),) if args.shape else DEFAULT_MIXES
     problems = [
-        Problem("swiglu", 1, top_k, hidden, codec.padded(inter), experts, bits, ("mul1",), "silu", dtype, device)
+        Problem.swiglu(hidden, inter, experts=experts, top_k=top_k, bits=bits, dtype=dtype, device=device)
         for bits in mixes
     ]
     if not args.shape:
-        problems.append(Problem("linear", 1, 1, *DEFAULT_LINEAR, 1, ((4,),), ("mul1",), "none", dtype, device))
+        problems.append(Problem.linear(*DEFAULT_LINEAR, dtype=dtype, device=device))
     return problems
 
 
@@ -169,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         parser().error("--bits goes with --shape; a model has its own bits")
     if args.warmup < 0:
         parser().error(f"argument --warmup: must be at least 0, got {args.warmup}")
-    args.iterations = args.iterations or (QUICK_ITERATIONS if args.quick else Rules.rounds)
+    args.iterations = args.iterations or (QUICK_ITERATIONS if args.quick else RaceSettings.rounds)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="mlx_marlin-tune: %(message)s")
     # A terminated run is an interrupted one: what is measured is on disk.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -183,28 +188,28 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _run(args) -> int:
+def _run(args: argparse.Namespace) -> int:
     device = args.device or default_device()
-    if device == "gpu" and not mx.is_available(mx.Device(mx.gpu)):
+    if not is_present(device):
         raise ValueError("--device gpu: this machine has no GPU that MLX can use")
-    mx.set_default_device(mx.Device(mx.gpu if device == "gpu" else mx.cpu))
+    mx.set_default_device(mlx_device(device))
     limit = int(args.memory_limit * 1e9) if args.memory_limit else memory_bytes(device) // 2
-    rules = Rules(rounds=max(2, args.iterations), warmup=args.warmup)
+    settings = RaceSettings(rounds=max(2, args.iterations), warmup=args.warmup)
     deadline = time.perf_counter() + args.budget if args.budget else math.inf
-    return (_check if args.check else _tune)(args, device, limit, rules, deadline)
+    return (_check if args.check else _tune)(args, device, limit, settings, deadline)
 
 
-def _tune(args, device: str, limit: int, rules: Rules, deadline: float) -> int:
+def _tune(args: argparse.Namespace, device: str, limit: int, settings: RaceSettings, deadline: float) -> int:
     path = args.output or profile_files.default_path(device)
     try:  # before anything is measured
         atomic.check_writable(path)
     except OSError as error:
         raise ProfileError(f"{path} cannot be written: {error}. Choose another place with --output") from None
-    run = tuning_run.Run(path, device, args.dtype, limit, rules, args.quick)
+    run = tuning_run.Run(path, device, args.dtype, limit, settings, args.quick)
     sizes = args.batch_sizes or (QUICK_BATCH_SIZES if args.quick else BATCH_SIZES)
     problems = tuning_run.at_rows(layers(args, device), sizes)
     group = mx.distributed.init()
-    with Progress(0, enabled=True, lines=True) as bar:
+    with ProgressBar(0, enabled=True, lines=True) as bar:
         outcome = run.tune(problems, group, deadline, bar)
     if group.rank():
         return 0
@@ -219,15 +224,15 @@ def _tune(args, device: str, limit: int, rules: Rules, deadline: float) -> int:
     return 2 if outcome.failed and not outcome.entries else 0
 
 
-def _check(args, device: str, limit: int, rules: Rules, deadline: float) -> int:
+def _check(args: argparse.Namespace, device: str, limit: int, settings: RaceSettings, deadline: float) -> int:
     path = args.output or profile_files.latest_path(device)
     if not path.exists():
         raise ProfileError(f"there is no profile {path} to check; tune first")
     stored = profile_files.load(path)
     # Whether another build of the kernels is slower is what a check is for.
     profile_files.check_native(stored, device, path, any_build=True)
-    check = regression.Check(rules, limit, args.tolerance, tuning_run.clock_lock())
-    with Progress(0, enabled=True, lines=True) as bar:
+    check = regression.Check(settings, limit, args.tolerance, tuning_run.clock_lock())
+    with ProgressBar(0, enabled=True, lines=True) as bar:
         findings = check.run(stored, _wanted(args, device), deadline, bar)
     print(f"mlx_marlin-tune: profile {path}", file=sys.stderr)
     _print(args, report.checked_json(findings), report.checked_table(findings))
@@ -239,13 +244,13 @@ def _check(args, device: str, limit: int, rules: Rules, deadline: float) -> int:
     return int(any(f.regression for f in findings))
 
 
-def _wanted(args, device: str) -> Callable[[Problem], bool]:
+def _wanted(args: argparse.Namespace, device: str) -> Callable[[Problem], bool]:
     """Which stored problems the arguments name; without any all of them."""
     named = {replace(p, rows=1) for p in layers(args, device)} if args.model or args.shape else None
     return lambda p: (named is None or replace(p, rows=1) in named) and p.rows in (args.batch_sizes or (p.rows,))
 
 
-def _print(args, full: list[dict], rows: list[dict]) -> None:
+def _print(args: argparse.Namespace, full: list[dict], rows: list[dict]) -> None:
     text = json.dumps(full, indent=2) if args.json else report.as_text(rows) if rows else "nothing was measured"
     with contextlib.suppress(BrokenPipeError):
         print(text)

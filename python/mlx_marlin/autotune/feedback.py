@@ -7,6 +7,7 @@ import statistics
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 from ..selection.evidence import MIN_SAMPLES, Ledger
 
@@ -15,7 +16,12 @@ ALPHA = 0.05
 # Keys that have been asked for are remembered with their tests; each holds a few kB.
 _MAX_LEDGERS = 1024
 
-Key = tuple[int, "int | None", "tuple[int, ...] | None"]
+Key = tuple[int, "int | None", "tuple[float, ...] | None"]
+
+Recorded = TypeVar("Recorded", bound=Hashable)
+"""What a latency was recorded for."""
+Candidate = TypeVar("Candidate", bound=Hashable)
+"""What it stands for."""
 
 
 class _Samples:
@@ -28,18 +34,18 @@ class _Samples:
         self.count = 0
 
 
-class Recorder:
+class Recorder(Generic[Recorded, Candidate]):
     """The newest latencies per candidate and key ``(batch size, hidden size, bit widths)``. Thread-safe.
 
     :meth:`leader` may be asked after every sample: its tests look at fixed numbers of samples and share one level
     (see :class:`~.evidence.Ledger`), so that asking often does not find differences that are not there.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self.clear()
 
-    def record(self, candidate: Hashable, key: Key, latency_ms: float, limit: int) -> None:
+    def record(self, candidate: Recorded, key: Key, latency_ms: float, limit: int) -> None:
         """Keep a sample, and of all samples of this candidate and key the newest ``limit``.
 
         Raises:
@@ -54,7 +60,9 @@ class Recorder:
             samples.kept.append(latency_ms)
             samples.count += 1
 
-    def leader(self, key: Key, incumbent: Hashable, top_k: int, name: Callable[[Hashable], Hashable], limit: int):
+    def leader(
+        self, key: Key, incumbent: Candidate, top_k: int, name: Callable[[Recorded], Candidate], limit: int
+    ) -> Candidate | None:
         """The candidate that the samples of a key speak for, or ``None`` if no candidate has 5.
 
         The incumbent stays unless one of the ``top_k`` lowest medians is significantly faster; with fewer than 5
@@ -75,14 +83,14 @@ class Recorder:
                 return None
             if incumbent not in medians:
                 return min(medians, key=lambda c: (-len(samples[c]), medians[c]))
-            lowest = sorted((c for c in medians if c != incumbent), key=medians.get)[:top_k]
+            lowest = sorted((c for c in medians if c != incumbent), key=medians.__getitem__)[:top_k]
             return ledger.leader(incumbent, [incumbent, *lowest])
 
     def clear(self) -> None:
         """Forget all samples and tests."""
         with self._lock:
-            self._history: dict[tuple[Hashable, Key], _Samples] = {}
-            self._ledgers: dict[Key, tuple[Ledger, dict]] = {}
+            self._history: dict[tuple[Recorded, Key], _Samples] = {}
+            self._ledgers: dict[Key, tuple[Ledger[Candidate], dict[tuple[Recorded, Key], int]]] = {}
 
     @property
     def keys(self) -> int:
@@ -94,15 +102,15 @@ class Recorder:
         """Samples kept."""
         return sum(len(samples.kept) for samples in self._history.values())
 
-    def _matching(self, key: Key, name: Callable) -> dict[Hashable, list[float]]:
+    def _matching(self, key: Key, name: Callable[[Recorded], Candidate]) -> dict[Candidate, list[float]]:
         """The samples that count for a key, by candidate."""
-        found: dict[Hashable, list[float]] = {}
+        found: dict[Candidate, list[float]] = {}
         for (candidate, recorded), samples in self._history.items():
             if _counts_for(recorded, key):
                 found.setdefault(name(candidate), []).extend(samples.kept)
         return found
 
-    def _feed(self, key: Key, name: Callable, limit: int) -> Ledger:
+    def _feed(self, key: Key, name: Callable[[Recorded], Candidate], limit: int) -> Ledger[Candidate]:
         """The tests of a key, with what was recorded since they were last asked for."""
         if key not in self._ledgers and len(self._ledgers) >= _MAX_LEDGERS:
             del self._ledgers[next(iter(self._ledgers))]

@@ -70,7 +70,7 @@ def chosen_configs(config: AutotuneConfig, ax: Axes | None = None) -> Axes:
         text = f"{chosen.kernel_variant}\n{chosen.tile_size_m} x {chosen.tile_size_n}, {chosen.simdgroups}"
         ax.text(layers.index(layer), batches.index(batch), text, ha="center", va="center", fontsize="small")
     ax.set_xticks(range(len(layers)), [f"hidden {h}\n{', '.join(map(str, w))} bits" for h, w in layers])
-    ax.set_yticks(range(len(batches)), batches)
+    ax.set_yticks(range(len(batches)), list(map(str, batches)))
     ax.set_ylabel("batch size (rows)")
     return ax
 

@@ -7,7 +7,7 @@ import sys
 import time
 
 
-class Progress:
+class ProgressBar:
     """Progress over a number of problems: a bar where stderr is a terminal and rich is installed.
 
     Args:
@@ -31,12 +31,12 @@ class Progress:
             self._bar = Bar(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task("", total=total)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         if self._bar is not None:
             self._bar.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

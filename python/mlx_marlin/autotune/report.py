@@ -48,7 +48,7 @@ def tuned_json(entries: Mapping[Problem, Entry], failed: Mapping[Problem, str]) 
             "verdict": e.verdict,
             "objective": dict(zip(("latency", "throughput", "memory"), e.objective)),
             "measured": len(e.timings),
-            "rejected": [asdict(r) for r in e.rejected],
+            "rejected": [{"config": asdict(r.config), "reason": r.reason} for r in e.rejected],
         }
         for problem, e in entries.items()
     ]

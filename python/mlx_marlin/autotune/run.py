@@ -16,17 +16,18 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from filelock import FileLock, Timeout
+from msgspec import structs
 
 from .. import kernels, profile
 from ..device.fingerprint import Fingerprint
 from ..device.machine import fingerprint, hardware
 from ..kernels import KernelConfig, Problem
-from ..measure.race import Limits, Rules
+from ..measure.race import Limits, RaceSettings
 from ..profile import files as profile_files
 from ..profile import json as profile_json
 from ..profile.schema import Entry, merge, same_origin
 from .labels import name_of
-from .progress import Progress
+from .progress import ProgressBar
 from .session import Session
 from .trial import steps
 from .tuner import MixedBPWAutoTuner
@@ -82,22 +83,24 @@ class Run:
         device: ``"cpu"`` or ``"gpu"``.
         dtype: Of the activations, or ``None`` for the device's usual one.
         memory_limit: Bytes, or ``None``.
-        rules: Rounds and significance.
+        settings: Rounds and significance.
         quick: Whether to time only candidates one step from the default.
 
     Raises:
         ProfileError: If the file there is malformed, or the profile of another machine or of other kernels.
     """
 
-    def __init__(self, path: Path, device: str, dtype: str | None, memory_limit: int | None, rules: Rules, quick: bool):
-        self.path, self.device, self.rules, self.quick = Path(path), device, rules, quick
+    def __init__(
+        self, path: Path, device: str, dtype: str | None, memory_limit: int | None, settings: RaceSettings, quick: bool
+    ):
+        self.path, self.device, self.settings, self.quick = Path(path), device, settings, quick
         self.tuner = MixedBPWAutoTuner(
-            config_path=self.path, device=device, dtype=dtype, memory_limit=memory_limit, rules=rules
+            config_path=self.path, device=device, dtype=dtype, memory_limit=memory_limit, race=settings
         )
         profile_files.check_native(self.tuner.config, device, self.path)
         self._turn = clock_lock()
 
-    def tune(self, problems: list[Problem], group: mx.distributed.Group, deadline: float, bar: Progress) -> Outcome:
+    def tune(self, problems: list[Problem], group: mx.distributed.Group, deadline: float, bar: ProgressBar) -> Outcome:
         """Tune the problems, or this process's part of them.
 
         Args:
@@ -106,7 +109,7 @@ class Run:
             deadline: ``time.perf_counter()`` after which nothing begins.
             bar: Shows the progress.
         """
-        peers = _Peers(group, self.tuner.config.fingerprint)
+        peers = _Peers(group, fingerprint(self.device))
         session = Session(self.path, self._plan(problems))
         # All processes must agree on what is left before they split it.
         self._exchange(peers, session)
@@ -131,7 +134,7 @@ class Run:
         entries = {p: self.tuner.config.problems[p] for p in problems if p in tuned}
         return Outcome(entries, {p: failed[p] for p in problems if p in failed}, left)
 
-    def _tune_one(self, problem: Problem, session: Session, deadline: float, left: int, bar: Progress) -> None:
+    def _tune_one(self, problem: Problem, session: Session, deadline: float, left: int, bar: ProgressBar) -> None:
         """Tune a problem and keep what came out: an entry, the reason of a failure, or the verdicts so far.
 
         Args:
@@ -142,7 +145,7 @@ class Run:
                 now = time.perf_counter()
                 limits = Limits(now + (deadline - now) / left, deadline)
                 configs = one_step(problem) if self.quick else None
-                warmup, rounds = self.rules.warmup, self.rules.rounds
+                warmup, rounds = self.settings.warmup, self.settings.rounds
                 found = self.tuner.benchmark_layer(
                     problem, problem.rows, configs, warmup, rounds, limits=limits, on_round=bar.round
                 )
@@ -163,7 +166,7 @@ class Run:
         profile.refresh()
 
     def _plan(self, problems: list[Problem]) -> str:
-        plan = repr((problems, self.rules, self.quick, fingerprint(self.device), self.tuner.objective))
+        plan = repr((problems, self.settings, self.quick, fingerprint(self.device), self.tuner.objective))
         return hashlib.sha256(plan.encode()).hexdigest()
 
     def _tuned(self, session: Session) -> set[Problem]:
@@ -195,7 +198,7 @@ class _Peers:
         self._group = group
         self._alike, self.rank, self.size, self.neighbours = [0], 0, 1, 1
         if group.size() > 1:
-            kind = repr(replace(mine, os="", mlx_version=""))
+            kind = repr(structs.replace(mine, os="", mlx_version=""))
             told = [text.decode().split("\0") for text in _gather(group, f"{kind}\0{platform.node()}".encode())]
             self._alike = [rank for rank, (other, _) in enumerate(told) if other == kind]
             self.rank, self.size = self._alike.index(group.rank()), len(self._alike)

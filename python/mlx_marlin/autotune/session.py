@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -64,7 +66,12 @@ class Session:
         """Outcomes of checks."""
         return {(v.problem, v.config): v.verdict for v in self._state.verdicts}
 
-    def add(self, done=(), failed=None, verdicts: Verdicts | None = None) -> None:
+    def add(
+        self,
+        done: Iterable[Problem] = (),
+        failed: Mapping[Problem, str] | None = None,
+        verdicts: Verdicts | None = None,
+    ) -> None:
         """Add to what is known, and to the file."""
         from filelock import FileLock
 
@@ -80,7 +87,7 @@ class Session:
                 [_Failure(*item) for item in all_failed.items() if item[0] not in all_done],
                 [_Verdict(*key, verdict) for key, verdict in all_verdicts.items()],
             )
-            atomic.replace(self.path, msgspec.json.encode(self._state))
+            atomic.write_bytes(self.path, msgspec.json.encode(self._state))
 
     def encode(self) -> bytes:
         """What is done and what failed, for the other processes."""
@@ -94,6 +101,7 @@ class Session:
     def close(self) -> None:
         """All is done: whoever notices removes the file."""
         self.path.unlink(missing_ok=True)
+        atomic.remove_leftovers(self.path.parent, glob.escape(self.path.name))
 
     def _clean(self) -> None:
         """Remove what runs left behind that were never continued."""

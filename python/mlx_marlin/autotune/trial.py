@@ -12,7 +12,7 @@ from numbers import Real
 
 from .. import kernels, measure
 from ..kernels import KernelConfig, Problem
-from ..measure.race import NO_LIMITS, Limits, Race, Rules, race
+from ..measure.race import NO_LIMITS, Limits, OnRound, Race, RaceSettings, race
 from ..measure.stats import compare, spread, without_drift
 from ..profile import json as profile_json
 from ..profile.schema import Entry, Measured, Rejected, Timing
@@ -40,7 +40,7 @@ class Objective:
     throughput: float = 0.0
     memory: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         weights = (self.latency, self.throughput, self.memory)
         legal = all(isinstance(w, Real) and 0 <= w < math.inf for w in weights)
         if not legal or self.latency + self.throughput == 0:
@@ -87,19 +87,26 @@ class Trial:
 
     Args:
         workload: What they run.
-        rules: When a challenger beats the default.
+        settings: When a challenger beats the default.
         objective: What a faster config is worth.
         memory_limit: Bytes that the workload and a call may take, or ``None``.
         checked: Verdicts of earlier checks; those of this trial are added.
     """
 
     def __init__(
-        self, workload: Workload, rules: Rules, objective: Objective, memory_limit: int | None, checked: Verdicts
+        self,
+        workload: Workload,
+        settings: RaceSettings,
+        objective: Objective,
+        memory_limit: int | None,
+        checked: Verdicts,
     ):
-        self.workload, self.rules, self.objective = workload, rules, objective
+        self.workload, self.settings, self.objective = workload, settings, objective
         self.memory_limit, self.checked = memory_limit, checked
 
-    def run(self, configs: Sequence[KernelConfig], limits: Limits = NO_LIMITS, on_round=None) -> Entry | None:
+    def run(
+        self, configs: Sequence[KernelConfig], limits: Limits = NO_LIMITS, on_round: OnRound | None = None
+    ) -> Entry | None:
         """Race configs against the default one.
 
         Args:
@@ -126,7 +133,7 @@ class Trial:
             return self.objective.cost(self._footprint(clocks[config]), self._footprint(clocks[default]))
 
         control = measure.control(self.workload.stream, floor)
-        outcome = race(clocks, default, self.rules, cost=cost, control=control, limits=limits, on_round=on_round)
+        outcome = race(clocks, default, self.settings, cost=cost, control=control, limits=limits, on_round=on_round)
         if not outcome.complete:
             return None
         for config, failure in outcome.failures.items():
@@ -155,11 +162,11 @@ class Trial:
     def _footprint(self, clock: ConfigClock) -> int:
         return self.workload.weight_bytes + clock.memory_bytes
 
-    def _measured(self, outcome: Race, clock: ConfigClock) -> Measured:
+    def _measured(self, outcome: Race[KernelConfig], clock: ConfigClock) -> Measured:
         seconds = outcome.samples[clock.config] + outcome.fresh.get(clock.config, [])
-        return Measured(
-            clock.config, _timing(seconds), self.checked[self._key(clock.config)], self._footprint(clock) / 1e6
-        )
+        error = self.checked[self._key(clock.config)]
+        assert not isinstance(error, str), error  # what must not run was not sampled
+        return Measured(clock.config, _timing(seconds), error, self._footprint(clock) / 1e6)
 
     def _key(self, config: KernelConfig) -> tuple[Problem, KernelConfig]:
         return problem_class(self.workload.problem), config
@@ -189,14 +196,20 @@ def _refusals(reasons: Mapping[KernelConfig, str]) -> tuple[Rejected, ...]:
     return tuple(Rejected.because(c, reason) for c, reason in reasons.items() if profile_json.storable(c))
 
 
-def _entry(outcome: Race, default: KernelConfig, timings, rejected, objective: Objective) -> Entry:
+def _entry(
+    outcome: Race[KernelConfig],
+    default: KernelConfig,
+    timings: tuple[Measured, ...],
+    rejected: tuple[Rejected, ...],
+    objective: Objective,
+) -> Entry:
     times = outcome.fresh or outcome.samples
     return Entry(
         config=outcome.winner,
         samples=_timing(times[outcome.winner]),
         default=default,
         baseline=_timing(times[default]),
-        ratio=tuple(outcome.comparison[:3]),
+        ratio=outcome.comparison[:3],
         decision=outcome.decision,
         verdict="correct",
         timestamp=time.time(),
@@ -212,7 +225,7 @@ def over_control(seconds: Sequence[float], control: Sequence[float]) -> tuple[fl
     if min(len(seconds), len(control)) < 2:
         return None
     steady = without_drift({"config": seconds, _CONTROL: control})
-    return tuple(compare(steady["config"], steady[_CONTROL])[:3])
+    return compare(steady["config"], steady[_CONTROL])[:3]
 
 
 def _timing(seconds: Sequence[float]) -> Timing:

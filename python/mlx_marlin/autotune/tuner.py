@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import mlx.core as mx
-
 from .. import device as machine
 from .. import kernels, profile
 from ..device.fingerprint import canonical_name, device_family
 from ..kernels import KernelConfig, Problem
-from ..measure.race import NO_LIMITS, Limits, Rules
+from ..measure.race import NO_LIMITS, Limits, OnRound, RaceSettings
 from ..profile import files as profile_files
 from ..profile import json as profile_json
 from ..profile import lookup
@@ -22,7 +20,7 @@ from ..profile.lookup import distinct_widths
 from ..profile.schema import AutotuneConfig, Entry, ProfileError
 from . import feedback
 from .trial import Objective, Trial, Verdicts
-from .workload import Workload, as_layer, release
+from .workload import Layer, Workload, as_layer, release
 
 __all__ = ["AutotuneConfig", "BenchmarkResult", "KernelConfig", "MixedBPWAutoTuner", "Objective", "use_profile"]
 
@@ -61,7 +59,7 @@ class MixedBPWAutoTuner:
         memory_limit: Bytes that weights, their copies, inputs and a call may take. Default: ``None``, half of what
             the device can use.
         dtype: Of the activations in benchmarks. Default: ``None``, float32 on the CPU, float16 on the GPU.
-        rules: When a challenger beats the default. Default: ``None``, :class:`~.race.Rules`.
+        race: When a challenger beats the default. Default: ``None``, :class:`~.race.RaceSettings`.
 
     Attributes:
         config: The profile. What is benchmarked enters a profile of this machine: a table of another machine or build
@@ -72,13 +70,13 @@ class MixedBPWAutoTuner:
     def __init__(
         self,
         device_name: str | None = None,
-        config_path=None,
+        config_path: str | Path | None = None,
         *,
         device: str | None = None,
         objective: Objective | Mapping[str, float] | None = None,
         memory_limit: int | None = None,
         dtype: str | None = None,
-        rules: Rules | None = None,
+        race: RaceSettings | None = None,
     ):
         self._device = machine.check_device(device or machine.default_device())
         self._here = machine.device_name(self._device)
@@ -86,13 +84,13 @@ class MixedBPWAutoTuner:
         self.device_family = device_family(self.device_name)
         self.objective = Objective.of(objective)
         self.memory_limit = machine.memory_bytes(self._device) // 2 if memory_limit is None else int(memory_limit)
-        self.dtype = dtype or ("float32" if self._device == "cpu" else "float16")
-        self.rules = rules or Rules()
+        self.dtype = dtype or kernels.USUAL_DTYPE[self._device]
+        self.race = race or RaceSettings()
         self.config_path = Path(config_path) if config_path is not None else None
         self.config = self._initial_config()
         self.checked: Verdicts = {}
         self._foreign: AutotuneConfig | None = None
-        self._adaptation = feedback.Recorder()
+        self._adaptation: feedback.Recorder[tuple[str, KernelConfig | None], KernelConfig] = feedback.Recorder()
 
     def _initial_config(self) -> AutotuneConfig:
         if self.config_path is not None and self.config_path.exists():
@@ -106,7 +104,7 @@ class MixedBPWAutoTuner:
 
     def benchmark_layer(
         self,
-        layer,
+        layer: Layer | Problem,
         batch_size: int,
         configs: Sequence[KernelConfig] | None = None,
         num_warmup: int = 5,
@@ -114,7 +112,7 @@ class MixedBPWAutoTuner:
         *,
         top_k: int = 8,
         limits: Limits = NO_LIMITS,
-        on_round=None,
+        on_round: OnRound | None = None,
     ) -> list[BenchmarkResult]:
         """Time configs on a layer and enter the outcome into the table.
 
@@ -139,11 +137,13 @@ class MixedBPWAutoTuner:
         unknown = [config for config in configs or () if not isinstance(config, KernelConfig)]
         if unknown:
             raise ValueError(f"configs must be KernelConfigs, got {unknown[0]!r}")
+        workload: Workload | None = None
+        trial: Trial | None = None
         try:
             workload = self._workload(layer, batch_size, top_k)
             problem = workload.problem
-            rules = replace(self.rules, rounds=max(2, num_iter), warmup=num_warmup)
-            trial = Trial(workload, rules, self.objective, self.memory_limit, self.checked)
+            settings = replace(self.race, rounds=max(2, num_iter), warmup=num_warmup)
+            trial = Trial(workload, settings, self.objective, self.memory_limit, self.checked)
             wanted = kernels.candidates_on(problem, machine.hardware(self._device)) if configs is None else configs
             entry = trial.run(wanted, limits, on_round)
             touched = workload.bytes_touched
@@ -171,17 +171,25 @@ class MixedBPWAutoTuner:
         self.config.benchmark_count += len(entry.timings)
         self.config.add(problem, entry)
 
-    def _workload(self, layer, batch_size: int, top_k: int) -> Workload:
-        more = {"memory_limit": self.memory_limit, "seed": self.rules.seed}
+    def _workload(self, layer: Layer | Problem, batch_size: int, top_k: int) -> Workload:
         if isinstance(layer, Problem):
             if layer.device != self._device:
                 raise ValueError(f"the tuner times on the {self._device}, but the problem is for the {layer.device}")
-            return Workload.synthetic(replace(layer, rows=batch_size), **more)
-        return Workload.of_layer(layer, batch_size, top_k=top_k, dtype=self.dtype, device=self._device, **more)
+            problem = replace(layer, rows=batch_size)
+            return Workload.synthetic(problem, memory_limit=self.memory_limit, seed=self.race.seed)
+        return Workload.of_layer(
+            layer,
+            batch_size,
+            top_k=top_k,
+            dtype=self.dtype,
+            device=self._device,
+            memory_limit=self.memory_limit,
+            seed=self.race.seed,
+        )
 
     def benchmark_all(
         self,
-        layers: Mapping | Sequence,
+        layers: Mapping[str, Layer | Problem] | Sequence[Layer | Problem],
         batch_sizes: Iterable[int],
         num_warmup: int = 5,
         num_iter: int = 20,
@@ -204,17 +212,17 @@ class MixedBPWAutoTuner:
         Raises:
             ValueError: If one of the layers cannot be timed at all.
         """
-        from .progress import Progress
+        from .progress import ProgressBar
 
         if not isinstance(layers, Mapping):
             layers = {f"layer_{i}": layer for i, layer in enumerate(layers)}
-        layers = {name: layer if isinstance(layer, Problem) else as_layer(layer) for name, layer in layers.items()}
+        timed = {name: layer if isinstance(layer, Problem) else as_layer(layer) for name, layer in layers.items()}
         batch_sizes = list(batch_sizes)
         if any(rows < 1 for rows in batch_sizes):
             raise ValueError(f"a timing needs at least 1 row, got {min(batch_sizes)}")
-        results: dict = {name: {} for name in layers}
-        with Progress(len(layers) * len(batch_sizes), enabled=verbose) as bar:
-            for name, layer in layers.items():
+        results: dict[str, dict[int, list[BenchmarkResult]]] = {name: {} for name in timed}
+        with ProgressBar(len(timed) * len(batch_sizes), enabled=verbose) as bar:
+            for name, layer in timed.items():
                 for batch_size in batch_sizes:
                     bar.begin(f"{name}, {batch_size} rows")
                     try:
@@ -234,7 +242,7 @@ class MixedBPWAutoTuner:
         self,
         batch_size: int,
         hidden_dim: int,
-        bit_widths: Iterable[int],
+        bit_widths: Iterable[float],
         use_decode: bool = False,
         fallback_to_default: bool = True,
     ) -> KernelConfig | None:
@@ -269,7 +277,7 @@ class MixedBPWAutoTuner:
         batch_size: int,
         latency_ms: float,
         hidden_dim: int | None = None,
-        bit_widths: Iterable[int] | None = None,
+        bit_widths: Iterable[float] | None = None,
         problem: Problem | None = None,
         config: KernelConfig | None = None,
     ) -> None:
@@ -291,7 +299,7 @@ class MixedBPWAutoTuner:
         )
 
     def adapt_selection(
-        self, batch_size: int, hidden_dim: int, bit_widths: Iterable[int], top_k: int = 3
+        self, batch_size: int, hidden_dim: int, bit_widths: Iterable[float], top_k: int = 3
     ) -> KernelConfig | None:
         """What the recorded times say about a key.
 
@@ -309,6 +317,7 @@ class MixedBPWAutoTuner:
             return None
         widths = distinct_widths(bit_widths)
         incumbent = self.select_kernel(batch_size, hidden_dim, widths)
+        assert incumbent is not None  # at worst the default
 
         # A sample that came without a config counts for the config of its name.
         def config_of(recorded: tuple[str, KernelConfig | None]) -> KernelConfig:
@@ -318,7 +327,9 @@ class MixedBPWAutoTuner:
         key, limit = (batch_size, hidden_dim, widths), self.config.adaptation_history_len
         return self._adaptation.leader(key, incumbent, top_k, config_of, limit)
 
-    def _config_named(self, name, batch_size, hidden_dim, widths, incumbent) -> KernelConfig:
+    def _config_named(
+        self, name: str, batch_size: int, hidden_dim: int, widths: tuple[float, ...], incumbent: KernelConfig
+    ) -> KernelConfig:
         if name == incumbent.kernel_name:
             return incumbent
         key = (batch_size, hidden_dim, widths)
@@ -332,7 +343,7 @@ class MixedBPWAutoTuner:
 
     # Files
 
-    def export_config(self, path=None) -> str:
+    def export_config(self, path: str | Path | None = None) -> str:
         """The profile as JSON; written to a file if there is one, merged with what the file holds.
 
         Args:
@@ -353,7 +364,7 @@ class MixedBPWAutoTuner:
         return profile_json.encode(self.config).decode()
 
     @classmethod
-    def load_config(cls, path) -> MixedBPWAutoTuner:
+    def load_config(cls, path: str | Path) -> MixedBPWAutoTuner:
         """A tuner over a profile, of whatever machine.
 
         Raises:
@@ -362,7 +373,7 @@ class MixedBPWAutoTuner:
         """
         config = profile_files.load(path)
         device = config.fingerprint.device if config.fingerprint else None
-        if device == "gpu" and not mx.is_available(mx.Device(mx.gpu)):
+        if device is not None and not machine.is_present(device):
             device = None
         tuner = cls(config.device_name, path, device=device)
         tuner.device_family = config.device_family

@@ -6,18 +6,21 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
 from .. import codec, kernels, ops
-from ..device.machine import last_level_cache
+from ..device.machine import last_level_cache, mlx_device
 from ..kernels import KernelConfig, Problem
 from ..layers.experts import TrellisSwitchGLU
 from ..layers.linear import TrellisLinear
 from ..measure.clock import Chain
 from ..ops import Stack, reference
+from ..weights import synthetic
 from ..weights.experts import ExpertBank, ExpertStack
 from ..weights.trellis import TrellisWeight
 
@@ -34,10 +37,14 @@ CHECK_EXPERTS = 16
 ROUTINGS = 8
 # Weights between two uses of the same bytes, over the last-level cache: beyond 1, nothing survives in an LRU cache.
 CACHE_FACTOR = 1.25
-# Scratch of a call on the CPU that MLX does not count: csrc/cpu/segments.h and swiglu.cpp bound both parts.
-_ROTATED_BYTES, _COMBINED_BYTES = 32 << 20, 64 << 20
 
 Projections = tuple[Stack, ...]
+
+Layer = TrellisLinear | TrellisSwitchGLU | TrellisWeight | ExpertBank
+"""What can be timed, besides a problem."""
+
+Routing = tuple[mx.array, mx.array | None]
+"""Experts of each row, and scores where a problem combines."""
 
 
 def problem_class(problem: Problem) -> Problem:
@@ -47,11 +54,11 @@ def problem_class(problem: Problem) -> Problem:
 
 def tolerance(problem: Problem, config: KernelConfig) -> float:
     """The largest error of a row that a config may have."""
-    halves = problem.device == "gpu" and not config.use_fp32_acc and problem.dtype != "float32"
+    halves = kernels.rules_of(problem).half_sums(config) and problem.dtype != "float32"
     return max(TOLERANCE[problem.dtype], _HALF_TOLERANCE if halves else 0.0)
 
 
-def as_layer(layer) -> TrellisLinear | TrellisSwitchGLU:
+def as_layer(layer: Layer) -> TrellisLinear | TrellisSwitchGLU:
     """The layer that the tuner times for what it was given.
 
     Raises:
@@ -108,23 +115,36 @@ class Workload:
     """
 
     def __init__(
-        self, problem: Problem, stacks: Projections, activation=("silu", 1.702, 7.0), memory_limit=None, seed=0
+        self,
+        problem: Problem,
+        stacks: Projections,
+        activation: tuple[str, float, float] = ("silu", 1.702, 7.0),
+        memory_limit: int | None = None,
+        seed: int = 0,
     ):
         self.problem, self.activation = check_problem(problem), activation
         self.weight_bytes = sum(a.nbytes for stack in stacks for a in stack.arrays)
         room = _room(problem, self.weight_bytes, memory_limit)
         self._rng = np.random.default_rng(seed)
-        self.stream = mx.Device(mx.gpu if problem.device == "gpu" else mx.cpu)
+        self.stream = mlx_device(problem.device)
         self._dtype = getattr(mx, problem.dtype)
         self.x = self._rows(problem.rows)
         self._routings = [self._routing(problem.rows) for _ in range(ROUTINGS if problem.kind == "swiglu" else 1)]
         self.bytes_touched = self._bytes_touched(stacks)
         self.sets = self._copies(stacks, room)
-        self._reference: tuple | None = None
+        self._reference: tuple[mx.array, Routing | None, np.ndarray] | None = None
 
     @classmethod
     def of_layer(
-        cls, layer, rows: int, *, top_k=8, dtype="float32", device="cpu", memory_limit=None, seed=0
+        cls,
+        layer: Layer,
+        rows: int,
+        *,
+        top_k: int = 8,
+        dtype: str = "float32",
+        device: str = "cpu",
+        memory_limit: int | None = None,
+        seed: int = 0,
     ) -> Workload:
         """The workload of a layer.
 
@@ -137,23 +157,25 @@ class Workload:
             memory_limit, seed: As for the class.
         """
         layer = as_layer(layer)
-        more = {"memory_limit": memory_limit, "seed": seed}
+        make = partial(cls, memory_limit=memory_limit, seed=seed)
         if isinstance(layer, TrellisLinear):
-            return cls(layer.problem(rows, getattr(mx, dtype), device), (layer.stack,), **more)
+            return make(layer.problem(rows, getattr(mx, dtype), device), (layer.stack,))
         top_k = min(top_k, layer.gate_proj.num_experts)
         problem = layer.problem(rows, getattr(mx, dtype), device, top_k=top_k)
-        return cls(problem, layer.stacks, layer.activation, **more)
+        return make(problem, layer.stacks, layer.activation)
 
     @classmethod
-    def synthetic(cls, problem: Problem, *, memory_limit=None, seed=0) -> Workload:
+    def synthetic(cls, problem: Problem, *, memory_limit: int | None = None, seed: int = 0) -> Workload:
         """The workload of a problem on random weights: every bit pattern is a legal trellis."""
         check_problem(problem)
-        parts = list(enumerate(_sizes(problem)))
-        # Before anything is allocated. Random words are made outside of MLX, one projection at a time.
-        words = [4 * _words(problem, part, *size) for part, size in parts]
-        _room(problem, sum(words), memory_limit, beside=max(words))
+        parts = range(len(problem.shapes))
+        # Before anything is allocated. Weights are made one by one and then stacked, one projection at a time.
+        sizes = [_code_bytes_of(problem, part) for part in parts]
+        _room(problem, sum(sizes), memory_limit, beside=max(sizes))
         rng = np.random.default_rng(seed)
-        stacks = tuple(_random_stack(rng, problem, part, *size) for part, size in parts)
+        stacks = tuple(
+            ops.prepare(ExpertStack.of("experts", synthetic.random_projection(rng, problem, part))) for part in parts
+        )
         return cls(problem, stacks, (problem.activation, 1.702, 7.0), memory_limit, seed)
 
     @property
@@ -190,7 +212,7 @@ class Workload:
         x, routing, expected = self._reference
         worst = 0.0
         for rows in counts:
-            part = None if routing is None else tuple(None if a is None else a[:rows] for a in routing)
+            part = None if routing is None else _first(routing, rows)
             actual = np.array(self._call(config, x[:rows], part, self.sets[0]).astype(mx.float32))
             error, limit = reference.row_error(actual, expected[:rows]), tolerance(self.problem, config)
             if error > limit:
@@ -198,13 +220,14 @@ class Workload:
             worst = max(worst, error)
         return worst
 
-    def _call(self, config, x, routing, stacks) -> mx.array:
-        if self.problem.kind == "linear":
+    def _call(self, config: KernelConfig, x: mx.array, routing: Routing | None, stacks: Projections) -> mx.array:
+        if routing is None:
             call = ops.check_linear(x, stacks[0], stream=self.stream)
         else:
             indices, scores = routing
+            gate, up, down = stacks
             activation = ops.Activation(*self.activation)
-            call = ops.check_swiglu(x, indices, stacks, activation, scores, stream=self.stream)
+            call = ops.check_swiglu(x, indices, (gate, up, down), activation, scores, stream=self.stream)
         return ops.run(call, ops.resolve(call.op, call.problem(self.problem.device), config))
 
     def _rows(self, rows: int) -> mx.array:
@@ -212,8 +235,8 @@ class Workload:
         mx.eval(x)
         return x
 
-    def _routing(self, rows: int, experts: list[int] | None = None) -> tuple | None:
-        """Distinct random experts per token; scores where the problem combines."""
+    def _routing(self, rows: int, experts: list[int] | None = None) -> Routing | None:
+        """Distinct random experts per token; ``None`` for a linear."""
         p = self.problem
         if p.kind == "linear":
             return None
@@ -229,7 +252,7 @@ class Workload:
         p = self.problem
         outputs = p.rows * (p.intermediate if p.kind == "linear" else p.hidden * (1 if p.combine else p.top_k))
         activations = (self.x.size + outputs) * self._dtype.size
-        per_expert = sum(np.array([_expert_bytes(stack.source, e) for e in range(p.experts)]) for stack in stacks)
+        per_expert = np.array([sum(_expert_bytes(stack.source, e) for stack in stacks) for e in range(p.experts)])
         active = [np.zeros(1, int) if r is None else np.unique(np.array(r[0])) for r in self._routings]
         return activations + float(np.mean([per_expert[experts].sum() for experts in active]))
 
@@ -253,17 +276,23 @@ class Workload:
         rest = [e for e in range(len(formats)) if e not in first]
         return first + rest[: max(0, self.problem.top_k - len(first))]
 
-    def _expected(self, rows: int) -> tuple:
+    def _expected(self, rows: int) -> tuple[mx.array, Routing | None, np.ndarray]:
         """Inputs of a check and what they must give: each row by itself, so that fewer rows are a part of it."""
         x = self._rows(rows)
         x64 = np.array(x.astype(mx.float32)).astype(np.float64)
         sources = [stack.source for stack in self.sets[0]]
-        if self.problem.kind == "linear":
+        routing = self._routing(rows, self._check_experts())
+        if routing is None:
             return x, None, reference.linear(x64, sources[0][0])
-        indices, scores = self._routing(rows, self._check_experts())
+        indices, scores = routing
         given = None if scores is None else np.array(scores)
         expected = reference.swiglu(x64, np.array(indices), sources, given, *self.activation)
-        return x, (indices, scores), expected
+        return x, routing, expected
+
+
+def _first(routing: Routing, rows: int) -> Routing:
+    indices, scores = routing
+    return indices[:rows], None if scores is None else scores[:rows]
 
 
 class ConfigClock(Chain):
@@ -281,7 +310,14 @@ class ConfigClock(Chain):
         check: Called before the first call; raises if the config must not run.
     """
 
-    def __init__(self, workload: Workload, config: KernelConfig, floor: float, memory_limit: int | None, check=None):
+    def __init__(
+        self,
+        workload: Workload,
+        config: KernelConfig,
+        floor: float,
+        memory_limit: int | None,
+        check: Callable[[], None] | None = None,
+    ):
         super().__init__(lambda x, i: workload.run(config, x, i), workload.x, floor)
         self.config = config
         self._workload, self._limit, self._check = workload, memory_limit, check
@@ -318,12 +354,7 @@ def call_bytes(problem: Problem) -> int:
     if problem.kind == "swiglu":
         outputs = (problem.rows if problem.combine else slots) * problem.hidden
     inputs = problem.rows * problem.hidden * item + ROUTINGS * slots * 8
-    if problem.device == "gpu":
-        return inputs + outputs * item + sum(ops.plan(problem)["scratch"].values())
-    inner = problem.intermediate if problem.kind == "swiglu" else 0
-    rotated = min(_ROTATED_BYTES, 4 * slots * (2 * codec.padded(problem.hidden) + inner))
-    combined = min(_COMBINED_BYTES, 4 * slots * problem.hidden) if problem.combine else 0
-    return inputs + outputs * item + rotated + combined
+    return inputs + outputs * item + ops.scratch_bytes(problem)
 
 
 def _room(problem: Problem, weight_bytes: int, limit: int | None, beside: int = 0) -> float:
@@ -351,43 +382,10 @@ def _code_bytes(stacks: Projections) -> int:
     return sum(stack.arrays[0].nbytes for stack in stacks)
 
 
-def _sizes(problem: Problem) -> list[tuple[int, int]]:
-    """Rows and columns of the projections."""
-    first = (problem.hidden, problem.intermediate)
-    return [first] if problem.kind == "linear" else [first, first, first[::-1]]
-
-
-def _bits(problem: Problem, part: int) -> list[float]:
-    """Bits of a synthetic projection's experts, which go round the problem's bit widths."""
-    return [problem.bits[e % len(problem.bits)][part] for e in range(problem.experts)]
-
-
-def _format(bits: float, codebook: str) -> int:
-    """The format word, with mul1 where the width is a half rate."""
-    return codec.format_word(bits, "mul1" if codec.is_half_rate(bits) else codebook)
-
-
-def _words(problem: Problem, part: int, rows: int, columns: int) -> int:
-    return int(sum(_bits(problem, part)) * (codec.padded(rows) * codec.padded(columns) // 32))
-
-
-def _random_stack(rng: np.random.Generator, problem: Problem, part: int, rows: int, columns: int) -> Stack:
-    """Random weights of one projection."""
-    k, n, experts = codec.padded(rows), codec.padded(columns), problem.experts
-    # Each codebook meets each mix of widths: the codebook steps once per round of the widths.
-    codebooks = [problem.codebooks[e // len(problem.bits) % len(problem.codebooks)] for e in range(experts)]
-    signs = [np.where(rng.random((experts, size)) < 0.5, -1.0, 1.0) for size in (k, n)]
-    stack = ExpertStack(
-        mx.array(rng.integers(0, 1 << 32, _words(problem, part, rows, columns), np.uint32)),
-        mx.array(np.array([_format(b, c) for b, c in zip(_bits(problem, part), codebooks)], np.uint32)),
-        mx.array(signs[0].astype(np.float16)),
-        # Outputs of standard deviation 1 for such inputs.
-        mx.array((signs[1] / math.sqrt(k)).astype(np.float16)),
-        mx.array(rng.standard_normal((experts, n)).astype(np.float32)) if problem.bias else None,
-        rows,
-        columns,
-    )
-    return ops.prepare(stack)
+def _code_bytes_of(problem: Problem, part: int) -> int:
+    """Bytes of the codes of a synthetic projection."""
+    k, n = map(codec.padded, problem.shapes[part])
+    return int(sum(synthetic.widths_of(problem, part)) * k * n) // 8
 
 
 def _expert_bytes(stack: ExpertStack, e: int) -> int:

@@ -6,9 +6,11 @@ from .machine import (
     device_name,
     fingerprint,
     hardware,
+    is_present,
     last_level_cache,
     memory_bytes,
     memory_pressure,
+    mlx_device,
 )
 
 __all__ = [
@@ -20,7 +22,9 @@ __all__ = [
     "device_name",
     "fingerprint",
     "hardware",
+    "is_present",
     "last_level_cache",
     "memory_bytes",
     "memory_pressure",
+    "mlx_device",
 ]

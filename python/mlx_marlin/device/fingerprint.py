@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
 
 from ..kernels import DEVICES
 
+_Text = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
-@dataclass(frozen=True)
-class Fingerprint:
+
+class Fingerprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a timing depends on besides the problem and the config.
 
     Attributes:
@@ -23,13 +26,13 @@ class Fingerprint:
             and of what launches them.
     """
 
-    device: str
-    chip: str
-    cores: int
-    instruction_set: str
-    os: str
-    mlx_version: str
-    kernel_hash: str
+    device: Literal["cpu", "gpu"]
+    chip: _Text
+    cores: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
+    instruction_set: Annotated[str, msgspec.Meta(max_length=64)]
+    os: _Text
+    mlx_version: _Text
+    kernel_hash: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{0,64}\Z")]
 
     def same_machine(self, other: Fingerprint) -> bool:
         """Whether timings of the two may be mixed: same device, chip, cores and instruction set."""

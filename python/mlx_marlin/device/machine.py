@@ -30,7 +30,17 @@ _CPUS = Path("/sys/devices/system/cpu")
 
 def default_device() -> str:
     """``"gpu"`` where MLX's default device is one, else ``"cpu"``."""
-    return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+    return ops.device_of(None)
+
+
+def mlx_device(device: str) -> mx.Device:
+    """``"cpu"`` or ``"gpu"`` as MLX's device."""
+    return mx.Device(mx.gpu if check_device(device) == "gpu" else mx.cpu)
+
+
+def is_present(device: str) -> bool:
+    """Whether this machine has a CPU or GPU that MLX can use."""
+    return mx.is_available(mlx_device(device))
 
 
 @cache
@@ -38,9 +48,9 @@ def device_name(device: str) -> str:
     """MLX's device name for the GPU ("M4 Max"); for the CPU model and instruction set ("Intel Xeon (avx512)")."""
     if check_device(device) == "cpu":
         return f"{_cpu_model()} ({ops.instruction_set()})"
-    if not mx.is_available(mx.Device(mx.gpu)):
+    if not is_present(device):
         raise ValueError('this machine has no GPU that MLX can use; use device "cpu"')
-    return canonical_name(mx.device_info(mx.gpu)["device_name"])
+    return canonical_name(str(mx.device_info(mx.gpu)["device_name"]))
 
 
 @cache
@@ -52,7 +62,7 @@ def fingerprint(device: str) -> Fingerprint:
     """
     gpu = check_device(device) == "gpu"
     return Fingerprint(
-        device=device,
+        device="gpu" if gpu else "cpu",
         chip=device_name("gpu") if gpu else _cpu_model(),
         cores=_gpu_cores() if gpu else cpu_threads(),
         instruction_set="" if gpu else ops.instruction_set(),

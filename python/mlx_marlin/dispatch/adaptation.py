@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
@@ -44,7 +45,7 @@ class _Contest:
                 distinct.setdefault(kernels.effective(problem, config), config)
         self.candidates = list(distinct.values())
         self.leader = self.base
-        self.ledger = Ledger(_HISTORY_LEN, SWITCH_LEVEL)
+        self.ledger: Ledger[KernelConfig] = Ledger(_HISTORY_LEN, SWITCH_LEVEL)
         self._warm = warm
         self._turn = 0
 
@@ -103,7 +104,7 @@ class _Price:
 
     __slots__ = ("mean_ms", "unpriced")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.mean_ms: float | None = None
         self.unpriced = 0
 
@@ -113,10 +114,11 @@ class _Tap:
 
     def __init__(self, adaptation: Adaptation, layer: TrellisLinear | TrellisSwitchGLU):
         self._adaptation = adaptation
-        self._layer = layer
+        self._problem_of = layer.problem
+        self._run: Callable[..., mx.array] = layer.run
         self._prices: dict[tuple, _Price] = {}
 
-    def __call__(self, x: mx.array, indices=None, scores: mx.array | None = None) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array | None = None, scores: mx.array | None = None) -> mx.array:
         inputs = (x,) if indices is None else (x, indices, scores)
         key = (x.size, x.dtype) if indices is None else (x.size, x.dtype, indices.shape[-1], scores is None)
         price = self._prices.get(key)
@@ -124,7 +126,7 @@ class _Tap:
             price = self._prices[key] = _Price()
         if self._adaptation._draw(price):
             return self._timed(price, inputs)
-        return self._layer.run(*inputs)
+        return self._run(*inputs)
 
     def _timed(self, price: _Price, inputs: tuple) -> mx.array:
         try:
@@ -133,17 +135,17 @@ class _Tap:
             # Under mx.compile and mx.vmap there is nothing to time: the config is fixed at trace time.
             if "function transformations" not in str(error):
                 raise
-            return self._layer.run(*inputs)
+            return self._run(*inputs)
         begin = time.perf_counter()
         adaptation = self._adaptation
         contest = adaptation._contest(self._problem(*inputs))
         with adaptation._lock:
             config = contest.next(adaptation._affords_first_call())
         if config is None:
-            return self._layer.run(*inputs)
+            return self._run(*inputs)
         first = not contest.is_warm(config)
         start = time.perf_counter()
-        y = self._layer.run(*inputs, config=config)
+        y = self._run(*inputs, config=config)
         mx.eval(y)
         latency_ms = (time.perf_counter() - start) * 1e3
         with adaptation._lock:
@@ -151,11 +153,11 @@ class _Tap:
             adaptation._account((time.perf_counter() - begin) * 1e3, contest.mean_ms(), first, switched, price)
         return y
 
-    def _problem(self, x: mx.array, indices=None, scores=None) -> Problem:
+    def _problem(self, x: mx.array, indices: mx.array | None = None, scores: mx.array | None = None) -> Problem:
         rows, device = x.size // x.shape[-1], ops.device_of(None)
         if indices is None:
-            return self._layer.problem(rows, x.dtype, device)
-        return self._layer.problem(rows, x.dtype, device, combine=scores is not None, top_k=indices.shape[-1])
+            return self._problem_of(rows, x.dtype, device)
+        return self._problem_of(rows, x.dtype, device, combine=scores is not None, top_k=indices.shape[-1])
 
 
 class Adaptation:
@@ -222,7 +224,7 @@ class Adaptation:
     def __enter__(self) -> Adaptation:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def _draw(self, price: _Price) -> bool:

@@ -12,14 +12,14 @@ from itertools import product
 import mlx.core as mx
 import numpy as np
 
-from .. import device, kernels
-from ..kernels import KernelConfig, Problem
+from .. import codec, device, kernels
+from ..kernels import KernelConfig, Problem, Triple
 from ..layers.experts import TrellisSwitchGLU
+from ..ops import Indices
 from ..selection import choices, selftest
 from ..selection.selector import MixedKernelSelector
 from ..weights.experts import ExpertBank
 from .pattern import (
-    Triple,
     analyze_expert_activation_pattern,
     count_rows,
     expert_id_array,
@@ -47,9 +47,8 @@ def get_available_kernels() -> set[str]:
 
 @lru_cache(maxsize=1)
 def _all_names() -> frozenset[str]:
-    widths = range(1, kernels.MAX_KERNEL_BITS + 1)
-    kinds = [(variant, None) for variant in kernels.VARIANTS]
-    kinds += [("decode", triple) for triple in product(widths, repeat=3)]
+    kinds: list[tuple[str, Triple | None]] = [(variant, None) for variant in kernels.VARIANTS]
+    kinds += [("decode", triple) for triple in product(codec.WIDTHS, codec.WIDTHS, codec.WIDTHS)]
     return frozenset(
         kernels.make_name(*kind, mixed=mixed, fp32acc=fp32acc)
         for kind in kinds
@@ -118,7 +117,8 @@ def _runnable(problem: Problem, triple: Triple | None, fp32acc: bool, generation
 
     generation: :func:`choices.generation`, so that a new profile is seen.
     """
-    kinds = [(variant, None) for variant in kernels.VARIANTS] + ([("decode", triple)] if triple else [])
+    kinds: list[tuple[str, Triple | None]] = [(variant, None) for variant in kernels.VARIANTS]
+    kinds += [("decode", triple)] if triple else []
     names = [kernels.make_name(*kind, mixed=mixed, fp32acc=fp32acc) for kind in kinds for mixed in (False, True)]
     configs = {name: replace(config, use_fp32_acc=fp32acc) for name, config in choices.by_name(problem, names).items()}
     return {name: config for name, config in configs.items() if selftest.fault(problem, config) is None}
@@ -169,7 +169,7 @@ class MixedBpwMoEDispatcher:
                     f"expert_bit_metadata says {tuple(triple)} for expert {expert}, which {has} in the layer"
                 )
 
-    def dispatch(self, activations: mx.array, expert_ids, expert_probs: mx.array) -> tuple[mx.array, dict]:
+    def dispatch(self, activations: mx.array, expert_ids: Indices, expert_probs: mx.array) -> tuple[mx.array, dict]:
         """Run the experts and combine their outputs. Waits for the routing and for the result.
 
         Args:
@@ -235,7 +235,9 @@ class MixedBpwMoEDispatcher:
         """
         return self.selector.get_statistics() | {"prediction_hit_rate": self._predictor.hit_rate}
 
-    def _select(self, rows: int, active: list[int], pattern: dict | None, problem: Problem):
+    def _select(
+        self, rows: int, active: list[int], pattern: dict | None, problem: Problem
+    ) -> tuple[KernelConfig, dict, list[float], float]:
         bits = get_expert_bits(active, self._bits)
         triples = {self._bits[expert] for expert in active}
         triple = triples.pop() if len(triples) == 1 else None
@@ -250,7 +252,7 @@ class MixedBpwMoEDispatcher:
         return runnable[name], metadata, bits, pressure
 
     def _run(
-        self, problem: Problem, config: KernelConfig, x: mx.array, ids, scores: mx.array
+        self, problem: Problem, config: KernelConfig, x: mx.array, ids: Indices, scores: mx.array
     ) -> tuple[mx.array, float]:
         mx.eval([a for a in (x, ids, scores) if isinstance(a, mx.array)])
         if (problem, config) not in self._warm:

@@ -6,17 +6,19 @@ from collections.abc import Mapping
 
 import numpy as np
 
-Triple = tuple[int, int, int]
+from .. import codec
+from ..kernels import Triple
+from ..ops import Indices
 
 
-def expert_id_array(expert_ids) -> np.ndarray:
+def expert_id_array(expert_ids: Indices) -> np.ndarray:
     ids = np.array(expert_ids)
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"expert_ids must be integers, got {ids.dtype}")
     return ids
 
 
-def get_expert_bits(expert_ids, expert_bit_metadata: Mapping[int, Triple]) -> list[int]:
+def get_expert_bits(expert_ids: Indices, expert_bit_metadata: Mapping[int, Triple]) -> list[float]:
     """The up projection's bits of each distinct active expert, by ascending expert id.
 
     Args:
@@ -30,10 +32,10 @@ def get_expert_bits(expert_ids, expert_bit_metadata: Mapping[int, Triple]) -> li
     missing = [expert for expert in active if expert not in expert_bit_metadata]
     if missing:
         raise ValueError(f"expert_bit_metadata has no (gate, up, down) for the active experts {missing}")
-    return [expert_bit_metadata[expert][1] for expert in active]
+    return [codec.as_width(expert_bit_metadata[expert][1], "bits in expert_bit_metadata") for expert in active]
 
 
-def analyze_expert_activation_pattern(expert_ids, num_experts: int) -> dict[str, float]:
+def analyze_expert_activation_pattern(expert_ids: Indices, num_experts: int) -> dict[str, float]:
     """How a call's rows spread over the experts.
 
     Args:

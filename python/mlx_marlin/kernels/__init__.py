@@ -4,22 +4,34 @@ worth timing. No MLX.
 The default config handles every legal problem; tuning only adds speed.
 """
 
-from .catalogue import candidates, candidates_on, config_for, default, default_variant, effective, feasible, fitted
-from .config import MAX_KERNEL_BITS, VARIANTS, KernelConfig, KernelName, make_name, parse_name
+from .catalogue import (
+    KernelRules,
+    candidates,
+    candidates_on,
+    config_for,
+    default,
+    effective,
+    feasible,
+    fitted,
+    rules_of,
+)
+from .config import VARIANTS, KernelConfig, KernelName, Triple, default_variant, make_name, parse_name
 from .cpu import cpu_threads
-from .problem import ACTIVATIONS, DEVICES, DTYPES, Problem
+from .problem import ACTIVATIONS, DEVICES, DTYPES, USUAL_DTYPE, Problem
 from .search_space import Hardware
 
 __all__ = [
     "ACTIVATIONS",
     "DEVICES",
     "DTYPES",
-    "MAX_KERNEL_BITS",
+    "USUAL_DTYPE",
     "VARIANTS",
     "Hardware",
     "KernelConfig",
     "KernelName",
+    "KernelRules",
     "Problem",
+    "Triple",
     "candidates",
     "candidates_on",
     "config_for",
@@ -31,4 +43,5 @@ __all__ = [
     "fitted",
     "make_name",
     "parse_name",
+    "rules_of",
 ]

@@ -1,30 +1,67 @@
-"""Which configs are legal for a problem, which run the same code, which are worth timing, and the default."""
+"""Which configs are legal for a problem, which run the same code, which are worth timing, and the default.
+
+What differs between CPU and GPU stands in :mod:`~.cpu` and :mod:`~.metal`, behind one interface.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from typing import Protocol
 
-from . import cpu, metal, search_space
-from .config import VARIANTS, KernelConfig, make_name, parse_name
-from .cpu import PANEL_ROWS as CPU_PANEL_ROWS
-from .cpu import TASK_COLUMNS as CPU_TASK_COLUMNS
-from .cpu import cpu_threads
+from . import cpu, metal
+from .config import VARIANTS, KernelConfig, Triple, make_name, parse_name
 from .problem import Problem
-from .search_space import Hardware
+from .search_space import Hardware, Tiles
 
 # Tile sizes that profiles have on every machine: what a tile is made of here is clamped to (see fitted).
 _PORTABLE_TILES = (32, 48, 64, 96, 128, 160)
 
 
-def default_variant(rows: int) -> str:
-    """The variant for a number of rows: decode at 1, prefill4 to 16, base to 32, large_batch above."""
-    if rows <= 1:
-        return "decode"
-    if rows <= 16:
-        return "prefill4"
-    return "base" if rows <= 32 else "large_batch"
+class KernelRules(Protocol):
+    """What the kernels of a device can do, and what they do best.
+
+    Attributes:
+        TILE_ROWS: The tile_size_m that each variant has.
+        TILE_COLUMNS: The tile_size_n that there are.
+        COMPILED_AT_RUN_TIME: Whether the kernels are compiled on the user's machine, by a compiler that nobody tested.
+    """
+
+    TILE_ROWS: dict[str, tuple[int, ...]]
+    TILE_COLUMNS: tuple[int, ...]
+    COMPILED_AT_RUN_TIME: bool
+
+    def usual_variant(self, problem: Problem) -> str:
+        """The variant that runs a problem where nothing is known."""
+
+    def default_tiles(self, problem: Problem, variant: str) -> Tiles:
+        """Tiles of a variant that are legal for the problem, as for every other."""
+
+    def legal_tiles(self, variant: str) -> list[Tiles]:
+        """All tiles of a variant; :meth:`infeasible` may refuse some of them for a problem."""
+
+    def refuses_triple(self, problem: Problem, triple: Triple) -> bool:
+        """Whether the decode kernel of (gate, up, down) bits cannot run a problem."""
+
+    def infeasible(self, problem: Problem, config: KernelConfig) -> str | None:
+        """Why tiles of integers cannot run a problem, or ``None``."""
+
+    def effective(self, problem: Problem, config: KernelConfig) -> KernelConfig:
+        """The smallest config that runs the very code that a feasible config runs."""
+
+    def worth_timing(self, problem: Problem, hardware: Hardware | None) -> Iterator[KernelConfig]:
+        """Configs that may be the fastest on a machine; some may be infeasible, or run the same code."""
+
+    def half_sums(self, config: KernelConfig) -> bool:
+        """Whether a config rounds operands and sums inside a tile to half precision."""
+
+
+_RULES: dict[str, KernelRules] = {"cpu": cpu, "gpu": metal}
+
+
+def rules_of(problem: Problem) -> KernelRules:
+    """The rules of the device that runs a problem."""
+    return _RULES[problem.device]
 
 
 def config_for(problem: Problem, kernel_name: str) -> KernelConfig:
@@ -33,8 +70,7 @@ def config_for(problem: Problem, kernel_name: str) -> KernelConfig:
     Raises:
         ValueError: If no kernel has this name, or it cannot run this problem.
     """
-    name = parse_name(kernel_name)
-    config = _default_tiles(problem, name.variant, kernel_name, use_fp32_acc=True)
+    config = _default_config(problem, parse_name(kernel_name).variant, kernel_name)
     reason = feasible(problem, config)
     if reason is not None:
         raise ValueError(f"{kernel_name} cannot run this problem: {reason}. Problem: {problem}")
@@ -43,16 +79,12 @@ def config_for(problem: Problem, kernel_name: str) -> KernelConfig:
 
 def default(problem: Problem) -> KernelConfig:
     """The config that runs where nothing is known: legal for every problem."""
-    variant = default_variant(problem.rows)
-    if problem.device == "gpu" and problem.experts > metal.MAX_EXPERTS:
-        variant = "decode"
-    return _default_tiles(problem, variant, make_name(variant), use_fp32_acc=True)
+    variant = rules_of(problem).usual_variant(problem)
+    return _default_config(problem, variant, make_name(variant))
 
 
-def _default_tiles(problem: Problem, variant: str, name: str, use_fp32_acc: bool) -> KernelConfig:
-    if problem.device == "gpu":
-        return KernelConfig(name, *metal.default_tiles(problem, variant), use_fp32_acc, variant)
-    return KernelConfig(name, *cpu.default_tiles(variant), cpu_threads(), use_fp32_acc, variant)
+def _default_config(problem: Problem, variant: str, name: str) -> KernelConfig:
+    return KernelConfig(name, *rules_of(problem).default_tiles(problem, variant), True, variant)
 
 
 def feasible(problem: Problem, config: KernelConfig) -> str | None:
@@ -64,9 +96,7 @@ def feasible(problem: Problem, config: KernelConfig) -> str | None:
     for what in ("tile_size_m", "tile_size_n", "simdgroups"):
         if type(getattr(config, what)) is not int:
             return f"{what} must be an integer, got {getattr(config, what)!r}"
-    return _unfit_kernel(problem, config) or (
-        metal.infeasible(problem, config) if problem.device == "gpu" else cpu.infeasible(config, cpu_threads())
-    )
+    return _unfit_kernel(problem, config) or rules_of(problem).infeasible(problem, config)
 
 
 def _unfit_kernel(problem: Problem, config: KernelConfig) -> str | None:
@@ -79,13 +109,7 @@ def _unfit_kernel(problem: Problem, config: KernelConfig) -> str | None:
         return f"kernel_variant must be one of {', '.join(VARIANTS)}, got {config.kernel_variant!r}"
     if name.variant != config.kernel_variant:
         return f"{config.kernel_name} is a {name.variant} kernel, but kernel_variant is {config.kernel_variant!r}"
-    # On the CPU a triple names the same code as plain decode, which reads each expert's own widths.
-    if (
-        name.triple is not None
-        and problem.device == "gpu"
-        and problem.kind == "swiglu"
-        and problem.bits != (name.triple,)
-    ):
+    if name.triple is not None and rules_of(problem).refuses_triple(problem, name.triple):
         return f"{config.kernel_name} needs all experts at {name.triple}, but the layer has {list(problem.bits)}"
     return None
 
@@ -104,12 +128,12 @@ def fitted(problem: Problem, config: KernelConfig) -> KernelConfig | None:
     sizes = (config.tile_size_m, config.tile_size_n, config.simdgroups)
     if any(type(size) is not int for size in sizes) or config.simdgroups < 1 or _unfit_kernel(problem, config):
         return None
-    legal = _legal_tiles(problem, config.kernel_variant)
+    legal = rules_of(problem).legal_tiles(config.kernel_variant)
     for position in (0, 1):
         size = sizes[position]
         if size not in _PORTABLE_TILES and size not in {tiles[position] for tiles in legal}:
             return None
-    rows = _default_tiles(problem, config.kernel_variant, config.kernel_name, True).tile_size_m
+    rows = rules_of(problem).default_tiles(problem, config.kernel_variant)[0]
     rows = config.tile_size_m if any(tiles[0] == config.tile_size_m for tiles in legal) else rows
     wanted = (rows, *sizes[1:])
     near = sorted(legal, key=lambda tiles: (*(abs(a - b) for a, b in zip(tiles, wanted)), tiles))
@@ -117,24 +141,13 @@ def fitted(problem: Problem, config: KernelConfig) -> KernelConfig | None:
     return next((c for c in configs if feasible(problem, c) is None), None)
 
 
-def _with_tiles(config: KernelConfig, tiles: search_space.Tiles) -> KernelConfig:
+def _with_tiles(config: KernelConfig, tiles: Tiles) -> KernelConfig:
     return replace(config, tile_size_m=tiles[0], tile_size_n=tiles[1], simdgroups=tiles[2])
-
-
-def _legal_tiles(problem: Problem, variant: str) -> list[search_space.Tiles]:
-    """The tiles that a variant has on a device."""
-    if problem.device == "gpu":
-        return metal.tiles(variant)
-    return list(product(CPU_PANEL_ROWS[variant], CPU_TASK_COLUMNS, range(1, cpu_threads() + 1)))
 
 
 def effective(problem: Problem, config: KernelConfig) -> KernelConfig:
     """The smallest config that runs the very code that a feasible config runs: configs that share it are one."""
-    if problem.device == "gpu":
-        return config
-    tiles = cpu.same_code(problem, config.tile_size_m, config.tile_size_n, config.simdgroups)
-    variant = cpu.variant_of(tiles[0])
-    return KernelConfig(make_name(variant), *tiles, True, variant)
+    return rules_of(problem).effective(problem, config)
 
 
 def candidates(problem: Problem) -> list[KernelConfig]:
@@ -152,21 +165,8 @@ def candidates_on(problem: Problem, hardware: Hardware | None) -> list[KernelCon
         problem: What is asked.
         hardware: See ``device.hardware``; ``None`` where nothing is known of it.
     """
-    found = _gpu_candidates(problem, hardware) if problem.device == "gpu" else _cpu_candidates(problem, hardware)
+    found = rules_of(problem).worth_timing(problem, hardware)
     first = default(problem)
     distinct = dict.fromkeys(effective(problem, config) for config in found if feasible(problem, config) is None)
     distinct.pop(effective(problem, first), None)
     return [first, *distinct]
-
-
-def _gpu_candidates(problem: Problem, hardware: Hardware | None) -> Iterator[KernelConfig]:
-    for variant in VARIANTS:
-        for tiles in search_space.gpu_tiles(problem, variant, hardware):
-            for fp32 in (True, False):
-                yield KernelConfig(make_name(variant), *tiles, fp32, variant)
-
-
-def _cpu_candidates(problem: Problem, hardware: Hardware | None) -> Iterator[KernelConfig]:
-    for rows, columns, workers in search_space.cpu_tiles(problem, hardware or Hardware(cores=cpu_threads())):
-        variant = cpu.variant_of(rows)
-        yield KernelConfig(make_name(variant), rows, columns, min(workers, cpu_threads()), True, variant)

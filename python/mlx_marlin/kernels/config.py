@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import msgspec
+
+from .. import codec
 
 VARIANTS = ("decode", "prefill4", "base", "large_batch")
-MAX_KERNEL_BITS = 8
+"""Families of kernels, by the number of rows that they are for, the fewest first; the position is the kernels' id."""
+
+"""Most bits per weight that the kernels decode."""
+
+# Names come from users and from loops over VARIANTS, so that they are str to a type checker; files are held to these.
+if TYPE_CHECKING:
+    Variant = str
+else:
+    Variant = Literal[VARIANTS]
+Triple = tuple[float, float, float]
+"""(gate, up, down) bits: ints, half rates floats."""
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
 
 _BASE_NAMES = ("moe_trellis_swiglu", "moe_trellis_mixed_swiglu")
+# As names write the widths: 2.5 is 2p5.
+_WIDTH = "|".join(str(width).replace(".", "p") for width in codec.WIDTHS)
 _NAME = re.compile(
     r"(?P<base>moe_trellis_(?:mixed_)?swiglu)"
     r"(?:_(?P<variant>decode|prefill4|large_batch))?"
-    r"(?:_(?P<gate>[1-8])_(?P<up>[1-8])_(?P<down>[1-8]))?"
+    rf"(?:_(?P<gate>{_WIDTH})_(?P<up>{_WIDTH})_(?P<down>{_WIDTH}))?"
     r"(?P<fp32acc>_fp32acc)?"
 )
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """How a call runs.
+    """How a call runs. What annotations ask for is checked where one is read from a file.
 
     On the CPU, ``tile_size_m`` is the rows per decoded panel, ``tile_size_n`` the columns per task and
     ``simdgroups`` the worker threads; ``use_fp32_acc`` changes nothing, sums are always float32 there.
 
     Attributes:
-        kernel_name: A name that :func:`parse_name` accepts.
+        kernel_name: A name that :func:`parse_name` accepts; a file may have others, which run nowhere.
         tile_size_m: Rows per tile.
         tile_size_n: Columns per threadgroup or task.
         simdgroups: Simdgroups per threadgroup.
@@ -34,12 +52,12 @@ class KernelConfig:
         kernel_variant: One of :data:`VARIANTS`.
     """
 
-    kernel_name: str
-    tile_size_m: int
-    tile_size_n: int
-    simdgroups: int
+    kernel_name: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_]{1,128}\Z")]
+    tile_size_m: _Size
+    tile_size_n: _Size
+    simdgroups: _Size
     use_fp32_acc: bool = False
-    kernel_variant: str = "base"
+    kernel_variant: Variant = "base"
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,7 @@ class KernelName:
 
     mixed: bool
     variant: str
-    triple: tuple[int, int, int] | None
+    triple: Triple | None
     fp32acc: bool
 
 
@@ -62,23 +80,36 @@ def parse_name(name: str) -> KernelName:
     if match is None or (match["gate"] and match["variant"] != "decode"):
         raise ValueError(
             f"no kernel is called {name!r}; names are moe_trellis_swiglu or moe_trellis_mixed_swiglu, then nothing, "
-            "_decode, _prefill4, _large_batch or _decode_<gate>_<up>_<down>, then optionally _fp32acc"
+            "_decode, _prefill4, _large_batch or _decode_<gate>_<up>_<down> (2.5 bits: 2p5), then optionally _fp32acc"
         )
-    triple = tuple(int(match[part]) for part in ("gate", "up", "down")) if match["gate"] else None
+    triple: Triple | None = None
+    if match["gate"]:
+        triple = _named_width(match["gate"]), _named_width(match["up"]), _named_width(match["down"])
     return KernelName("mixed" in match["base"], match["variant"] or "base", triple, bool(match["fp32acc"]))
 
 
-def make_name(
-    variant: str, triple: tuple[int, int, int] | None = None, *, mixed: bool = False, fp32acc: bool = False
-) -> str:
+def _named_width(text: str) -> int | float:
+    return codec.as_width(float(text.replace("p", ".")))
+
+
+def make_name(variant: str, triple: Triple | None = None, *, mixed: bool = False, fp32acc: bool = False) -> str:
     """The kernel name of a variant; the inverse of :func:`parse_name`."""
     parts = [_BASE_NAMES[mixed]]
     if variant != "base":
         parts.append(variant)
     if triple is not None:
-        parts.extend(str(b) for b in triple)
+        parts.extend(str(codec.as_width(b)).replace(".", "p") for b in triple)
     if fp32acc:
         parts.append("fp32acc")
     name = "_".join(parts)
     parse_name(name)
     return name
+
+
+def default_variant(rows: int) -> str:
+    """The variant for a number of rows: decode at 1, prefill4 to 16, base to 32, large_batch above."""
+    if rows <= 1:
+        return "decode"
+    if rows <= 16:
+        return "prefill4"
+    return "base" if rows <= 32 else "large_batch"

@@ -1,5 +1,4 @@
-"""Which configs the CPU kernels have, and which of them run the same code. The CPU half of
-:mod:`mlx_marlin.kernels`; pure.
+"""The rules of the CPU kernels (see :class:`~.catalogue.KernelRules`). Pure.
 
 The same rules as ``csrc/cpu/segments.cpp``.
 """
@@ -7,21 +6,31 @@ The same rules as ``csrc/cpu/segments.cpp``.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import product
 
-PANEL_ROWS = {"decode": (1, 2), "prefill4": (4,), "base": (8, 16), "large_batch": (32, 64)}
+from .. import codec
+from .config import KernelConfig, Triple, default_variant, make_name
+from .problem import Problem
+from .search_space import Hardware, Tiles
+
+TILE_ROWS: dict[str, tuple[int, ...]] = {"decode": (1, 2), "prefill4": (4,), "base": (8, 16), "large_batch": (32, 64)}
 """Rows per decoded panel that make a variant, largest number of rows last."""
 
-TASK_COLUMNS = (16, 32, 64, 128, 256)
+TILE_COLUMNS: tuple[int, ...] = (16, 32, 64, 128, 256)
 """Columns per task."""
 
-# 256 columns took 3 to 10 % less time than 128 at 1 to 256 rows (bench/NOTES.md).
-DEFAULT_COLUMNS = 256
+COMPILED_AT_RUN_TIME = False
 
-# A task has whole blocks of the Hadamard transform.
-_BLOCK = 128
+# 256 columns took 3 to 10 % less time than 128 at 1 to 256 rows (bench/NOTES.md).
+_DEFAULT_COLUMNS = 256
 # The largest panel stands for segments of up to this many rows.
 _LARGEST_SEGMENT = 128
+# csrc/cpu/tier/gemm.h: a sweep of 16 tiles is 16 KB of decoded weights, and 1 KB of x per row.
+_SWEEP_BYTES, _SWEEP_ROW_BYTES = 16 << 10, 1 << 10
+
+_PANELS = [rows for of_variant in TILE_ROWS.values() for rows in of_variant]
 
 
 @lru_cache(maxsize=1)
@@ -30,57 +39,82 @@ def cpu_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def padded(size: int) -> int:
-    """A size rounded up to whole Hadamard blocks, as files pad it."""
-    return -(-size // _BLOCK) * _BLOCK
+def usual_variant(problem: Problem) -> str:
+    return default_variant(problem.rows)
 
 
-def default_tiles(variant: str) -> tuple[int, int]:
-    """(tile_size_m, tile_size_n) of a variant."""
-    return PANEL_ROWS[variant][-1], DEFAULT_COLUMNS
+def default_tiles(problem: Problem, variant: str) -> Tiles:
+    return TILE_ROWS[variant][-1], _DEFAULT_COLUMNS, cpu_threads()
 
 
-def variant_of(panel_rows: int) -> str:
-    """The variant that has panels of this many rows."""
-    return next(variant for variant, rows in PANEL_ROWS.items() if panel_rows in rows)
+def legal_tiles(variant: str) -> list[Tiles]:
+    return list(product(TILE_ROWS[variant], TILE_COLUMNS, range(1, cpu_threads() + 1)))
 
 
-def infeasible(config, threads: int) -> str | None:
-    """Why the CPU kernels cannot run a config on that many cores, or ``None``."""
-    rows = PANEL_ROWS[config.kernel_variant]
+def refuses_triple(problem: Problem, triple: Triple) -> bool:
+    """A triple names the same code as plain decode, which reads each expert's own widths."""
+    return False
+
+
+def infeasible(problem: Problem, config: KernelConfig) -> str | None:
+    rows, threads = TILE_ROWS[config.kernel_variant], cpu_threads()
     if config.tile_size_m not in rows:
         legal = " or ".join(map(str, rows))
         return f"a {config.kernel_variant} panel on the CPU has {legal} rows, got tile_size_m={config.tile_size_m}"
-    if config.tile_size_n not in TASK_COLUMNS:
-        *most, last = map(str, TASK_COLUMNS)
+    if config.tile_size_n not in TILE_COLUMNS:
+        *most, last = map(str, TILE_COLUMNS)
         return f"a task on the CPU has {', '.join(most)} or {last} columns, got tile_size_n={config.tile_size_n}"
     if not 1 <= config.simdgroups <= threads:
         return f"simdgroups is the number of worker threads here, 1 to {threads}, got {config.simdgroups}"
     return None
 
 
-def widest_output(problem) -> int:
-    """Padded columns of the widest product of a problem."""
-    outputs = (problem.intermediate, problem.hidden) if problem.kind == "swiglu" else (problem.intermediate,)
-    return max(padded(size) for size in outputs)
-
-
-def same_code(problem, rows: int, columns: int, threads: int) -> tuple[int, int, int]:
-    """The smallest (tile_size_m, tile_size_n, simdgroups) that runs the very code that these do.
-
-    Columns are whole Hadamard blocks and end with the output; a panel of more rows than the problem has holds just
-    those; threads beyond the tasks stay idle.
+def effective(problem: Problem, config: KernelConfig) -> KernelConfig:
+    """Columns are whole Hadamard blocks and end with the output; a panel of more rows than the problem has holds just
+    those; threads beyond the tasks stay idle; sums are float32 whatever the config says.
     """
-    panels = [panel for of_variant in PANEL_ROWS.values() for panel in of_variant]
-    rows = next((panel for panel in panels if min(rows, problem.rows) <= panel), panels[-1])
-    columns = min(max(_BLOCK, columns // _BLOCK * _BLOCK), widest_output(problem))
-    return rows, columns, min(threads, tasks(problem, rows, columns))
+    block = codec.HADAMARD_SIZE
+    rows = next((panel for panel in _PANELS if min(config.tile_size_m, problem.rows) <= panel), _PANELS[-1])
+    columns = min(max(block, config.tile_size_n // block * block), max(problem.outputs))
+    threads = min(config.simdgroups, _tasks(problem, rows, columns))
+    variant = _variant_of(rows)
+    return KernelConfig(make_name(variant), rows, columns, threads, True, variant)
 
 
-def tasks(problem, rows: int, columns: int) -> int:
+def _variant_of(panel_rows: int) -> str:
+    return next(variant for variant, rows in TILE_ROWS.items() if panel_rows in rows)
+
+
+def _tasks(problem: Problem, rows: int, columns: int) -> int:
     """The most tasks that a phase of a call can have, over all routings."""
     slots = max(1, problem.rows * problem.top_k)
-    segment = _LARGEST_SEGMENT if rows == PANEL_ROWS["large_batch"][-1] else rows
+    segment = _LARGEST_SEGMENT if rows == TILE_ROWS["large_batch"][-1] else rows
     # An expert's last segment may be incomplete.
     segments = min(slots, problem.experts + slots // segment) if problem.kind == "swiglu" else -(-slots // segment)
-    return max(slots, segments * -(-widest_output(problem) // columns))
+    return max(slots, segments * -(-max(problem.outputs) // columns))
+
+
+def worth_timing(problem: Problem, hardware: Hardware | None) -> Iterator[KernelConfig]:
+    """The panels that the caches favour come first; some configs may run the same code."""
+    hardware = hardware or Hardware(cores=cpu_threads())
+    favoured = {_largest_panel(lambda p: _SWEEP_BYTES + p * _SWEEP_ROW_BYTES <= hardware.l1d)}
+    # The x of a panel is read again for each 16 columns, beside the sums of gate and up: half of the cache for them,
+    # the other half for the codes that stream through.
+    row_bytes = 4 * codec.padded(problem.hidden) + 2 * 4 * _DEFAULT_COLUMNS
+    favoured.add(_largest_panel(lambda p: p * row_bytes <= hardware.l2_per_core // 2))
+    cores = max(1, hardware.cores)
+    # One thread has no hand-over; the fast cores do not wait for slow ones; half of the cores leave a sibling thread
+    # or a neighbour its share.
+    threads = sorted({1, min(cores, hardware.fast_cores or cores), max(1, cores // 2), cores}, reverse=True)
+    panels = sorted(_PANELS, key=lambda p: (p not in favoured, -p))
+    for rows, columns, workers in product(panels, reversed(TILE_COLUMNS), threads):
+        variant = _variant_of(rows)
+        yield KernelConfig(make_name(variant), rows, columns, min(workers, cpu_threads()), True, variant)
+
+
+def _largest_panel(fits: Callable[[int], bool]) -> int:
+    return max((p for p in _PANELS if fits(p)), default=_PANELS[0])
+
+
+def half_sums(config: KernelConfig) -> bool:
+    return False

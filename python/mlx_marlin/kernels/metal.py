@@ -1,20 +1,34 @@
-"""Which configs the Metal kernels have, and the defaults. The GPU half of :mod:`mlx_marlin.kernels`; pure.
+"""The rules of the Metal kernels (see :class:`~.catalogue.KernelRules`). Pure.
 
 The same limits as ``csrc/plan/tiling.cpp``, which throws where these functions give a reason.
 """
 
 from __future__ import annotations
 
-TILE_ROWS = {"decode": (1, 2, 3), "prefill4": (4,), "base": (8, 16), "large_batch": (64,)}
+from collections.abc import Iterable, Iterator
+from itertools import product
+
+from .. import codec
+from .config import VARIANTS, KernelConfig, Triple, default_variant, make_name
+from .problem import Problem
+from .search_space import SIMDGROUPS as SIMDGROUPS_BY_WIDTH
+from .search_space import TILE_SIZES, Hardware, Tiles, nearest_width
+
+TILE_ROWS: dict[str, tuple[int, ...]] = {"decode": (1, 2, 3), "prefill4": (4,), "base": (8, 16), "large_batch": (64,)}
 """Rows per row tile. base and large_batch compute units of 8 rows on simdgroup matrices."""
 
-TILE_COLUMNS = (16, 32, 48, 64, 96, 128, 160, 256)
-"""Columns per threadgroup and projection. Multiples of 128 fuse the output's Hadamard transform into it."""
+TILE_COLUMNS: tuple[int, ...] = (16, 32, 48, 64, 96, 128, 160, 256)
+"""Columns per threadgroup and projection. Whole Hadamard blocks fuse the output's transform into it."""
+
+LARGE_BATCH_COLUMNS = codec.HADAMARD_SIZE
+"""The only columns of large_batch: its gain is the fused transform."""
 
 SIMDGROUPS = (4, 8, 12, 16)
 
 MAX_EXPERTS = 2046
 """Slots are sorted in 32 KB of threadgroup memory: four words per expert."""
+
+COMPILED_AT_RUN_TIME = True
 
 # A 40-core GPU, the widest that is one die, should have a threadgroup per core.
 _FEW_GROUPS = 40
@@ -23,25 +37,49 @@ _FEW_GROUPS = 40
 # 512 threads may have on an M1.
 _MATRIX_SUMS = 32
 
+# A quarter more than the cache: lines of codes that were used up make room for the next.
+_CODE_SLACK = 1.25
 
-def _padded(size: int) -> int:
-    return -(-size // 128) * 128
+
+def usual_variant(problem: Problem) -> str:
+    """Only decode does not sort the slots by expert."""
+    return "decode" if problem.experts > MAX_EXPERTS else default_variant(problem.rows)
 
 
-def infeasible(problem, config) -> str | None:
-    """Why the Metal kernels cannot run a config, or ``None``.
+def default_tiles(problem: Problem, variant: str) -> Tiles:
+    """128 columns: whole Hadamard blocks. 16 simdgroups, whose ranges of k keep a narrow layer's few threadgroups busy;
+    8 for 4 rows, whose sums and x need more than the 96 registers that an M1 has for each of 512 threads. 32 columns
+    where 128 would leave cores without a threadgroup, as a single weight and few rows do.
+    """
+    rows, columns = TILE_ROWS[variant][0], codec.HADAMARD_SIZE
+    row_tiles = -(-problem.rows * problem.top_k // rows)
+    if variant in ("decode", "prefill4") and row_tiles * problem.intermediate < _FEW_GROUPS * columns:
+        return rows, 32, 8
+    return rows, columns, 8 if variant == "prefill4" else 16
 
-    ``use_fp32_acc=False`` is always legal: activations become halves of a power of two per 128-block, and the sums
+
+def legal_tiles(variant: str) -> list[Tiles]:
+    return list(product(TILE_ROWS[variant], TILE_COLUMNS, SIMDGROUPS))
+
+
+def refuses_triple(problem: Problem, triple: Triple) -> bool:
+    """A triple is compiled for just these widths."""
+    return problem.kind == "swiglu" and problem.bits != (triple,)
+
+
+def infeasible(problem: Problem, config: KernelConfig) -> str | None:
+    """``use_fp32_acc=False`` is always legal: activations become halves of a power of two per 128-block, and the sums
     inside one 16-deep tile are halves. Half the bytes of x, and on M5 more multiplications per clock.
     """
     variant, rows, columns = config.kernel_variant, config.tile_size_m, config.tile_size_n
     if rows not in TILE_ROWS[variant]:
         return f"a {variant} tile on the GPU has {_either(TILE_ROWS[variant])} rows, got tile_size_m={rows}"
-    legal = (128,) if variant == "large_batch" else TILE_COLUMNS
+    legal = (LARGE_BATCH_COLUMNS,) if variant == "large_batch" else TILE_COLUMNS
     if columns not in legal:
         return f"a {variant} tile on the GPU has {_either(legal)} columns, got tile_size_n={columns}"
-    if columns > _narrowest(problem):
-        return f"the narrowest output has {_narrowest(problem)} columns, got tile_size_n={columns}"
+    narrowest = min(problem.outputs)
+    if columns > narrowest:
+        return f"the narrowest output has {narrowest} columns, got tile_size_n={columns}"
     if config.simdgroups not in SIMDGROUPS:
         return f"a threadgroup has {_either(SIMDGROUPS)} simdgroups, got simdgroups={config.simdgroups}"
     if rows > 1 and problem.experts > MAX_EXPERTS:
@@ -49,49 +87,75 @@ def infeasible(problem, config) -> str | None:
             f"the slots of more than {MAX_EXPERTS} experts cannot be sorted and the layer has {problem.experts}; "
             "use tile_size_m=1"
         )
-    if variant in ("base", "large_batch"):
-        return _matrix_infeasible(config, 2 if problem.kind == "swiglu" else 1)
-    return None
+    return _matrix_infeasible(problem, config) if variant in ("base", "large_batch") else None
 
 
-def _narrowest(problem) -> int:
-    outputs = (problem.intermediate, problem.hidden) if problem.kind == "swiglu" else (problem.intermediate,)
-    return min(_padded(size) for size in outputs)
-
-
-def _matrix_infeasible(config, projections: int) -> str | None:
+def _matrix_infeasible(problem: Problem, config: KernelConfig) -> str | None:
     """A simdgroup keeps its sums until the end, so every column tile needs a simdgroup with room."""
-    tiles, units = config.tile_size_n // 16, config.tile_size_m // 8
+    tiles, units = config.tile_size_n // codec.TILE, config.tile_size_m // 8
     for shared in (1, 2, 4):
-        fits = 4 * shared * units <= _MATRIX_SUMS and projections * tiles // shared <= config.simdgroups
+        fits = 4 * shared * units <= _MATRIX_SUMS and problem.side_by_side * tiles // shared <= config.simdgroups
         if fits and tiles % shared == 0:
             return None
     return (
         f"{config.simdgroups} simdgroups cannot hold the sums of {config.tile_size_m} rows and "
-        f"{projections * config.tile_size_n} columns in registers; take more simdgroups or fewer columns"
+        f"{problem.side_by_side * config.tile_size_n} columns in registers; take more simdgroups or fewer columns"
     )
 
 
-def default_tiles(problem, variant: str) -> tuple[int, int, int]:
-    """(tile_size_m, tile_size_n, simdgroups) that are legal for every problem.
-
-    128 columns: whole Hadamard blocks. 16 simdgroups, whose ranges of k keep a narrow layer's few threadgroups busy; 8
-    for 4 rows, whose sums and x need more than the 96 registers that an M1 has for each of 512 threads. 32 columns
-    where 128 would leave cores without a threadgroup, as a single weight and few rows do.
-    """
-    rows = TILE_ROWS[variant][0]
-    simdgroups = 8 if variant == "prefill4" else 16
-    row_tiles = -(-problem.rows * problem.top_k // rows)
-    if variant in ("decode", "prefill4") and row_tiles * problem.intermediate < _FEW_GROUPS * 128:
-        return rows, 32, 8
-    return rows, 128, simdgroups
+def effective(problem: Problem, config: KernelConfig) -> KernelConfig:
+    """No two configs run the same code."""
+    return config
 
 
-def tiles(variant: str) -> list[tuple[int, int, int]]:
-    """All (tile_size_m, tile_size_n, simdgroups) of a variant, legal or not for a given problem."""
-    return [(m, n, s) for m in TILE_ROWS[variant] for n in TILE_COLUMNS for s in SIMDGROUPS]
+def worth_timing(problem: Problem, hardware: Hardware | None) -> Iterator[KernelConfig]:
+    """All legal tiles where nothing is known of the GPU. Some may not be feasible."""
+    for variant in VARIANTS:
+        for tiles in _tiles_worth_timing(problem, variant, hardware):
+            for fp32 in (True, False):
+                yield KernelConfig(make_name(variant), *tiles, fp32, variant)
 
 
-def _either(values) -> str:
+def _tiles_worth_timing(problem: Problem, variant: str, hardware: Hardware | None) -> list[Tiles]:
+    every = legal_tiles(variant)
+    if hardware is None:
+        return every
+    found = [tiles for tiles in every if _pays(problem, *tiles, hardware)]
+    return list(dict.fromkeys([*always_timed(problem, variant), *found]))
+
+
+def always_timed(problem: Problem, variant: str) -> tuple[Tiles, Tiles]:
+    """Tiles that are candidates on every GPU: the default ones, and what the mappings by bit width give."""
+    width = max(problem.widths)
+    columns = LARGE_BATCH_COLUMNS if variant == "large_batch" else nearest_width(TILE_SIZES, width)
+    mapped = TILE_ROWS[variant][0], columns, nearest_width(SIMDGROUPS_BY_WIDTH, width)
+    return default_tiles(problem, variant), mapped
+
+
+def _pays(problem: Problem, rows: int, columns: int, simdgroups: int, hardware: Hardware) -> bool:
+    """Whether tiles can be the fastest on a GPU."""
+    # Of a tile at least half of the rows should be real.
+    if rows > 2 * max(1, problem.rows):
+        return False
+    # Every simdgroup may be at another 16-deep step of its range of k: that many bytes of codes are in use at a time,
+    # and lines that leave the cache too early are read twice.
+    codes = columns * max(problem.widths) * 2 * simdgroups
+    if hardware.gpu_l1 and codes > _CODE_SLACK * hardware.gpu_l1:
+        return False
+    # csrc/plan/tiling.cpp: a simdgroup leaves the sums of at most 4 tiles of 16 columns, 8 rows at a time.
+    sums = max(4 * simdgroups, problem.side_by_side * columns // codec.TILE) * codec.TILE * min(rows, 8) * 4
+    if sums > hardware.threadgroup_bytes:
+        return False
+    # Every core should have a threadgroup; the narrowest tiles are the best that can be done.
+    row_tiles = -(-max(1, problem.rows) * problem.top_k // rows)
+    groups = row_tiles * min(-(-size // columns) for size in problem.outputs)
+    return groups >= hardware.cores or columns == min(TILE_COLUMNS)
+
+
+def half_sums(config: KernelConfig) -> bool:
+    return not config.use_fp32_acc
+
+
+def _either(values: Iterable[int]) -> str:
     *most, last = map(str, values)
     return f"{', '.join(most)} or {last}" if most else last

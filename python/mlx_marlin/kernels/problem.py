@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+import msgspec
+
+from .. import codec
+from .config import Triple
 
 ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai")
+"""What the fused kernels compute of gate and up; the position is the id that the kernels use."""
+
 DTYPES = ("float32", "float16", "bfloat16")
+"""Names of the dtypes of x; the position is the id that the kernels use."""
+
 DEVICES = ("cpu", "gpu")
+"""Names of what runs a call."""
+
+USUAL_DTYPE = {"cpu": "float32", "gpu": "float16"}
+"""Dtype of the activations on a device, where nothing else is asked for."""
+
+# Names come from users and from loops over the tuples above, so that they are str to a type checker; files are held to
+# these.
+if TYPE_CHECKING:
+    Kind = str
+    Codebook = str
+    Activation = str
+    Dtype = str
+    Device = str
+else:
+    Kind = Literal["linear", "swiglu"]
+    Codebook = Literal[codec.CODEBOOKS]
+    Activation = Literal[("none", *ACTIVATIONS)]
+    Dtype = Literal[DTYPES]
+    Device = Literal[DEVICES]
+_Rows = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+_Width = Annotated[int, msgspec.Meta(ge=1, le=codec.MAX_BITS)] | Annotated[float, msgspec.Meta(ge=1, le=codec.MAX_BITS)]
+
+
+class Asks(Protocol):
+    """What a problem can be asked of: TrellisLinear, TrellisSwitchGLU."""
+
+    def problem(self, rows: int, dtype: Any, device: str, *, combine: bool = False) -> Problem: ...
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One call, described by shapes and dtypes only.
+    """One call, described by shapes and dtypes only. Limits in annotations are checked where one is read from a file.
 
     Attributes:
         kind: ``"linear"`` or ``"swiglu"``.
@@ -20,7 +60,7 @@ class Problem:
         hidden: Logical input size.
         intermediate: Padded width between gate/up and down; for a linear, the logical output size.
         experts: Experts in the bank; 1 for a linear, more for one projection of experts, whose rows are slots.
-        bits: Sorted distinct (gate, up, down) bits present; for a linear, ``((K,),)``.
+        bits: Sorted distinct (gate, up, down) bits present; for a linear, ``((K,),)``. Ints, half rates floats.
         codebooks: Sorted distinct codebooks present.
         activation: One of :data:`ACTIVATIONS`; ``"none"`` for a linear.
         dtype: Dtype of x, one of :data:`DTYPES`.
@@ -29,27 +69,141 @@ class Problem:
         bias: Whether any projection has a bias.
     """
 
-    kind: str
-    rows: int
-    top_k: int
-    hidden: int
-    intermediate: int
-    experts: int
-    bits: tuple[tuple[int, ...], ...]
-    codebooks: tuple[str, ...]
-    activation: str
-    dtype: str
-    device: str
+    kind: Kind
+    rows: _Rows
+    top_k: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+    hidden: _Size
+    intermediate: _Size
+    experts: Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+    bits: Annotated[tuple[tuple[_Width, ...], ...], msgspec.Meta(min_length=1, max_length=len(codec.WIDTHS) ** 3)]
+    codebooks: Annotated[tuple[Codebook, ...], msgspec.Meta(min_length=1)]
+    activation: Activation
+    dtype: Dtype
+    device: Device
     combine: bool = False
     bias: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", _checked_bits(self.kind, self.bits, self.codebooks))
+        if (self.activation == "none") != (self.kind == "linear"):
+            raise ValueError(f"kind {self.kind!r} does not go with activation {self.activation!r}")
+
     @property
-    def widths(self) -> tuple[int, ...]:
+    def widths(self) -> tuple[float, ...]:
         """Sorted distinct bit widths over all projections."""
         return tuple(sorted({b for group in self.bits for b in group}))
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of each projection: gate, up and down, or the one of a linear."""
+        first = self.hidden, self.intermediate
+        return (first, first, first[::-1]) if self.kind == "swiglu" else (first,)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Padded columns of each product: of gate and up, then of down; for a linear, of itself."""
+        sizes = (self.intermediate, self.hidden) if self.kind == "swiglu" else (self.intermediate,)
+        return tuple(map(codec.padded, sizes))
+
+    @property
+    def side_by_side(self) -> int:
+        """Weights that the first product has for each column: gate and up, or one."""
+        return 2 if self.kind == "swiglu" else 1
+
     @classmethod
-    def of(cls, layer, rows: int, dtype, device: str, *, combine: bool = False) -> Problem:
+    def linear(
+        cls,
+        hidden: int,
+        out: int,
+        *,
+        rows: int = 1,
+        experts: int = 1,
+        bits: float | Iterable[float] = 4,
+        codebooks: str | Iterable[str] = "mul1",
+        dtype: str | None = None,
+        device: str = "cpu",
+        bias: bool = False,
+    ) -> Problem:
+        """The product with one weight, or with one projection of several experts.
+
+        Args:
+            hidden: Logical input size.
+            out: Logical output size.
+            rows: Rows of x; of several experts: slots. Default: ``1``.
+            experts: Weights, of which each row takes one. Default: ``1``.
+            bits: The bit width, or all that occur. Default: ``4``.
+            codebooks: The codebook, or all that occur. Default: ``"mul1"``.
+            dtype: Dtype of x. Default: ``None``, the usual one of the device, see :data:`USUAL_DTYPE`.
+            device: ``"cpu"`` or ``"gpu"``. Default: ``"cpu"``.
+            bias: Whether there is a bias. Default: ``False``.
+        """
+        widths = bits if isinstance(bits, Iterable) else (bits,)
+        return cls(
+            "linear",
+            rows,
+            1,
+            hidden,
+            out,
+            experts,
+            _distinct((width,) for width in widths),
+            _distinct([codebooks] if isinstance(codebooks, str) else codebooks),
+            "none",
+            dtype or USUAL_DTYPE[device],
+            device,
+            bias=bias,
+        )
+
+    @classmethod
+    def swiglu(
+        cls,
+        hidden: int,
+        intermediate: int,
+        *,
+        rows: int = 1,
+        experts: int = 1,
+        top_k: int = 1,
+        bits: float | Iterable[Triple] = 4,
+        codebooks: str | Iterable[str] = "mul1",
+        activation: str = "silu",
+        dtype: str | None = None,
+        device: str = "cpu",
+        combine: bool = False,
+        bias: bool = False,
+    ) -> Problem:
+        """The experts of a layer.
+
+        Args:
+            hidden: Logical hidden size.
+            intermediate: Size between gate/up and down; its padded size is what the kernels see.
+            rows: Tokens, before top-k. Default: ``1``.
+            experts: Experts of the layer. Default: ``1``.
+            top_k: Experts per token. Default: ``1``.
+            bits: The width of all weights, or all (gate, up, down) that occur. Default: ``4``.
+            codebooks: The codebook, or all that occur. Default: ``"mul1"``.
+            activation: One of :data:`ACTIVATIONS`. Default: ``"silu"``.
+            dtype: Dtype of x. Default: ``None``, the usual one of the device, see :data:`USUAL_DTYPE`.
+            device: ``"cpu"`` or ``"gpu"``. Default: ``"cpu"``.
+            combine: Whether scores are given. Default: ``False``.
+            bias: Whether any projection has a bias. Default: ``False``.
+        """
+        return cls(
+            "swiglu",
+            rows,
+            top_k,
+            hidden,
+            codec.padded(intermediate),
+            experts,
+            _distinct(map(tuple, bits) if isinstance(bits, Iterable) else [(bits,) * 3]),
+            _distinct([codebooks] if isinstance(codebooks, str) else codebooks),
+            activation,
+            dtype or USUAL_DTYPE[device],
+            device,
+            combine=combine,
+            bias=bias,
+        )
+
+    @classmethod
+    def of(cls, layer: Asks, rows: int, dtype: object, device: str, *, combine: bool = False) -> Problem:
         """The problem that a layer (or weight, or bank) poses for a number of rows.
 
         Args:
@@ -59,3 +213,23 @@ class Problem:
             device: ``"cpu"`` or ``"gpu"``.
         """
         return layer.problem(rows, dtype, device, combine=combine)
+
+
+@lru_cache(maxsize=4096)
+def _checked_bits(kind: str, bits: tuple, codebooks: tuple[str, ...]) -> tuple[tuple[float, ...], ...]:
+    """The widths of a problem as ``codec.WIDTHS`` writes them."""
+    wanted = 1 if kind == "linear" else 3
+    if any(len(group) != wanted for group in bits):
+        raise ValueError(f"each element of bits must have {wanted} widths for kind {kind!r}")
+    for name, values in (("bits", bits), ("codebooks", codebooks)):
+        if list(values) != sorted(set(values)):
+            raise ValueError(f"{name} must be sorted and distinct")
+    written = tuple(tuple(codec.as_width(width) for width in group) for group in bits)
+    halves = [width for group in written for width in group if codec.is_half_rate(width)]
+    if halves and "mul1" not in codebooks:
+        raise ValueError(f"half rates exist for mul1 only, got {halves[0]} bits with codebooks {', '.join(codebooks)}")
+    return written
+
+
+def _distinct(values: Iterable) -> tuple:
+    return tuple(sorted(set(values)))

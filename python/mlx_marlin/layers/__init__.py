@@ -1,11 +1,15 @@
 """Modules over trellis weights, drop-ins for ``nn.Linear`` and mlx-lm's ``SwitchGLU``."""
 
+from .embedding import TrellisEmbedding
 from .experts import TrellisExperts, TrellisSwitchGLU
 from .grid import GridLinear
 from .linear import TrellisLinear
+from .partial import PartlyQuantizedSwitchGLU
 
 __all__ = [
+    "TrellisEmbedding",
     "GridLinear",
+    "PartlyQuantizedSwitchGLU",
     "TrellisExperts",
     "TrellisLinear",
     "TrellisSwitchGLU",

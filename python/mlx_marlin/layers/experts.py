@@ -19,7 +19,7 @@ from ..selection import choices
 from ..selection.choices import Choice
 from ..weights.experts import ExpertBank, ExpertStack, check_projections
 from ..weights.trellis import TrellisWeight
-from .state import StackedModule, TrellisModule
+from .state import StackArrays, StackedModule, TrellisModule
 
 
 class TrellisExperts(StackedModule):
@@ -43,10 +43,12 @@ class TrellisExperts(StackedModule):
             self.bias = stack.bias
         self._derived.collected = self._parameters(), ops.prepare(stack)
 
-    def _stack_arrays(self, traced: bool) -> tuple[mx.array | None, ...]:
+    def _stack_arrays(self) -> StackArrays:
         bias = self.get("bias")
-        bias = None if bias is None else bias.astype(mx.float32)
-        return self.trellis, self.formats, self.suh, self.svh, bias
+        return self.trellis, self.suh, self.svh, None if bias is None else bias.astype(mx.float32)
+
+    def _formats(self) -> mx.array:
+        return self.formats
 
     @property
     def input_dims(self) -> int:
@@ -116,11 +118,11 @@ class TrellisSwitchGLU(TrellisModule):
         bank: ExpertBank | None = None,
     ):
         super().__init__()
-        lists = (gate, up, down)
-        if (bank is None) == all(weights is None for weights in lists) or (bank is None and None in lists):
-            raise ValueError("pass either gate, up and down (a list of TrellisWeight each) or bank")
         self._activation = Activation.checked(activation, alpha, limit)
-        bank = bank if bank is not None else ExpertBank(*lists)
+        if bank is None and gate is not None and up is not None and down is not None:
+            bank = ExpertBank(gate, up, down)
+        elif bank is None or not gate is up is down is None:
+            raise ValueError("pass either gate, up and down (a list of TrellisWeight each) or bank")
         if not isinstance(bank, ExpertBank):
             raise ValueError(f"bank must be an ExpertBank, got {type(bank).__name__}")
         self.gate_proj = TrellisExperts(bank.gate)
@@ -130,7 +132,7 @@ class TrellisSwitchGLU(TrellisModule):
     @property
     def stacks(self) -> tuple[ops.Stack, ops.Stack, ops.Stack]:
         """Gate, up and down as the kernels take them; whether they fit together is checked when one changed."""
-        gate, up, down = self.get("gate_proj").stack, self.get("up_proj").stack, self.get("down_proj").stack
+        gate, up, down = self["gate_proj"].stack, self["up_proj"].stack, self["down_proj"].stack
         derived, sources = self._derived, (gate.source, up.source, down.source)
         if not all(map(is_, sources, derived.checked)):
             check_projections(*sources)
@@ -140,18 +142,20 @@ class TrellisSwitchGLU(TrellisModule):
     @property
     def activation(self) -> Activation:
         """What stands between gate and up on one side and down on the other."""
-        return self.get("_activation")
+        return self["_activation"]
 
     @property
     def expert_bits(self) -> tuple[tuple[float, float, float], ...]:
         """(gate, up, down) bits of each expert."""
         return tuple(zip(*(stack.source.bits for stack in self.stacks)))
 
-    def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int | None = None) -> Problem:
+    def problem(
+        self, rows: int, dtype: mx.Dtype | str, device: str, *, combine: bool = False, top_k: int | None = None
+    ) -> Problem:
         """What a call with this many rows asks for. top_k: that of the latest new kind of call by default, or 1."""
         top_k = self._derived.configs.top_k if top_k is None else top_k
-        sources = (stack.source for stack in self.stacks)
-        return ops.swiglu_problem(*sources, rows, top_k, self.activation.name, dtype, device, combine)
+        gate, up, down = (stack.source for stack in self.stacks)
+        return ops.swiglu_problem(gate, up, down, rows, top_k, self.activation.name, dtype, device, combine)
 
     def __call__(self, x: mx.array, indices: mx.array, scores: mx.array | None = None) -> mx.array:
         """The experts' outputs.
@@ -170,7 +174,13 @@ class TrellisSwitchGLU(TrellisModule):
         tap = self._derived.adaptation
         return self.run(x, indices, scores) if tap is None else tap(x, indices, scores)
 
-    def run(self, x: mx.array, indices, scores=None, config: KernelConfig | None = None) -> mx.array:
+    def run(
+        self,
+        x: mx.array,
+        indices: ops.Indices,
+        scores: mx.array | None = None,
+        config: KernelConfig | None = None,
+    ) -> mx.array:
         """The call with a given config, or with the one that is selected for it."""
         call = ops.check_swiglu(x, indices, self.stacks, self.activation, scores)
         return self._derived.configs.run(call, config)

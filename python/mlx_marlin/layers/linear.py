@@ -16,7 +16,7 @@ from ..selection.choices import Choice
 from ..weights.experts import ExpertStack
 from ..weights.grid import GridWeight
 from ..weights.trellis import TrellisWeight
-from .state import StackedModule
+from .state import StackArrays, StackedModule
 
 
 class TrellisLinear(StackedModule):
@@ -42,26 +42,28 @@ class TrellisLinear(StackedModule):
         self.trellis = stack.codes.reshape(k // 16, n // 16, codec.words_per_tile(w.bits) // 2)
         self.suh = stack.suh.reshape(-1)
         self.svh = stack.svh.reshape(-1)
-        if w.bias is not None:
+        if stack.bias is not None:
             self.bias = stack.bias.reshape(-1)
         mx.eval(self.parameters())
         self._derived.collected = self._parameters(), ops.prepare(stack)
 
-    def _stack_arrays(self, traced: bool) -> tuple[mx.array | None, ...]:
+    def _stack_arrays(self) -> StackArrays:
         trellis, bias = self.trellis, self.get("bias")
         if trellis.ndim != 3:
             raise ValueError(f"trellis must have shape [k/16, n/16, 8*K], got {list(trellis.shape)}")
-        formats = None
-        if not traced:  # the bits follow from the shape, which a trace holds fast
-            formats = mx.array([codec.format_word(self._bits(), self._codebook)], mx.uint32)
         bias = None if bias is None else bias.astype(mx.float32)[None]
-        return trellis.reshape(-1), formats, self.suh[None], self.svh[None], bias
+        return trellis.reshape(-1), self.suh[None], self.svh[None], bias
+
+    def _formats(self) -> mx.array:
+        return mx.array([codec.format_word(self._bits(), self._codebook)], mx.uint32)
 
     def _bits(self) -> int | float:
         """From the shape: 8 * K words of 32 bits per tile, that is 4 for each half bit."""
         return codec.bits_of_half(self.trellis.shape[-1] // 4)
 
-    def problem(self, rows: int, dtype, device: str, *, combine: bool = False, top_k: int = 1) -> Problem:
+    def problem(
+        self, rows: int, dtype: mx.Dtype | str, device: str, *, combine: bool = False, top_k: int = 1
+    ) -> Problem:
         """What a call with this many rows asks for; combine and top_k mean nothing to a linear."""
         return ops.linear_problem(self.stack.source, rows, dtype, device)
 
@@ -92,7 +94,7 @@ class TrellisLinear(StackedModule):
         from mlx_lm.tuner.lora import LoRALinear
 
         lora = LoRALinear(*self._sizes, r=r, dropout=dropout, scale=scale)
-        lora.linear = self
+        lora.update_modules({"linear": self})
         return lora
 
     def _extra_repr(self) -> str:

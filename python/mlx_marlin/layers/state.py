@@ -5,6 +5,7 @@ Both are made again when a parameter, the profile or the feedback changed, and b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import is_
 
 import mlx.core as mx
@@ -14,6 +15,12 @@ from .. import ops
 from ..kernels import KernelConfig
 from ..selection import choices, selftest
 from ..weights.experts import ExpertStack
+
+Tap = Callable[..., mx.array]
+"""Stands in a layer's calls; takes what the layer takes."""
+
+StackArrays = tuple[mx.array, mx.array, mx.array, mx.array | None]
+"""Codes, suh, svh and bias as a stack has them."""
 
 
 class LayerConfigs:
@@ -27,12 +34,12 @@ class LayerConfigs:
 
     __slots__ = ("_resolved", "combine", "dtype", "top_k")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.top_k, self.combine, self.dtype = 1, False, mx.float32
         # The generation of the choices, the weights, and the configs; one tuple, so that threads see all or none.
-        self._resolved: tuple[int, tuple[ops.Stack, ...], dict[tuple, object]] = (-1, (), {})
+        self._resolved: tuple[int, tuple[ops.Stack, ...], dict[tuple, ops.NativeConfig]] = (-1, (), {})
 
-    def choose(self, call: ops.Call):
+    def choose(self, call: ops.Call) -> ops.NativeConfig:
         """The config that runs a call: a dictionary look-up after the first call of a kind."""
         generation, stacks, configs = self._resolved
         now = choices.generation()
@@ -74,9 +81,9 @@ class Derived:
 
     __slots__ = ("adaptation", "checked", "collected", "configs")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.configs = LayerConfigs()
-        self.adaptation = None
+        self.adaptation: Tap | None = None
         self.collected: tuple[tuple, ops.Stack | None] = ((None,) * 5, None)
         self.checked: tuple[ExpertStack | None, ...] = (None, None, None)
 
@@ -84,7 +91,7 @@ class Derived:
 class TrellisModule(nn.Module):
     """A module with derived parts that stay behind when it is copied or pickled."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._derived = Derived()
 
@@ -96,11 +103,11 @@ class TrellisModule(nn.Module):
         self._derived = Derived()
 
     @property
-    def _adaptation(self):
+    def _adaptation(self) -> Tap | None:
         return self._derived.adaptation
 
     @_adaptation.setter
-    def _adaptation(self, tap) -> None:
+    def _adaptation(self, tap: Tap | None) -> None:
         self._derived.adaptation = tap
 
 
@@ -134,17 +141,23 @@ class StackedModule(TrellisModule):
             if stack is not None and all(map(is_, parameters, before)):
                 return stack  # another thread was first
             if stack is not None and any(p is not None and ops.is_traced(p) for p in parameters):
-                return ops.with_parameters(stack, *self._stack_arrays(traced=True))
+                codes, suh, svh, bias = self._stack_arrays()
+                # Formats that follow from the codes' shape are no parameter: a trace holds shapes fast.
+                return ops.with_parameters(stack, codes, self.get("formats"), suh, svh, bias)
             for name in ("suh", "svh"):
                 original = None if stack is None else getattr(stack.source, name)
                 self[name] = ops.half_scales(name, self[name], original)
-            stack = ops.prepare(ExpertStack(*self._stack_arrays(traced=False), *self._sizes))
+            codes, suh, svh, bias = self._stack_arrays()
+            stack = ops.prepare(ExpertStack(codes, self._formats(), suh, svh, bias, *self._sizes))
             self._derived.collected = self._parameters(), stack
             return stack
 
     def _parameters(self) -> tuple[mx.array | None, ...]:
         return tuple(self.get(name) for name in ("trellis", "formats", "suh", "svh", "bias"))
 
-    def _stack_arrays(self, traced: bool) -> tuple[mx.array | None, ...]:
-        """Codes, formats, suh, svh and bias as a stack has them; traced: formats that do not change are ``None``."""
+    def _stack_arrays(self) -> StackArrays:
+        raise NotImplementedError
+
+    def _formats(self) -> mx.array:
+        """The experts' formats as a stack has them."""
         raise NotImplementedError

@@ -1,9 +1,14 @@
 """EXL3 checkpoints as mlx-lm models: the modules here need mlx-lm, the package itself does not.
 
 - ``hub``: where a checkpoint is.
+- ``placeholders``: what stands for its linears while mlx-lm moves tensors about.
 - ``mapping``: where its tensors belong in mlx-lm's model.
+- ``embedding``: its token embeddings there.
+- ``experts``: the layers that take the places of linears and experts.
 - ``model``: that model, made and filled.
 - ``sharding``: the same on several ranks.
+- ``memory``: what it takes to run one.
+- ``info``: what a checkpoint is, without reading its weights; ``info_report``: the same as text.
 - ``commands``: mlx-lm's commands over all this.
 - ``problems``: what a checkpoint asks of the kernels.
 """
@@ -11,10 +16,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, overload
 
 import mlx.core as mx
+import mlx.nn as nn
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 __all__ = ["load"]
+
+
+@overload
+def load(
+    path_or_hf_repo: str,
+    dtype: mx.Dtype | str | None = None,
+    *,
+    tokenizer_config: dict | None = None,
+    model_config: dict | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    return_config: Literal[False] = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[nn.Module, TokenizerWrapper]: ...
+
+
+@overload
+def load(
+    path_or_hf_repo: str,
+    dtype: mx.Dtype | str | None = None,
+    *,
+    tokenizer_config: dict | None = None,
+    model_config: dict | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    return_config: Literal[True],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[nn.Module, TokenizerWrapper, dict]: ...
 
 
 def load(
@@ -29,7 +71,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
-):
+) -> tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict]:
     """Load an EXL3 checkpoint as ``mlx_lm.load`` loads others; the other keywords are its own.
 
     Args:
@@ -40,21 +82,23 @@ def load(
         progress: Called with (layers done, layers) after each layer. Default: ``None``.
 
     Returns:
-        The model and the tokenizer, and the config if ``return_config``.
+        The model and the tokenizer, and the config if ``return_config``. The model's attribute ``left_out`` is a
+        :class:`~mlx_marlin.loader.LeftOut`: what of the checkpoint the model does not use.
 
     Raises:
-        FileNotFoundError: If there is no such directory or repository, or a file of it is missing.
+        FileNotFoundError: If there is no such directory or repository, or a file of it is missing; a tokenizer too.
         ModuleNotFoundError: If mlx-lm is not installed.
         ValueError: If the directory cannot be loaded, which names file and tensor; or no model runs in the dtype.
     """
     require_mlx_lm()
     from mlx_lm import utils as mlx_lm_utils
 
-    from .hub import fetch
+    from .hub import check_tokenizer, fetch
     from .model import activation_dtype, load_exl3_model
 
     dtype = activation_dtype(dtype)
     model_path = fetch(path_or_hf_repo, revision=revision)
+    check_tokenizer(model_path)
     model, config = load_exl3_model(model_path, lazy, model_config, dtype=dtype, progress=progress)
     if adapter_path is not None:
         model = mlx_lm_utils.load_adapters(model, adapter_path)

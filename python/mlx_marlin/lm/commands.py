@@ -7,18 +7,23 @@ go to the functions that were there.
 
 from __future__ import annotations
 
-import importlib
+import argparse
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm import cli as mlx_lm_cli
 from mlx_lm import utils as mlx_lm_utils
 
-from ..loader.directory import INDEX_NAME
-from .hub import DESCRIPTION_FILES, fetch
-from .model import LayerProgress, is_exl3, load_exl3_model, open_checkpoint
+from ..loader.directory import INDEX_NAME, Kind, kind_of
+from .hub import DESCRIPTION_FILES, check_tokenizer, fetch
+from .model import LayerProgress, load_exl3_model, open_checkpoint
 from .sharding import open_sharded, sharded_load
+
+Result = TypeVar("Result")
 
 # They write weights in other formats, which those of a trellis cannot become.
 CONVERTERS = ("fuse", "awq", "dwq", "dynamic_quant", "gptq")
@@ -39,19 +44,24 @@ def version() -> str:
     return metadata.version("mlx-lm")
 
 
-def _guarded(load, *args, **keywords):
+def _guarded(load: Callable[..., Result], *args: Any, **keywords: Any) -> Result:
     """Call ``load``; what is wrong with a checkpoint becomes a :class:`CheckpointError`."""
     try:
         return load(*args, **keywords)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, PermissionError, ValueError) as error:
         raise CheckpointError(str(error)) from error
 
 
-def _is_exl3_repo(repo: str) -> bool:
-    """:func:`is_exl3` without fetching the weights of models that are none, as far as it can be told."""
+def _is_ours(directory: Path) -> bool:
+    """Whether mlx-lm must not take a directory; those of the metal-marlin format are refused here too."""
+    return kind_of(directory) is not Kind.PLAIN
+
+
+def _is_our_repo(repo: str) -> bool:
+    """:func:`_is_ours` without fetching the weights of models that are not, as far as it can be told."""
     directory = _guarded(fetch, repo, allow_patterns=DESCRIPTION_FILES)
     # A single file has no index: its header tells, and others load the whole of it too.
-    return is_exl3(directory) or (not (directory / INDEX_NAME).exists() and is_exl3(_guarded(fetch, repo)))
+    return _is_ours(directory) or (not (directory / INDEX_NAME).exists() and _is_ours(_guarded(fetch, repo)))
 
 
 def check(repo: str, *, pipeline: bool) -> None:
@@ -61,13 +71,23 @@ def check(repo: str, *, pipeline: bool) -> None:
         repo: Directory, or repository on the Hugging Face Hub.
         pipeline: Whether several ranks form a pipeline, rather than split each layer.
     """
-    if not _is_exl3_repo(repo):
+    if not _is_our_repo(repo):
         return
     directory, group = _guarded(fetch, repo), mx.distributed.init()
     if group.size() > 1:
         _guarded(open_sharded, directory, group if pipeline else None, None if pipeline else group)
     else:
         _guarded(open_checkpoint, directory)
+    _guarded(check_tokenizer, directory)
+
+
+def _check_tokenizer_early(directory: Path) -> None:
+    """Look for the tokenizer before weights are read; what is wrong with those is still told first."""
+    try:
+        check_tokenizer(directory)
+    except (FileNotFoundError, ValueError):
+        open_checkpoint(directory)
+        raise
 
 
 def install(progress: LayerProgress | None = None, *, refuse: str | None = None) -> None:
@@ -79,39 +99,47 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
     """
     load_others, load_others_sharded = mlx_lm_utils.load_model, mlx_lm_utils.sharded_load
 
-    def download(path_or_hf_repo, revision=None, allow_patterns=None):
+    def download(
+        path_or_hf_repo: str | Path, revision: str | None = None, allow_patterns: list[str] | None = None
+    ) -> Path:
         return _guarded(fetch, path_or_hf_repo, revision, allow_patterns)
 
-    def load_model(model_path, lazy=False, strict=True, model_config=None, **keywords):
-        if not is_exl3(Path(model_path)):
+    def load_model(
+        model_path: Path,
+        lazy: bool = False,
+        strict: bool = True,
+        model_config: dict | None = None,
+        **keywords: Any,
+    ) -> tuple[nn.Module, dict]:
+        if not _is_ours(Path(model_path)):
             return load_others(model_path, lazy, strict, model_config, **keywords)
         if refuse is not None:
             raise CheckpointError(refuse)
+        _guarded(_check_tokenizer_early, Path(model_path))
         return _guarded(load_exl3_model, Path(model_path), lazy, model_config, progress=progress)
 
-    def load_sharded(repo, *args, **keywords):
-        if not _is_exl3_repo(repo):
+    def load_sharded(repo: str, *args: Any, **keywords: Any) -> tuple:
+        if not _is_our_repo(repo):
             return load_others_sharded(repo, *args, **keywords)
         if refuse is not None:
             raise CheckpointError(refuse)
         return _guarded(sharded_load, repo, *args, **keywords, progress=progress)
 
-    mlx_lm_utils._download = download
-    mlx_lm_utils.load_model, mlx_lm_utils.sharded_load = load_model, load_sharded
+    vars(mlx_lm_utils).update(_download=download, load_model=load_model, sharded_load=load_sharded)
 
 
 def _check_before_serving() -> None:
     """Let the server check its models while it starts: it loads in a thread, and would listen without a model."""
-    server = importlib.import_module("mlx_lm.server")
+    from mlx_lm import server
 
     class CheckedProvider(server.ModelProvider):
-        def __init__(self, cli_args):
+        def __init__(self, cli_args: argparse.Namespace):
             for repo in (cli_args.model, cli_args.draft_model):
                 if repo is not None:
                     check(repo, pipeline=getattr(cli_args, "pipeline", False))
             super().__init__(cli_args)
 
-    server.ModelProvider = CheckedProvider
+    vars(server).update(ModelProvider=CheckedProvider)
 
 
 def run(command: str, progress: LayerProgress | None = None) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from mlx_lm.utils import _download
 
+from ..storage.untrusted import check_genuine
+
 # What the Hub's client raises for a name that is none, a repository that does not exist or may not be read, and a
 # network that is not there. A full disk is not among them.
 _HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled)
@@ -23,8 +25,11 @@ DESCRIPTION_FILES = [
     "*.jinja",
 ]
 
+# A directory with none of these has no tokenizer: what transformers reads vocabularies from.
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
-def fetch(path_or_hf_repo, revision: str | None = None, allow_patterns: list[str] | None = None) -> Path:
+
+def fetch(path_or_hf_repo: str | Path, revision: str | None = None, allow_patterns: list[str] | None = None) -> Path:
     """The directory of a checkpoint; one of the Hub is downloaded as mlx-lm does it.
 
     Args:
@@ -33,8 +38,10 @@ def fetch(path_or_hf_repo, revision: str | None = None, allow_patterns: list[str
         allow_patterns: Files to download. Default: ``None``, those that mlx-lm wants.
 
     Raises:
-        FileNotFoundError: If it is neither.
+        FileNotFoundError: If it is neither, or a single file.
     """
+    if Path(path_or_hf_repo).is_file():
+        raise FileNotFoundError(f"{path_or_hf_repo} is a file; give the directory of the model, with config.json")
     try:
         return Path(_download(str(path_or_hf_repo), revision=revision, allow_patterns=allow_patterns))
     except _HUB_ERRORS as error:
@@ -43,3 +50,20 @@ def fetch(path_or_hf_repo, revision: str | None = None, allow_patterns: list[str
         raise FileNotFoundError(
             f"{path_or_hf_repo} is no directory here, and could not be had from the Hugging Face Hub{at}: {reason}"
         ) from error
+
+
+def check_tokenizer(directory: Path) -> None:
+    """See that a directory holds a tokenizer, before weights are read.
+
+    Raises:
+        FileNotFoundError: If it holds none.
+        ValueError: If a file of it is not what its name says.
+    """
+    files = [file for pattern in _VOCABULARIES for file in sorted(directory.glob(pattern))]
+    if not files:
+        raise FileNotFoundError(
+            f"{directory} holds no tokenizer (none of {', '.join(_VOCABULARIES)}); copy its files from the original "
+            "model's repository"
+        )
+    for file in files:
+        check_genuine(file)

@@ -2,14 +2,15 @@
 
 Each model has its own ``sanitize`` that renames, drops, stacks and changes checkpoint tensors. It is shown a
 placeholder ``<name>.weight`` for every quantized linear and the unquantized tensors as they are, both lazy.
-A placeholder has one column, and row r of linear number j holds ``j << 32 | r``, so that what comes out of
-``sanitize`` tells which rows of which linear ended where. Nothing of the weights is read meanwhile.
 """
 
 from __future__ import annotations
 
+import io
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,9 +18,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
-from ..codec import HADAMARD_SIZE, padded
+from ..codec import padded
+from ..loader.contents import NGRAM, OTHER, LeftOut, parts_of, seems_to_be
 from ..loader.directory import TrellisModelLoader
-from ..loader.exl3 import QuantizedLinear
+from ..loader.embedding import QuantizedEmbedding
+from ..loader.exl3 import PlainLinear
+from .embedding import make_placeholders, take_embeddings
+from .placeholders import EXPERT, LinearSource, Placeholders
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # What model code raises on a config or a set of tensors that it was not written for.
@@ -33,26 +38,13 @@ MODEL_ERRORS = (
     ValueError,
 )
 
-_EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>\d{1,9})\.(?P<projection>\w+)")
 # Mixtral's names for the projections.
 _PROJECTION_ALIASES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
 _ROUTER_BIAS = "e_score_correction_bias"
 
 
-@dataclass(frozen=True)
-class LinearSource:
-    """The rows (outputs) of a quantized linear that make a weight of the model.
-
-    Attributes:
-        linear: The linear.
-        blocks: Blocks of 128 outputs to take, or ``None`` for all.
-    """
-
-    linear: QuantizedLinear
-    blocks: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
+@dataclass
 class WeightMap:
     """Where everything of a checkpoint goes.
 
@@ -60,98 +52,63 @@ class WeightMap:
         linears: Source of each quantized ``nn.Linear``, by its path in the model.
         experts: Sources of each quantized ``SwitchGLU``: path -> projection -> one source per expert.
         heads: Source of the output head, by the path of the embeddings that the model would use instead.
+        embeddings: Each quantized token embedding, by its path in the model.
         dense: All other parameters of the model, lazy, by path.
+        left_out: What of the checkpoint the model does not use.
     """
 
     linears: dict[str, LinearSource] = field(default_factory=dict)
     experts: dict[str, dict[str, list[LinearSource]]] = field(default_factory=dict)
     heads: dict[str, LinearSource] = field(default_factory=dict)
+    embeddings: dict[str, QuantizedEmbedding] = field(default_factory=dict)
     dense: dict[str, mx.array] = field(default_factory=dict)
+    left_out: LeftOut = LeftOut({})
 
 
-class _Placeholders:
-    """Makes the placeholders and reads them back."""
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What the steps of :func:`map_weights` know of the checkpoint and the model.
 
-    def __init__(self, loader: TrellisModelLoader):
-        self.directory = loader.directory
-        self.linears = list(loader.quantized.values())
+    Attributes:
+        loader: The checkpoint.
+        placeholders: What stands for its linears.
+        modules: The model's modules, by path.
+        layers: The model's layers.
+        parts: Names that belong to something that a text model leaves out, and what.
+    """
 
-    def make(self) -> dict[str, mx.array]:
-        weights = {}
-        for number, linear in enumerate(self.linears):
-            rows = mx.arange(linear.padded_shape[1], dtype=mx.uint64)
-            weights[f"{linear.name}.weight"] = (rows + mx.array(number << 32, mx.uint64))[:, None]
-        return weights
+    loader: TrellisModelLoader
+    placeholders: Placeholders
+    modules: dict[str, nn.Module]
+    layers: int
+    parts: dict[str, str]
 
-    def read(self, path: str, codes: np.ndarray, logical: int) -> LinearSource:
-        """The source of a weight with these codes that has ``logical`` rows in the model."""
-        numbers, rows = codes >> 32, (codes & 0xFFFFFFFF).astype(np.int64)
-        names = [self.linears[n].name for n in np.unique(numbers)]
-        if len(names) > 1:
-            raise ValueError(
-                f"{self.directory}: mlx-lm joins {names[0]} and {names[1]} into {path}; linears that are quantized "
-                "separately cannot be joined"
-            )
-        linear = self.linears[int(numbers[0])]
-        where = f"{self.directory}: {linear.name}, which mlx-lm puts at {path},"
-        start, count = int(rows[0]), len(rows)
-        if not np.array_equal(rows, np.arange(start, start + count)):
-            raise ValueError(f"{where} has its outputs reordered there; a trellis cannot be reordered")
-        stored = linear.padded_shape[1]
-        if start == 0 and count == stored == padded(logical):
-            return LinearSource(linear, None)
-        if start % HADAMARD_SIZE or count != logical or (count % HADAMARD_SIZE and start + count != stored):
-            raise ValueError(
-                f"{where} gives outputs {start} to {start + count} of {stored} where the model wants {logical}; "
-                f"EXL3 pads a model's size to the next multiple of {HADAMARD_SIZE} and can be cut there only"
-            )
-        first = start // HADAMARD_SIZE
-        return LinearSource(linear, tuple(range(first, first + padded(count) // HADAMARD_SIZE)))
+    @classmethod
+    def of(cls, model: nn.Module, loader: TrellisModelLoader) -> _Checkpoint:
+        modules = dict(model.named_modules())
+        numbers = (int(match[1]) for match in map(_LAYER.search, modules) if match)
+        layers = len(model.layers) if hasattr(model, "layers") else max(numbers, default=-1) + 1
+        parts = parts_of((*loader.quantized, *loader.embeddings, *loader.unquantized), layers)
+        return cls(loader, Placeholders(loader), modules, layers, parts)
+
+    def seems_to_be(self, name: str) -> str:
+        return seems_to_be(name, self.layers, self.loader.version)
 
 
-def check_experts(loader: TrellisModelLoader) -> None:
-    """Raise ValueError where experts of a layer are missing, differ in size, or are only partly quantized."""
-    groups: dict[tuple[str, str], set[int]] = {}
-    sizes: dict[tuple[str, str], QuantizedLinear] = {}
-    for name, linear in loader.quantized.items():
-        match = _EXPERT.fullmatch(name)
-        if match:
-            group = (match["block"], match["projection"])
-            groups.setdefault(group, set()).add(int(match["expert"]))
-            first = sizes.setdefault(group, linear)
-            if linear.padded_shape != first.padded_shape:
-                raise ValueError(
-                    f"{loader.directory}: {name} is a {list(linear.padded_shape)} matrix, but {first.name} is "
-                    f"{list(first.padded_shape)}; the experts of a layer have one size"
-                )
-    blocks: dict[str, set[int]] = {}
-    for (block, _), experts in groups.items():
-        blocks.setdefault(block, set()).update(experts)
-    for (block, projection), experts in groups.items():
-        missing = set(range(max(blocks[block]) + 1)) - experts
-        if not missing:
-            continue
-        name = f"{block}.experts.{min(missing)}.{projection}"
-        if f"{name}.weight" in loader.unquantized:
-            raise ValueError(f"{loader.directory}: {name} is not quantized, but other experts of the layer are")
-        raise ValueError(f"{loader.directory}: {name}.trellis is missing, but other experts of the layer are there")
-
-
-def sanitize(model: nn.Module, loader: TrellisModelLoader, placeholders: _Placeholders) -> dict[str, mx.array]:
+def sanitize(
+    model: nn.Module, directory: Path, unquantized: dict[str, mx.array], placeholders: Placeholders
+) -> dict[str, mx.array]:
     """The checkpoint as the model's own ``sanitize`` leaves it, experts stacked and names adjusted."""
-    weights = {**loader.load_unquantized(), **placeholders.make()}
+    weights = {**unquantized, **placeholders.make()}
     if hasattr(model, "sanitize"):
         try:
             weights = model.sanitize(weights)
         except KeyError as error:
             missing = str(error.args[0]) if error.args else "a tensor"
-            raise ValueError(
-                f"{loader.directory}: mlx-lm looks for {missing}, which the checkpoint does not have"
-            ) from error
+            raise ValueError(f"{directory}: mlx-lm looks for {missing}, which the checkpoint does not have") from error
         except MODEL_ERRORS as error:
             raise ValueError(
-                f"{loader.directory}: {type(model).__module__} cannot take these tensors: "
-                f"{type(error).__name__}: {error}"
+                f"{directory}: {type(model).__module__} cannot take these tensors: {type(error).__name__}: {error}"
             ) from error
     return _move_leftovers(model, _stack_experts(model, weights))
 
@@ -159,11 +116,12 @@ def sanitize(model: nn.Module, loader: TrellisModelLoader, placeholders: _Placeh
 def _stack_experts(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Stack experts that ``sanitize`` left single, because it knows them only fused (gpt_oss, qwen3_5_moe)."""
     banks = {path: module for path, module in model.named_modules() if isinstance(module, SwitchGLU)}
-    result, stacks = {}, {}
+    result: dict[str, mx.array] = {}
+    stacks: dict[str, dict[int, mx.array]] = {}
     for key, value in weights.items():
-        match = _EXPERT.fullmatch(key.removesuffix(".weight"))
+        match = EXPERT.fullmatch(key.removesuffix(".weight"))
         inside = [p for p in banks if match and p.startswith(f"{match['block']}.")]
-        if key.endswith(".weight") and len(inside) == 1:
+        if match and key.endswith(".weight") and len(inside) == 1:
             projection = _PROJECTION_ALIASES.get(match["projection"], match["projection"])
             stacks.setdefault(f"{inside[0]}.{projection}.weight", {})[int(match["expert"])] = value
         else:
@@ -179,7 +137,7 @@ def _move_leftovers(model: nn.Module, weights: dict[str, mx.array]) -> dict[str,
     It keeps the router's selection bias inside ``gate``, which some models (minimax) have beside it, and the head
     outside of the language model (gemma4).
     """
-    parameters = {key for key, _ in tree_flatten(model.parameters())}
+    parameters = set(_parameters(model))
     heads = [key for key in parameters if key.endswith(".lm_head.weight")]
     moved = {}
     for key, value in weights.items():
@@ -201,30 +159,64 @@ def map_weights(model: nn.Module, loader: TrellisModelLoader) -> WeightMap:
         ValueError: If a quantized linear ends where no trellis can stand, if a parameter of the model has no
             tensor, or if shapes do not fit. The message names the tensor.
     """
-    check_experts(loader)
-    placeholders = _Placeholders(loader)
-    weights = sanitize(model, loader, placeholders)
-    modules = dict(model.named_modules())
-    mapping = WeightMap()
+    checkpoint = _Checkpoint.of(model, loader)
+    placeholders, modules = checkpoint.placeholders, checkpoint.modules
+    of_experts = {f"{linear.name}.{suffix}" for linear in placeholders.plain for suffix in linear.parts}
+    unquantized = {name: value for name, value in loader.load_unquantized().items() if name not in of_experts}
+    weights = sanitize(model, loader.directory, {**unquantized, **make_placeholders(loader)}, placeholders)
+    mapping = WeightMap(embeddings=take_embeddings(loader, modules, weights, checkpoint.parts))
     for key, value in weights.items():
         if not isinstance(value, mx.array):
             raise ValueError(f"{loader.directory}: mlx-lm makes a {type(value).__name__} of {key}")
         if value.dtype == mx.uint64 and not _is_head(key, modules):
-            _place(mapping, placeholders, modules, key, np.array(value))
+            _place(mapping, checkpoint, key, np.array(value))
         elif value.dtype != mx.uint64:
             mapping.dense[key] = value
     _place_head(mapping, placeholders, modules)
-    _check_complete(model, loader, mapping)
+    _check_complete(model, checkpoint, mapping)
+    mapping.left_out = _left_out(mapping, checkpoint, unquantized)
     return mapping
 
 
-def _place(mapping: WeightMap, placeholders: _Placeholders, modules: dict, key: str, codes: np.ndarray) -> None:
+def _left_out(mapping: WeightMap, checkpoint: _Checkpoint, unquantized: dict[str, mx.array]) -> LeftOut:
+    banks = (sources for projections in mapping.experts.values() for sources in projections.values())
+    sources = [*mapping.linears.values(), *mapping.heads.values(), *(source for bank in banks for source in bank)]
+    used = {source.linear.name for source in sources}
+    found: dict[str, dict[str, int]] = {}
+    used.update(embedding.name for embedding in mapping.embeddings.values())
+    for module in (*checkpoint.placeholders.linears, *checkpoint.loader.embeddings.values()):
+        if module.name not in used:
+            sizes = found.setdefault(checkpoint.parts.get(module.name, OTHER), {})
+            sizes.update({f"{module.name}.{suffix}": info.nbytes for suffix, info in module.parts.items()})
+    for name in _unread(unquantized, mapping.dense.values()):
+        part = checkpoint.parts.get(name, OTHER)
+        found.setdefault(part, {})[name] = checkpoint.loader.unquantized[name].nbytes
+    if checkpoint.loader.tables:
+        found[NGRAM] = {name: info.nbytes for name, info in checkpoint.loader.tables.items()}
+    return LeftOut(found)
+
+
+def _unread(inputs: dict[str, mx.array], outputs: Iterable[mx.array]) -> list[str]:
+    """Names of the lazy arrays that nothing in the outputs is computed from, by MLX's drawing of the graph."""
+    labels = {f"input{i}": name for i, name in enumerate(inputs)}
+    graph = io.StringIO()
+    # Another step behind each output, so that an array that is passed through has a reader as well.
+    ends = [mx.expand_dims(value, 0) for value in outputs]
+    mx.export_to_dot(graph, *ends, **dict(zip(labels, inputs.values())))
+    read = set(re.findall(r'^"(input\d+)" ->', graph.getvalue(), re.MULTILINE))
+    return [name for label, name in labels.items() if label not in read]
+
+
+def _place(mapping: WeightMap, checkpoint: _Checkpoint, key: str, codes: np.ndarray) -> None:
     path, _, leaf = key.rpartition(".")
+    placeholders, modules = checkpoint.placeholders, checkpoint.modules
     module = modules.get(path)
     name = placeholders.linears[int(codes.flat[0] >> 32)].name
     where = f"{placeholders.directory}: {name} is quantized, but mlx-lm puts it at {key}"
+    if module is None and name in checkpoint.parts:
+        return
     if leaf != "weight" or module is None:
-        raise ValueError(f"{where}, which the model does not have")
+        raise ValueError(f"{where}, which the model does not have; {checkpoint.seems_to_be(name)}")
     if isinstance(module, SwitchLinear) and codes.ndim == 3 and codes.shape[2] == 1:
         parent, _, projection = path.rpartition(".")
         if not isinstance(modules[parent], SwitchGLU) or projection not in PROJECTIONS:
@@ -251,7 +243,7 @@ def _is_head(key: str, modules: dict) -> bool:
     return f".{path}".endswith(".lm_head") and path not in modules
 
 
-def _place_head(mapping: WeightMap, placeholders: _Placeholders, modules: dict) -> None:
+def _place_head(mapping: WeightMap, placeholders: Placeholders, modules: dict) -> None:
     """EXL3 has a quantized head even where the model ties it to the embeddings; it must not be dropped."""
     used = {source.linear.name for source in mapping.linears.values()}
     heads = [
@@ -275,10 +267,15 @@ def _place_head(mapping: WeightMap, placeholders: _Placeholders, modules: dict) 
 
 
 def _check_inputs_and_bias(
-    placeholders: _Placeholders, sources: list[LinearSource], module: nn.Module, key: str
+    placeholders: Placeholders, sources: list[LinearSource], module: nn.Module, key: str
 ) -> None:
     logical = module.weight.shape[-1]
     for source in sources:
+        if isinstance(source.linear, PlainLinear) and source.linear.parts["weight"].shape != module.weight.shape[-2:]:
+            raise ValueError(
+                f"{placeholders.directory}: {source.linear.name}.weight has shape "
+                f"{list(source.linear.parts['weight'].shape)}, but {key} wants {list(module.weight.shape[-2:])}"
+            )
         stored = source.linear.padded_shape[0]
         if stored != padded(logical):
             raise ValueError(
@@ -291,7 +288,14 @@ def _check_inputs_and_bias(
             )
 
 
-def _check_complete(model: nn.Module, loader: TrellisModelLoader, mapping: WeightMap) -> None:
+def _parameters(model: nn.Module) -> dict[str, mx.array]:
+    """The parameters of a model by path."""
+    return dict(tree_flatten(model.parameters()))
+
+
+def _check_complete(model: nn.Module, checkpoint: _Checkpoint, mapping: WeightMap) -> None:
+    """Every parameter has a tensor that fits; what is left over belongs to a part that text models leave out."""
+    loader = checkpoint.loader
     for path, projections in mapping.experts.items():
         for projection in PROJECTIONS:
             if projection not in projections:
@@ -300,11 +304,10 @@ def _check_complete(model: nn.Module, loader: TrellisModelLoader, mapping: Weigh
                 )
     replaced = {
         *mapping.linears,
+        *mapping.embeddings,
         *(f"{path}.{projection}" for path in mapping.experts for projection in PROJECTIONS),
     }
-    parameters = {
-        key: value for key, value in tree_flatten(model.parameters()) if key.rpartition(".")[0] not in replaced
-    }
+    parameters = {key: value for key, value in _parameters(model).items() if key.rpartition(".")[0] not in replaced}
     for key, value in parameters.items():
         if key not in mapping.dense:
             raise ValueError(
@@ -315,8 +318,12 @@ def _check_complete(model: nn.Module, loader: TrellisModelLoader, mapping: Weigh
                 f"{loader.directory}: {key} has shape {list(mapping.dense[key].shape)}, "
                 f"but the model wants {list(value.shape)}"
             )
-    for key in mapping.dense:
-        if key not in parameters:
+    extra = [key for key in mapping.dense if key not in parameters]
+    parts = parts_of((*extra, *loader.quantized, *loader.unquantized), checkpoint.layers)
+    for key in extra:
+        if key not in parts:
             raise ValueError(
-                f"{loader.directory}: the checkpoint has {key}, which is no parameter of {type(model).__module__}"
+                f"{loader.directory}: the checkpoint has {key}, which is no parameter of {type(model).__module__}; "
+                f"{checkpoint.seems_to_be(key)}"
             )
+        del mapping.dense[key]

@@ -2,84 +2,54 @@
 
 The model is made by mlx-lm's own class. Its linears and ``SwitchGLU`` blocks that are quantized in the
 checkpoint are then replaced, layer by layer, by :class:`TrellisLinear` and :class:`TrellisSwitchGLU`.
-Whatever can be wrong is found before the first weight is read. Experts whose activation has no fused kernel keep
-mlx-lm's ``SwitchGLU``, over one trellis product per projection.
+Whatever can be wrong is found before the first weight is read.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 
-from ..layers.experts import TrellisExperts, TrellisSwitchGLU
+from .. import ops
 from ..layers.linear import TrellisLinear
-from ..loader import metal_marlin
-from ..loader.directory import TrellisModelLoader, names_trellis
-from ..ops import DTYPES, Activation
-from ..storage.safetensors import parse_json
-from ..weights.experts import ExpertStack
-from ..weights.trellis import TrellisWeight
-from .mapping import MODEL_ERRORS, PROJECTIONS, LinearSource, WeightMap, map_weights
+from ..layers.partial import PartlyQuantizedSwitchGLU
+from ..loader.directory import Kind, TrellisModelLoader
+from ..loader.scaling import up_divisor, without_folded_scales
+from ..ops import DTYPE_NAMES
+from ..storage.untrusted import read_json
+from .embedding import EmbeddingWithHead, make_embedding
+from .experts import load_source, whole_experts, whole_linear
+from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap, map_weights
+from .placeholders import LinearSource
 
 LayerProgress = Callable[[int, int], None]
 """Called with (layers done, layers) after each layer."""
 
-# mlx-lm's activations of SwitchGLU, by what the kernels call them.
-_ACTIVATIONS = {
-    "mlx_lm.models.switch_layers.SwiGLU": "silu",
-    "mlx_lm.models.muse_spark.PreciseSwiGLU": "silu",
-    "mlx_lm.models.gemma4_text.GeGLU": "gelu_tanh",
-    "mlx_lm.models.activations.SwigluOAI": "swiglu_oai",
-    "mlx_lm.models.gpt_oss.SwiGLU": "swiglu_oai",  # mlx-lm 0.31, the last one for Python 3.10: alpha 1.702, limit 7
-}
+MakeLinear = Callable[[str, nn.Module, LinearSource], nn.Module]
+"""Makes what stands for the linear at a path, from the module there and its source."""
+
+MakeExperts = Callable[[str, nn.Module, dict[str, list[LinearSource]]], nn.Module]
+"""Makes what stands for the ``SwitchGLU`` at a path, from the module there and its projections' sources."""
+
+_log = logging.getLogger("mlx_marlin.lm")
 _LAYER = re.compile(r"(?:^|.*?\.)layers\.\d+(?=\.)")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-
-
-class EmbeddingWithHead(nn.Embedding):
-    """Embeddings of a model that has no head of its own, with the one of the checkpoint.
-
-    Args:
-        embedding: The embeddings.
-        head: What :meth:`as_linear` applies instead of their transpose.
-    """
-
-    def __init__(self, embedding: nn.Embedding, head: TrellisLinear):
-        nn.Module.__init__(self)
-        self.weight = embedding.weight
-        self.head = head
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        return self.head(x)
-
-
-def is_exl3(model_path: Path) -> bool:
-    """Whether a directory is to be loaded here: its config says EXL3, or a tensor's name does, damaged or not.
-
-    Directories of the older metal-marlin format count too, so that they are refused rather than taken for others.
-    """
-    try:
-        config = parse_json((model_path / "config.json").read_bytes(), "config.json")
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        config = {}
-    for part in (config, config.get("text_config")):
-        quantization = part.get("quantization_config") if isinstance(part, dict) else None
-        if isinstance(quantization, dict) and quantization.get("quant_method") == "exl3":
-            return True
-    return names_trellis(model_path) or metal_marlin.is_grid_directory(model_path)
 
 
 def read_config(model_path: Path, loader: TrellisModelLoader, model_config: dict | None) -> dict:
     """config.json as mlx-lm reads it, checked; the head of the checkpoint is not replaced by the embeddings."""
     for name in ("config.json", "generation_config.json"):
         if name == "config.json" or (model_path / name).exists():
-            parse_json((model_path / name).read_bytes(), str(model_path / name), finite=False)
+            read_json(model_path / name, finite=False)
     config = mlx_lm_utils.load_config(model_path)
     config.update(model_config or {})
     model_type = config.get("model_type")
@@ -109,7 +79,7 @@ def read_config(model_path: Path, loader: TrellisModelLoader, model_config: dict
 
 def build(model_path: Path, config: dict) -> nn.Module:
     """The mlx-lm model of a config, its parameters lazy and random."""
-    config = json.loads(json.dumps(config))  # model code may write into it
+    config = json.loads(json.dumps(without_folded_scales(config)))  # model code may write into it
     try:
         model_class, args_class = mlx_lm_utils._get_classes(config)
         return model_class(args_class.from_dict(config)).eval()
@@ -120,98 +90,65 @@ def build(model_path: Path, config: dict) -> nn.Module:
         ) from error
 
 
-def activation_of(module: nn.Module) -> Activation | None:
-    """The activation of a ``SwitchGLU`` as the fused kernels know it; ``None`` if they do not."""
-    activation = module.activation
-    name = _ACTIVATIONS.get(f"{type(activation).__module__}.{type(activation).__qualname__}")
-    if name is None:
-        return None
-    if hasattr(activation, "_alpha"):
-        return Activation(name, float(activation._alpha), float(activation._limit))
-    return Activation(name)
-
-
-def make_glu(module: nn.Module, gate: list, up: list, down: list) -> nn.Module:
-    """What stands for a ``SwitchGLU``: a fused layer, or the module itself over trellis projections.
-
-    Args:
-        module: The ``SwitchGLU``.
-        gate, up, down: One :class:`TrellisWeight` per expert.
-    """
-    activation = activation_of(module)
-    if activation is not None:
-        return TrellisSwitchGLU(gate, up, down, *activation)
-    # As in the fused kernels, the padded width flows from gate and up into down.
-    wide = [[TrellisWeight(w.trellis, w.suh, w.svh, w.codebook, w.bias, w.in_features) for w in p] for p in (gate, up)]
-    narrow = [TrellisWeight(w.trellis, w.suh, w.svh, w.codebook, w.bias, None, w.out_features) for w in down]
-    for name, weights in zip(PROJECTIONS, (*wide, narrow)):
-        module[name] = TrellisExperts(ExpertStack.of(name, weights))
-    return module
-
-
 def activation_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
     """A dtype that a model can run in, given itself or its name; ``None`` stays.
 
     Raises:
         ValueError: If it is another one.
     """
-    if dtype is None or dtype in DTYPES:
+    if dtype is None or (isinstance(dtype, mx.Dtype) and dtype in DTYPE_NAMES):
         return dtype
-    named = {name: value for value, name in DTYPES.items()}
+    named = {name: value for value, name in DTYPE_NAMES.items()}
     if not isinstance(dtype, str) or dtype not in named:
         raise ValueError(f"dtype must be one of {', '.join(named)}, or None for the checkpoint's own, got {dtype!r}")
     return named[dtype]
 
 
-def cast_dense(model: nn.Module, dense: dict[str, mx.array], dtype: mx.Dtype | None) -> dict[str, mx.array]:
-    """The unquantized parameters in the dtype that they run in, lazily.
+# What is added to the scores that choose experts: mlx-lm's names. A choice is discrete, so the last bits matter.
+_SELECTION_BIAS = re.compile(r"(?:^|\.)(?:e_score_correction_bias|expert_bias|router_bias)$")
 
-    With ``dtype=None`` that is float32 on the CPU. On a GPU it is the dtype of the embeddings: EXL3 keeps them
-    in the source's dtype but stores routers in half precision, and mixing both 16-bit kinds would make float32
-    of all.
+
+def running_dtype(dense: dict[str, mx.array], dtype: mx.Dtype | None) -> mx.Dtype | None:
+    """The dtype that the unquantized parameters and the embeddings run in, ``None`` where they stay as they are.
+
+    With ``dtype=None`` that is float32 on the CPU. On a GPU it is the dtype of the embeddings, or where those are
+    quantized that of the norms: EXL3 keeps both in the source's dtype but stores routers in half precision, and mixing
+    both 16-bit kinds would make float32 of all.
     """
-    if dtype is None and mx.default_device() == mx.cpu:
-        return {k: v.astype(mx.float32) if mx.issubdtype(v.dtype, mx.floating) else v for k, v in dense.items()}
-    casts = getattr(model, "cast_predicate", lambda key: True)
-    if dtype is None:
-        embeddings = [v.dtype for k, v in dense.items() if k.endswith("embed_tokens.weight")]
-        halves = (mx.float16, mx.bfloat16)
-        dtype = embeddings[0] if embeddings and embeddings[0] in halves else None
-        wanted = halves
-    else:
-        wanted = (mx.float16, mx.bfloat16, mx.float32)
-    return {k: v.astype(dtype) if dtype and v.dtype in wanted and casts(k) else v for k, v in dense.items()}
+    if dtype is not None:
+        return dtype
+    if ops.device_of(None) == "cpu":
+        return mx.float32
+    for ending in ("embed_tokens.weight", "norm.weight"):
+        for key, value in dense.items():
+            if key.endswith(ending):
+                return value.dtype if value.dtype in (mx.float16, mx.bfloat16) else None
+    return None
 
 
-def load_source(
-    source: LinearSource,
-    in_features: int,
-    out_features: int,
-    rows: tuple[int, ...] | None = None,
-    columns: tuple[int, ...] | None = None,
-) -> TrellisWeight:
-    """Read a weight, or the 128-blocks ``rows`` of its inputs and ``columns`` of its outputs."""
-    if source.blocks is not None:
-        columns = source.blocks if columns is None else tuple(source.blocks[c] for c in columns)
-    return source.linear.load(rows, columns, in_features=in_features, out_features=out_features)
+def cast_dense(model: nn.Module, dense: dict[str, mx.array], dtype: mx.Dtype | None) -> dict[str, mx.array]:
+    """The unquantized parameters in the dtype that they run in, lazily; see :func:`running_dtype`.
+
+    The biases that choose experts are float32 always. Where no dtype is asked for, float32 parameters and those that
+    the model wants left alone stay as they are, except that all is float32 on the CPU.
+    """
+    target, casts = running_dtype(dense, dtype), getattr(model, "cast_predicate", lambda key: True)
+    all_floats = dtype is None and target == mx.float32
+    wanted = (mx.float16, mx.bfloat16) if dtype is None else (mx.float16, mx.bfloat16, mx.float32)
+
+    def cast(key: str, value: mx.array) -> mx.array:
+        if _SELECTION_BIAS.search(key) and mx.issubdtype(value.dtype, mx.floating):
+            return value.astype(mx.float32)
+        if all_floats:
+            return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
+        return value.astype(target) if target is not None and value.dtype in wanted and casts(key) else value
+
+    return {key: cast(key, value) for key, value in dense.items()}
 
 
-def _whole_linear(_path: str, module: nn.Module, source: LinearSource) -> TrellisLinear:
-    out_features, in_features = module.weight.shape
-    return TrellisLinear(load_source(source, in_features, out_features))
-
-
-def _whole_experts(_path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> nn.Module:
-    weights = []
-    for projection in PROJECTIONS:
-        _, out_features, in_features = module[projection].weight.shape
-        weights.append([load_source(source, in_features, out_features) for source in sources[projection]])
-    return make_glu(module, *weights)
-
-
-def module_at(model: nn.Module, path: str):
+def module_at(model: nn.Module, path: str) -> Any:
     """The module at a path, or None where it is gone (layers of other pipeline ranks)."""
-    module = model
+    module: Any = model
     for part in path.split("."):
         if isinstance(module, (list, tuple)):
             module = module[int(part)] if int(part) < len(module) else None
@@ -225,7 +162,7 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     parent_path, _, leaf = path.rpartition(".")
     parent = module_at(model, parent_path) if parent_path else model
     for name, child in module_at(model, path).children().items():
-        if name not in new and name != "activation":
+        if name not in new and name not in ("activation", *PROJECTIONS):
             new[name] = child
     if isinstance(parent, list):
         parent[int(leaf)] = new
@@ -233,13 +170,25 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
         setattr(parent, leaf, new)
 
 
-def groups_of(paths) -> list[list[str]]:
+def groups_of(paths: Iterable[str]) -> list[list[str]]:
     """Paths by layer, in the order of the model; what is in no layer comes first."""
     groups: dict[str, list[str]] = {"": []}
     for path in paths:
         match = _LAYER.match(path)
         groups.setdefault(match[0] if match else "", []).append(path)
     return [group for group in groups.values() if group]
+
+
+def _fill_embeddings(model: nn.Module, mapping: WeightMap, dtype: mx.Dtype | None) -> None:
+    for path in dict.fromkeys((*mapping.embeddings, *mapping.heads)):
+        module = module_at(model, path)
+        if module is None:
+            continue
+        made = make_embedding(module, mapping.embeddings[path], dtype) if path in mapping.embeddings else module
+        if path in mapping.heads:
+            head = TrellisLinear(load_source(mapping.heads[path], *reversed(module.weight.shape)))
+            made = EmbeddingWithHead(made, head)
+        replace_module(model, path, made)
 
 
 def fill(
@@ -249,8 +198,8 @@ def fill(
     *,
     lazy: bool = False,
     progress: LayerProgress | None = None,
-    make_linear=_whole_linear,
-    make_experts=_whole_experts,
+    make_linear: MakeLinear = whole_linear,
+    make_experts: MakeExperts = whole_experts,
 ) -> None:
     """Read the weights into a model, layer by layer, so that at most one layer is held twice.
 
@@ -265,13 +214,11 @@ def fill(
     """
     present = {k: v for k, v in mapping.dense.items() if module_at(model, k) is not None}
     mapping.dense.clear()
+    target = running_dtype(present, dtype)
     dense = cast_dense(model, present, dtype)
     del present
     model.load_weights(list(dense.items()), strict=False)
-    for path, source in mapping.heads.items():
-        embedding = module_at(model, path)
-        head = TrellisLinear(load_source(source, *reversed(embedding.weight.shape)))
-        replace_module(model, path, EmbeddingWithHead(embedding, head))
+    _fill_embeddings(model, mapping, target)
     groups = groups_of((*dense, *mapping.linears, *mapping.experts))
     for done, group in enumerate(groups, 1):
         for path in group:
@@ -281,7 +228,10 @@ def fill(
             if path in mapping.linears:
                 replace_module(model, path, make_linear(path, module, mapping.linears[path]))
             else:
-                replace_module(model, path, make_experts(path, module, mapping.experts[path]))
+                made = make_experts(path, module, mapping.experts[path])
+                if isinstance(made, PartlyQuantizedSwitchGLU) and target is not None:
+                    made.dense.set_dtype(target)
+                replace_module(model, path, made)
         if not lazy:
             mx.eval([dense[path] for path in group if path in dense])
         mx.clear_cache()  # the buffers that this layer was read into are of no use to the next
@@ -293,16 +243,35 @@ def fill(
 def open_checkpoint(model_path: Path, model_config: dict | None = None) -> tuple[nn.Module, dict, WeightMap]:
     """The model of an EXL3 directory, its config and where its weights go: all checked, nothing read."""
     loader = TrellisModelLoader(model_path)
-    if not loader.quantized:
-        raise ValueError(f"{model_path} holds no EXL3 tensors; load it with mlx_lm.load")
-    if metal_marlin.is_grid_directory(model_path):
+    if loader.kind is Kind.METAL_MARLIN:
         raise ValueError(
             f"{model_path} is of the metal-marlin format, of which TrellisModelLoader loads single weights, but no "
             "whole models; convert the original model with mlx_marlin-convert"
         )
+    if not loader.quantized:
+        raise ValueError(f"{model_path} holds no EXL3 tensors; load it with mlx_lm.load")
     config = read_config(model_path, loader, model_config)
     model = build(model_path, config)
-    return model, config, map_weights(model, loader)
+    mapping = map_weights(model, loader)
+    _restore_up(mapping, config)
+    return model, config, mapping
+
+
+def _restore_up(mapping: WeightMap, config: dict) -> None:
+    """Undo the division of the experts' ``up``, but behind ``down``: activations stay as small as they are meant."""
+    for path, projections in mapping.experts.items():
+        layer = _LAYER.match(path)
+        divisor = up_divisor(config, int(layer[0].rpartition(".")[2])) if layer else 1
+        if divisor != 1:
+            projections["down_proj"] = [replace(source, factor=divisor) for source in projections["down_proj"]]
+
+
+def report(model: nn.Module, mapping: WeightMap) -> None:
+    """Say once what was left out of the checkpoint, in the log and as the model's attribute ``left_out``."""
+    model.left_out = mapping.left_out
+    if mapping.left_out:
+        level = logging.INFO if mapping.left_out.expected else logging.WARNING
+        _log.log(level, "the model leaves out of the checkpoint: %s", mapping.left_out)
 
 
 def load_exl3_model(
@@ -323,7 +292,7 @@ def load_exl3_model(
         progress: Called with (layers done, layers) after each layer. Default: ``None``.
 
     Returns:
-        The model and its config.
+        The model and its config. The model's attribute ``left_out`` is a :class:`LeftOut`.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -332,4 +301,5 @@ def load_exl3_model(
     dtype = activation_dtype(dtype)
     model, config, mapping = open_checkpoint(Path(model_path), model_config)
     fill(model, mapping, dtype, lazy=lazy, progress=progress)
+    report(model, mapping)
     return model, config

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..kernels import Problem
+from .experts import activation_of, unquantized_experts
 from .mapping import PROJECTIONS
-from .model import activation_of, module_at, open_checkpoint
+from .model import module_at, open_checkpoint
 
 # How mlx-lm's model configs call the experts per token.
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k", "experts_per_token")
@@ -20,7 +21,7 @@ def _top_k(config: dict, experts: int) -> int:
     raise ValueError(f"config.json does not say how many experts a token takes; looked for {', '.join(_TOP_K)}")
 
 
-def model_problems(model_path, dtype: str, device: str) -> dict[Problem, list[str]]:
+def model_problems(model_path: str | Path, dtype: str, device: str) -> dict[Problem, list[str]]:
     """The distinct problems of a checkpoint at one row, each with the modules that pose it.
 
     Args:
@@ -38,17 +39,18 @@ def model_problems(model_path, dtype: str, device: str) -> dict[Problem, list[st
         activation = activation_of(module_at(model, path))
         if activation is None:
             continue  # three products of which the tuner times none: they are not fused
-        stacks = [[source.linear for source in sources[projection]] for projection in PROJECTIONS]
+        is_dense = unquantized_experts(sources)
+        stacks = [[s.quantized for s, dense in zip(sources[p], is_dense) if not dense] for p in PROJECTIONS]
+        if not stacks[0]:
+            continue
         experts = len(stacks[0])
-        problem = Problem(
-            kind="swiglu",
-            rows=1,
-            top_k=_top_k(config, experts),
-            hidden=module_at(model, path)[PROJECTIONS[0]].weight.shape[2],
-            intermediate=stacks[0][0].padded_shape[1],
+        problem = Problem.swiglu(
+            module_at(model, path)[PROJECTIONS[0]].weight.shape[2],
+            stacks[0][0].padded_shape[1],
             experts=experts,
-            bits=tuple(sorted(set(zip(*([w.bits for w in stack] for stack in stacks))))),
-            codebooks=tuple(sorted({w.codebook for stack in stacks for w in stack})),
+            top_k=_top_k(config, experts),
+            bits=zip(*([w.bits for w in stack] for stack in stacks)),
+            codebooks=[w.codebook for stack in stacks for w in stack],
             activation=activation.name,
             dtype=dtype,
             device=device,
@@ -57,16 +59,11 @@ def model_problems(model_path, dtype: str, device: str) -> dict[Problem, list[st
         problems.setdefault(problem, []).append(path)
     for path, source in mapping.linears.items():
         out_features, in_features = module_at(model, path).weight.shape
-        problem = Problem(
-            kind="linear",
-            rows=1,
-            top_k=1,
-            hidden=in_features,
-            intermediate=out_features,
-            experts=1,
-            bits=((source.linear.bits,),),
-            codebooks=(source.linear.codebook,),
-            activation="none",
+        problem = Problem.linear(
+            in_features,
+            out_features,
+            bits=source.quantized.bits,
+            codebooks=source.quantized.codebook,
             dtype=dtype,
             device=device,
             bias="bias" in source.linear.parts,

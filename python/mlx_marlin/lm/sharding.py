@@ -9,22 +9,25 @@ must fall on 128-blocks, because the Hadamard transforms mix inside those.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.nn.layers.distributed import AllToShardedLinear, ShardedToAllLinear, sum_gradients
 from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..codec import HADAMARD_SIZE
 from ..layers.linear import TrellisLinear
 from ..weights.trellis import TrellisWeight
-from .hub import fetch
-from .mapping import MODEL_ERRORS, PROJECTIONS, LinearSource, WeightMap
-from .model import LayerProgress, build, fill, load_source, make_glu, module_at, open_checkpoint
+from .experts import load_source, make_glu, unquantized_experts
+from .hub import check_tokenizer, fetch
+from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap
+from .model import LayerProgress, MakeExperts, MakeLinear, build, fill, module_at, open_checkpoint, report
+from .placeholders import LinearSource
 
 
 class AllToShardedTrellisLinear(TrellisLinear):
@@ -51,6 +54,13 @@ class ShardedToAllTrellisLinear(TrellisLinear):
     def __call__(self, x: mx.array) -> mx.array:
         y = mx.distributed.all_sum(super().__call__(x), group=self._group)
         return y + self.summed_bias.astype(y.dtype) if "summed_bias" in self else y
+
+
+class Makers(TypedDict, total=False):
+    """Keywords for :func:`fill`."""
+
+    make_linear: MakeLinear
+    make_experts: MakeExperts
 
 
 @dataclass
@@ -143,6 +153,12 @@ def split(model: nn.Module, probe: nn.Module, mapping: WeightMap, group: mx.dist
     Raises:
         ValueError: If mlx-lm cannot split the model this way, or a trellis cannot be cut where it splits.
     """
+    for path, sources in mapping.experts.items():
+        if any(unquantized_experts(sources)):
+            raise ValueError(
+                f"{path}: some of its experts are not quantized, and such a layer cannot be split over ranks; use "
+                "pipeline parallelism"
+            )
     cuts, targets = {}, _targets(mapping)
     axes = _split_axes(probe, targets, group)
     model.load_weights(list(mapping.dense.items()), strict=False)
@@ -183,7 +199,8 @@ def _stored_bias(mapping: WeightMap, path: str, shape: tuple[int, ...]) -> mx.ar
 
 def load_bias(source: LinearSource, size: int) -> mx.array:
     """The bias of a source in float32, cut to its logical size."""
-    values = source.linear.load_bias(source.blocks)
+    values = source.quantized.load_bias(source.blocks)
+    assert values is not None, source.linear.name  # map_weights: the model has a bias where the checkpoint has one
     return values[:size].astype(mx.float32)
 
 
@@ -196,7 +213,7 @@ def _check_experts(mapping: WeightMap, cuts: dict[str, Cut]) -> None:
             )
 
 
-def _make_linear(cuts: dict[str, Cut], group) -> Callable:
+def _make_linear(cuts: dict[str, Cut], group: mx.distributed.Group) -> MakeLinear:
     def make(path: str, module: nn.Module, source: LinearSource) -> TrellisLinear:
         w = cuts[path].load(source, module.get("bias"))
         if isinstance(module, AllToShardedLinear):
@@ -208,9 +225,9 @@ def _make_linear(cuts: dict[str, Cut], group) -> Callable:
     return make
 
 
-def _make_experts(cuts: dict[str, Cut]) -> Callable:
+def _make_experts(cuts: dict[str, Cut]) -> MakeExperts:
     def make(path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> nn.Module:
-        weights = []
+        weights: list[list[TrellisWeight]] = []
         for projection in PROJECTIONS:
             cut, bias = cuts[f"{path}.{projection}"], module[projection].get("bias")
             weights.append([cut.load(s, None if bias is None else bias[e]) for e, s in enumerate(sources[projection])])
@@ -221,7 +238,7 @@ def _make_experts(cuts: dict[str, Cut]) -> Callable:
 
 def open_sharded(
     model_path: Path, pipeline_group: mx.distributed.Group | None, tensor_group: mx.distributed.Group | None
-) -> tuple[nn.Module, dict, WeightMap, dict[str, Callable]]:
+) -> tuple[nn.Module, dict, WeightMap, Makers]:
     """This rank's part of a model: everything checked, nothing read.
 
     Without a group, the tensor parallelism of the model is used, or else its pipeline, as mlx-lm does.
@@ -241,7 +258,7 @@ def open_sharded(
         raise ValueError(f"{type(model).__module__} has no tensor parallelism")
     if pipeline_group is not None and not can_pipeline:
         raise ValueError(f"{type(model).__module__} has no pipeline parallelism")
-    makers = {}
+    makers: Makers = {}
     if tensor_group is not None:
         cuts = split(model, build(model_path, config), mapping, tensor_group)
         makers = {"make_linear": _make_linear(cuts, tensor_group), "make_experts": _make_experts(cuts)}
@@ -265,7 +282,7 @@ def sharded_load(
     trust_remote_code: bool = False,
     dtype: mx.Dtype | None = None,
     progress: LayerProgress | None = None,
-):
+) -> tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict]:
     """``mlx_lm.utils.sharded_load`` for EXL3 checkpoints; same arguments.
 
     Raises:
@@ -274,12 +291,14 @@ def sharded_load(
     """
     model_path = fetch(repo)
     model, config, mapping, makers = open_sharded(model_path, pipeline_group, tensor_group)
+    check_tokenizer(model_path)
     tokenizer = mlx_lm_utils.load_tokenizer(
         model_path,
         tokenizer_config or {"trust_remote_code": trust_remote_code},
         eos_token_ids=config.get("eos_token_id"),
     )
     fill(model, mapping, dtype, progress=progress, **makers)
+    report(model, mapping)
     # All ranks wait for the slowest here, so that the first message of one does not time out.
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
     return (model, tokenizer, config) if return_config else (model, tokenizer)

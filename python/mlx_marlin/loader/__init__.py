@@ -1,11 +1,16 @@
 """Checkpoint directories: which linears they hold, and single weights from them."""
 
-from .directory import INDEX_NAME, TrellisModelLoader, names_trellis
+from .contents import LeftOut
+from .directory import INDEX_NAME, Kind, TrellisModelLoader, kind_of
+from .embedding import QuantizedEmbedding
 from .exl3 import QuantizedLinear
 
 __all__ = [
     "INDEX_NAME",
+    "Kind",
+    "LeftOut",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "TrellisModelLoader",
-    "names_trellis",
+    "kind_of",
 ]

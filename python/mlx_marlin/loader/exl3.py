@@ -1,19 +1,23 @@
-"""One EXL3 linear of a checkpoint, known from the headers, and read from the file.
+"""Linears of an EXL3 checkpoint, known from the headers, and read from the files.
 
 Quantized tensors are copied out of a memory map, so that taking a slice reads only its bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from .. import codec
+from .. import codec, ops
 from ..storage.safetensors import TensorInfo
 from ..weights.trellis import TrellisWeight
+
+MARKERS = {name: ops.CODEBOOK_MULTIPLIERS[name] for name in ("mcg", "mul1")}
+"""What the tensors .mcg and .mul1 hold, as unsigned numbers; 3INST has no marker."""
 
 # Suffixes that only a quantized linear has. A bias belongs to it too, but other modules also have one.
 QUANTIZED_SUFFIXES = ("trellis", "suh", "svh", "su", "sv", "mcg", "mul1")
@@ -32,13 +36,13 @@ class QuantizedLinear:
     parts: dict[str, TensorInfo]
 
     @property
-    def bits(self) -> int:
-        return self.parts["trellis"].shape[2] // codec.TILE
+    def bits(self) -> int | float:
+        return codec.trellis_bits(self.parts["trellis"].shape)
 
     @property
     def codebook(self) -> str:
-        """Told by which marker is present; its value is not looked at, as in ExLlamaV3."""
-        return next((marker for marker in ("mcg", "mul1") if marker in self.parts), "3inst")
+        """Told by which marker is present; :func:`check_markers` sees that it holds what it should."""
+        return next((marker for marker in MARKERS if marker in self.parts), "3inst")
 
     @property
     def padded_shape(self) -> tuple[int, int]:
@@ -73,7 +77,7 @@ class QuantizedLinear:
             )
         self._check_scales(where, ("suh", "su"), k)
         self._check_scales(where, ("svh", "sv"), n)
-        for suffix in ("mcg", "mul1"):
+        for suffix in MARKERS:
             if suffix in self.parts and (self.parts[suffix].dtype, self.parts[suffix].shape) != ("I32", ()):
                 part = self.parts[suffix]
                 raise ValueError(
@@ -137,6 +141,69 @@ class QuantizedLinear:
         if full in self.parts:
             return _read_floats(self.parts[full])
         return mx.array(codec.unpack_signs(self.parts[packed].map()))
+
+
+@dataclass(frozen=True)
+class PlainLinear:
+    """An expert that was left unquantized among quantized ones.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        parts: Its tensors by suffix: weight ``[n, k]``, and maybe bias ``[n]``.
+    """
+
+    name: str
+    parts: dict[str, TensorInfo]
+
+    @property
+    def padded_shape(self) -> tuple[int, int]:
+        """``(k, n)`` as its quantized neighbours have them: multiples of 128."""
+        n, k = self.parts["weight"].shape
+        return codec.padded(k), codec.padded(n)
+
+    def check(self) -> None:
+        """Raise ValueError, naming file and tensor, unless it is a matrix of floats with a fitting bias."""
+        weight = self.parts["weight"]
+        wanted = {"weight": weight.shape if len(weight.shape) == 2 else ("n", "k"), "bias": weight.shape[:1]}
+        for suffix, part in self.parts.items():
+            if part.dtype not in ("F16", "BF16", "F32") or part.shape != wanted[suffix]:
+                raise ValueError(
+                    f"{part.file}: {self.name}.{suffix} must be floating point of shape {list(wanted[suffix])}, "
+                    f"got {part.dtype} {list(part.shape)}"
+                )
+
+    def load(self) -> mx.array:
+        """The weight, ``[n, k]``, in the dtype of the file."""
+        return _read_floats(self.parts["weight"])
+
+    def load_bias(self) -> mx.array | None:
+        """The bias, ``[n]``."""
+        return _read_floats(self.parts["bias"]) if "bias" in self.parts else None
+
+
+def check_markers(linears: Iterable[QuantizedLinear]) -> None:
+    """See that the markers of codebooks hold the codebooks' multipliers.
+
+    Raises:
+        ValueError: If one does not; the message names it.
+    """
+    markers: dict[Path, list[tuple[int, str, str]]] = {}
+    for linear in linears:
+        for suffix in MARKERS:
+            if suffix in linear.parts:
+                info = linear.parts[suffix]
+                markers.setdefault(info.file, []).append((info.start, linear.name, suffix))
+    for file, places in markers.items():
+        with open(file, "rb", buffering=0) as stream:  # there are thousands, four bytes each
+            for start, name, suffix in sorted(places):
+                stream.seek(start)
+                value, wanted = int.from_bytes(stream.read(4), "little"), MARKERS[suffix]
+                if value != wanted:
+                    raise ValueError(
+                        f"{file}: {name}.{suffix} holds {value:#010x}, but the codebook of this name has "
+                        f"{wanted:#010x}: the file is damaged, or written for another codebook by an ExLlamaV3 later "
+                        "than 1.6.5"
+                    )
 
 
 def _read_floats(info: TensorInfo) -> mx.array:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..storage.safetensors import TensorInfo, parse_json, read_header
+from ..storage.safetensors import NUMPY_DTYPES, TensorInfo, read_header
+from ..storage.untrusted import read_json
 from ..weights.grid import GridWeight
 
 _PARTS = ("indices", "scales", "su", "sv")
-_V3_INDEX = "quantization_index.json"
+V3_INDEX, V2_INDEXES = "quantization_index.json", "layer_*/index.json"
 _WEIGHT = ".weight"
 
 
@@ -57,15 +58,7 @@ class GridEntry:
 def _read(info: TensorInfo) -> np.ndarray:
     if info.dtype not in ("U8", "F32"):
         raise ValueError(f"a tensor is {info.dtype}; U8 indices and F32 scales are wanted")
-    dtype = np.uint8 if info.dtype == "U8" else np.dtype("<f4")
-    with open(info.file, "rb") as f:
-        f.seek(info.start)
-        return np.frombuffer(f.read(info.nbytes), dtype).reshape(info.shape)
-
-
-def is_grid_directory(directory: Path) -> bool:
-    """Whether a directory is of this format."""
-    return (directory / _V3_INDEX).is_file() or any(directory.glob("layer_*/index.json"))
+    return np.frombuffer(info.read(), NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
 
 def read_directory(directory: Path) -> dict[str, GridEntry]:
@@ -79,10 +72,10 @@ def read_directory(directory: Path) -> dict[str, GridEntry]:
         FileNotFoundError: If a layer has no tensor files.
         ValueError: If an index or a file is damaged, or a tensor is missing.
     """
-    if (directory / _V3_INDEX).is_file():
-        return _entries(directory / _V3_INDEX, "layers", sorted(directory.glob("*.safetensors")))
+    if (directory / V3_INDEX).is_file():
+        return _entries(directory / V3_INDEX, "layers", sorted(directory.glob("*.safetensors")))
     entries: dict[str, GridEntry] = {}
-    for index in sorted(directory.glob("layer_*/index.json")):
+    for index in sorted(directory.glob(V2_INDEXES)):
         files = sorted(index.parent.glob("tensor_*.safetensors")) or sorted(index.parent.glob("batch_*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{index.parent} holds neither tensor_*.safetensors nor batch_*.safetensors")
@@ -91,7 +84,7 @@ def read_directory(directory: Path) -> dict[str, GridEntry]:
 
 
 def _entries(index: Path, key: str, files: list[Path]) -> dict[str, GridEntry]:
-    listed = parse_json(index.read_bytes(), str(index), finite=False).get(key)
+    listed = read_json(index, finite=False).get(key)
     if not isinstance(listed, list):
         raise ValueError(f"{index} has no list {key!r}")
     tensors: dict[str, TensorInfo] = {}
@@ -104,7 +97,7 @@ def _entries(index: Path, key: str, files: list[Path]) -> dict[str, GridEntry]:
     return entries
 
 
-def _entry(index: Path, item, tensors: dict[str, TensorInfo]) -> GridEntry:
+def _entry(index: Path, item: object, tensors: dict[str, TensorInfo]) -> GridEntry:
     if not isinstance(item, dict) or not {"name", "bits", "shape"} <= item.keys():
         raise ValueError(f"{index}: every entry needs name, bits and shape, got {item!r}")
     name, bits, shape = item["name"], item["bits"], item["shape"]

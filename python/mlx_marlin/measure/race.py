@@ -10,11 +10,12 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Generic, Literal
 
-from .stats import Comparison, compare, holm, p_faster, without_drift
+from .stats import Comparison, Key, compare, holm, p_faster, without_drift
 
 # Slower than the best median by these factors after 1, 2, and 3 or more rounds: hopeless. Noise averages out.
 HOPELESS = (2.0, 1.5, 1.25)
@@ -24,9 +25,12 @@ ROUNDS_TO_TEST = 5
 FEWEST_ROUNDS = 2
 MAX_FINALISTS = 4
 
+Decision = Literal["faster", "default", "undecided"]
+"""What a race ends with, see :class:`Race`."""
+
 
 @dataclass(frozen=True)
-class Rules:
+class RaceSettings:
     """When a challenger wins.
 
     Attributes:
@@ -43,7 +47,7 @@ class Rules:
     alpha: float = 0.05
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rounds < 2 or self.warmup < 0:
             raise ValueError(f"rounds must be at least 2 and warmup at least 0, got {self.rounds} and {self.warmup}")
         if not 0 <= self.margin < 1 or not 0 < self.alpha < 1:
@@ -51,7 +55,7 @@ class Rules:
 
 
 @dataclass
-class Race:
+class Race(Generic[Key]):
     """The outcome of a race.
 
     Attributes:
@@ -66,13 +70,13 @@ class Race:
         complete: Whether all candidates entered, and two rounds were run to their end.
     """
 
-    winner: Hashable
-    decision: str = "default"
+    winner: Key
+    decision: Decision = "default"
     comparison: Comparison = Comparison(1.0, 1.0, 1.0, 1.0)
-    samples: dict = field(default_factory=dict)
-    fresh: dict = field(default_factory=dict)
-    control: list = field(default_factory=list)
-    failures: dict = field(default_factory=dict)
+    samples: dict[Key, list[float]] = field(default_factory=dict)
+    fresh: dict[Key, list[float]] = field(default_factory=dict)
+    control: list[float] = field(default_factory=list)
+    failures: dict[Key, str] = field(default_factory=dict)
     complete: bool = False
 
 
@@ -91,17 +95,20 @@ class Limits:
 
 NO_LIMITS = Limits()
 
+OnRound = Callable[[int, int], None]
+"""Called with the candidates left and the rounds left."""
+
 
 def race(
-    candidates: Mapping[Hashable, Callable[[], float]],
-    incumbent: Hashable,
-    rules: Rules = Rules(),
+    candidates: Mapping[Key, Callable[[], float]],
+    incumbent: Key,
+    settings: RaceSettings = RaceSettings(),
     *,
-    cost: Callable[[Hashable], float] = lambda key: 1.0,
+    cost: Callable[[Key], float] = lambda key: 1.0,
     control: Callable[[], float] | None = None,
     limits: Limits = NO_LIMITS,
-    on_round: Callable[[int, int], None] | None = None,
-) -> Race:
+    on_round: OnRound | None = None,
+) -> Race[Key]:
     """Whether a challenger beats the incumbent.
 
     Candidates enter one after the other, the incumbent first; then all are sampled once per round, in an order that
@@ -114,7 +121,7 @@ def race(
             one, when the candidate enters. Whatever a clock raises is recorded as its failure; only the incumbent's
             is raised.
         incumbent: The key that stays unless it is beaten.
-        rules: Rounds, margin and significance.
+        settings: Rounds, margin and significance.
         cost: Factor on the times of a candidate, for objectives other than latency.
         control: A clock that is sampled in each round and takes no part: it tells later how fast the machine was.
         limits: When to end early.
@@ -125,41 +132,50 @@ def race(
     """
     if incumbent not in candidates:
         raise ValueError(f"the incumbent {incumbent!r} is not among the candidates")
-    table = _Table(candidates, incumbent, rules, cost, control, limits, on_round)
-    result = Race(incumbent, failures=table.failures)
-    if not table.enter():
+    entrants = _Entrants(candidates, incumbent, settings, cost, control, limits, on_round)
+    result = Race(incumbent, failures=entrants.failures)
+    if not entrants.enter():
         result.decision = "undecided"
         return result
-    result.samples, result.control = table.run(list(table.clocks), rules.rounds, eliminate=True)
-    result.complete = table.rounds >= FEWEST_ROUNDS
+    result.samples, result.control = entrants.run(list(entrants.clocks), settings.rounds, eliminate=True)
+    result.complete = entrants.rounds >= FEWEST_ROUNDS
     steady = without_drift(result.samples)
-    passed = table.significant(steady, tests=len(candidates) - 1)
+    passed = entrants.significant(steady, tests=len(candidates) - 1)
     if passed:
-        finalists = [incumbent, *table.finalists(passed, steady)]
-        fresh_times, fresh_control = table.run(finalists, rules.rounds, eliminate=False)
+        finalists = [incumbent, *entrants.finalists(passed, steady)]
+        fresh_times, fresh_control = entrants.run(finalists, settings.rounds, eliminate=False)
         fresh = without_drift(fresh_times)
-        confirmed = table.significant(fresh, tests=len(finalists) - 1)
+        confirmed = entrants.significant(fresh, tests=len(finalists) - 1)
         if incumbent in fresh_times:
             result.fresh, result.control = fresh_times, fresh_control
         if confirmed:
-            result.winner, result.decision = table.first_of_best(confirmed, fresh), "faster"
-            result.comparison = compare(fresh[result.winner], fresh[incumbent], rules.margin)
-    if result.winner == incumbent and table.possibly_faster(steady):
+            result.winner, result.decision = entrants.first_of_best(confirmed, fresh), "faster"
+            result.comparison = compare(fresh[result.winner], fresh[incumbent], settings.margin)
+    if result.winner == incumbent and entrants.possibly_faster(steady):
         result.decision = "undecided"
     return result
 
 
-class _Table:
+class _Entrants(Generic[Key]):
     """The clocks of a race and the tests on their samples."""
 
-    def __init__(self, candidates, incumbent, rules, cost, control, limits, on_round):
+    def __init__(
+        self,
+        candidates: Mapping[Key, Callable[[], float]],
+        incumbent: Key,
+        settings: RaceSettings,
+        cost: Callable[[Key], float],
+        control: Callable[[], float] | None,
+        limits: Limits,
+        on_round: OnRound | None,
+    ):
         self.clocks = dict(candidates)
-        self.incumbent, self.rules, self.cost, self.control = incumbent, rules, cost, control
+        self.incumbent, self.settings, self.cost, self.control = incumbent, settings, cost, control
         self.limits, self.on_round = limits, on_round
-        self.failures: dict = {}
+        self.failures: dict[Key, str] = {}
         self.rounds = 0  # of the first phase
         self.order = {key: i for i, key in enumerate(candidates)}
-        self.random = random.Random(rules.seed)
+        self.random = random.Random(settings.seed)
 
     def enter(self) -> bool:
         """Warm all candidates up, the incumbent first; whether there was time for all."""
@@ -168,15 +184,17 @@ class _Table:
                 return False
             warm = getattr(self.clocks[key], "warm_up", None)
             if warm is not None:
-                self._guarded(key, partial(warm, self.rules.warmup))
-        if hasattr(self.control, "warm_up"):
-            self.control.warm_up(self.rules.warmup)
+                self._guarded(key, partial(warm, self.settings.warmup))
+        warm = getattr(self.control, "warm_up", None)
+        if warm is not None:
+            warm(self.settings.warmup)
         return True
 
-    def run(self, keys: list, rounds: int, eliminate: bool) -> tuple[dict, list]:
+    def run(self, keys: list[Key], rounds: int, eliminate: bool) -> tuple[dict[Key, list[float]], list[float]]:
         """Sample in rounds; the times of every candidate that has any, and those of the control."""
-        times = {key: [] for key in keys if key in self.clocks}
-        active, control = list(times), []
+        times: dict[Key, list[float]] = {key: [] for key in keys if key in self.clocks}
+        active = list(times)
+        control: list[float] = []
         for done in range(rounds):
             alone = eliminate and len(active) < 2 and done >= ROUNDS_TO_TEST
             if alone or self._late(done, eliminate):
@@ -205,7 +223,7 @@ class _Table:
         owed = first and done < FEWEST_ROUNDS
         return now > self.limits.deadline or (now > self.limits.share and not owed)
 
-    def _guarded(self, key, call):
+    def _guarded(self, key: Key, call: Callable[[], float | None]) -> float | None:
         """The value of a call, or ``None`` if a challenger raised, which then leaves the race."""
         if key == self.incumbent:
             return call()
@@ -220,13 +238,13 @@ class _Table:
             self.clocks.pop(key, None)
             return None
 
-    def _survivors(self, active: list, times: dict, rounds: int) -> list:
+    def _survivors(self, active: list[Key], times: Mapping[Key, Sequence[float]], rounds: int) -> list[Key]:
         limit = HOPELESS[min(rounds, len(HOPELESS)) - 1]
         times = self._weighted(without_drift(times))
         medians = {key: statistics.median(times[key]) for key in active}
-        best = min(medians, key=medians.get)
+        best = min(medians, key=medians.__getitem__)
 
-        def stays(key) -> bool:
+        def stays(key: Key) -> bool:
             if key in (self.incumbent, best):
                 return True
             if medians[key] > limit * medians[best]:
@@ -236,40 +254,40 @@ class _Table:
 
         return [key for key in active if stays(key)]
 
-    def _weighted(self, times: dict) -> dict:
+    def _weighted(self, times: Mapping[Key, Sequence[float]]) -> dict[Key, list[float]]:
         """What the times are worth by the objective."""
         return {key: [sample * self.cost(key) for sample in samples] for key, samples in times.items()}
 
-    def _challengers(self, times: dict) -> list:
+    def _challengers(self, times: Mapping[Key, Sequence[float]]) -> list[Key]:
         if len(times.get(self.incumbent, ())) < 2:
             return []
         return [key for key, samples in times.items() if key != self.incumbent and len(samples) > 1]
 
-    def significant(self, times: dict, tests: int) -> set:
+    def significant(self, times: Mapping[Key, Sequence[float]], tests: int) -> set[Key]:
         times = self._weighted(times)
-        base, margin = times.get(self.incumbent), self.rules.margin
+        base, margin = times.get(self.incumbent, []), self.settings.margin  # without a base there are no challengers
         p_values = {key: p_faster(times[key], base, margin) for key in self._challengers(times)}
-        return holm(p_values, self.rules.alpha, tests)
+        return holm(p_values, self.settings.alpha, tests)
 
-    def possibly_faster(self, times: dict) -> bool:
+    def possibly_faster(self, times: Mapping[Key, Sequence[float]]) -> bool:
         """Whether some challenger looks faster by the margin, or nothing can be said."""
         if len(times.get(self.incumbent, ())) < 2:
             return True
         times = self._weighted(times)
-        limit = (1 - self.rules.margin) * statistics.geometric_mean(times[self.incumbent])
+        limit = (1 - self.settings.margin) * statistics.geometric_mean(times[self.incumbent])
         return any(statistics.geometric_mean(times[key]) < limit for key in self._challengers(times))
 
-    def _tied(self, keys, times: dict) -> list:
+    def _tied(self, keys: Collection[Key], times: Mapping[Key, Sequence[float]]) -> list[Key]:
         """The candidates that are not significantly slower than the best of them, in the caller's order."""
         best = self._fastest(keys, times)
         # 0.025 on one side: the 95 % interval of the ratio contains 1.
         tied = [key for key in keys if key == best or p_faster(times[best], times[key]) > 0.025]
-        return sorted(tied, key=self.order.get)
+        return sorted(tied, key=self.order.__getitem__)
 
-    def _fastest(self, keys, times: dict):
+    def _fastest(self, keys: Collection[Key], times: Mapping[Key, Sequence[float]]) -> Key:
         return min(keys, key=lambda key: statistics.geometric_mean(times[key]))
 
-    def finalists(self, passed: set, times: dict) -> list:
+    def finalists(self, passed: set[Key], times: Mapping[Key, Sequence[float]]) -> list[Key]:
         """The fastest that passed, and the first of those that the samples cannot tell from it."""
         times = self._weighted(times)
         best = self._fastest(passed, times)
@@ -277,9 +295,9 @@ class _Table:
         first = [key for key in self._tied({best, *others}, times) if key != best]
         return [best, *first[: MAX_FINALISTS - 1]]
 
-    def first_of_best(self, confirmed: set, times: dict):
+    def first_of_best(self, confirmed: set[Key], times: Mapping[Key, Sequence[float]]) -> Key:
         return self._tied(confirmed, self._weighted(times))[0]
 
 
-def _sampled(times: dict) -> dict:
+def _sampled(times: dict[Key, list[float]]) -> dict[Key, list[float]]:
     return {key: samples for key, samples in times.items() if samples}

@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+"""What stands for a hypothesis or a candidate."""
 
 
 def _incomplete_beta(a: float, b: float, x: float) -> float:
@@ -157,7 +160,7 @@ def compare(times: Sequence[float], baseline: Sequence[float], margin: float = 0
     return Comparison(math.exp(mean), math.exp(mean - half), math.exp(mean + half), _p_faster(difference, margin))
 
 
-def holm(p_values: Mapping[Hashable, float], alpha: float, tests: int | None = None) -> set:
+def holm(p_values: Mapping[Key, float], alpha: float, tests: int | None = None) -> set[Key]:
     """The hypotheses that Holm's step-down procedure rejects.
 
     Args:
@@ -182,7 +185,7 @@ def spread(times: Sequence[float]) -> float:
     return (high - low) / middle
 
 
-def without_drift(times: Mapping[Hashable, Sequence[float]]) -> dict[Hashable, list[float]]:
+def without_drift(times: Mapping[Key, Sequence[float]]) -> dict[Key, list[float]]:
     """Interleaved times with what all candidates of a round share taken out.
 
     A machine that gets slower slows all candidates of a round alike. The average of a round's deviations from the
@@ -197,7 +200,7 @@ def without_drift(times: Mapping[Hashable, Sequence[float]]) -> dict[Hashable, l
     """
     logs = {key: _logs(values) for key, values in times.items()}
     centers = {key: statistics.median(values) for key, values in logs.items()}
-    steady: dict[Hashable, list[float]] = {key: [] for key in logs}
+    steady: dict[Key, list[float]] = {key: [] for key in logs}
     for i in range(max(map(len, logs.values()), default=0)):
         deviations = {key: values[i] - centers[key] for key, values in logs.items() if len(values) > i}
         k = len(deviations)

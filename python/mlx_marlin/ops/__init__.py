@@ -4,6 +4,7 @@
 - ``problems``: what a call asks for, and the config that answers it.
 - ``calls``: a call in three steps: checked, its problem, the primitive.
 - ``products``: the ops that users call.
+- ``embedding``: rows of a quantized token embedding.
 - ``planning``: what a GPU would run.
 - ``search``: the encoder's search.
 - ``shaders``: the Metal sources, made self-contained.
@@ -18,8 +19,18 @@ import mlx.core as mx
 from .. import _ext
 from . import shaders
 from .calls import Call, check_gathered, check_linear, check_swiglu, run
-from .planning import plan
-from .problems import DTYPES, Activation, device_of, linear_problem, resolve, swiglu_problem
+from .embedding import trellis_embedding
+from .planning import plan, scratch_bytes
+from .problems import (
+    DTYPE_NAMES,
+    Activation,
+    Indices,
+    NativeConfig,
+    device_of,
+    linear_problem,
+    resolve,
+    swiglu_problem,
+)
 from .products import is_traced, trellis_decode, trellis_linear, trellis_swiglu
 from .runtime import cpu_digest, instruction_set, plan_digest, set_num_threads
 from .search import CODEBOOK_MULTIPLIERS, viterbi_search
@@ -28,10 +39,12 @@ from .stacks import BUILD_LOCK, Stack, half_scales, prepare, prepare_weight, wit
 __all__ = [
     "BUILD_LOCK",
     "CODEBOOK_MULTIPLIERS",
-    "DTYPES",
+    "DTYPE_NAMES",
     "SHADERS",
     "Activation",
     "Call",
+    "Indices",
+    "NativeConfig",
     "Stack",
     "check_gathered",
     "check_linear",
@@ -48,9 +61,11 @@ __all__ = [
     "prepare_weight",
     "resolve",
     "run",
+    "scratch_bytes",
     "set_num_threads",
     "swiglu_problem",
     "trellis_decode",
+    "trellis_embedding",
     "trellis_linear",
     "trellis_swiglu",
     "viterbi_search",

@@ -7,6 +7,7 @@ table for its own calls.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -14,7 +15,15 @@ import numpy as np
 
 from .. import _ext, kernels
 from ..kernels import Problem
-from .problems import DTYPES, Activation, linear_problem, swiglu_problem
+from .problems import (
+    DTYPE_NAMES,
+    Activation,
+    Indices,
+    NativeConfig,
+    StreamOrDevice,
+    linear_problem,
+    swiglu_problem,
+)
 from .stacks import Stack
 
 _INTEGERS = frozenset((mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64))
@@ -43,25 +52,25 @@ class Call(NamedTuple):
     indices: mx.array | None = None
     scores: mx.array | None = None
     activation: Activation | None = None
-    stream: mx.Stream | mx.Device | None = None
+    stream: StreamOrDevice = None
 
     def problem(self, device: str) -> Problem:
         """What the call asks for on ``"cpu"`` or ``"gpu"``."""
-        sources = [stack.source for stack in self.stacks]
         if self.activation is None:
-            return linear_problem(*sources, self.rows, self.x.dtype, device)
-        combine = self.scores is not None
-        return swiglu_problem(*sources, self.rows, self.top_k, self.activation.name, self.x.dtype, device, combine)
+            return linear_problem(self.stacks[0].source, self.rows, self.x.dtype, device)
+        gate, up, down = (stack.source for stack in self.stacks)
+        name, combine = self.activation.name, self.scores is not None
+        return swiglu_problem(gate, up, down, self.rows, self.top_k, name, self.x.dtype, device, combine)
 
 
-def check_linear(x: mx.array, stack: Stack, *, stream=None, op: str = "trellis_linear") -> Call:
+def check_linear(x: mx.array, stack: Stack, *, stream: StreamOrDevice = None) -> Call:
     """The call ``x @ W`` of a stack of one weight; x has shape ``[..., in_features]``."""
-    features = stack.source.in_features
+    op, features = "trellis_linear", stack.source.in_features
     _check_x(op, x, features)
     return Call(op, x, (stack,), x.size // features, stream=stream)
 
 
-def check_gathered(x: mx.array, indices, stack: Stack, *, stream=None, op: str = "trellis_linear") -> Call:
+def check_gathered(x: mx.array, indices: Indices, stack: Stack, *, stream: StreamOrDevice = None) -> Call:
     """The call of one projection of the experts.
 
     Args:
@@ -69,9 +78,8 @@ def check_gathered(x: mx.array, indices, stack: Stack, *, stream=None, op: str =
         indices: Integers, shape ``[..., k]``.
         stack: The experts' weights.
         stream: Stream or device. Default: ``None``, the default stream.
-        op: For error messages.
     """
-    source = stack.source
+    op, source = "trellis_linear", stack.source
     _check_x(op, x, source.in_features)
     own_rows = isinstance(indices, mx.array) and x.ndim == indices.ndim + 1
     leading = x.shape[:-2] if own_rows else x.shape[:-1]
@@ -86,16 +94,15 @@ def check_gathered(x: mx.array, indices, stack: Stack, *, stream=None, op: str =
 
 def check_swiglu(
     x: mx.array,
-    indices,
+    indices: Indices,
     stacks: tuple[Stack, Stack, Stack],
     activation: Activation,
-    scores=None,
+    scores: mx.array | None = None,
     *,
-    stream=None,
-    op: str = "trellis_swiglu",
+    stream: StreamOrDevice = None,
 ) -> Call:
     """The call of the experts of a layer, fused; the arguments as :func:`trellis_swiglu` has them."""
-    source = stacks[0].source
+    op, source = "trellis_swiglu", stacks[0].source
     hidden = source.in_features
     _check_x(op, x, hidden)
     indices = _check_indices(op, indices, x.shape[:-1], len(source.bits), stream)
@@ -104,7 +111,7 @@ def check_swiglu(
     return Call(op, x, stacks, x.size // hidden, indices.shape[-1], indices, scores, activation, stream)
 
 
-def run(call: Call, native: _ext.KernelConfig) -> mx.array:
+def run(call: Call, native: NativeConfig) -> mx.array:
     """The lazy primitive of a call.
 
     Args:
@@ -115,21 +122,22 @@ def run(call: Call, native: _ext.KernelConfig) -> mx.array:
         Shape ``[..., out_features]`` for a linear, ``[..., k, out_features]`` for one projection of experts,
         ``[..., k, hidden]`` for a layer of them, or ``[..., hidden]`` with scores; dtype of x.
     """
-    if call.activation is not None:
-        return _run_swiglu(call, native)
+    indices, activation = call.indices, call.activation
+    if indices is not None and activation is not None:
+        return _run_swiglu(call, indices, activation, native)
     (stack,) = call.stacks
     sizes = stack.source.in_features, stack.source.out_features
-    if call.indices is None:
+    if indices is None:
         return _ext.trellis_linear(call.x, stack.arrays, stack.info, *sizes, native, call.stream)
-    return _ext.trellis_gather_linear(call.x, call.indices, stack.arrays, stack.info, *sizes, native, call.stream)
+    return _ext.trellis_gather_linear(call.x, indices, stack.arrays, stack.info, *sizes, native, call.stream)
 
 
-def _run_swiglu(call: Call, native: _ext.KernelConfig) -> mx.array:
+def _run_swiglu(call: Call, indices: mx.array, activation: Activation, native: NativeConfig) -> mx.array:
     gate, up, down = call.stacks
-    name, alpha, limit = call.activation
+    name, alpha, limit = activation
     return _ext.trellis_swiglu(
         call.x,
-        call.indices,
+        indices,
         call.scores,
         gate.arrays + up.arrays + down.arrays,
         gate.info,
@@ -144,18 +152,19 @@ def _run_swiglu(call: Call, native: _ext.KernelConfig) -> mx.array:
     )
 
 
-def _check_x(op: str, x, features: int) -> mx.array:
+def _check_x(op: str, x: mx.array, features: int) -> mx.array:
     if not isinstance(x, mx.array):
         raise ValueError(f"[{op}] x must be an mx.array, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
+    if x.dtype not in DTYPE_NAMES:
         raise ValueError(f"[{op}] x must be float32, float16 or bfloat16, got {x.dtype}; cast it first")
     if x.ndim == 0 or x.shape[-1] != features:
         raise ValueError(f"[{op}] x must have shape [..., {features}], got {list(x.shape)}")
     return x
 
 
-def _index_array(op: str, indices) -> mx.array:
+def _index_array(op: str, indices: np.ndarray | Sequence) -> mx.array:
     """Indices that are no MLX array yet: NumPy's, or lists."""
+    array: np.ndarray | None
     try:
         array = np.asarray(indices)
     except ValueError:  # rows of different lengths
@@ -166,22 +175,31 @@ def _index_array(op: str, indices) -> mx.array:
     return mx.array(array)
 
 
-def _check_indices(op: str, indices, leading: tuple[int, ...], experts: int, stream) -> mx.array:
+def check_ids(op: str, ids: Indices, count: int, stream: StreamOrDevice) -> mx.array:
+    """Integers of any shape in [0, count) as uint32, checked as far as they are known."""
+    if not isinstance(ids, mx.array):
+        ids = _index_array(op, ids)
+    if ids.dtype not in _INTEGERS:
+        raise ValueError(f"[{op}] indices must be integers, got {ids.dtype}")
+    return _ext.expert_ids(op, ids, count, stream)
+
+
+def _check_indices(
+    op: str, indices: Indices, leading: tuple[int, ...], experts: int, stream: StreamOrDevice
+) -> mx.array:
     """Indices ``[*leading, k]`` as uint32, checked as far as they are known."""
     if not isinstance(indices, mx.array):
         indices = _index_array(op, indices)
-    if indices.dtype not in _INTEGERS:
-        raise ValueError(f"[{op}] indices must be integers, got {indices.dtype}")
     shape = indices.shape
     if not shape or shape[:-1] != leading or shape[-1] < 1:
         raise ValueError(
             f"[{op}] indices must have shape [..., k] with k >= 1 and the leading dimensions of x "
             f"{list(leading)}, got {list(shape)}"
         )
-    return _ext.expert_ids(op, indices, experts, stream)
+    return check_ids(op, indices, experts, stream)
 
 
-def _check_scores(op: str, scores, indices: mx.array, stream) -> mx.array:
+def _check_scores(op: str, scores: mx.array, indices: mx.array, stream: StreamOrDevice) -> mx.array:
     if not isinstance(scores, mx.array) or not mx.issubdtype(scores.dtype, mx.floating):
         raise ValueError(
             f"[{op}] scores must be a floating point mx.array, got {getattr(scores, 'dtype', type(scores).__name__)}"

@@ -7,6 +7,18 @@ from ..kernels import KernelConfig, Problem
 from .problems import resolve
 from .stacks import stack_info
 
+# Scratch of a call on the CPU: csrc/cpu/segments.h and swiglu.cpp bound both parts.
+_ROTATED_BYTES, _COMBINED_BYTES = 32 << 20, 64 << 20
+
+
+def scratch_bytes(problem: Problem) -> int:
+    """What a call with the default config takes at most beside inputs, weights and output."""
+    if problem.device == "gpu":
+        return sum(plan(problem)["scratch"].values())
+    slots, inner = problem.rows * problem.top_k, problem.intermediate if problem.kind == "swiglu" else 0
+    rotated = min(_ROTATED_BYTES, 4 * slots * (2 * codec.padded(problem.hidden) + inner))
+    return rotated + (min(_COMBINED_BYTES, 4 * slots * problem.hidden) if problem.combine else 0)
+
 
 def plan(
     problem: Problem, config: KernelConfig | str | None = None, *, alpha: float = 1.702, limit: float = 7.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Real
 from typing import NamedTuple
@@ -13,7 +14,17 @@ from .. import _ext, kernels
 from ..kernels import KernelConfig, Problem
 from ..weights.experts import ExpertStack
 
-DTYPES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
+StreamOrDevice = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
+"""Where an op runs; ``None`` for the default stream. MLX's stub has it under this name, MLX itself does not."""
+
+Indices = mx.array | np.ndarray | Sequence
+"""Experts by slot: integers of MLX or NumPy, or nested lists."""
+
+NativeConfig = _ext.KernelConfig
+"""A config as the primitives take it."""
+
+DTYPE_NAMES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloat16"}
+"""What x may be made of, by the name that a :class:`~mlx_marlin.Problem` has for it."""
 
 
 class Activation(NamedTuple):
@@ -44,7 +55,7 @@ class Activation(NamedTuple):
         return cls(name, float(alpha), float(limit))
 
 
-def device_of(stream) -> str:
+def device_of(stream: StreamOrDevice) -> str:
     """``"cpu"`` or ``"gpu"``: where an op given this stream runs.
 
     Raises:
@@ -57,13 +68,13 @@ def device_of(stream) -> str:
 
 
 @lru_cache(maxsize=4096)
-def native_config(config: KernelConfig) -> _ext.KernelConfig:
+def native_config(config: KernelConfig) -> NativeConfig:
     variant = getattr(_ext.Variant, config.kernel_variant)
-    return _ext.KernelConfig(variant, config.tile_size_m, config.tile_size_n, config.simdgroups, config.use_fp32_acc)
+    return NativeConfig(variant, config.tile_size_m, config.tile_size_n, config.simdgroups, config.use_fp32_acc)
 
 
 @lru_cache(maxsize=4096)
-def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> _ext.KernelConfig:
+def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> NativeConfig:
     """A config as the primitives take it, its sizes fitted to the problem; ``None`` stands for the default.
 
     Raises:
@@ -83,15 +94,15 @@ def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> _ex
     return native_config(config)
 
 
-def _dtype_name(dtype) -> str:
+def _dtype_name(dtype: mx.Dtype | str) -> str:
     """The name of a dtype, given itself or its name."""
-    name = dtype if isinstance(dtype, str) else DTYPES.get(dtype)
+    name = dtype if isinstance(dtype, str) else DTYPE_NAMES.get(dtype)
     if name not in kernels.DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(kernels.DTYPES)}, got {dtype}")
     return name
 
 
-def _row_count(rows) -> int:
+def _row_count(rows: int) -> int:
     if not isinstance(rows, (int, np.integer)) or rows < 0:
         raise ValueError(f"rows must be an integer >= 0, got {rows!r}")
     return int(rows)
@@ -99,21 +110,25 @@ def _row_count(rows) -> int:
 
 @lru_cache(maxsize=4096)
 def _distinct(*per_expert: tuple) -> tuple:
+    """What occurs at the experts, of all projections together; remembered, as a layer asks again and again."""
     return tuple(sorted(set(zip(*per_expert))))
+
+
+@lru_cache(maxsize=4096)
+def _united(*per_expert: tuple) -> tuple:
+    """What occurs at the experts, in any projection."""
+    return tuple(sorted(set().union(*per_expert)))
 
 
 def linear_problem(stack: ExpertStack, rows: int, dtype: mx.Dtype | str, device: str) -> Problem:
     """The problem that a linear, or one projection of several experts, poses for a number of rows."""
-    return Problem(
-        kind="linear",
+    return Problem.linear(
+        stack.in_features,
+        stack.out_features,
         rows=_row_count(rows),
-        top_k=1,
-        hidden=stack.in_features,
-        intermediate=stack.out_features,
         experts=len(stack.bits),
-        bits=_distinct(stack.bits),
-        codebooks=tuple(sorted(set(stack.codebooks))),
-        activation="none",
+        bits=_united(stack.bits),
+        codebooks=_united(stack.codebooks),
         dtype=_dtype_name(dtype),
         device=device,
         bias=stack.bias is not None,
@@ -132,19 +147,17 @@ def swiglu_problem(
     combine: bool,
 ) -> Problem:
     """The problem that a layer of experts poses for a number of rows."""
-    stacks = (gate, up, down)
-    return Problem(
-        kind="swiglu",
+    return Problem.swiglu(
+        gate.in_features,
+        gate.padded_shape[1],
         rows=_row_count(rows),
-        top_k=top_k,
-        hidden=gate.in_features,
-        intermediate=gate.padded_shape[1],
         experts=len(gate.bits),
+        top_k=top_k,
         bits=_distinct(gate.bits, up.bits, down.bits),
-        codebooks=tuple(sorted({name for stack in stacks for name in stack.codebooks})),
+        codebooks=_united(gate.codebooks, up.codebooks, down.codebooks),
         activation=activation,
         dtype=_dtype_name(dtype),
         device=device,
         combine=combine,
-        bias=any(stack.bias is not None for stack in stacks),
+        bias=any(stack.bias is not None for stack in (gate, up, down)),
     )

@@ -5,14 +5,17 @@ from __future__ import annotations
 import mlx.core as mx
 
 from .. import _ext
+from ..kernels import KernelConfig
 from ..weights.experts import ExpertBank
 from ..weights.trellis import TrellisWeight
 from .calls import check_linear, check_swiglu, run
-from .problems import Activation, device_of, resolve
+from .problems import Activation, Indices, StreamOrDevice, device_of, resolve
 from .stacks import prepare, prepare_weight
 
 
-def trellis_linear(x: mx.array, w: TrellisWeight, *, config=None, stream=None) -> mx.array:
+def trellis_linear(
+    x: mx.array, w: TrellisWeight, *, config: KernelConfig | str | None = None, stream: StreamOrDevice = None
+) -> mx.array:
     """Product with a trellis weight, ``x @ W + bias``, decoding tile by tile.
 
     Args:
@@ -34,15 +37,15 @@ def trellis_linear(x: mx.array, w: TrellisWeight, *, config=None, stream=None) -
 
 def trellis_swiglu(
     x: mx.array,
-    indices,
+    indices: Indices,
     bank: ExpertBank,
     *,
-    scores=None,
+    scores: mx.array | None = None,
     activation: str = "silu",
     alpha: float = 1.702,
     limit: float = 7.0,
-    config=None,
-    stream=None,
+    config: KernelConfig | str | None = None,
+    stream: StreamOrDevice = None,
 ) -> mx.array:
     """The experts of a layer, fused: ``down(activation(gate(x), up(x)))`` for each (token, slot).
 
@@ -74,7 +77,7 @@ def trellis_swiglu(
     return run(call, resolve(call.op, call.problem(device), config))
 
 
-def trellis_decode(w: TrellisWeight, *, stream=None) -> mx.array:
+def trellis_decode(w: TrellisWeight, *, stream: StreamOrDevice = None) -> mx.array:
     """The inner matrix of a weight, by the tile decoder that the products use: for comparing bit for bit.
 
     Returns:

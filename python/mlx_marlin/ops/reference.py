@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from .. import codec
 from ..weights.trellis import TrellisWeight
+
+
+class ByExpert(Protocol):
+    """One projection of the experts: a sequence of weights, or an ``ExpertStack``."""
+
+    def __getitem__(self, e: int, /) -> TrellisWeight: ...
 
 
 def linear(x: np.ndarray, w: TrellisWeight, *, padded: bool = False) -> np.ndarray:
@@ -45,7 +52,7 @@ def activate(gate: np.ndarray, up: np.ndarray, activation: str, alpha: float, li
 def swiglu(
     x: np.ndarray,
     indices: np.ndarray,
-    experts: Sequence[Sequence[TrellisWeight]],
+    experts: Iterable[ByExpert],
     scores: np.ndarray | None,
     activation: str,
     alpha: float,
@@ -56,7 +63,7 @@ def swiglu(
     Args:
         x: float64, shape ``[rows, hidden]``.
         indices: Integers, shape ``[rows, top_k]``.
-        experts: Gate, up and down: a sequence of weights each, or anything else that is indexed by expert.
+        experts: Gate, up and down, each indexed by expert.
         scores: Optional, shape ``[rows, top_k]``.
         activation, alpha, limit: As for :func:`activate`.
 
@@ -67,8 +74,8 @@ def swiglu(
     out = np.zeros((*indices.shape, x.shape[1]))
     for e in np.unique(indices):
         row, slot = np.nonzero(indices == e)
-        sums = (linear(x[row], projection[e], padded=True) for projection in (gate, up))
-        out[row, slot] = linear(activate(*sums, activation, alpha, limit), down[e])
+        gated, upper = (linear(x[row], projection[e], padded=True) for projection in (gate, up))
+        out[row, slot] = linear(activate(gated, upper, activation, alpha, limit), down[e])
     return out if scores is None else np.einsum("rs,rsh->rh", scores.astype(np.float64), out)
 
 

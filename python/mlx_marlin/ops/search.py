@@ -19,7 +19,7 @@ def _codebook_values(codebook: str) -> np.ndarray:
     return values
 
 
-def viterbi_search(tiles: np.ndarray, bits: int, codebook: str, *, threads: int | None = None) -> np.ndarray:
+def viterbi_search(tiles: np.ndarray, bits: float, codebook: str, *, threads: int | None = None) -> np.ndarray:
     """The tail-biting states whose values are nearest to tiles: the encoder's search.
 
     Two passes over 2^16 states: free ends on the tile rotated by 128, then the state found before position 0 forced
@@ -27,7 +27,7 @@ def viterbi_search(tiles: np.ndarray, bits: int, codebook: str, *, threads: int 
 
     Args:
         tiles: Floating point, shape ``[count, 256]``, in storage order.
-        bits: Bits per weight K, 1 to 8.
+        bits: Bits per weight K, one of :data:`codec.WIDTHS`; half rates for mul1 only.
         codebook: One of :data:`codec.CODEBOOKS`.
         threads: Up to this many of the CPU workers; the result does not depend on it. Default: all of them.
 
@@ -38,14 +38,15 @@ def viterbi_search(tiles: np.ndarray, bits: int, codebook: str, *, threads: int 
         ValueError: If the shape, the bits or the codebook is wrong, or a target is not finite.
     """
     codec.check_codebook(codebook)
+    codec.check_bits(bits, codebook)
     tiles = np.asarray(tiles)
     if tiles.ndim != 2 or tiles.shape[1] != codec.TILE_SIZE or not np.issubdtype(tiles.dtype, np.floating):
         raise ValueError(
             f"tiles must be floating point of shape [count, {codec.TILE_SIZE}], got {tiles.dtype} {list(tiles.shape)}"
         )
-    codec.check_bits(bits)
     with np.errstate(over="ignore"):  # infinite targets are refused below
         targets = np.ascontiguousarray(tiles.astype(np.float16).astype(np.float32))
     if not np.isfinite(targets).all():
         raise ValueError("tiles must be finite and within half precision's range")
-    return _ext.viterbi_search(targets, _codebook_values(codebook), bits, threads or _ext.num_threads())
+    values = _codebook_values(codebook)
+    return _ext.viterbi_search(targets, values, codec.half_bits(bits), threads or _ext.num_threads())

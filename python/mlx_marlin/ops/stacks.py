@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -23,7 +24,9 @@ class Stack(NamedTuple):
     source: ExpertStack
 
 
-def stack_info(experts: int, k: int, n: int, *, bias: bool, bits, codebooks) -> _ext.StackInfo:
+def stack_info(
+    experts: int, k: int, n: int, *, bias: bool, bits: Iterable[float], codebooks: Iterable[str]
+) -> _ext.StackInfo:
     """Sizes and contents of a stack; bits and codebooks: those that occur."""
     return _ext.StackInfo(
         experts=experts,
@@ -37,7 +40,7 @@ def stack_info(experts: int, k: int, n: int, *, bias: bool, bits, codebooks) -> 
 
 def prepare(stack: ExpertStack) -> Stack:
     """Describe a stack's arrays; done once per stack and kept on it."""
-    prepared = getattr(stack, "_prepared", None)
+    prepared: Stack | None = getattr(stack, "_prepared", None)
     if prepared is None:
         bias = stack.bias is not None
         info = stack_info(len(stack.bits), *stack.padded_shape, bias=bias, bits=stack.bits, codebooks=stack.codebooks)
@@ -53,7 +56,7 @@ def prepare_weight(op: str, w: TrellisWeight) -> Stack:
     """
     if not isinstance(w, TrellisWeight):
         raise ValueError(f"[{op}] w must be a TrellisWeight, got {type(w).__name__}")
-    stack = getattr(w, "_stack", None)
+    stack: Stack | None = getattr(w, "_stack", None)
     if stack is None:
         with BUILD_LOCK:
             stack = getattr(w, "_stack", None)
@@ -106,10 +109,9 @@ def with_parameters(
     """
     source = stack.source
     given = {"trellis": codes, "formats": formats, "suh": suh, "svh": svh, "bias": bias}
-    current = {"trellis": source.codes, "formats": source.formats, "suh": source.suh, "svh": source.svh}
-    current["bias"] = source.bias
-    for name, array in given.items():
-        shape, wanted = getattr(array, "shape", None), getattr(current[name], "shape", None)
+    current = (source.codes, source.formats, source.suh, source.svh, source.bias)
+    for (name, array), before in zip(given.items(), current):
+        shape, wanted = getattr(array, "shape", None), getattr(before, "shape", None)
         if shape != wanted and not (name == "formats" and array is None):
             raise ValueError(
                 f"{name} has shape {shape} in a traced function, but the layer was last called with {wanted}; call "
@@ -133,6 +135,6 @@ def with_parameters(
     return stack._replace(arrays=[codes, offsets, formats, suh, svh, *([] if bias is None else [bias])])
 
 
-def _among(values: mx.array, known) -> mx.array:
+def _among(values: mx.array, known: Iterable[int]) -> mx.array:
     """Whether every value is one of the known ones."""
     return (values[:, None] == mx.array(sorted(set(known)), values.dtype)).any(axis=1).all()

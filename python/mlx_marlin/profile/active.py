@@ -9,11 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import mlx.core as mx
-
 from .. import kernels
 from ..device.fingerprint import device_family
-from ..device.machine import device_name
+from ..device.machine import device_name, is_present
 from ..kernels import KernelConfig, Problem
 from . import files
 from .files import default_path, load
@@ -33,7 +31,7 @@ class Tuned(NamedTuple):
 class _Active:
     """The profiles that layers of this process look into, per device; loaded when first asked for."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = threading.RLock()
         self.chosen: dict[str, tuple[str, AutotuneConfig]] = {}
         self.found: dict[str, list[tuple[str, AutotuneConfig]]] = {}
@@ -48,14 +46,13 @@ class _Active:
     def _load(self, device: str) -> list[tuple[str, AutotuneConfig]]:
         sources = []
         # Elsewhere a problem of the GPU is only planned, never run.
-        present = device == "cpu" or mx.is_available(mx.Device(mx.gpu))
+        present = is_present(device)
         if device in self.chosen:
             sources.append(self.chosen[device])
         elif present and (found := tuned(device)) is not None:
             sources.append((f"tuned profile {default_path(device)}", found))
-        if device == "gpu" and present:
-            shipped = predicted(device_name(device))
-            sources += [shipped] if shipped else []
+        if present and (shipped := predicted(device_name(device))) is not None:
+            sources.append(shipped)
         return sources
 
     def reset(self) -> None:
@@ -103,7 +100,7 @@ def refresh() -> None:
     _active.reset()
 
 
-def use_profile(path, allow_foreign: bool = False) -> None:
+def use_profile(path: str | Path | None, allow_foreign: bool = False) -> None:
     """Let the layers of this process select from a profile instead of the one found automatically.
 
     Args:

@@ -59,7 +59,7 @@ def foreign(profile: AutotuneConfig, device: str) -> str | None:
     """Why a profile does not hold timings of this machine and these kernels, or ``None``."""
     here, there = fingerprint(device), profile.fingerprint
     why = foreign_machine(profile, device)
-    if why is None and there.kernel_hash != here.kernel_hash:
+    if why is None and there is not None and there.kernel_hash != here.kernel_hash:
         why = f"it was measured with kernels {there.kernel_hash}, these are {here.kernel_hash}"
     return why
 
@@ -81,7 +81,7 @@ def check_native(profile: AutotuneConfig, device: str, path: Path, *, any_build:
         )
 
 
-def load(path) -> AutotuneConfig:
+def load(path: str | Path) -> AutotuneConfig:
     """Read a profile, every field checked.
 
     Raises:
@@ -96,7 +96,7 @@ def load(path) -> AutotuneConfig:
     return decode(data, path)
 
 
-def save(profile: AutotuneConfig, path) -> AutotuneConfig:
+def save(profile: AutotuneConfig, path: str | Path) -> AutotuneConfig:
     """Merge a profile into the file at ``path`` and write it whole, under a lock.
 
     Returns:
@@ -120,5 +120,5 @@ def save(profile: AutotuneConfig, path) -> AutotuneConfig:
         settled = decode(encode(profile), f"the profile for {path}")
         if settled.problems.keys() != profile.problems.keys() or settled.lookup_table != profile.lookup_table:
             raise ProfileError(f"{path} is not overwritten: the new profile would not read back as it is")
-        atomic.replace(path, encode(settled))
+        atomic.write_bytes(path, encode(settled))
     return settled

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from .. import kernels
+from .. import codec, kernels
 from ..kernels import KernelConfig, Problem
-from ..kernels.search_space import SIMDGROUPS, TILE_SIZES
-from .schema import AutotuneConfig, Table, projected, table_key
+from ..kernels.metal import LARGE_BATCH_COLUMNS
+from ..kernels.search_space import SIMDGROUPS, TILE_SIZES, nearest_width
+from .schema import AutotuneConfig, LookupTable, projected, table_key
 
 
-def distinct_widths(bit_widths: Iterable[int]) -> tuple[int, ...]:
+def distinct_widths(bit_widths: Iterable[float]) -> tuple[float, ...]:
     """Sorted distinct bit widths.
 
     Raises:
-        ValueError: If there are none, or one is out of range.
+        ValueError: If there are none, or the format has not one of them.
     """
-    widths = tuple(sorted({int(b) for b in bit_widths}))
-    if not widths or not 1 <= widths[0] <= widths[-1] <= kernels.MAX_KERNEL_BITS:
-        raise ValueError(f"bit_widths must be one or more of 1 to {kernels.MAX_KERNEL_BITS}, got {list(widths)}")
-    return widths
+    widths = {codec.as_width(b, "bit_widths") for b in bit_widths}
+    if not widths:
+        raise ValueError("bit_widths must have one or more widths, got none")
+    return tuple(sorted(widths))
 
 
 def find(
@@ -27,7 +28,7 @@ def find(
     device: str,
     batch_size: int,
     hidden: int,
-    widths: tuple[int, ...],
+    widths: tuple[float, ...],
     wanted: Callable[[KernelConfig], bool] | None = None,
 ) -> KernelConfig | None:
     """What a profile's table says: see :func:`search_table`; neighbours only where they can run.
@@ -52,7 +53,7 @@ def by_distance(keys: Iterable[int], target: int) -> list[int]:
 
 
 def search_table(
-    table: Table, batch_size: int, hidden: int, widths: tuple[int, ...], accept: Callable[[KernelConfig], bool]
+    table: LookupTable, batch_size: int, hidden: int, widths: tuple[float, ...], accept: Callable[[KernelConfig], bool]
 ) -> KernelConfig | None:
     """Exact match, then the nearest batch size, then the nearest hidden size; neighbours only where accepted."""
     exact = table.get(batch_size, {}).get(hidden, {}).get(widths)
@@ -67,7 +68,7 @@ def search_table(
     return None
 
 
-def table_of(profile: AutotuneConfig, kind: str) -> Table:
+def table_of(profile: AutotuneConfig, kind: str) -> LookupTable:
     """What a profile's table says about problems of one kind. Cells that no problem stands behind are of experts."""
     keys: dict[str, set] = {"linear": set(), "swiglu": set()}
     for problem in profile.problems:
@@ -81,24 +82,17 @@ def table_of(profile: AutotuneConfig, kind: str) -> Table:
     }
 
 
-def default_entry(profile: AutotuneConfig, batch_size: int, widths: Iterable[int]) -> KernelConfig:
+def default_entry(profile: AutotuneConfig, batch_size: int, widths: Iterable[float]) -> KernelConfig:
     """The default of the widest bit width present: tiles and simdgroups by the profile's mappings, variant by rows."""
     variant = kernels.default_variant(batch_size)
     widest = max(widths)
-    tile = _nearest_value(profile.tile_size_mapping, widest, TILE_SIZES)
-    simdgroups = _nearest_value(profile.simdgroup_mapping, widest, SIMDGROUPS)
-    # large_batch is the kernel with tile_n = 128.
-    tile_n = 128 if variant == "large_batch" else tile
-    return KernelConfig(kernels.make_name(variant), tile, tile_n, simdgroups, True, variant)
+    rows = nearest_width(profile.tile_size_mapping or TILE_SIZES, widest)
+    columns = LARGE_BATCH_COLUMNS if variant == "large_batch" else rows
+    simdgroups = nearest_width(profile.simdgroup_mapping or SIMDGROUPS, widest)
+    return KernelConfig(kernels.make_name(variant), rows, columns, simdgroups, True, variant)
 
 
-def _nearest_value(mapping: dict[int, int], key: int, fallback: dict[int, int]) -> int:
-    mapping = mapping or fallback
-    return mapping[by_distance(mapping, key)[0]]
-
-
-def _stand_in(rows: int, hidden: int, widths: tuple[int, ...], device: str) -> Problem:
+def _stand_in(rows: int, hidden: int, widths: tuple[float, ...], device: str) -> Problem:
     """A problem with the key of a table cell, for asking which configs can run."""
-    dtype = "float32" if device == "cpu" else "float16"
-    bits = tuple((b, b, b) for b in widths)
-    return Problem("swiglu", rows, 1, hidden, hidden, len(widths), bits, ("mul1",), "silu", dtype, device)
+    bits = [(b, b, b) for b in widths]
+    return Problem.swiglu(hidden, hidden, rows=rows, experts=len(widths), bits=bits, device=device)

@@ -6,24 +6,32 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import msgspec
 
 from ..device.fingerprint import Fingerprint, canonical_name, device_family
 from ..device.machine import device_name, fingerprint
 from ..kernels import KernelConfig, Problem
 from ..kernels.search_space import SIMDGROUPS, TILE_SIZES
+from ..measure.race import Decision
 
-Table = dict[int, dict[int, dict[tuple[int, ...], KernelConfig]]]
+LookupTable = dict[int, dict[int, dict[tuple[float, ...], KernelConfig]]]
 
 # A compiler's message can be a whole log; its beginning says what is wrong.
 MAX_REASON = 4096
+
+# What annotations ask for is checked where a profile is read from a file.
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
+_Positive = Annotated[float, msgspec.Meta(ge=0.0, le=1e15)]
+_Ratio = Annotated[float, msgspec.Meta(gt=0.0, le=1e15)]
 
 
 class ProfileError(ValueError):
     """A profile that cannot be read, or must not be used or overwritten here."""
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Samples of one config.
 
     Attributes:
@@ -32,13 +40,12 @@ class Timing:
         spread: Interquartile range over the median.
     """
 
-    n: int
-    median_ms: float
-    spread: float
+    n: _Count
+    median_ms: _Positive
+    spread: _Positive
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One candidate's timing, with its memory and its largest error against the codec.
 
     Attributes:
@@ -50,16 +57,15 @@ class Measured:
 
     config: KernelConfig
     timing: Timing
-    error: float = -1.0
-    memory_mb: float = 0.0
+    error: Annotated[float, msgspec.Meta(ge=-1.0, le=1e30)] = -1.0
+    memory_mb: _Positive = 0.0
 
 
-@dataclass(frozen=True)
-class Rejected:
+class Rejected(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A candidate that was not considered, and why."""
 
     config: KernelConfig
-    reason: str
+    reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON)]
 
     @classmethod
     def because(cls, config: KernelConfig, reason: str) -> Rejected:
@@ -67,8 +73,7 @@ class Rejected:
         return cls(config, reason.encode("utf-8", "replace").decode()[:MAX_REASON])
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What tuning found for one problem.
 
     Attributes:
@@ -93,14 +98,14 @@ class Entry:
     samples: Timing
     default: KernelConfig
     baseline: Timing
-    ratio: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    decision: str = "default"
-    verdict: str = "unchecked"
-    timestamp: float = 0.0
+    ratio: tuple[_Ratio, _Ratio, _Ratio]
+    decision: Decision
+    verdict: Literal["correct", "unchecked"]
+    timestamp: _Positive
     timings: tuple[Measured, ...] = ()
     rejected: tuple[Rejected, ...] = ()
-    objective: tuple[float, float, float] = (1.0, 0.0, 0.0)
-    over_control: tuple[float, float, float] | None = None
+    objective: tuple[_Positive, _Positive, _Positive] = (1.0, 0.0, 0.0)
+    over_control: tuple[_Ratio, _Ratio, _Ratio] | None = None
 
 
 @dataclass
@@ -123,9 +128,9 @@ class AutotuneConfig:
 
     device_name: str
     device_family: str
-    tile_size_mapping: dict[int, int] = field(default_factory=lambda: dict(TILE_SIZES))
-    simdgroup_mapping: dict[int, int] = field(default_factory=lambda: dict(SIMDGROUPS))
-    lookup_table: Table = field(default_factory=dict)
+    tile_size_mapping: dict[float, int] = field(default_factory=lambda: dict(TILE_SIZES))
+    simdgroup_mapping: dict[float, int] = field(default_factory=lambda: dict(SIMDGROUPS))
+    lookup_table: LookupTable = field(default_factory=dict)
     adaptation_enabled: bool = True
     adaptation_history_len: int = 100
     benchmark_count: int = 0
@@ -145,11 +150,11 @@ class AutotuneConfig:
         project(self, {table_key(problem)})
 
 
-def table_key(problem: Problem) -> tuple[int, int, tuple[int, ...]]:
+def table_key(problem: Problem) -> tuple[int, int, tuple[float, ...]]:
     return problem.rows, problem.hidden, problem.widths
 
 
-def projected(problems: Mapping[Problem, Entry]) -> Table:
+def projected(problems: Mapping[Problem, Entry]) -> LookupTable:
     """The table of problems of one kind.
 
     Several may share a key; of the configs that tuning chose for one of them, the one with the lowest geometric mean of
@@ -158,7 +163,7 @@ def projected(problems: Mapping[Problem, Entry]) -> Table:
     groups = defaultdict(list)
     for problem, entry in problems.items():
         groups[table_key(problem)].append(entry)
-    table: Table = {}
+    table: LookupTable = {}
     for (rows, hidden, widths), entries in groups.items():
         best = min(_chosen(entries), key=lambda config: _mean_log_time(config, entries))
         table.setdefault(rows, {}).setdefault(hidden, {})[widths] = best
@@ -179,7 +184,7 @@ def project(profile: AutotuneConfig, keys: set | None = None) -> None:
         _update(profile.lookup_table, projected({p: e for p, e in asked.items() if p.kind == kind}))
 
 
-def _update(table: Table, newer: Table) -> None:
+def _update(table: LookupTable, newer: LookupTable) -> None:
     for batch, row in newer.items():
         for hidden, cell in row.items():
             table.setdefault(batch, {}).setdefault(hidden, {}).update(cell)
@@ -222,7 +227,7 @@ def merge(older: AutotuneConfig, newer: AutotuneConfig) -> AutotuneConfig:
     for problem, entry in newer.problems.items():
         if problem not in problems or _order(entry) >= _order(problems[problem]):
             problems[problem] = entry
-    table: Table = {}
+    table: LookupTable = {}
     for source in (older.lookup_table, newer.lookup_table):
         _update(table, source)
     timed = sum(len(e.timings) for e in problems.values())

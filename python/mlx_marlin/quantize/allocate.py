@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..codec import is_half_rate
+
 MODES = ("per-expert", "per-layer", "uniform")
 
 
@@ -17,15 +19,15 @@ class Item:
         group: Linears of one group share K in the modes ``per-layer`` and ``uniform``: all experts of a layer and
             projection, or a linear alone.
         weights: Number of logical weights.
-        bits: Stored bits at each candidate K.
+        bits: Stored bits at each candidate K, one of :data:`codec.WIDTHS`.
         loss: Effect on the layer's output at each candidate K.
     """
 
     name: str
     group: str
     weights: int
-    bits: Mapping[int, int]
-    loss: Mapping[int, float]
+    bits: Mapping[float, int]
+    loss: Mapping[float, float]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Allocation:
         bound: No allocation within the budget has a lower loss than this (linear relaxation).
     """
 
-    widths: dict[str, int]
+    widths: dict[str, float]
     bits: float
     loss: float
     bound: float
@@ -48,9 +50,9 @@ class Allocation:
 @dataclass
 class _Group:
     names: list[str]
-    bits: dict[int, int]
-    loss: dict[int, float]
-    width: int = 0
+    bits: dict[float, int]
+    loss: dict[float, float]
+    width: float = 0
 
 
 def _grouped(items: Sequence[Item], mode: str) -> list[_Group]:
@@ -65,9 +67,9 @@ def _grouped(items: Sequence[Item], mode: str) -> list[_Group]:
     return [groups[key] for key in sorted(groups)]
 
 
-def _hull(group: _Group) -> list[int]:
+def _hull(group: _Group) -> list[float]:
     """The widths on the lower convex hull of (bits, loss), ascending."""
-    hull: list[int] = []
+    hull: list[float] = []
     for k in sorted(group.bits):
         if hull and group.loss[k] >= group.loss[hull[-1]]:
             continue
@@ -77,7 +79,7 @@ def _hull(group: _Group) -> list[int]:
     return hull
 
 
-def _slope(group: _Group, low: int, high: int) -> float:
+def _slope(group: _Group, low: float, high: float) -> float:
     """Loss saved per bit spent between two widths."""
     return (group.loss[low] - group.loss[high]) / (group.bits[high] - group.bits[low])
 
@@ -91,7 +93,7 @@ def allocate(items: Sequence[Item], bits: float, mode: str = "per-expert") -> Al
     Args:
         items: The linears, with candidates.
         bits: Budget in stored bits per logical weight.
-        mode: One of :data:`MODES`. ``uniform`` allows two neighbouring widths only.
+        mode: One of :data:`MODES`. ``uniform`` allows two neighbouring whole widths and what lies between them.
 
     Raises:
         ValueError: If the mode is unknown or even the smallest widths exceed the budget.
@@ -120,10 +122,10 @@ def allocate(items: Sequence[Item], bits: float, mode: str = "per-expert") -> Al
 
 def _two_widths(groups: list[_Group], budget: float) -> list[_Group]:
     common = sorted(set.intersection(*(set(group.bits) for group in groups)))
-    fitting = [k for k in common if sum(group.bits[k] for group in groups) <= budget]
-    low = fitting[-1] if fitting else common[0]
+    whole = [k for k in common if not is_half_rate(k)]
+    low = max((k for k in whole if sum(group.bits[k] for group in groups) <= budget), default=common[0])
     for group in groups:
-        group.bits = {k: v for k, v in group.bits.items() if low <= k <= low + 1}
+        group.bits = {k: group.bits[k] for k in common if low <= k <= low + 1}
     return groups
 
 

@@ -10,7 +10,7 @@ import numpy as np
 BUNDLED = Path(__file__).with_name("calibration.txt")
 
 
-def calibration_tokens(model: Path, file, windows: int, length: int) -> np.ndarray:
+def calibration_tokens(model: Path, file: str | Path | None, windows: int, length: int) -> np.ndarray:
     """Windows of tokens, spread evenly over the text.
 
     Args:

@@ -5,6 +5,16 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .conversion import Progress
+
+
+def width(text: str) -> int | float:
+    """A width from the command line: ``"3"`` is 3, ``"2.5"`` is 2.5."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -19,8 +29,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bits", type=float, required=True, help="stored bits per weight of the quantized layers, scales included"
     )
-    parser.add_argument("--head-bits", type=int, default=6, help="K of lm_head, or 16 for half precision (default: 6)")
+    parser.add_argument(
+        "--head-bits", type=width, default=6, help="K of lm_head, or 16 for half precision (default: 6)"
+    )
+    parser.add_argument(
+        "--embed-bits", type=int, help="K of the token embedding, 1 to 8 (default: it stays unquantized)"
+    )
     parser.add_argument("--codebook", choices=("mul1", "mcg", "3inst"), default="mul1", help="(default: mul1)")
+    parser.add_argument(
+        "--no-half",
+        dest="half_rates",
+        action="store_false",
+        help="whole widths only: ExLlamaV3 reads 1.5, 2.5 and 3.5 bits since 1.5.1",
+    )
     parser.add_argument("--calibration", help="UTF-8 text file (default: the bundled text)")
     parser.add_argument(
         "--mixed",
@@ -33,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show(progress) -> None:
+def _show(progress: Progress) -> None:
     left = "" if progress.seconds_left is None else f", {_duration(progress.seconds_left)} left"
     print(f"{100 * progress.done:5.1f} %  {progress.stage}{left}", file=sys.stderr, flush=True)
 

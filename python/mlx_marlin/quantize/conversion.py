@@ -8,32 +8,41 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from .. import codec, kernels
+from ..loader.exl3 import MARKERS
+from ..loader.scaling import up_divisor
+from ..storage import atomic
+from ..storage.safetensors import Tensor, write_tensors
 from .allocate import MODES, Allocation, Item, allocate
 from .calibration import calibration_tokens
+from .embedding import check_embed_bits, write_embedding
 from .head import head_tensors
 from .jobs import Job, layer_jobs, seed_of, wanted
 from .layered import LayeredModel, Taps
 from .sensitivity import disturbed, sensitivities
 from .source import Source
-from .tensors import Tensor, write_array, write_tensors, write_text
 from .weight import Codes, expected_loss, prepare, quantize_prepared
-from .writer import FINISHED, MARKERS, assemble, stored_tensors
+from .writer import FINISHED, assemble, stored_tensors
 
 # Candidate widths reach this far below and above the budget.
 _BELOW, _ABOVE = 2, 3
 # 65536 tokens: of 128 experts, 8 per token, each sees 4096 on average, twice as many as it has inputs of 2048.
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 256, 256
+_EXPERT_UP = re.compile(r"\.experts\.\d+\.(?:up_proj|w3)$")
 _BATCH = 8  # windows per call of a layer
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -75,41 +84,57 @@ class _Clock:
 @dataclass(frozen=True)
 class _Settings:
     bits: float
-    head_bits: int
+    head_bits: float
+    embed_bits: int | None
     codebook: str
+    half_rates: bool
     mixed: str
     seed: int
 
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Those that a linear may have."""
+        half_rates = self.half_rates and self.codebook == "mul1"
+        return tuple(k for k in codec.WIDTHS if half_rates or not codec.is_half_rate(k))
 
-def _check(bits, head_bits, codebook, mixed, seed) -> _Settings:
-    if not 1 <= bits <= codec.MAX_BITS:
-        raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {bits}")
-    if head_bits not in (*range(1, codec.MAX_BITS + 1), 16):
-        raise ValueError(
-            f"head_bits must be 1..{codec.MAX_BITS}, or 16 to leave the head in half precision, got {head_bits}"
-        )
-    if codebook not in codec.CODEBOOKS:
-        raise ValueError(f"codebook must be one of {', '.join(codec.CODEBOOKS)}, got {codebook!r}")
+
+def _check(
+    bits: float, head_bits: float, embed_bits: int | None, codebook: str, half_rates: bool, mixed: str, seed: int
+) -> _Settings:
+    codec.check_codebook(codebook)
     if mixed not in MODES:
         raise ValueError(f"mixed must be one of {', '.join(MODES)}, got {mixed!r}")
-    return _Settings(float(bits), int(head_bits), codebook, mixed, int(seed))
+    settings = _Settings(
+        float(bits), head_bits, check_embed_bits(embed_bits), codebook, bool(half_rates), mixed, int(seed)
+    )
+    if not 1 <= bits <= codec.MAX_BITS:
+        raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {bits}")
+    if head_bits not in (*settings.widths, 16):
+        listed = ", ".join(map(str, settings.widths))
+        kind = f"codebook {codebook}" if half_rates else "half_rates=False"
+        raise ValueError(
+            f"head_bits must be one of {listed} ({kind}), or 16 to leave the head in half precision, got {head_bits}"
+        )
+    return settings
 
 
-def stored_bits(shape: tuple[int, int], k: int, codebook: str, bias: bool) -> int:
+def stored_bits(shape: tuple[int, int], k: float, codebook: str, bias: bool) -> int:
     """Everything that EXL3 stores for a linear, in bits: codes, scales, marker, bias."""
     rows, columns = (-(-n // codec.HADAMARD_SIZE) * codec.HADAMARD_SIZE for n in shape)
     marker = 32 if codebook in MARKERS else 0
-    return rows * columns * k + 16 * (rows + columns) + marker + (16 * columns if bias else 0)
+    return rows * columns * codec.half_bits(k) // 2 + 16 * (rows + columns) + marker + (16 * columns if bias else 0)
 
 
 def convert(
-    model,
-    output,
+    model: str | Path,
+    output: str | Path,
     *,
     bits: float,
-    head_bits: int = 6,
+    head_bits: float = 6,
+    embed_bits: int | None = None,
     codebook: str = "mul1",
-    calibration=None,
+    half_rates: bool = True,
+    calibration: str | Path | None = None,
     mixed: str = "per-expert",
     resume: bool = False,
     seed: int = 0,
@@ -122,11 +147,14 @@ def convert(
         output: Directory to be made.
         bits: Stored bits per weight of the quantized layers: codes, suh, svh and biases, without the head.
         head_bits: K of the output projection; 16 leaves it in half precision. Default: ``6``.
+        embed_bits: K of the token embedding, 1 to 8, which ExLlamaV3 reads since 1.6.0. Default: ``None``, unquantized.
         codebook: ``"mul1"``, ``"mcg"`` or ``"3inst"``. Default: ``"mul1"``.
+        half_rates: Whether linears may have 1.5, 2.5 and 3.5 bits, which exist for mul1 only and which ExLlamaV3 reads
+            since 1.5.1; older versions take them for the whole width below. Default: ``True``.
         calibration: Text file; the bundled text if ``None``. Default: ``None``.
         mixed: ``"per-expert"`` lets every expert and projection have its own K; ``"per-layer"`` one K per
             projection over the experts of a layer, which other EXL3 loaders need; ``"uniform"`` the same with two
-            neighbouring widths only. Default: ``"per-expert"``.
+            neighbouring whole widths and what lies between them only. Default: ``"per-expert"``.
         resume: Continue an interrupted conversion in ``output``. Default: ``False``.
         seed: Seed of the random signs. The result depends on nothing else than the arguments. Default: ``0``.
         progress: Called with a :class:`Progress` after each finished piece of work.
@@ -141,12 +169,12 @@ def convert(
     """
     from threadpoolctl import threadpool_limits
 
-    settings = _check(bits, head_bits, codebook, mixed, seed)
-    source, output = Source(Path(model)), Path(output)
+    settings = _check(bits, head_bits, embed_bits, codebook, half_rates, mixed, seed)
+    source, target = Source(Path(model)), Path(output)
     tokens = calibration_tokens(source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH)
-    work = _open_work(output, source, settings, tokens, resume)
+    work = _open_work(target, source, settings, tokens, resume)
     with threadpool_limits(1, "blas"):  # sums must not depend on the machine's cores; experts run side by side
-        return _Conversion(source, output, work, settings, tokens, progress).run()
+        return _Conversion(source, target, work, settings, tokens, progress).run()
 
 
 def _open_work(output: Path, source: Source, settings: _Settings, tokens: np.ndarray, resume: bool) -> Path:
@@ -168,34 +196,52 @@ def _open_work(output: Path, source: Source, settings: _Settings, tokens: np.nda
                 f"the conversion in {output} was begun with other settings ({', '.join(changed)}); "
                 "resume with the same ones or choose another directory"
             )
-    work.mkdir(parents=True, exist_ok=True)
-    write_text(work / "job.json", json.dumps(job))
+    for directory in (output, work):
+        atomic.remove_leftovers(directory)
+    atomic.write_text(work / "job.json", json.dumps(job))
     return work
 
 
 class _Conversion:
     """One conversion, from the first measurement to the last file."""
 
-    def __init__(self, source, output, work, settings: _Settings, tokens, report):
+    def __init__(
+        self,
+        source: Source,
+        output: Path,
+        work: Path,
+        settings: _Settings,
+        tokens: np.ndarray,
+        report: Callable[[Progress], None] | None,
+    ):
         self.source, self.output, self.work, self.settings = source, output, work, settings
         self.model = LayeredModel(source.path, tokens, _BATCH)
         self.tokens = tokens
         low = max(1, int(settings.bits) - _BELOW)
         high = min(codec.MAX_BITS, int(np.ceil(settings.bits)) + _ABOVE)
-        self.candidates = tuple(range(low, high + 1))
+        self.candidates = tuple(k for k in settings.widths if low <= k <= high)
         self.workers = kernels.cpu_threads()
         self.clock = _Clock(2.0 * len(self.model.layers) + 1.0, report)  # in layers: measured, quantized; the head
 
     def run(self) -> Allocation:
         items = self._measure()
         allocation = allocate(items, self.settings.bits, self.settings.mixed)
-        write_text(self.work / "plan.txt", plan_table(items, allocation))
+        atomic.write_text(self.work / "plan.txt", plan_table(items, allocation))
         self.model = LayeredModel(self.source.path, self.tokens, _BATCH)  # the first run let go of the weights
         hidden = self._quantize(allocation)
         self._head(hidden)
+        if self.settings.embed_bits is not None:
+            bits, seed = self.settings.embed_bits, self.settings.seed
+            write_embedding(self.work, self.model, self.source, bits, seed, self.workers)
         self.clock.advance("assembling", 1.0)
         assemble(
-            self.source, self.output, self.work, len(self.model.layers), self.settings, allocation, self.tokens.shape
+            self.source,
+            self.output,
+            self.work,
+            len(self.model.layers),
+            head_bits=self.settings.head_bits,
+            codebook=self.settings.codebook,
+            calibration=self.tokens.shape,
         )
         return allocation
 
@@ -235,12 +281,14 @@ class _Conversion:
             self.clock.advance(f"measured layer {index + 1} of {count}", 1.0)
         return self._in_output_units(items, hidden[0], streams, energies)
 
-    def _in_output_units(self, items: list[list[Item]], hidden, streams, energies) -> list[Item]:
+    def _in_output_units(
+        self, items: list[list[Item]], hidden: np.ndarray, streams: list[np.ndarray], energies: list[float]
+    ) -> list[Item]:
         """Losses as KL divergence of the model's output."""
         target = self.work / "sensitivity.json"
         if not target.exists():
             found = sensitivities(self.model, hidden, streams, energies)
-            write_text(target, json.dumps([v.hex() for v in found]))
+            atomic.write_text(target, json.dumps([v.hex() for v in found]))
         scales = [float.fromhex(v) for v in json.loads(target.read_text())]
         return [
             replace(item, loss={k: scale * v for k, v in item.loss.items()})
@@ -271,7 +319,8 @@ class _Conversion:
                 results = self._parallel(lambda job, n: self._quantize_job(job, allocation.widths[job.name], n), jobs)
                 tensors: dict[str, Tensor] = {}
                 for job, codes in zip(jobs, results):
-                    tensors.update(stored_tensors(job.name, codes, job.bias))
+                    divisor = up_divisor(self.source.config, index) if _EXPERT_UP.search(job.name) else 1
+                    tensors.update(stored_tensors(job.name, codes, job.bias, divisor))
                     job.install(codec.dequantize(codes), None if job.bias is None else half_round(job.bias))
                 hidden = self.model.run(index, hidden)
             self.model.unload(index)
@@ -280,7 +329,7 @@ class _Conversion:
             self.clock.advance(f"quantized layer {index + 1} of {count}", 1.0)
         return hidden
 
-    def _quantize_job(self, job: Job, bits: int, threads: int) -> Codes:
+    def _quantize_job(self, job: Job, bits: float, threads: int) -> Codes:
         prepared = prepare(job.weight(), job.hessian, seed_of(self.settings.seed, job.name))
         return quantize_prepared(prepared, bits, self.settings.codebook, threads)
 
@@ -289,10 +338,18 @@ class _Conversion:
     def _head(self, hidden: list[np.ndarray]) -> None:
         target = self.work / "head.safetensors"
         if not target.exists():
-            tensors = head_tensors(self.model, self.source, hidden, self.settings, self.workers)
+            tensors = head_tensors(
+                self.model,
+                self.source,
+                hidden,
+                bits=self.settings.head_bits,
+                codebook=self.settings.codebook,
+                seed=self.settings.seed,
+                threads=self.workers,
+            )
             write_tensors(target, tensors)
 
-    def _parallel(self, task, jobs: list[Job]) -> list:
+    def _parallel(self, task: Callable[[Job, int], Result], jobs: list[Job]) -> list[Result]:
         """Run a task for every job, the cores shared among them; results in the order of the jobs."""
         threads = max(1, self.workers // max(1, len(jobs)))
         with ThreadPoolExecutor(self.workers) as pool:
@@ -302,10 +359,13 @@ class _Conversion:
     # result always has its state; only the newest is kept.
 
     def _save_state(self, stage: str, index: int, hidden: list[np.ndarray]) -> None:
-        write_array(self.work / f"{stage}-state-{index:04}.npz", hidden)
+        with atomic.writing(self.work / f"{stage}-state-{index:04}.npz") as file:
+            np.savez(file, *hidden)
         (self.work / f"{stage}-state-{index - 2:04}.npz").unlink(missing_ok=True)
 
-    def _last_state(self, stage: str, count: int, start) -> tuple[list[np.ndarray], int]:
+    def _last_state(
+        self, stage: str, count: int, start: Callable[[], list[np.ndarray]]
+    ) -> tuple[list[np.ndarray], int]:
         suffix = {"measured": "json", "layer": "safetensors"}[stage]
         done = 0
         while done < count and (self.work / f"{stage}-{done:04}.{suffix}").exists():
@@ -325,7 +385,7 @@ def _save_items(path: Path, items: list[Item], energy: float) -> None:
     rows = [
         [i.name, i.group, i.weights, list(i.bits.items()), [[k, v.hex()] for k, v in i.loss.items()]] for i in items
     ]
-    write_text(path, json.dumps({"energy": energy.hex(), "items": rows}))
+    atomic.write_text(path, json.dumps({"energy": energy.hex(), "items": rows}))
 
 
 def _load_items(path: Path) -> tuple[list[Item], float]:
@@ -342,10 +402,10 @@ def plan_table(items: list[Item], allocation: Allocation) -> str:
     gap = allocation.loss / allocation.bound - 1 if allocation.bound > 0 else 0.0
     lines = [
         f"bits per weight {allocation.bits:.4f}   loss {allocation.loss:.6g}   within {100 * gap:.3g} % of the bound",
-        f"{'linear':60} {'weights':>10} {'K':>2} {'loss':>12} {'share of loss':>14}",
+        f"{'linear':60} {'weights':>10} {'K':>3} {'loss':>12} {'share of loss':>14}",
     ]
     for item in items:
         k = allocation.widths[item.name]
         share = item.loss[k] / allocation.loss if allocation.loss else 0.0
-        lines.append(f"{item.name:60} {item.weights:10d} {k:2d} {item.loss[k]:12.4g} {100 * share:13.3f}%")
+        lines.append(f"{item.name:60} {item.weights:10d} {k!s:>3} {item.loss[k]:12.4g} {100 * share:13.3f}%")
     return "\n".join(lines) + "\n"

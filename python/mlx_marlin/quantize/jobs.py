@@ -60,7 +60,9 @@ def seed_of(seed: int, name: str) -> list[int]:
     return [seed, zlib.crc32(name.encode())]
 
 
-def layer_jobs(model: LayeredModel, index: int, taps: Taps, source: Source, hidden, seed: int | None) -> list[Job]:
+def layer_jobs(
+    model: LayeredModel, index: int, taps: Taps, source: Source, hidden: list[np.ndarray], seed: int | None
+) -> list[Job]:
     """The jobs of a layer whose taps have recorded.
 
     Args:
@@ -81,29 +83,29 @@ def layer_jobs(model: LayeredModel, index: int, taps: Taps, source: Source, hidd
             warnings.warn(f"{prefix}.{path} is not quantized: the checkpoint has no tensor of that name", stacklevel=2)
             continue
         effect = 1.0 if seed is None else _linear_effect(model, index, tap, hidden, seed_of(seed, name))
-        jobs.append(_linear_job(name, tap, effect))
-    for path, tap in taps.experts.items():
+        jobs.append(_linear_job(name, tap, tap.hessian, effect))
+    for path, experts in taps.experts.items():
         block = path.rpartition(".")[0]
         full, parts = source.expert_names(f"{prefix}.{block}")
-        jobs += _expert_jobs(full, parts, tap, seed)
+        jobs += _expert_jobs(full, parts, experts, seed)
     return jobs
 
 
-def _linear_job(name: str, tap: LinearTap, effect: float) -> Job:
-    def install(weight, bias):
+def _linear_job(name: str, tap: LinearTap, hessian: Hessian, effect: float) -> Job:
+    def install(weight: np.ndarray, bias: np.ndarray | None) -> None:
         tap.weight = weight
         if bias is not None:
             tap.bias = bias
 
-    return Job(name, name, lambda: tap.weight, tap.bias, tap.weight.shape, tap.hessian.mean(), effect, install)
+    return Job(name, name, lambda: tap.weight, tap.bias, tap.weight.shape, hessian.mean(), effect, install)
 
 
-def _linear_effect(model: LayeredModel, index: int, tap: LinearTap, hidden, seed) -> float:
+def _linear_effect(model: LayeredModel, index: int, tap: LinearTap, hidden: list[np.ndarray], seed: list[int]) -> float:
     """Change of the layer's output on the first batch when noise in proportion to each channel is added."""
     rng = np.random.default_rng(seed)
     added = []
 
-    def noise(y):
+    def noise(y: mx.array) -> mx.array:
         values = np.array(y.astype(mx.float32))
         axes = tuple(range(values.ndim - 1))
         rms = np.sqrt(np.mean(np.square(values), axis=axes))
@@ -126,8 +128,8 @@ def _expert_jobs(full: str, parts: dict[str, str], tap: ExpertsTap, seed: int | 
     x, indices, scores = tap.rows.joined()
     experts = len(tap.weights["gate_proj"][0])
     importance = np.square(scores.astype(np.float64))
-    use = np.bincount(indices.ravel(), importance.ravel(), experts)
-    use = np.maximum(use, _LEAST_USE * np.mean(use)) / len(x)
+    used = np.bincount(indices.ravel(), importance.ravel(), experts)
+    use = np.maximum(used, _LEAST_USE * np.mean(used)) / len(x)
     typical = float(np.mean(importance)) or 1.0
     prior_x = x[:: max(1, len(x) // _PRIOR_ROWS)][:_PRIOR_ROWS]
     prior = Hessian(x.shape[1])
@@ -157,7 +159,7 @@ def _expert_jobs(full: str, parts: dict[str, str], tap: ExpertsTap, seed: int | 
     return jobs
 
 
-def _expert_effect(tap: ExpertsTap, part: str, e: int, x: np.ndarray, seed) -> float:
+def _expert_effect(tap: ExpertsTap, part: str, e: int, x: np.ndarray, seed: list[int]) -> float:
     """Squared change of the expert's output for each unit of squared disturbance of gate or up."""
     outputs = {name: tap.project(name, e, x) for name in ("gate_proj", "up_proj")}
     before = tap.activate(outputs["up_proj"], outputs["gate_proj"])
@@ -171,9 +173,9 @@ def _expert_effect(tap: ExpertsTap, part: str, e: int, x: np.ndarray, seed) -> f
 def _expert_job(full: str, stored: str, tap: ExpertsTap, part: str, e: int, h: np.ndarray, effect: float) -> Job:
     weights, biases = tap.weights[part]
 
-    def install(weight, bias):
+    def install(weight: np.ndarray, bias: np.ndarray | None) -> None:
         weights[e] = weight
-        if bias is not None:
+        if bias is not None and biases is not None:
             biases[e] = bias
 
     bias = None if biases is None else biases[e]

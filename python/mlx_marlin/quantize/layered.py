@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,31 +14,35 @@ from mlx.utils import tree_map
 
 from .hessian import Hessian
 
+Call = tuple[mx.array, tuple, dict]
+"""What a layer is called with: the hidden state, and all else."""
+
 
 class _Recorder:
     """Stands in for a layer: notes what it is called with and passes the hidden state on."""
 
-    def __init__(self, layer):
-        self.layer, self.calls = layer, []
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self.calls: list[Call] = []
 
-    def __call__(self, x, *args, **kwargs):
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         self.calls.append((x, args, kwargs))
         return x
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
 
 
 class _Feed:
     """Stands in for a layer: gives what it is told, or passes the hidden state on."""
 
-    def __init__(self, layer, values=None):
+    def __init__(self, layer: nn.Module, values: Iterator[np.ndarray] | None = None):
         self.layer, self.values = layer, values
 
-    def __call__(self, x, *args, **kwargs):
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         return x if self.values is None else mx.array(next(self.values))
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
 
 
@@ -48,12 +53,14 @@ class LinearTap:
     """
 
     def __init__(self, linear: nn.Linear, name: str):
-        self.linear, self.name, self.hessian, self.noise = linear, name, None, None
+        self.linear, self.name = linear, name
+        self.hessian: Hessian | None = None
+        self.noise: Callable[[mx.array], mx.array] | None = None
         self.recording = False
         self.weight = np.ascontiguousarray(np.array(linear.weight).T)
         self.bias = np.array(linear.bias) if "bias" in linear else None
 
-    def __call__(self, x):
+    def __call__(self, x: mx.array) -> mx.array:
         rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
         if self.recording:
             if self.hessian is None:
@@ -70,9 +77,9 @@ class LinearTap:
 class ExpertRows:
     """What the experts of one block saw: float32 ``x [tokens, hidden]``, ``indices [tokens, k]``, ``scores``."""
 
-    x: list = field(default_factory=list)
-    indices: list = field(default_factory=list)
-    scores: list = field(default_factory=list)
+    x: list[np.ndarray] = field(default_factory=list)
+    indices: list[np.ndarray] = field(default_factory=list)
+    scores: list[np.ndarray] = field(default_factory=list)
 
     def joined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return np.concatenate(self.x), np.concatenate(self.indices), np.concatenate(self.scores)
@@ -81,15 +88,14 @@ class ExpertRows:
 class ExpertsTap:
     """Stands in for a ``SwitchGLU``: notes its rows, and computes it in NumPy, expert by expert."""
 
-    def __init__(self, experts, name: str):
+    def __init__(self, experts: nn.Module, name: str):
         self.experts, self.name, self.rows = experts, name, ExpertRows()
         self.recording = False
-        self.probe = None
-        self.weights = None
+        self.probe: np.ndarray | None = None
+        self.weights: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
 
     def load(self) -> None:
         """Bring the weights to NumPy, ``[experts, in, out]``."""
-        self.weights = {}
         for part in ("gate_proj", "up_proj", "down_proj"):
             module = getattr(self.experts, part)
             bias = np.array(module.bias.astype(mx.float32)) if "bias" in module else None
@@ -104,7 +110,7 @@ class ExpertsTap:
     def activate(self, up: np.ndarray, gate: np.ndarray) -> np.ndarray:
         return np.array(self.experts.activation(mx.array(up), mx.array(gate)))
 
-    def __call__(self, x, indices):
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         if self.probe is not None:
             shape = (*indices.shape, x.shape[-1])
             return mx.broadcast_to(mx.array(self.probe[: indices.shape[-1], : x.shape[-1]]), shape)
@@ -121,7 +127,7 @@ class ExpertsTap:
             out[token, slot] = self.project("down_proj", expert, h)
         return mx.array(out.reshape(*indices.shape, -1)).astype(x.dtype)
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.experts, name)
 
 
@@ -132,10 +138,10 @@ class BlockTap:
     return zeros, show each slot's score in the first k channels.
     """
 
-    def __init__(self, block, experts: ExpertsTap):
+    def __init__(self, block: nn.Module, experts: ExpertsTap):
         self.block, self.experts = block, experts
 
-    def __call__(self, x, *args, **kwargs):
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         out = self.block(x, *args, **kwargs)
         if self.experts.recording:
             width = x.shape[-1]
@@ -148,29 +154,30 @@ class BlockTap:
             self.experts.rows.scores.append(np.abs(shown.reshape(-1, width)[:, :k]))
         return out
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
 
 
-def _child(module, key):
+def _child(module: Any, key: str) -> Any:
     return module[int(key)] if isinstance(module, (list, tuple)) else getattr(module, key)
 
 
-def _replace(root, path: str, value) -> None:
+def _replace(root: nn.Module, path: str, value: object) -> None:
     """Put ``value`` at a dotted path below ``root``."""
     *parents, last = path.split(".")
+    parent = root
     for key in parents:
-        root = _child(root, key)
-    if isinstance(root, list):
-        root[int(last)] = value
+        parent = _child(parent, key)
+    if isinstance(parent, list):
+        parent[int(last)] = value
     else:
-        setattr(root, last, value)
+        setattr(parent, last, value)
 
 
-def is_experts(module) -> bool:
+def is_experts(module: nn.Module) -> bool:
     """Whether a module is a SwitchGLU in shape: gate, up and down stacks over experts."""
     parts = (getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj"))
-    return all(getattr(part, "num_experts", None) and part.weight.ndim == 3 for part in parts)
+    return all(part is not None and getattr(part, "num_experts", None) and part.weight.ndim == 3 for part in parts)
 
 
 class LayeredModel:
@@ -192,7 +199,7 @@ class LayeredModel:
         self.batches = [mx.array(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
         self.calls = self._record_calls()
 
-    def _record_calls(self) -> list[list]:
+    def _record_calls(self) -> list[list[Call]]:
         recorders = [_Recorder(layer) for layer in self.layers]
         for name, recorder in zip(self.names, recorders):
             _replace(self.model, name, recorder)
@@ -229,7 +236,7 @@ class LayeredModel:
         """What the output projection sees, float32, given the hidden states after the last layer."""
         seen = []
 
-        def note(x):
+        def note(x: mx.array) -> mx.array:
             seen.append(np.array(x.astype(mx.float32)))
             return x
 
@@ -251,14 +258,15 @@ class LayeredModel:
         for h in hidden:
             yield np.array(self.model(self.batches[0][: h.shape[0], : h.shape[1]]).astype(mx.float32))
 
-    def _tap_head(self, note):
+    def _tap_head(self, note: Callable[[mx.array], mx.array]) -> Callable[[], None]:
         if getattr(self.model, "lm_head", None) is not None:
             self.model.lm_head = note
             return lambda: None
         for module in self.model.modules():
             if isinstance(module, nn.Embedding):
-                module.as_linear = note
-                return lambda: delattr(module, "as_linear")
+                method = "as_linear"  # the instance's, in place of the class's
+                setattr(module, method, note)
+                return lambda: delattr(module, method)
         raise ValueError(f"{type(self.model).__name__} has neither lm_head nor an embedding to tie it to")
 
 
@@ -270,8 +278,11 @@ class Taps:
         experts: By dotted path inside the layer.
     """
 
-    def __init__(self, layer, wanted):
-        self.layer, self.linears, self.experts, self._originals = layer, {}, {}, []
+    def __init__(self, layer: nn.Module, wanted: Callable[[str], bool]):
+        self.layer = layer
+        self.linears: dict[str, LinearTap] = {}
+        self.experts: dict[str, ExpertsTap] = {}
+        self._originals: list[tuple[str, nn.Module, LinearTap | ExpertsTap | BlockTap]] = []
         modules = dict(layer.named_modules())
         for path, module in modules.items():
             if is_experts(module):
@@ -281,23 +292,24 @@ class Taps:
         for path, module in modules.items():
             if type(module) is nn.Linear and wanted(path) and not path.startswith(inside):
                 self.linears[path] = LinearTap(module, path)
-        for path, tap in (*self.experts.items(), *self.linears.items()):
-            self._originals.append((path, modules[path], tap))
-        for path, tap in self.experts.items():
+        for path in (*self.experts, *self.linears):
+            self._originals.append((path, modules[path], self.experts.get(path) or self.linears[path]))
+        for path, experts in self.experts.items():
             block = path.rpartition(".")[0]
             if block:
-                self._originals.append((block, modules[block], BlockTap(modules[block], tap)))
+                self._originals.append((block, modules[block], BlockTap(modules[block], experts)))
 
     def __enter__(self) -> Taps:
         for path, _, tap in self._originals:
             _replace(self.layer, path, tap)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *exc_info: object) -> None:
         for path, original, _ in reversed(self._originals):
             _replace(self.layer, path, original)
 
     def record(self, on: bool) -> None:
         """Whether the taps note what they see."""
-        for tap in (*self.linears.values(), *self.experts.values()):
+        taps: list[LinearTap | ExpertsTap] = [*self.linears.values(), *self.experts.values()]
+        for tap in taps:
             tap.recording = on

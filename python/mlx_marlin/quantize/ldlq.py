@@ -7,7 +7,9 @@ import numpy as np
 from .. import codec, ops
 
 
-def quantize_tiles(inner: np.ndarray, bits: int, codebook: str, threads: int | None = None):
+def quantize_tiles(
+    inner: np.ndarray, bits: float, codebook: str, threads: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Nearest codes without feedback.
 
     Returns:
@@ -19,7 +21,9 @@ def quantize_tiles(inner: np.ndarray, bits: int, codebook: str, threads: int | N
     return states, codec.tiles_to_matrix(codec.decode(states, codebook)).astype(np.float32)
 
 
-def ldlq(inner: np.ndarray, factor: np.ndarray, bits: int, codebook: str, threads: int | None = None):
+def ldlq(
+    inner: np.ndarray, factor: np.ndarray, bits: float, codebook: str, threads: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Codes that keep ``tr(E^T R E)`` small, for ``R = L D L^T``.
 
     Block row i is quantized after all rows below it, towards ``W_i + sum_{j > i} L_ji^T E_j``, so that what is left

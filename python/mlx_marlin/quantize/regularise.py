@@ -6,6 +6,7 @@ their absolute values, and a global scale that fits the codebook.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,13 +14,16 @@ import numpy as np
 
 from .. import codec, ops
 
-# Scale of a unit Gaussian input at which each codebook has its least error, K = 1..8: measured with tail-biting
-# search on 320 tiles each, steps of about 0.5 %. The starting point of the search below.
-_INPUT_SCALE = {
+# Scale of a unit Gaussian input at which each codebook has its least error, by K: measured with tail-biting search on
+# 320 tiles each, half rates on 4000, steps of about 0.5 %. The starting point of the search below.
+_WHOLE_SCALES = {
     "3inst": (1.393, 1.225, 1.146, 1.143, 1.094, 1.040, 0.995, 0.995),
     "mcg": (1.393, 1.235, 1.167, 1.132, 1.095, 1.037, 0.995, 0.995),
     "mul1": (1.120, 0.988, 0.927, 0.880, 0.880, 0.880, 0.852, 0.825),
 }
+INPUT_SCALE = {
+    (codebook, bits): scale for codebook, scales in _WHOLE_SCALES.items() for bits, scale in enumerate(scales, 1)
+} | {("mul1", 1.5): 1.040, ("mul1", 2.5): 0.960, ("mul1", 3.5): 0.927}
 # The error changes by less than 1 % per 3 % of scale near its least value, so a parabola through three scales
 # this far apart finds it.
 _SCALE_STEP = 0.05
@@ -49,7 +53,7 @@ class Regularised:
     svh: np.ndarray
 
 
-def random_signs(seed, count: int) -> np.ndarray:
+def random_signs(seed: int | Sequence[int], count: int) -> np.ndarray:
     """float32 ``[count]`` of +1 and -1."""
     return 1.0 - 2.0 * np.random.default_rng(seed).integers(0, 2, count).astype(np.float32)
 
@@ -70,13 +74,13 @@ def regularise(weight: np.ndarray, suh: np.ndarray, svh_signs: np.ndarray) -> Re
     return Regularised(codec.hadamard(codec.hadamard(scaled, axis=0), axis=1), suh, svh)
 
 
-def expected_scale(inner: np.ndarray, bits: int, codebook: str) -> float:
+def expected_scale(inner: np.ndarray, bits: float, codebook: str) -> float:
     """The factor on ``inner`` that is best for Gaussian values of its magnitude."""
     rms = float(np.sqrt(np.mean(np.square(inner), dtype=np.float64)))
-    return _INPUT_SCALE[codebook][bits - 1] / (rms or 1.0)
+    return INPUT_SCALE[codebook, bits] / (rms or 1.0)
 
 
-def global_scale(inner: np.ndarray, bits: int, codebook: str, threads: int | None = None) -> float:
+def global_scale(inner: np.ndarray, bits: float, codebook: str, threads: int | None = None) -> float:
     """The factor on ``inner`` that leaves the least relative error, searched on an even sample of tiles."""
     tiles = codec.matrix_to_tiles(inner).reshape(-1, codec.TILE_SIZE)
     sample = tiles[:: max(1, len(tiles) // _SCALE_TILES)][:_SCALE_TILES]
@@ -98,7 +102,7 @@ def global_scale(inner: np.ndarray, bits: int, codebook: str, threads: int | Non
 
 
 @cache
-def _log_errors(bits: int, codebook: str) -> np.ndarray:
+def _log_errors(bits: float, codebook: str) -> np.ndarray:
     """Logarithm of the mean squared error of Gaussian tiles of each of :data:`_DEVIATIONS`."""
     tiles = np.random.default_rng(0).standard_normal((_CURVE_TILES, codec.TILE_SIZE))
     targets = (_DEVIATIONS[:, None, None] * tiles).astype(np.float32)
@@ -106,14 +110,14 @@ def _log_errors(bits: int, codebook: str) -> np.ndarray:
     return np.log(np.mean(np.square(found.reshape(targets.shape).astype(np.float64) - targets), axis=(1, 2)))
 
 
-def _gaussian_error(variance: np.ndarray, bits: int, codebook: str) -> np.ndarray:
+def _gaussian_error(variance: np.ndarray, bits: float, codebook: str) -> np.ndarray:
     """Mean squared error of Gaussian tiles of a variance."""
     deviation = 0.5 * np.log(np.maximum(variance, np.finfo(np.float64).tiny))
     return np.exp(np.interp(deviation, np.log(_DEVIATIONS), _log_errors(bits, codebook)))
 
 
 def feedback_scale(
-    inner: np.ndarray, gain: np.ndarray, spread: np.ndarray, bits: int, codebook: str
+    inner: np.ndarray, gain: np.ndarray, spread: np.ndarray, bits: float, codebook: str
 ) -> tuple[float, float]:
     """The factor on ``inner`` that leaves the least loss after LDLQ, and that loss.
 

@@ -15,7 +15,7 @@ _NOISE = 0.1  # of what the layer adds to each channel: the size of a 3-bit laye
 _STRIDE = 4  # the output is looked at after every fourth token: rows of a whole vocabulary are the costly part
 
 
-def disturbed(before: np.ndarray, after: np.ndarray, seed) -> tuple[np.ndarray, float]:
+def disturbed(before: np.ndarray, after: np.ndarray, seed: list[int]) -> tuple[np.ndarray, float]:
     """A layer's output with noise in proportion to what the layer adds to each channel.
 
     Args:
@@ -31,7 +31,9 @@ def disturbed(before: np.ndarray, after: np.ndarray, seed) -> tuple[np.ndarray, 
     return after + noise, float(np.mean(np.sum(np.square(noise, dtype=np.float64), axis=-1)))
 
 
-def sensitivities(model: LayeredModel, hidden: np.ndarray, streams: list[np.ndarray], energies) -> list[float]:
+def sensitivities(
+    model: LayeredModel, hidden: np.ndarray, streams: list[np.ndarray], energies: list[float]
+) -> list[float]:
     """KL divergence of the output per token and unit of energy, for each stream.
 
     Args:

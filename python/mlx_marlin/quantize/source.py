@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..storage.safetensors import TensorInfo, parse_json, read_header
-from .tensors import Tensor, read_bytes, read_values
+from ..storage.safetensors import Tensor, TensorInfo, read_header
+from ..storage.untrusted import read_json
 
 # Linears that EXL3 leaves alone: routers, gates of shared experts, MLA's kv_b (its two halves are used apart), and
 # the narrow projections of state-space layers.
@@ -41,8 +41,8 @@ class Source:
         self.path = path
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} holds no config.json; a Hugging Face checkpoint directory is wanted")
-        self.config = parse_json((path / "config.json").read_bytes(), str(path / "config.json"), finite=False)
-        if "quantization" in self.config or "quantization_config" in self.config:
+        self.config = read_json(path / "config.json", finite=False)
+        if self.config.get("quantization") or self.config.get("quantization_config"):
             raise ValueError(f"{path} is already quantized; convert the original fp16, bf16 or fp32 checkpoint")
         files = sorted(path.glob("model*.safetensors"))
         if not files:
@@ -85,8 +85,8 @@ class Source:
         """A tensor that is not quantized, in the dtype that EXL3 stores it in."""
         stored = self.tensors[name]
         if self.kept_dtype(name) == stored.dtype:
-            return Tensor(stored.dtype, stored.shape, read_bytes(stored))
-        return half(name, read_values(name, stored))
+            return Tensor(stored.dtype, stored.shape, stored.read())
+        return half(name, stored.floats())
 
     def kept_dtype(self, name: str) -> str:
         """The dtype of :meth:`kept`."""

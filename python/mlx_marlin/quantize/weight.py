@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .. import codec
-from ..weights.trellis import TrellisWeight
+from ..weights.trellis import Array, TrellisWeight
 from . import hessian as hessians
 from .ldlq import ldlq, quantize_tiles
 from .regularise import Regularised, feedback_scale, global_scale, random_signs, regularise
@@ -48,14 +49,16 @@ def _row_magnitudes(weight: np.ndarray) -> np.ndarray:
     return np.maximum(np.where(rms > 0, rms, typical), 1e-3 * typical) / (typical or 1.0)
 
 
-def _input_scales(weight: np.ndarray, h: np.ndarray | None, signs: np.ndarray):
+def _input_scales(
+    weight: np.ndarray, h: np.ndarray | None, signs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """Signed input scales, and the factor and spread of the Hessian under them."""
     magnitudes = _row_magnitudes(weight) if np.any(weight) else np.ones(len(weight))
     if h is None:
         suh = (signs * np.sqrt(magnitudes)).astype(np.float16).astype(np.float32)
         return suh, None, np.square(suh.astype(np.float64))
     importance = np.diagonal(h) / np.mean(np.diagonal(h))
-    best = None
+    best: tuple[float, np.ndarray, np.ndarray, np.ndarray] | None = None
     for a, b in _INPUT_SCALE_EXPONENTS:
         scales = magnitudes**a * importance**-b
         scales /= np.exp(np.mean(np.log(scales)))
@@ -64,10 +67,11 @@ def _input_scales(weight: np.ndarray, h: np.ndarray | None, signs: np.ndarray):
         loss = float(spread.sum() * np.mean(np.square(weight / suh[:, None]), dtype=np.float64))
         if best is None or loss < best[0]:
             best = loss, suh, factor, spread
+    assert best is not None  # there are exponents to try
     return best[1:]
 
 
-def prepare(weight: np.ndarray, hessian: np.ndarray | None, seed) -> Prepared:
+def prepare(weight: np.ndarray, hessian: np.ndarray | None, seed: int | Sequence[int]) -> Prepared:
     """Pad, choose signs and scales, factor the Hessian.
 
     Args:
@@ -100,13 +104,13 @@ class Codes:
     out_features: int
 
 
-def expected_loss(p: Prepared, bits: int, codebook: str) -> float:
+def expected_loss(p: Prepared, bits: float, codebook: str) -> float:
     """Expected squared output error per input row at one K."""
     _, loss = feedback_scale(p.regularised.inner, p.gain, p.spread, bits, codebook)
     return loss * float(np.sum(np.square(p.regularised.svh, dtype=np.float64)))
 
 
-def quantize_prepared(p: Prepared, bits: int, codebook: str, threads=None) -> Codes:
+def quantize_prepared(p: Prepared, bits: float, codebook: str, threads: int | None = None) -> Codes:
     """Quantize a prepared weight at one K."""
     r = p.regularised
     if p.factor is None:
@@ -120,7 +124,7 @@ def quantize_prepared(p: Prepared, bits: int, codebook: str, threads=None) -> Co
     return Codes(codec.pack(states, bits), suh, svh, codebook, *p.shape)
 
 
-def _refine_scales(p: Prepared, outer: np.ndarray, suh: np.ndarray, svh: np.ndarray):
+def _refine_scales(p: Prepared, outer: np.ndarray, suh: np.ndarray, svh: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Least-squares output and input scales for fixed codes, as float16.
 
     With ``B = outer diag(svh)`` the best input scales solve ``(H o B B^T) s = rowsum(H W o B)``; a column's best
@@ -150,13 +154,22 @@ def _refine_scales(p: Prepared, outer: np.ndarray, suh: np.ndarray, svh: np.ndar
     return s.astype(np.float16), v.astype(np.float16)
 
 
-def quantize_weight(weight, K: int, codebook: str = "mul1", hessian=None, seed=0, *, bias=None, threads=None):
+def quantize_weight(
+    weight: Array,
+    K: float,
+    codebook: str = "mul1",
+    hessian: Array | None = None,
+    seed: int | Sequence[int] = 0,
+    *,
+    bias: Array | None = None,
+    threads: int | None = None,
+) -> TrellisWeight:
     """Quantize one weight matrix to EXL3.
 
     Args:
         weight: ``[in_features, out_features]`` (transposed against a Hugging Face ``weight``), finite. Sizes that
             are not multiples of 128 are padded.
-        K: Bits per weight, 1 to 8.
+        K: Bits per weight, 1 to 8; with mul1 also 1.5, 2.5 and 3.5.
         codebook: ``"mul1"``, ``"mcg"`` or ``"3inst"``. Default: ``"mul1"``.
         hessian: Mean of ``x x^T`` over calibration inputs, ``[in_features, in_features]``; without it all inputs
             count alike and there is no feedback. Default: ``None``.
@@ -175,10 +188,8 @@ def quantize_weight(weight, K: int, codebook: str = "mul1", hessian=None, seed=0
         raise ValueError(f"weight must be a matrix [in_features, out_features], got shape {list(weight.shape)}")
     if not np.isfinite(weight).all():
         raise ValueError("weight holds values that are not finite")
-    if not 1 <= K <= codec.MAX_BITS:
-        raise ValueError(f"K must be in 1..{codec.MAX_BITS}, got {K}")
-    if codebook not in codec.CODEBOOKS:
-        raise ValueError(f"codebook must be one of {', '.join(codec.CODEBOOKS)}, got {codebook!r}")
+    codec.check_codebook(codebook)
+    codec.check_bits(K, codebook)
     if hessian is not None:
         hessian = np.array(hessian, np.float64)
         if hessian.shape != (len(weight), len(weight)) or not np.isfinite(hessian).all():

@@ -1,4 +1,4 @@
-"""The finished directory: shards, index, configuration, exactly as ExLlamaV3 1.4.1 lays them out."""
+"""The finished directory: shards, index, configuration, exactly as ExLlamaV3 1.6.5 lays them out."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import codec, ops
-from ..storage.safetensors import ITEM_BYTES, TensorInfo, read_header
+from .. import codec
+from ..loader.exl3 import MARKERS
+from ..storage import atomic, safetensors
+from ..storage.safetensors import ITEM_BYTES, Tensor, TensorInfo, read_header
+from .embedding import PART as EMBEDDING
 from .source import SIDE_FILES, Source
-from .tensors import Tensor, read_bytes, write_file, write_text
 from .weight import Codes
 
-# Multipliers that mark a codebook; 3INST has no marker.
-MARKERS = {name: ops.CODEBOOK_MULTIPLIERS[name] for name in ("mul1", "mcg")}
 # The layout that is written is that of this version.
-_FORMAT_VERSION = "1.4.1"
+_FORMAT_VERSION = "1.6.5"
 FINISHED = ".finished"  # name of the work directory while it is removed
 _SHARD_BYTES = 8 << 30
 _TORCH_NAMES = {
@@ -27,21 +27,42 @@ _TORCH_NAMES = {
 }  # fmt: skip
 
 
-def stored_tensors(name: str, codes: Codes, bias: np.ndarray | None) -> dict[str, Tensor]:
-    """A quantized linear as EXL3 stores it."""
+# Of a divisor, so much goes into svh, the rest into suh: suh is near 1 and svh near 0.01, and both stay normal numbers.
+_SVH_SHARE = 8
+
+
+def stored_tensors(name: str, codes: Codes, bias: np.ndarray | None, divisor: int = 1) -> dict[str, Tensor]:
+    """A quantized linear as EXL3 stores it.
+
+    Args:
+        name: Its name.
+        codes: Its weight.
+        bias: float32 ``[out_features]`` or ``None``.
+        divisor: What its outputs are divided by, a power of two; see ``loader.scaling``. Default: ``1``.
+    """
+    svh_divisor = min(divisor, _SVH_SHARE)
     tensors = {
         f"{name}.trellis": Tensor.of(codes.trellis),
-        f"{name}.suh": Tensor.of(codes.suh),
-        f"{name}.svh": Tensor.of(codes.svh),
+        f"{name}.suh": Tensor.of(codes.suh / np.float16(divisor / svh_divisor)),
+        f"{name}.svh": Tensor.of(codes.svh / np.float16(svh_divisor)),
     }
     if codes.codebook in MARKERS:
         tensors[f"{name}.{codes.codebook}"] = Tensor.of(np.array(MARKERS[codes.codebook], np.uint32).view(np.int32))
     if bias is not None:
-        tensors[f"{name}.bias"] = Tensor.of(np.pad(bias, (0, len(codes.svh) - len(bias))).astype(np.float16))
+        tensors[f"{name}.bias"] = Tensor.of(np.pad(bias / divisor, (0, len(codes.svh) - len(bias))).astype(np.float16))
     return tensors
 
 
-def assemble(source: Source, output: Path, work: Path, layers: int, settings, allocation, calibration) -> None:
+def assemble(
+    source: Source,
+    output: Path,
+    work: Path,
+    layers: int,
+    *,
+    head_bits: float,
+    codebook: str,
+    calibration: tuple[int, int],
+) -> None:
     """Put the finished parts together, then remove the work directory.
 
     Args:
@@ -49,12 +70,15 @@ def assemble(source: Source, output: Path, work: Path, layers: int, settings, al
         output: Where the model goes.
         work: Directory of the finished parts.
         layers: Number of layers.
-        settings: The conversion's settings.
-        allocation: The widths.
+        head_bits: Width of the output projection; 16 where it is in half precision.
+        codebook: The codebook.
         calibration: Shape of the calibration tokens, ``(windows, length)``.
     """
     parts: dict[str, TensorInfo] = {}
-    for file in (*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / "head.safetensors"):
+    files = [*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / "head.safetensors"]
+    if (work / EMBEDDING).exists():
+        files.append(work / EMBEDDING)
+    for file in files:
         parts.update(read_header(file))
     quantized = {name.rpartition(".")[0] for name in parts if name.endswith(".trellis")}
     kept = [name for name in source.tensors if not _replaced(name, quantized) and name not in parts]
@@ -62,34 +86,44 @@ def assemble(source: Source, output: Path, work: Path, layers: int, settings, al
     shapes = {**{n: t.shape for n, t in parts.items()}, **{n: source.tensors[n].shape for n in kept}}
     sizes = {n: math.prod(shapes[n]) * ITEM_BYTES[dtypes[n]] for n in dtypes}
     shards = _shards(sizes)
-    for file, names in shards.items():
-        data = (read_bytes(parts[n]) if n in parts else source.kept(n).data for n in names)
-        write_file(output / file, [(n, dtypes[n], shapes[n]) for n in names], data)
+    for shard, names in shards.items():
+        data = (parts[n].read() if n in parts else source.kept(n).data for n in names)
+        safetensors.write(output / shard, [(n, dtypes[n], shapes[n]) for n in names], data)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(sizes.values())},
             "weight_map": {n: f for f, ns in shards.items() for n in ns},
         }
-        write_text(output / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
+        atomic.write_text(output / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
     for name in SIDE_FILES:
         if (source.path / name).is_file():
-            write_text(output / name, (source.path / name).read_text(encoding="utf-8"))
+            atomic.write_text(output / name, (source.path / name).read_text(encoding="utf-8"))
     summary = {
         "quant_method": "exl3",
         "version": _FORMAT_VERSION,
-        "bits": round(allocation.bits, 4),
-        "head_bits": settings.head_bits,
+        "bits": _average_bits({n: t.shape for n, t in parts.items() if n != "lm_head.trellis"}),
+        "head_bits": head_bits,
         "calibration": {"rows": calibration[0], "cols": calibration[1]},
         "out_scales": "always",
-        "codebook": settings.codebook,
+        "codebook": codebook,
     }
-    storage = _tensor_storage(dtypes, shapes, sizes, settings.codebook)
-    write_text(output / "quantization_config.json", json.dumps({**summary, "tensor_storage": storage}, indent=2))
-    write_text(output / "plan.txt", (work / "plan.txt").read_text())
-    write_text(output / "config.json", json.dumps({**source.config, "quantization_config": summary}, indent=2))
+    storage = _tensor_storage(dtypes, shapes, sizes, codebook)
+    atomic.write_text(output / "quantization_config.json", json.dumps({**summary, "tensor_storage": storage}, indent=2))
+    atomic.write_text(output / "plan.txt", (work / "plan.txt").read_text())
+    # The head is written even where it is tied, and may differ from the embeddings; ExLlamaV3 says so since 1.6.1.
+    untied = {"tie_word_embeddings": False} if "tie_word_embeddings" in source.config else {}
+    config = {**source.config, **untied, "quantization_config": summary}
+    atomic.write_text(output / "config.json", json.dumps(config, indent=2))
     # Renamed first: a kill from here on leaves a complete model and no half-removed state to resume from.
     finished = work.rename(work.with_name(FINISHED))
     shutil.rmtree(finished)
+
+
+def _average_bits(shapes: dict[str, tuple[int, ...]]) -> float:
+    """K of the linears, weighted with their padded sizes, as ExLlamaV3 rounds it."""
+    trellises = [shape for name, shape in shapes.items() if name.endswith(".trellis") and len(shape) == 3]
+    weights = sum(rows * columns for rows, columns, _ in trellises) * codec.TILE_SIZE
+    return round(sum(math.prod(shape) for shape in trellises) * codec.TILE / weights, 2) if weights else 0.0
 
 
 def _replaced(name: str, quantized: set[str]) -> bool:
@@ -118,13 +152,20 @@ def _shards(sizes: dict[str, int]) -> dict[str, list[str]]:
     return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": names for i, names in enumerate(groups)}
 
 
-def _tensor_storage(dtypes, shapes, sizes, codebook: str) -> dict:
+def _tensor_storage(
+    dtypes: dict[str, str], shapes: dict[str, tuple[int, ...]], sizes: dict[str, int], codebook: str
+) -> dict[str, dict]:
+    """What each module stores, of those without modules inside."""
     storage: dict[str, dict] = {}
+    names = {name.rpartition(".")[0] for name in dtypes}
+    parents = {name[:i] for name in names for i, c in enumerate(name) if c == "."}
     for name in sorted(dtypes):
+        if name.rpartition(".")[0] in parents:
+            continue
         module = storage.setdefault(name.rpartition(".")[0], {"stored_tensors": {}})
         dtype = _TORCH_NAMES.get(dtypes[name], dtypes[name])
         module["stored_tensors"][name] = {"shape": list(shapes[name]), "n_bytes": sizes[name], "dtype": dtype}
-        if name.endswith(".trellis"):
+        if name.endswith(".trellis") and len(shapes[name]) == 3:  # an embedding has stored_tensors only
             module.update(quant_format="exl3", bits_per_weight=codec.trellis_bits(shapes[name]))
             if codebook in MARKERS:
                 module[f"{codebook}_multiplier"] = MARKERS[codebook]

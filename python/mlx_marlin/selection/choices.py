@@ -35,7 +35,7 @@ class Choice:
 
 
 class _Choices:
-    def __init__(self):
+    def __init__(self) -> None:
         self.lock = threading.Lock()
         self.table: dict[Problem, Choice] = {}
         self.feedback: dict[Problem, Choice] = {}

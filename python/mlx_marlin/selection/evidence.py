@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from itertools import islice
+from typing import Generic, TypeVar
 
 from ..measure.stats import welch_p_value
 
@@ -23,6 +24,9 @@ MIN_SAMPLES = LOOKS[0]
 EMA_WEIGHT = 0.1
 # Timings of a kernel scatter by 1 % at least; less in a few samples is luck.
 _MIN_VARIANCE = 0.01**2
+
+Kernel = TypeVar("Kernel", bound=Hashable)
+"""What stands for a kernel: its name, or a config."""
 
 
 class History:
@@ -76,7 +80,7 @@ class _PairTest:
         self.level = 0.0
 
 
-class Ledger:
+class Ledger(Generic[Kernel]):
     """The evidence on kernels that compete for one kind of call.
 
     Args:
@@ -87,21 +91,21 @@ class Ledger:
     __slots__ = ("_history_len", "_leaders", "_level", "_opened", "_tests", "histories", "switches")
 
     def __init__(self, history_len: int, level: float):
-        self.histories: dict[str, History] = {}
+        self.histories: dict[Kernel, History] = {}
         self.switches = 0
         self._history_len = history_len
         self._level = level
-        self._leaders: dict[str, str] = {}
-        self._tests: dict[tuple[str, str], _PairTest] = {}
+        self._leaders: dict[Kernel, Kernel] = {}
+        self._tests: dict[tuple[Kernel, Kernel], _PairTest] = {}
         self._opened = 0
 
-    def record(self, name: str, latency_ms: float) -> None:
-        history = self.histories.get(name)
+    def record(self, kernel: Kernel, latency_ms: float) -> None:
+        history = self.histories.get(kernel)
         if history is None:
-            history = self.histories[name] = History(self._history_len)
+            history = self.histories[kernel] = History(self._history_len)
         history.add(latency_ms)
 
-    def leader(self, incumbent: str, candidates: Iterable[str]) -> str:
+    def leader(self, incumbent: Kernel, candidates: Collection[Kernel]) -> Kernel:
         """The kernel in charge where the rules say ``incumbent``: itself, or a candidate that has proved
         faster.
         """
@@ -110,30 +114,30 @@ class Ledger:
             current = incumbent
         if len(self.histories) < 2 or current not in self.histories:
             return current
-        faster = [name for name in candidates if name != current and self._beats(name, current)]
+        faster = [kernel for kernel in candidates if kernel != current and self._beats(kernel, current)]
         if not faster:
             return current
-        winner = min(faster, key=lambda name: self.histories[name].mean_log)
+        winner = min(faster, key=lambda kernel: self.histories[kernel].mean_log)
         self._leaders[incumbent] = winner
         self._restart({current, winner})
         return winner
 
-    def fastest(self, candidates: Iterable[str]) -> str | None:
+    def fastest(self, candidates: Iterable[Kernel]) -> Kernel | None:
         """The candidate with the lowest mean among those with at least 5 samples."""
         best, best_mean = None, math.inf
-        for name in candidates:
-            history = self.histories.get(name)
+        for kernel in candidates:
+            history = self.histories.get(kernel)
             if history is not None and len(history.logs) >= MIN_SAMPLES and history.mean_log < best_mean:
-                best, best_mean = name, history.mean_log
+                best, best_mean = kernel, history.mean_log
         return best
 
-    def _restart(self, names: set[str]) -> None:
+    def _restart(self, kernels: set[Kernel]) -> None:
         self.switches += 1
-        for name in names:
-            del self.histories[name]
-        self._tests = {pair: test for pair, test in self._tests.items() if names.isdisjoint(pair)}
+        for kernel in kernels:
+            del self.histories[kernel]
+        self._tests = {pair: test for pair, test in self._tests.items() if kernels.isdisjoint(pair)}
 
-    def _beats(self, challenger: str, current: str) -> bool:
+    def _beats(self, challenger: Kernel, current: Kernel) -> bool:
         """Take a look if one is due; whether it shows that the challenger is faster."""
         ours, theirs = self.histories.get(challenger), self.histories[current]
         if ours is None:

@@ -10,7 +10,7 @@ from functools import cache, lru_cache
 from numbers import Real
 
 from .. import kernels
-from ..kernels import Problem
+from ..kernels import Problem, Triple
 from . import choices
 from .evidence import Ledger
 
@@ -28,7 +28,7 @@ def batch_bucket(batch_size: int) -> str:
     return BUCKETS[-1]
 
 
-def bit_family(active_expert_bits: Sequence[int]) -> str:
+def bit_family(active_expert_bits: Sequence[float]) -> str:
     """``"fast_2bit"`` if over half of the experts have 2 bits, ``"mixed_bpw"`` if 2, 3 and 4 occur, else
     ``"standard"``.
     """
@@ -47,7 +47,7 @@ def by_table(problem: Problem | None, fp32acc: bool) -> tuple[str, str] | None:
 
 
 def by_rules(
-    batch_size: int, triple: tuple | None, use_fp32_acc: bool, pattern: dict | None, problem: Problem | None
+    batch_size: int, triple: Triple | None, use_fp32_acc: bool, pattern: dict | None, problem: Problem | None
 ) -> tuple[str, str]:
     """Rules 5, 4 and 2: the kernel that the shapes alone suggest, and why."""
     rows = _top_expert_rows(batch_size, pattern, problem)
@@ -76,7 +76,7 @@ def _top_expert_rows(batch_size: int, pattern: dict | None, problem: Problem | N
     return round(share * batch_size)
 
 
-def candidates(batch_size: int, triple: tuple | None, fp32acc: bool, ledger: Ledger | None) -> list[str]:
+def candidates(batch_size: int, triple: Triple | None, fp32acc: bool, ledger: Ledger[str] | None) -> list[str]:
     """The kernels that compete for a call: every variant, the triple's own at one row, and what was timed
     besides.
     """
@@ -91,7 +91,7 @@ def candidates(batch_size: int, triple: tuple | None, fp32acc: bool, ledger: Led
     return names
 
 
-def nearest(name: str, triple: tuple | None, available: Iterable[str]) -> str:
+def nearest(name: str, triple: Triple | None, available: Iterable[str]) -> str:
     """The available kernel that is most like the wanted one: never another triple's where anything else is
     left.
     """
@@ -121,7 +121,7 @@ parse = lru_cache(maxsize=4096)(kernels.parse_name)
 make = lru_cache(maxsize=4096)(kernels.make_name)
 
 
-def fraction(what: str, value) -> float:
+def fraction(what: str, value: float) -> float:
     number = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
     if not number or not 0.0 <= value <= 1.0:
         raise ValueError(f"{what} must be a number in [0, 1], got {value!r}")

@@ -13,8 +13,8 @@ import threading
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
-from .. import kernels
-from ..kernels import Problem
+from .. import codec
+from ..kernels import Problem, Triple
 from . import rules
 from .evidence import MIN_SAMPLES, Ledger
 
@@ -68,18 +68,18 @@ class MixedKernelSelector:
     def reset_history(self) -> None:
         """Forget all latencies, switches and counts."""
         with self._lock:
-            self._ledgers: dict[tuple[Problem | None, str], Ledger] = {}
+            self._ledgers: dict[tuple[Problem | None, str], Ledger[str]] = {}
             self._tracked: set[str] = set()
             self._selections = self._explorations = self._judged = self._accurate = 0
 
     def select_kernel(
         self,
         batch_size: int,
-        active_expert_bits: Sequence[int],
+        active_expert_bits: Sequence[float],
         gpu_memory_pressure: float = 0.0,
-        gate_bits: int | None = None,
-        up_bits: int | None = None,
-        down_bits: int | None = None,
+        gate_bits: float | None = None,
+        up_bits: float | None = None,
+        down_bits: float | None = None,
         use_fp32_acc: bool = False,
         available_kernels: Iterable[str] | None = None,
         pattern: dict | None = None,
@@ -185,7 +185,7 @@ class MixedKernelSelector:
         return rules.make("base", fp32acc=fp32acc), reason
 
     def _by_evidence(
-        self, name: str, reason: str, candidates: list[str], ledger: Ledger | None
+        self, name: str, reason: str, candidates: list[str], ledger: Ledger[str] | None
     ) -> tuple[str, str, bool]:
         """The kernel that the timings, or the wish to get timings, put in the place of the rules' choice."""
         chosen, fastest = name, None
@@ -205,33 +205,23 @@ class MixedKernelSelector:
         return chosen, reason, False
 
 
-def _check_rows(batch_size) -> None:
+def _check_rows(batch_size: int) -> None:
     if not (type(batch_size) is int or isinstance(batch_size, Integral)) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
 
 
-def _check_width(what: str, bits) -> None:
-    if not (type(bits) is int or isinstance(bits, Integral)) or not 1 <= bits <= kernels.MAX_KERNEL_BITS:
-        raise ValueError(f"{what} must be integers from 1 to {kernels.MAX_KERNEL_BITS}, got {bits!r}")
-
-
-def _check_bits(active_expert_bits) -> list[int]:
+def _check_bits(active_expert_bits: Sequence[float]) -> list[float]:
     # Arrays of MLX and NumPy: their elements are no integers, those of their lists are.
     bits = active_expert_bits.tolist() if hasattr(active_expert_bits, "tolist") else active_expert_bits
     if isinstance(bits, str) or not isinstance(bits, Iterable):
         bits = [bits]
-    bits = list(bits)
-    for width in bits:
-        _check_width("active_expert_bits", width)
-    return bits
+    return [codec.as_width(width, "each of active_expert_bits") for width in bits]
 
 
-def _triple(*widths: int | None) -> tuple[int, int, int] | None:
-    if None in widths:
+def _triple(gate: float | None, up: float | None, down: float | None) -> Triple | None:
+    if gate is None or up is None or down is None:
         return None
-    for width in widths:
-        _check_width("gate_bits, up_bits and down_bits", width)
-    return widths
+    return codec.as_width(gate, "gate_bits"), codec.as_width(up, "up_bits"), codec.as_width(down, "down_bits")
 
 
 def _available(names: Iterable[str] | None) -> frozenset[str] | set[str] | None:
@@ -245,7 +235,9 @@ def _available(names: Iterable[str] | None) -> frozenset[str] | set[str] | None:
     return names
 
 
-def _substituted(name: str, reason: str, triple, available) -> tuple[str, str]:
+def _substituted(
+    name: str, reason: str, triple: Triple | None, available: frozenset[str] | set[str] | None
+) -> tuple[str, str]:
     """A kernel that is available: the one asked for, or the one most like it."""
     if available is None or name in available:
         return name, reason
@@ -253,57 +245,16 @@ def _substituted(name: str, reason: str, triple, available) -> tuple[str, str]:
     return substitute, f"fallback_availability: Selected kernel {name} not available, using {substitute} instead"
 
 
-def _evidence(ledger: Ledger | None, names: list[str]) -> dict[str, dict]:
+def _evidence(ledger: Ledger[str] | None, names: list[str]) -> dict[str, dict]:
     """What is known of each kernel."""
     histories = {} if ledger is None else ledger.histories
     return {n: histories[n].summary() if n in histories else {"samples": 0} for n in dict.fromkeys(names)}
 
 
+# Of the instance that the process shares.
 _shared = MixedKernelSelector()
-
-
-def get_mixed_kernel(
-    batch_size: int,
-    active_expert_bits: Sequence[int],
-    gpu_memory_pressure: float = 0.0,
-    gate_bits: int | None = None,
-    up_bits: int | None = None,
-    down_bits: int | None = None,
-    use_fp32_acc: bool = False,
-    available_kernels: Iterable[str] | None = None,
-    pattern: dict | None = None,
-    problem: Problem | None = None,
-) -> tuple[str, dict]:
-    """:meth:`MixedKernelSelector.select_kernel` of the instance that the process shares."""
-    return _shared.select_kernel(
-        batch_size,
-        active_expert_bits,
-        gpu_memory_pressure,
-        gate_bits,
-        up_bits,
-        down_bits,
-        use_fp32_acc,
-        available_kernels,
-        pattern,
-        problem,
-    )
-
-
-def record_kernel_latency(kernel_name: str, batch_size: int, latency_ms: float, problem: Problem | None = None) -> None:
-    """:meth:`MixedKernelSelector.record_latency` of the instance that the process shares."""
-    _shared.record_latency(kernel_name, batch_size, latency_ms, problem)
-
-
-def get_statistics() -> dict:
-    """:meth:`MixedKernelSelector.get_statistics` of the instance that the process shares."""
-    return _shared.get_statistics()
-
-
-def reset_history() -> None:
-    """:meth:`MixedKernelSelector.reset_history` of the instance that the process shares."""
-    _shared.reset_history()
-
-
-def set_exploration_rate(rate: float) -> None:
-    """:meth:`MixedKernelSelector.set_exploration_rate` of the instance that the process shares."""
-    _shared.set_exploration_rate(rate)
+get_mixed_kernel = _shared.select_kernel
+record_kernel_latency = _shared.record_latency
+get_statistics = _shared.get_statistics
+reset_history = _shared.reset_history
+set_exploration_rate = _shared.set_exploration_rate

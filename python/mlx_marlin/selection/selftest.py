@@ -25,8 +25,8 @@ from ..kernels import KernelConfig, Problem
 from ..ops import reference
 from ..profile import files as profile_files
 from ..storage import atomic
+from ..weights import synthetic
 from ..weights.experts import ExpertBank, ExpertStack
-from ..weights.trellis import TrellisWeight
 from . import choices
 from .choices import Choice
 
@@ -76,39 +76,21 @@ def small_problem(problem: Problem, config: KernelConfig) -> Problem:
     raise NoSmallCase(f"no small problem runs the kernels that {config} runs for {problem}")
 
 
-def _weight(rng, k: int, n: int, bits: float, codebook: str, bias: bool) -> TrellisWeight:
-    words = rng.integers(-(1 << 15), 1 << 15, (k // 16, n // 16, codec.words_per_tile(bits)), np.int16)
-    codebook = "mul1" if codec.is_half_rate(bits) else codebook
-    suh, svh = (rng.choice([-1.0, 1.0], size) for size in (k, n))
-    svh /= k**0.5  # outputs of the size of inputs: float16 holds them
-    suh, svh = suh.astype(np.float16), svh.astype(np.float16)
-    return TrellisWeight(words, suh, svh, codebook, rng.standard_normal(n).astype(np.float32) if bias else None)
-
-
 def make_case(problem: Problem) -> dict:
     """Inputs of a problem: every bit width and every codebook of it occurs. The same for every run."""
     rng = np.random.default_rng(0)
-    codebooks = [problem.codebooks[e % len(problem.codebooks)] for e in range(problem.experts)]
     # The first channel of each Hadamard block is an outlier: it lies evenly over the rotated block, where an error that
     # all weights share then adds up.
     x = rng.standard_normal((problem.rows, problem.hidden)).astype(np.float32)
-    x[:, ::128] = 16 * x[:, ::128] + np.copysign(12, x[:, ::128])
+    first = x[:, :: codec.HADAMARD_SIZE]
+    first *= 16
+    first += np.copysign(12, first)
+    weights = [synthetic.random_projection(rng, problem, part) for part in range(len(problem.shapes))]
     if problem.kind == "linear":
-        sizes = problem.hidden, problem.intermediate
-        formats = zip((problem.bits[e % len(problem.bits)][0] for e in range(problem.experts)), codebooks)
-        weights = [_weight(rng, *sizes, *format, problem.bias) for format in formats]
-        return {"x": x, "weights": weights, "indices": rng.integers(0, len(weights), problem.rows, np.uint32)}
-    shapes = [(problem.hidden, problem.intermediate)] * 2 + [(problem.intermediate, problem.hidden)]
-    lists = [
-        [
-            _weight(rng, k, n, problem.bits[e % len(problem.bits)][part], codebooks[e], problem.bias)
-            for e in range(problem.experts)
-        ]
-        for part, (k, n) in enumerate(shapes)
-    ]
+        return {"x": x, "weights": weights[0], "indices": rng.integers(0, problem.experts, problem.rows, np.uint32)}
     indices = np.stack([rng.permutation(problem.experts)[: problem.top_k] for _ in range(problem.rows)])
     scores = rng.random(indices.shape).astype(np.float32) if problem.combine else None
-    return {"x": x, "weights": lists, "indices": indices.astype(np.uint32), "scores": scores}
+    return {"x": x, "weights": weights, "indices": indices.astype(np.uint32), "scores": scores}
 
 
 def expected(problem: Problem, case: dict) -> np.ndarray:
@@ -192,14 +174,15 @@ class SelfTest:
         if not isinstance(stored, dict) or stored.get("machine") != self._machine:
             return {}
         verdicts = stored.get("verdicts")
-        valid = isinstance(verdicts, dict) and all(isinstance(v, str) for v in verdicts.values())
-        return verdicts if valid else {}
+        if not isinstance(verdicts, dict) or not all(isinstance(v, str) for v in verdicts.values()):
+            return {}
+        return verdicts
 
     def _save(self) -> None:
         """A disk that cannot be written costs a repeat of the tests, no more."""
         text = json.dumps({"machine": self._machine, "verdicts": self._verdicts}, indent=1)
         try:
-            atomic.replace(self._path, text.encode())
+            atomic.write_text(self._path, text)
         except OSError as error:
             _log.debug("self-test verdicts are not kept: %s", error)
 
@@ -264,20 +247,20 @@ def _gpu() -> SelfTest:
 
 
 def fault(problem: Problem, config: KernelConfig) -> str | None:
-    """What is wrong with a config on this machine, or ``None``. On the CPU nothing is tested."""
-    return _gpu().fault(problem, config) if problem.device == "gpu" else None
+    """What is wrong with a config on this machine, or ``None``. Kernels that came compiled are not tested."""
+    return _gpu().fault(problem, config) if kernels.rules_of(problem).COMPILED_AT_RUN_TIME else None
 
 
 def select(problem: Problem, traced: bool) -> tuple[Choice, bool]:
     """The choice for a problem, and whether it is final.
 
     Args:
-        problem: On the CPU nothing is tested, nor where there are no rows.
+        problem: Kernels that came compiled are not tested, nor is anything where there are no rows.
         traced: Whether the call is being traced. Nothing runs then: a config that is not known yet is used untested,
             and a compiled function keeps it.
     """
     choice = choices.choose(problem)
-    if problem.device != "gpu" or problem.rows == 0:
+    if not kernels.rules_of(problem).COMPILED_AT_RUN_TIME or problem.rows == 0:
         return choice, True
     if traced and not _gpu().known(problem, choice.config):
         return choice, False

@@ -1,1 +1,1 @@
-"""Files: whole or not at all (``atomic``), and safetensors from anyone (``safetensors``)."""
+"""Files: whole or not at all (``atomic``), JSON from anyone (``untrusted``), and safetensors (``safetensors``)."""

@@ -1,7 +1,8 @@
-"""Reading safetensors files that nobody vouches for: every number in a header is checked before it is used.
+"""Safetensors files: untrusted ones read, whole ones written.
 
 The format: eight bytes with the length of a JSON header, the header (``{name: {dtype, shape,
-data_offsets}}``), then the data that the offsets point into. This module imports NumPy only.
+data_offsets}}``), then the data that the offsets point into. Every number of a header is checked before it is used.
+This module imports NumPy only.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import json
 import math
 import mmap
 import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from . import atomic
+from .untrusted import check_genuine, parse_json
 
 # The header limit of the reference implementation (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
@@ -26,7 +32,12 @@ ITEM_BYTES = {
     "BOOL": 1, "I8": 1, "U8": 1, "F8_E4M3": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8,
 }  # fmt: skip
-NUMPY_DTYPES = {"I16": "<i2", "U16": "<u2", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "F32": "<f4"}
+# What their values are in NumPy. It has neither bfloat16 nor float8: those come as their bit patterns.
+NUMPY_DTYPES = {
+    "BOOL": "?", "I8": "i1", "U8": "u1", "F8_E4M3": "u1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "BF16": "<u2",
+    "I32": "<i4", "U32": "<u4", "F32": "<f4", "I64": "<i8",
+}  # fmt: skip
+_NAMES = {np.dtype(dtype): name for name, dtype in NUMPY_DTYPES.items() if name not in ("BF16", "F8_E4M3")}
 
 
 class TensorInfo(NamedTuple):
@@ -47,7 +58,7 @@ class TensorInfo(NamedTuple):
     nbytes: int
 
     def map(self) -> np.ndarray:
-        """The tensor as a read-only view of the file. BF16 comes as its uint16 bit patterns.
+        """The tensor as a read-only view of the file, in the dtype of :data:`NUMPY_DTYPES`.
 
         Each tensor has a map of its own, so that its pages are given back with it.
         """
@@ -60,51 +71,56 @@ class TensorInfo(NamedTuple):
             pages = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ, offset=self.start - before)
         return np.frombuffer(pages, dtype, math.prod(self.shape), before).reshape(self.shape)
 
+    def read(self) -> bytes:
+        """The tensor's bytes.
 
-def _reject_constant(value: str):
-    raise ValueError(f"{value} is not JSON")
+        Raises:
+            ValueError: If the file ends early.
+            OSError: If it cannot be read.
+        """
+        with open(self.file, "rb") as stream:
+            stream.seek(self.start)
+            data = stream.read(self.nbytes)
+        if len(data) != self.nbytes:
+            raise ValueError(f"{self.file} ends early: {self.nbytes} bytes wanted at {self.start}, {len(data)} there")
+        return data
 
+    def floats(self) -> np.ndarray:
+        """The values of a floating-point tensor: float32 for BF16, the stored dtype otherwise.
 
-def _reject_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} appears twice")
-    return entries
-
-
-def parse_json(data: bytes | str, source: str, *, finite: bool = True) -> dict:
-    """A JSON object from bytes that nobody vouches for.
-
-    Args:
-        data: The text.
-        source: What it is, for error messages.
-        finite: Refuse NaN and Infinity, which JSON does not have but Python writes. Default: ``True``.
-
-    Raises:
-        ValueError: If it is not a JSON object, nests too deeply, or has a key twice.
-    """
-    try:
-        parse_constant = _reject_constant if finite else None
-        value = json.loads(data, parse_constant=parse_constant, object_pairs_hook=_reject_duplicates)
-    except RecursionError:
-        raise ValueError(f"{source} nests too deeply to be read as JSON") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(f"{source} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{source} must be a JSON object, got {type(value).__name__}")
-    return value
+        Raises:
+            ValueError: If the tensor is not F16, BF16 or F32, or the file ends early.
+        """
+        if self.dtype not in ("F16", "BF16", "F32"):
+            raise ValueError(f"{self.file}: a tensor is {self.dtype}; F16, BF16 or F32 is wanted")
+        values = np.frombuffer(self.read(), NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+        return (values.astype(np.uint32) << 16).view(np.float32) if self.dtype == "BF16" else values
 
 
-def _is_size(value) -> bool:
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to be written: dtype as safetensors names it, and its little-endian bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Tensor:
+        """From an array of any dtype of :data:`NUMPY_DTYPES`."""
+        return cls(_NAMES[array.dtype], array.shape, array.tobytes())
+
+
+def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _read_entry(file: Path, name: str, entry, data_start: int, data_bytes: int) -> TensorInfo:
+def _read_entry(file: Path, name: str, entry: object, data_start: int, data_bytes: int) -> TensorInfo:
     def wrong(what: str) -> ValueError:
         return ValueError(f"{file}: tensor {name!r} {what}")
 
+    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise wrong("has half of a surrogate pair in its name, which UTF-8 cannot hold")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise wrong("needs dtype, shape and data_offsets in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -131,11 +147,13 @@ def _check_overlap(file: Path, tensors: dict[str, TensorInfo]) -> None:
 
 
 def raw_header(file: Path) -> bytes:
-    """The bytes of a file's header, as many as there are; nothing about them is checked."""
-    with open(file, "rb") as stream:
-        prefix = stream.read(8)
-        length = int.from_bytes(prefix, "little")
-        return stream.read(min(length, MAX_HEADER_BYTES))
+    """The bytes of a file's header, as many as there are and can be read; nothing about them is checked."""
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            return stream.read(min(length, MAX_HEADER_BYTES))
+    except OSError:
+        return b""
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -145,9 +163,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         file: The file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the header is not one that the format allows, or does not fit the size of the file.
+        FileNotFoundError: If there is no such file, or it is a link that leads nowhere.
+        ValueError: If the file is something else, or the header is not one that the format allows, or does not fit
+            the size of the file.
     """
+    check_genuine(file)
     size = file.stat().st_size
     with open(file, "rb") as stream:
         prefix = stream.read(8)
@@ -165,3 +185,40 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     tensors = {name: _read_entry(file, name, entry, 8 + length, size - 8 - length) for name, entry in header.items()}
     _check_overlap(file, tensors)
     return tensors
+
+
+def write(path: Path, entries: Iterable[tuple[str, str, tuple[int, ...]]], data: Iterable[bytes]) -> None:
+    """Write a file whole or not at all, its tensors in the given order.
+
+    Args:
+        path: The file.
+        entries: ``(name, dtype, shape)`` of each tensor.
+        data: Their bytes, in the same order; taken one at a time.
+
+    Raises:
+        ValueError: If the bytes of a tensor are not as many as its entry says.
+        OSError: If the file cannot be written.
+    """
+    entries = list(entries)
+    header: dict = {"__metadata__": {"format": "pt"}}  # as mlx-lm's and transformers' loaders expect
+    offset = 0
+    for name, dtype, shape in entries:
+        size = math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic.writing(path) as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for (name, _, _), part in zip(entries, data, strict=True):
+            begin, end = header[name]["data_offsets"]
+            if len(part) != end - begin:
+                raise ValueError(f"{path}: {name} is {end - begin} bytes by its entry, {len(part)} bytes were given")
+            file.write(part)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors by ascending name; see :func:`write`."""
+    names = sorted(tensors)
+    write(path, [(n, tensors[n].dtype, tensors[n].shape) for n in names], (tensors[n].data for n in names))

@@ -2,11 +2,13 @@
 (:class:`ExpertBank`).
 """
 
+from .embedding import EmbeddingWeight
 from .experts import ExpertBank, ExpertStack, check_projections
 from .grid import GridWeight
 from .trellis import TrellisWeight
 
 __all__ = [
+    "EmbeddingWeight",
     "ExpertBank",
     "ExpertStack",
     "GridWeight",

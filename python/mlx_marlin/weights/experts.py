@@ -42,7 +42,20 @@ class ExpertStack:
         ValueError: If the arrays do not fit together.
     """
 
-    def __init__(self, codes, formats, suh, svh, bias=None, in_features=None, out_features=None):
+    bits: tuple[float, ...]
+    codebooks: tuple[str, ...]
+    _prepared: object  # what ops make of it; absent until then
+
+    def __init__(
+        self,
+        codes: mx.array,
+        formats: mx.array,
+        suh: mx.array,
+        svh: mx.array,
+        bias: mx.array | None = None,
+        in_features: int | None = None,
+        out_features: int | None = None,
+    ):
         experts, k, n = _stack_sizes(codes, formats, suh, svh, bias)
         self.in_features = logical_size("in_features", in_features, k)
         self.out_features = logical_size("out_features", out_features, n)
@@ -98,7 +111,7 @@ class ExpertStack:
         """The weight of one expert."""
         k, n = self.padded_shape
         bits = self.bits[e]  # IndexError beyond the last
-        start = int(self.offsets[e].item())
+        start = int(np.array(self.offsets)[e])
         codes = self.codes[start : start + _code_words(bits, k, n)].view(mx.int16)
         trellis = codes.reshape(k // 16, n // 16, codec.words_per_tile(bits))
         bias = None if self.bias is None else self.bias[e]
@@ -115,7 +128,9 @@ def _code_words(bits: float, k: int, n: int) -> int:
     return codec.words_per_tile(bits) * k * n // (2 * codec.TILE_SIZE)
 
 
-def _stack_sizes(codes, formats, suh, svh, bias) -> tuple[int, int, int]:
+def _stack_sizes(
+    codes: mx.array, formats: mx.array, suh: mx.array, svh: mx.array, bias: mx.array | None
+) -> tuple[int, int, int]:
     """(experts, k, n) of a stack's arrays, after checking that they agree."""
     if formats.dtype != mx.uint32 or formats.ndim != 1 or not formats.size:
         raise ValueError(f"formats must be uint32 [experts], got {formats.dtype} {list(formats.shape)}")

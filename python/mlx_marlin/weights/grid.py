@@ -7,6 +7,8 @@ the product runs on MLX's own quantized matmul. Source: metal-marlin, ``quantiza
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 GRID_SCALE = 1.24371088
@@ -36,7 +38,7 @@ class GridWeight:
         codes: uint8 ``[out_features, in_features]``, the indices.
     """
 
-    def __init__(self, indices, scales, su, sv, shape):
+    def __init__(self, indices: np.ndarray, scales: np.ndarray, su: np.ndarray, sv: np.ndarray, shape: Sequence[int]):
         indices = np.asarray(indices)
         if indices.dtype != np.uint8 or indices.ndim != 1 or not indices.size:
             raise ValueError(f"indices must be flat uint8, got {indices.dtype} {list(indices.shape)}")

@@ -7,8 +7,10 @@ import numpy as np
 
 from .. import codec
 
+Array = mx.array | np.ndarray
 
-def _array(name: str, value) -> mx.array:
+
+def as_array(name: str, value: Array) -> mx.array:
     """A NumPy or MLX array, or what NumPy makes one of."""
     if isinstance(value, mx.array):
         return value
@@ -18,9 +20,9 @@ def _array(name: str, value) -> mx.array:
     return mx.array(array)
 
 
-def _scale_vector(name: str, value, size: int) -> mx.array:
+def _scale_vector(name: str, value: Array, size: int) -> mx.array:
     """suh or svh as float16 [size]; packed int16 sign words of older checkpoints are expanded."""
-    value = _array(name, value)
+    value = as_array(name, value)
     if value.dtype in (mx.int16, mx.uint16):
         if value.shape != (size // 16,):
             raise ValueError(f"{name}: packed signs must have shape [{size // 16}], got {list(value.shape)}")
@@ -62,9 +64,20 @@ class TrellisWeight:
         ValueError: If a shape, a dtype or the codebook is not one that the format allows.
     """
 
-    def __init__(self, trellis, suh, svh, codebook="3inst", bias=None, in_features=None, out_features=None):
+    _stack: object  # what ops make of it; absent until then
+
+    def __init__(
+        self,
+        trellis: Array,
+        suh: Array,
+        svh: Array,
+        codebook: str = "3inst",
+        bias: Array | None = None,
+        in_features: int | None = None,
+        out_features: int | None = None,
+    ):
         codec.check_codebook(codebook)
-        self.trellis = _array("trellis", trellis)
+        self.trellis = as_array("trellis", trellis)
         if self.trellis.dtype not in (mx.int16, mx.uint16):
             raise ValueError(f"trellis must be int16, got {self.trellis.dtype}")
         self.bits = codec.trellis_bits(self.trellis.shape)
@@ -84,8 +97,8 @@ class TrellisWeight:
         # MLX's streams belong to threads: what is still to be computed could not be in another one.
         mx.eval(self.trellis, self.suh, self.svh, [] if self.bias is None else self.bias)
 
-    def _padded_bias(self, bias, n: int) -> mx.array:
-        bias = _array("bias", bias)
+    def _padded_bias(self, bias: Array, n: int) -> mx.array:
+        bias = as_array("bias", bias)
         if not mx.issubdtype(bias.dtype, mx.floating) or bias.shape not in ((n,), (self.out_features,)):
             raise ValueError(
                 f"bias must be floating point of shape [{n}] or [{self.out_features}], "
