@@ -72,9 +72,9 @@ def selection() -> list:
         sizes = TILES[key][turns[key] % len(TILES[key])]
         turns[key] += 1
         linear = row["kernel"] == "linear"
-        mix = MIXES[mixed[row["variant"]] % len(MIXES)]
-        if not cases.legal({"bits": row["bits"], "codebook": row["codebook"], "mix": mix}):
-            mix = "both"  # a half rate brings its codebook with it
+        turn = MIXES[mixed[row["variant"]] % len(MIXES)]
+        # A half rate brings its codebook with it; the mix that it cannot have waits for the next case.
+        mix = turn if cases.legal({"bits": row["bits"], "codebook": row["codebook"], "mix": turn}) else "both"
         dims = list(cases.DIMS)[i % len(cases.DIMS)]
         options = (
             {}
@@ -96,7 +96,7 @@ def selection() -> list:
             bias=i % 4 == 1,
             **options,
         )
-        mixed[row["variant"]] += not linear
+        mixed[row["variant"]] += not linear and mix == turn
         chosen.append((case, config(row["variant"], *sizes, row["sums"] == "float")))
     left = [(key[0], *sizes) for key, tiles in TILES.items() for sizes in tiles[turns[key] :]]
     return chosen + [(case, config(*one)) for (case, _), one in zip(chosen, left)]
