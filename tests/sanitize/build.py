@@ -81,8 +81,9 @@ def tier_flags() -> dict[str, list[str]]:
 def search_sources() -> dict[str, list[str]]:
     """The sources of the encoder's search with their flags, as CMakeLists.txt gives them."""
     text = (ROOT / "CMakeLists.txt").read_text()
-    found = re.findall(r"set_source_files_properties\((csrc/viterbi/\S+) PROPERTIES COMPILE_OPTIONS \"(.*)\"\)", text)
-    flags = {source: options.split(";") for source, options in found}
+    found = re.findall(r"set_property\(SOURCE (csrc/viterbi/\S+) APPEND PROPERTY COMPILE_OPTIONS (.*)\)", text)
+    flags = {source: options.split() for source, options in found}
+    assert flags, "CMakeLists.txt gives the search's flags in another form"
     arm = "neon" in _ext.compiled_instruction_sets()
     sources = [f"csrc/viterbi/{path.name}" for path in sorted((ROOT / "csrc/viterbi").glob("*.cpp"))]
     foreign = {"csrc/viterbi/avx2.cpp", "csrc/viterbi/avx512.cpp"} if arm else {"csrc/viterbi/neon.cpp"}
