@@ -110,15 +110,15 @@ def search_program():
     return build.program("search", "address", sources | {"tests/cross/viterbi_driver.cpp": []})
 
 
-@pytest.mark.parametrize("bits", range(1, codec.MAX_BITS + 1))
+@pytest.mark.parametrize("bits", codec.WIDTHS)
 @pytest.mark.parametrize("name", SEARCH_SETS)
 def test_search(search_program, name, bits, tmp_path):
     """A number of tiles that fills no batch."""
-    tiles = np.random.default_rng(bits).standard_normal((1, codec.TILE_SIZE)).astype(np.float16)
+    tiles = np.random.default_rng(codec.half_bits(bits)).standard_normal((1, codec.TILE_SIZE)).astype(np.float16)
     files = [tmp_path / part for part in ("values", "tiles", "states")]
     codec.decode(np.arange(1 << 16, dtype=np.uint16), "mul1").astype(np.float32).tofile(files[0])
     tiles.astype(np.float32).tofile(files[1])
-    build.run(search_program, name, bits, *files)
+    build.run(search_program, name, codec.half_bits(bits), *files)
     found = np.fromfile(files[2], np.uint16).reshape(tiles.shape)
     np.testing.assert_array_equal(found, ops.viterbi_search(tiles, bits, "mul1"))
 
