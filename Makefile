@@ -7,6 +7,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; 
 	2>/dev/null && echo $$p && break; done)
 VENV := .venv
 RUN := $(VENV)/bin/python
+# A process per core; the tests of a file stay together, as they share what they compile and convert.
+PYTEST := $(RUN) -m pytest --numprocesses auto --dist loadfile
 COMPILED := pyproject.toml CMakeLists.txt $(shell find cmake csrc kernels -type f)
 SOURCES := $(COMPILED) $(shell find python -type f -not -name '*.pyc')
 
@@ -24,10 +26,10 @@ demo: $(INSTALLED)
 	$(RUN) examples/demo.py
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-full: $(INSTALLED)
-	$(RUN) -m pytest
+	$(PYTEST)
 
 # The C++ parts without MLX under the address, undefined-behaviour and thread sanitizers; a part of test-full.
 sanitize: $(INSTALLED)

@@ -11,7 +11,9 @@ import pytest
 from mlx_marlin import profile
 from mlx_marlin.autotune import run as tuning_run
 from mlx_marlin.autotune import workload
+from mlx_marlin.autotune.session import Session
 from mlx_marlin.autotune.workload import Workload
+from mlx_marlin.kernels import Problem
 from tests.support.tuning import SMALL, tune
 
 pytestmark = pytest.mark.usefixtures("tuning_sandbox")
@@ -120,6 +122,22 @@ def test_sessions_that_nobody_continues_are_removed(monkeypatch):
             os.utime(path, times=(time.time() - days * 86400,) * 2)
         assert tune("--batch-sizes", "4") == 0
         assert set(sessions()) == left
+
+
+# Two processes of one plan
+
+
+def test_whoever_finishes_the_plan_takes_nothing_from_the_other(tmp_path):
+    """Both read what the other did; the first removes the file while the second is still at it."""
+    problems = [Problem.linear(256, 128, rows=rows, bits=3) for rows in (1, 2)]
+    first, second = (Session(tmp_path / "p.json", "plan") for _ in range(2))
+    second.add(done=[problems[1]], failed={problems[0]: "no memory"})
+    told = second.encode()
+    first.add(done=[problems[0]])
+    second.absorb(first.encode())
+    second.close()
+    first.absorb(told)
+    assert first.done == second.done == set(problems) and not first.failed and not second.failed
 
 
 # Real signals

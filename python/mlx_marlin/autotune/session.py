@@ -36,6 +36,14 @@ class _State(msgspec.Struct):
     verdicts: list[_Verdict] = []
 
 
+def _failures(state: _State) -> dict[Problem, str]:
+    return {failure.problem: failure.reason for failure in state.failed}
+
+
+def _verdicts(state: _State) -> Verdicts:
+    return {(v.problem, v.config): v.verdict for v in state.verdicts}
+
+
 class Session:
     """The progress of one plan; the processes of a machine that work on it share the file.
 
@@ -59,12 +67,12 @@ class Session:
     @property
     def failed(self) -> dict[Problem, str]:
         """Problems that cannot be tuned, with the reasons."""
-        return {failure.problem: failure.reason for failure in self._state.failed}
+        return _failures(self._state)
 
     @property
     def verdicts(self) -> Verdicts:
         """Outcomes of checks."""
-        return {(v.problem, v.config): v.verdict for v in self._state.verdicts}
+        return _verdicts(self._state)
 
     def add(
         self,
@@ -77,10 +85,11 @@ class Session:
 
         self._lock_path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self._lock_path):
-            self._state = self._stored()
-            all_done = dict.fromkeys([*self._state.done, *done])
-            all_failed = self.failed | dict(failed or {})
-            all_verdicts = self.verdicts | (verdicts or {})
+            stored = self._stored()
+            # Not the file alone: another process may have finished the plan and removed it.
+            all_done = dict.fromkeys([*stored.done, *self._state.done, *done])
+            all_failed = _failures(stored) | self.failed | dict(failed or {})
+            all_verdicts = _verdicts(stored) | self.verdicts | (verdicts or {})
             self._state = _State(
                 self._plan,
                 list(all_done),
@@ -96,7 +105,7 @@ class Session:
     def absorb(self, text: bytes) -> None:
         """Add what another process has done."""
         theirs = msgspec.json.decode(text, type=_State)
-        self.add(theirs.done, {failure.problem: failure.reason for failure in theirs.failed})
+        self.add(theirs.done, _failures(theirs))
 
     def close(self) -> None:
         """All is done: whoever notices removes the file."""

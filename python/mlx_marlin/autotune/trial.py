@@ -191,9 +191,11 @@ class Trial:
 
 def _refusals(reasons: Mapping[KernelConfig, str]) -> tuple[Rejected, ...]:
     """The rejected configs as a profile holds them; what it cannot hold is only logged."""
-    for config, reason in reasons.items():
-        _log.info("rejected %s: %s", config, reason)
-    return tuple(Rejected.because(c, reason) for c, reason in reasons.items() if profile_json.storable(c))
+    # Shortened and printable: a reason may hold a compiler's log, or bytes that no stream can write.
+    refusals = [Rejected.because(config, reason) for config, reason in reasons.items()]
+    for refusal in refusals:
+        _log.info("rejected %s: %s", refusal.config, refusal.reason)
+    return tuple(r for r in refusals if profile_json.storable(r.config))
 
 
 def _entry(
