@@ -313,7 +313,7 @@ def test_planted_decoders_are_refused(tmp_path, monkeypatch, name, dtype, fp32_a
 
     def wrong(problem, config, case):
         with monkeypatch.context() as patch:
-            patch.setattr(codec, what, replacement)
+            patch.setattr(codec.trellis, what, replacement)
             return selftest.expected(problem, case)
 
     (tmp_path / "verdicts.json").unlink()
