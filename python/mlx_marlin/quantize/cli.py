@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .conversion import Progress
+    from .progress import Progress
 
 
 def width(text: str) -> int | float:
