@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .. import codec
 
 if TYPE_CHECKING:
-    from .conversion import Progress
+    from .progress import Progress
 
 
 def _head_bits(text: str) -> int | float:

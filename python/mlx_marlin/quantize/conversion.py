@@ -10,10 +10,9 @@ import hashlib
 import json
 import re
 import shutil
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,13 +23,15 @@ from ..loader.exl3 import MARKERS
 from ..loader.scaling import up_divisor
 from ..storage import atomic
 from ..storage.safetensors import Tensor, write_tensors
-from .allocate import MODES, Allocation, Item, allocate
+from .allocate import Allocation, Item, allocate
 from .calibration import calibration_tokens
-from .embedding import check_embed_bits, write_embedding
+from .embedding import write_embedding
 from .head import head_tensors
 from .jobs import Job, layer_jobs, seed_of, wanted
 from .layered import LayeredModel, Taps
+from .progress import Clock, Progress
 from .sensitivity import disturbed, sensitivities
+from .settings import Settings, check_settings
 from .source import Source
 from .weight import Codes, expected_loss, prepare, quantize_prepared
 from .writer import FINISHED, assemble, stored_tensors
@@ -43,79 +44,6 @@ _EXPERT_UP = re.compile(r"\.experts\.\d+\.(?:up_proj|w3)$")
 _BATCH = 8  # windows per call of a layer
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a conversion is.
-
-    Attributes:
-        stage: What is being done.
-        done: Work done in all stages, as a share of the whole, 0 to 1.
-        seconds_left: Expected, from the speed so far in this run; ``None`` at the start.
-    """
-
-    stage: str
-    done: float
-    seconds_left: float | None
-
-
-class _Clock:
-    """Turns finished work into progress reports."""
-
-    def __init__(self, total: float, report: Callable[[Progress], None] | None):
-        self.total, self.report = total, report
-        self.done = self.begun_with = 0.0
-        self.start = time.monotonic()
-
-    def skip(self, work: float) -> None:
-        """Work that an earlier run did."""
-        self.done += work
-        self.begun_with += work
-
-    def advance(self, stage: str, work: float) -> None:
-        self.done += work
-        fresh = self.done - self.begun_with
-        left = (time.monotonic() - self.start) * (self.total - self.done) / fresh if fresh else None
-        if self.report is not None:
-            self.report(Progress(stage, min(1.0, self.done / self.total), left))
-
-
-@dataclass(frozen=True)
-class _Settings:
-    bits: float
-    head_bits: float
-    embed_bits: int | None
-    codebook: str
-    half_rates: bool
-    mixed: str
-    seed: int
-
-    @property
-    def widths(self) -> tuple[float, ...]:
-        """Those that a linear may have."""
-        half_rates = self.half_rates and self.codebook == "mul1"
-        return tuple(k for k in codec.WIDTHS if half_rates or not codec.is_half_rate(k))
-
-
-def _check(
-    bits: float, head_bits: float, embed_bits: int | None, codebook: str, half_rates: bool, mixed: str, seed: int
-) -> _Settings:
-    codec.check_codebook(codebook)
-    if mixed not in MODES:
-        raise ValueError(f"mixed must be one of {', '.join(MODES)}, got {mixed!r}")
-    settings = _Settings(
-        float(bits), head_bits, check_embed_bits(embed_bits), codebook, bool(half_rates), mixed, int(seed)
-    )
-    if not 1 <= bits <= codec.MAX_BITS:
-        raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {bits}")
-    if head_bits not in (*settings.widths, 16):
-        listed = ", ".join(map(str, settings.widths))
-        kind = f"codebook {codebook}" if half_rates else "half_rates=False"
-        raise ValueError(
-            f"head_bits must be one of {listed} ({kind}), or 16 to leave the head in half precision, got {head_bits}"
-        )
-    return settings
 
 
 def stored_bits(shape: tuple[int, int], k: float, codebook: str, bias: bool) -> int:
@@ -169,7 +97,7 @@ def convert(
     """
     from threadpoolctl import threadpool_limits
 
-    settings = _check(bits, head_bits, embed_bits, codebook, half_rates, mixed, seed)
+    settings = check_settings(bits, head_bits, embed_bits, codebook, half_rates, mixed, seed)
     source, target = Source(Path(model)), Path(output)
     tokens = calibration_tokens(source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH)
     work = _open_work(target, source, settings, tokens, resume)
@@ -177,7 +105,7 @@ def convert(
         return _Conversion(source, target, work, settings, tokens, progress).run()
 
 
-def _open_work(output: Path, source: Source, settings: _Settings, tokens: np.ndarray, resume: bool) -> Path:
+def _open_work(output: Path, source: Source, settings: Settings, tokens: np.ndarray, resume: bool) -> Path:
     """The work directory; checks that an interrupted conversion was the same one."""
     job = {**vars(settings), "source": source.fingerprint(), "tokens": hashlib.sha256(tokens.tobytes()).hexdigest()}
     work = output / ".convert"
@@ -210,7 +138,7 @@ class _Conversion:
         source: Source,
         output: Path,
         work: Path,
-        settings: _Settings,
+        settings: Settings,
         tokens: np.ndarray,
         report: Callable[[Progress], None] | None,
     ):
@@ -221,7 +149,7 @@ class _Conversion:
         high = min(codec.MAX_BITS, int(np.ceil(settings.bits)) + _ABOVE)
         self.candidates = tuple(k for k in settings.widths if low <= k <= high)
         self.workers = kernels.cpu_threads()
-        self.clock = _Clock(2.0 * len(self.model.layers) + 1.0, report)  # in layers: measured, quantized; the head
+        self.clock = Clock(2.0 * len(self.model.layers) + 1.0, report)  # in layers: measured, quantized; the head
 
     def run(self) -> Allocation:
         items = self._measure()
