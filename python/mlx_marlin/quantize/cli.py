@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,7 @@ def _convert(options: dict) -> int:
     """Run a conversion; returns the exit status."""
     from . import convert
 
+    logging.getLogger("mlx_marlin.quantize").addHandler(logging.NullHandler())  # progress tells it too
     try:
         plan = convert(options.pop("model"), options.pop("output"), progress=_show, **options)
     except (ValueError, FileExistsError) as error:

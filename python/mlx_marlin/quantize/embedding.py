@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.nn as nn
 import numpy as np
 
 from .. import codec, ops
-from ..storage import safetensors
 from ..storage.safetensors import Tensor, TensorInfo
 from .jobs import seed_of
 from .layered import LayeredModel
@@ -134,21 +131,18 @@ def _name(model: LayeredModel, source: Source) -> str:
     raise ValueError(f"{source.path} has no tensor that is known to be the token embedding; leave --embed-bits out")
 
 
-def write_embedding(work: Path, model: LayeredModel, source: Source, bits: int, seed: int, threads: int) -> None:
-    """Quantize the token embedding into :data:`PART`, unless an earlier run did.
+def embedding_tensors(model: LayeredModel, source: Source, bits: int, seed: int, threads: int) -> dict[str, Tensor]:
+    """The token embedding's tensors, quantized.
 
     Args:
-        work: The work directory.
         model: The model, for which of its modules that is.
         source: The checkpoint.
         bits: K, 1 to 8.
         seed: The conversion's seed, of the signs.
         threads: Worker threads.
     """
-    if (work / PART).exists():
-        return
     name = _name(model, source)
     table = source.tensors[f"{name}.weight"]
     signs = embedding_signs(table.shape[1], seed_of(seed, name))
     trellis = quantize_table(table, signs, bits, threads)
-    safetensors.write_tensors(work / PART, {f"{name}.trellis": Tensor.of(trellis), f"{name}.signs": Tensor.of(signs)})
+    return {f"{name}.trellis": Tensor.of(trellis), f"{name}.signs": Tensor.of(signs)}

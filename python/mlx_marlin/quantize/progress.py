@@ -25,8 +25,9 @@ class Progress:
 class Clock:
     """Turns finished work into progress reports."""
 
-    def __init__(self, total: float, report: Callable[[Progress], None] | None):
-        self.total, self.report = total, report
+    def __init__(self, report: Callable[[Progress], None] | None):
+        self.report = report
+        self.total = 1.0  # until it is known
         self.done = self.begun_with = 0.0
         self.start = time.monotonic()
 
@@ -34,6 +35,11 @@ class Clock:
         """Work that an earlier run did."""
         self.done += work
         self.begun_with += work
+
+    def tell(self, message: str) -> None:
+        """Something to be known, without work done."""
+        if self.report is not None:
+            self.report(Progress(message, min(1.0, self.done / self.total), None))
 
     def advance(self, stage: str, work: float) -> None:
         self.done += work
