@@ -93,6 +93,12 @@ def _preprocess(source, include_dirs, defines, metal_version):
     return text, path.name
 
 
+def tokenise(source: str, include_dirs=(), defines=None, metal_version: int = 310, unroll: bool = False):
+    """The tokens of preprocessed Metal source, and its name in messages. Arguments as in :func:`compile`."""
+    text, name = _preprocess(source, include_dirs, defines, metal_version)
+    return Source(text, unroll), name
+
+
 def _entry_points(source, kernels, wanted):
     """The dispatch functions: argument words and thread ids -> a kernel's typed arguments."""
     table, symbols, text = {}, {}, ""
@@ -128,17 +134,19 @@ def translate(
     instantiate: dict | None = None,
     metal_version: int = 310,
     unroll: bool = False,
+    private_thread: bool = False,
 ) -> Unit:
     """Metal source -> a unit for clang. Arguments as in :func:`compile`.
+
+    private_thread: For ``metal41.py``, which says what it is.
 
     Raises:
         CompileError: If the preprocessor rejects it or a kernel is missing.
     """
-    text, name = _preprocess(source, include_dirs, defines, metal_version)
-    tokens = Source(text, unroll)
+    tokens, name = tokenise(source, include_dirs, defines, metal_version, unroll)
     functions, instances = find_kernels(tokens)
     lint(tokens)
-    rewrite(tokens, dict(function_constants or {}))
+    rewrite(tokens, dict(function_constants or {}), private_thread)
     if not tokens.has_stdlib:
         tokens.errors.append("no Metal standard header is included (#include <metal_stdlib>)")
     wanted = [Instantiation(f.host_name, n, n) for n, f in functions.items() if not f.is_template] + instances
