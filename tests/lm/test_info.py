@@ -46,14 +46,17 @@ def test_the_shipped_models(name, no_reading):
     stored = json.loads((directory / "quantization_config.json").read_text())["tensor_storage"]
     config = json.loads((directory / "config.json").read_text())
     assert sum(info.bytes.values()) == sum(t.nbytes for t in tensors.values())
-    assert info.bytes["trellis"] == sum(t.nbytes for n, t in tensors.items() if n.endswith(".trellis"))
-    embedding = tensors["model.embed_tokens.weight"]
-    assert info.bytes["embedding"] == embedding.nbytes and info.bytes["left out"] == 0 and not info.left_out
+    codes = sum(t.nbytes for n, t in tensors.items() if n.endswith(".trellis"))
+    embedding = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith("model.embed_tokens.")}
+    assert info.bytes["embedding"] == sum(t.nbytes for t in embedding.values())
+    assert info.bytes["trellis"] == codes - sum(t.nbytes for part, t in embedding.items() if part == "trellis")
+    assert info.bytes["left out"] == 0 and not info.left_out
     assert info.format == "EXL3 (ExLlamaV3)" and info.version == config["quantization_config"]["version"]
     assert [info.architecture] == config["architectures"] and info.model_type == config["model_type"]
     # Widths, by the converter's own list of modules.
     widths = {key: m["bits_per_weight"] for key, m in stored.items() if m.get("quant_format") == "exl3"}
-    assert info.head_bits == widths.pop("lm_head") and info.embedding_bits is None
+    assert info.head_bits == widths.pop("lm_head")
+    assert info.embedding_bits == (6 if set(embedding) == {"trellis", "signs"} else None)
     for histogram, of_experts in ((info.projections, False), (info.experts, True)):
         wanted: dict[str, Counter] = {}
         for key, bits in widths.items():
