@@ -25,7 +25,7 @@ from ..layers.partial import PartlyQuantizedSwitchGLU
 from ..loader.directory import Kind, TrellisModelLoader
 from ..loader.scaling import up_divisor, without_folded_scales
 from ..ops import DTYPE_NAMES
-from ..storage.untrusted import read_json
+from ..storage.untrusted import is_listed, read_json
 from .embedding import EmbeddingWithHead, make_embedding
 from .experts import load_source, whole_experts, whole_linear
 from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap, map_weights
@@ -48,7 +48,7 @@ _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 def read_config(model_path: Path, loader: TrellisModelLoader, model_config: dict | None) -> dict:
     """config.json as mlx-lm reads it, checked; the head of the checkpoint is not replaced by the embeddings."""
     for name in ("config.json", "generation_config.json"):
-        if name == "config.json" or (model_path / name).exists():
+        if name == "config.json" or is_listed(model_path / name):
             read_json(model_path / name, finite=False)
     config = mlx_lm_utils.load_config(model_path)
     config.update(model_config or {})
