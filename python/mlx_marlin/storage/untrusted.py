@@ -8,6 +8,8 @@ from typing import NoReturn
 
 # As many bytes of a file tell whether it is what its name says.
 _START_BYTES = 512
+# Levels of JSON. Files of checkpoints have less than ten; Python's json, copies and printing recurse for each.
+MAX_DEPTH = 64
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HTML = (b"<!doctype html", b"<html")
 _UTF8_MARK, _UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
@@ -53,6 +55,17 @@ def check_genuine(path: Path) -> None:
         )
 
 
+def _check_depth(value: object, source: str) -> None:
+    """See that nothing that walks this value, one call a level, comes near the interpreter's limit."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
+        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"{source} nests too deeply: more than {MAX_DEPTH} levels")
+
+
 def _reject_constant(value: str) -> NoReturn:
     raise ValueError(f"{value} is not JSON")
 
@@ -87,6 +100,7 @@ def parse_json(data: bytes, source: str, *, finite: bool = True) -> dict:
         raise ValueError(f"{source} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{source} must be a JSON object, got {type(value).__name__}")
+    _check_depth(value, source)
     return value
 
 
