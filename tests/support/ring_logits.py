@@ -5,7 +5,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm import utils as mlx_lm_utils
 
 from mlx_marlin.lm import sharding
 from tests.support.checkpoints import SIZES

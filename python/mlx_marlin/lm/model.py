@@ -25,6 +25,7 @@ from ..layers.partial import PartlyQuantizedSwitchGLU
 from ..loader.directory import Kind, TrellisModelLoader
 from ..loader.scaling import up_divisor, without_folded_scales
 from ..ops import DTYPE_NAMES
+from ..storage.untrusted import stamps
 from .embedding import EmbeddingWithHead, make_embedding
 from .experts import load_source, whole_experts, whole_linear
 from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap, map_weights
@@ -301,7 +302,16 @@ def load_exl3_model(
         ValueError: If the directory cannot be loaded; the message names file and tensor.
     """
     dtype = activation_dtype(dtype)
+    files = [file for file in Path(model_path).glob("*.safetensors") if file.exists()]
+    before = stamps(files)
     model, config, mapping = open_checkpoint(Path(model_path), model_config)
-    fill(model, mapping, dtype, lazy=lazy, progress=progress)
+    try:
+        fill(model, mapping, dtype, lazy=lazy, progress=progress)
+        after = stamps(files)
+    except (FileNotFoundError, RuntimeError) as error:  # MLX's reader raises the latter
+        raise ValueError(f"{model_path}: a weight file changed while it was read: {error}") from error
+    changed = [file for file in files if before[file] != after[file]]
+    if changed:
+        raise ValueError(f"{changed[0]} changed while it was read; load the model again")
     report(model, mapping)
     return model, config

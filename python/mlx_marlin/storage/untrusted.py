@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,9 +22,14 @@ def check_present(path: Path) -> None:
 
     Raises:
         FileNotFoundError: If nothing is there; of a link that leads nowhere it is said where it leads.
-        ValueError: If it is not a regular file.
+        ValueError: If it is not a regular file, or a link in a circle.
     """
     if path.is_symlink() and not path.exists():
+        try:
+            path.stat()
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise ValueError(f"{path} is a link that leads in a circle") from None
         raise FileNotFoundError(
             f"{path} is a link to {path.readlink()}, which is not there: its download was not finished, or the cache "
             "was cleaned; download the model again"
@@ -53,6 +60,15 @@ def check_genuine(path: Path) -> None:
             f"{path} is an HTML page, probably what a server answered in place of the file; download it again with "
             "'hf download'"
         )
+
+
+def stamps(files: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
+    """What changes when a file is replaced or written to, by file."""
+    found: dict[Path, tuple[int, ...]] = {}
+    for file in files:
+        status = file.stat()
+        found[file] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
 
 
 def _check_depth(value: object, source: str) -> None:
