@@ -117,7 +117,7 @@ def digest(directory):
 
 
 def values(info):
-    raw = np.array(info.map())
+    raw = np.array(info.array())
     return (raw.astype(np.uint32) << 16).view(np.float32) if info.dtype == "BF16" else raw
 
 

@@ -108,11 +108,10 @@ def quantize_table(table: TensorInfo, signs: np.ndarray, bits: int, threads: int
         bits: K, 1 to 8.
         threads: Worker threads.
     """
-    stored = table.map()
     height = max(1, _BLOCK_RINGS // len(signs))
     blocks = []
-    for first in range(0, len(stored), height):
-        rows = stored[first : first + height]
+    for first in range(0, table.shape[0], height):
+        rows = table.rows(first, min(first + height, table.shape[0]))
         floats = (rows.astype(np.uint32) << 16).view(np.float32) if table.dtype == "BF16" else rows.astype(np.float32)
         if not np.isfinite(floats).all():
             raise ValueError(f"{table.file}: the embedding holds values that are not finite, near row {first}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -58,19 +57,34 @@ class TensorInfo(NamedTuple):
     start: int
     nbytes: int
 
-    def map(self) -> np.ndarray:
-        """The tensor as a read-only view of the file, in the dtype of :data:`NUMPY_DTYPES`.
+    def array(self) -> np.ndarray:
+        """The tensor in the dtype of :data:`NUMPY_DTYPES`; see :meth:`rows`."""
+        values = np.empty(self.shape, NUMPY_DTYPES[self.dtype])
+        self._fill(values, self.start)
+        return values
 
-        Each tensor has a map of its own, so that its pages are given back with it.
+    def rows(self, first: int, stop: int) -> np.ndarray:
+        """A range along the first axis, of which alone the bytes are read.
+
+        Read, not mapped: a file that becomes shorter is an error, where a map would end the process.
+
+        Raises:
+            ValueError: If the file ends early.
+            OSError: If it cannot be read.
         """
-        dtype = NUMPY_DTYPES[self.dtype]
-        if not self.nbytes:
-            return np.zeros(self.shape, dtype)
-        before = self.start % mmap.ALLOCATIONGRANULARITY
+        values = np.empty((stop - first, *self.shape[1:]), NUMPY_DTYPES[self.dtype])
+        self._fill(values, self.start + first * (self.nbytes // max(1, self.shape[0])))
+        return values
+
+    def _fill(self, values: np.ndarray, start: int) -> None:
+        if not values.nbytes:
+            return
+        wanted = values.reshape(-1).view(np.uint8).data
         with open(self.file, "rb") as stream:
-            size = before + self.nbytes
-            pages = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ, offset=self.start - before)
-        return np.frombuffer(pages, dtype, math.prod(self.shape), before).reshape(self.shape)
+            stream.seek(start)
+            there = stream.readinto(wanted)
+        if there != len(wanted):
+            raise ValueError(f"{self.file} ends early: {len(wanted)} bytes wanted at {start}, {there} there")
 
     def read(self) -> bytes:
         """The tensor's bytes.
