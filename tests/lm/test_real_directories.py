@@ -13,10 +13,10 @@ import pytest
 import mlx_marlin
 from mlx_marlin import TrellisModelLoader, codec
 from mlx_marlin.layers import PartlyQuantizedSwitchGLU
-from mlx_marlin.lm.hub import check_tokenizer
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.lm.problems import model_problems
 from mlx_marlin.lm.sharding import open_sharded
+from mlx_marlin.lm.tokenizer import check_tokenizer
 from mlx_marlin.loader import Kind, kind_of
 from tests.support import architectures, generic_checkpoints
 from tests.support.checkpoints import SIZES

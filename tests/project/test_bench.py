@@ -126,3 +126,12 @@ def test_the_decode_bound_follows_the_clock():
     assert decode_bound(limits, "mcg", 512) == pytest.approx(9e9 * 14 / 20)
     assert decode_bound(limits, "mul1", 256) == pytest.approx(9e9 * 0.75)
     assert decode_bound(limits, "mul1", 128) is None
+
+
+def test_the_first_run_has_its_tests_and_whole_compile_errors():
+    from bench.first_run import first_run
+
+    assert all((first_run.ROOT / "tests" / name).is_file() for name in first_run.TESTS)
+    errors = [f"linear.metal:{i}:1: error: {'x' * 500}\n  y\n  ^" for i in range(10)]
+    assert first_run.told("\n".join(errors)) == "\n".join(errors)
+    assert len(first_run.told("E" * 5000)) == 1000

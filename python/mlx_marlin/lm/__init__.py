@@ -1,8 +1,10 @@
 """EXL3 checkpoints as mlx-lm models: the modules here need mlx-lm, the package itself does not.
 
 - ``hub``: where a checkpoint is.
+- ``tokenizer``: its tokenizer, checked.
 - ``placeholders``: what stands for its linears while mlx-lm moves tensors about.
 - ``mapping``: where its tensors belong in mlx-lm's model.
+- ``shapes``: whether that model can be called, from shapes alone.
 - ``embedding``: its token embeddings there.
 - ``experts``: the layers that take the places of linears and experts.
 - ``model``: that model, made and filled.
@@ -93,8 +95,9 @@ def load(
     require_mlx_lm()
     from mlx_lm import utils as mlx_lm_utils
 
-    from .hub import check_tokenizer, fetch
+    from .hub import fetch
     from .model import activation_dtype, load_exl3_model
+    from .tokenizer import check_tokenizer, load_tokenizer
 
     dtype = activation_dtype(dtype)
     model_path = fetch(path_or_hf_repo, revision=revision)
@@ -103,7 +106,7 @@ def load(
     if adapter_path is not None:
         model = mlx_lm_utils.load_adapters(model, adapter_path)
         model.eval()
-    tokenizer = mlx_lm_utils.load_tokenizer(model_path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
+    tokenizer = load_tokenizer(model_path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 

@@ -25,11 +25,13 @@ from ..layers.partial import PartlyQuantizedSwitchGLU
 from ..loader.directory import Kind, TrellisModelLoader
 from ..loader.scaling import up_divisor, without_folded_scales
 from ..ops import DTYPE_NAMES
-from ..storage.untrusted import is_listed, read_json
+from ..storage.untrusted import is_listed, stamps
 from .embedding import EmbeddingWithHead, make_embedding
 from .experts import load_source, whole_experts, whole_linear
 from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap, map_weights
 from .placeholders import LinearSource
+from .shapes import check_call
+from .tokenizer import check_keys
 
 LayerProgress = Callable[[int, int], None]
 """Called with (layers done, layers) after each layer."""
@@ -49,7 +51,7 @@ def read_config(model_path: Path, loader: TrellisModelLoader, model_config: dict
     """config.json as mlx-lm reads it, checked; the head of the checkpoint is not replaced by the embeddings."""
     for name in ("config.json", "generation_config.json"):
         if name == "config.json" or is_listed(model_path / name):
-            read_json(model_path / name, finite=False)
+            check_keys(model_path / name)
     config = mlx_lm_utils.load_config(model_path)
     config.update(model_config or {})
     model_type = config.get("model_type")
@@ -253,6 +255,7 @@ def open_checkpoint(model_path: Path, model_config: dict | None = None) -> tuple
     config = read_config(model_path, loader, model_config)
     model = build(model_path, config)
     mapping = map_weights(model, loader)
+    check_call(build(model_path, config), model_path, config)
     _restore_up(mapping, config)
     return model, config, mapping
 
@@ -299,7 +302,16 @@ def load_exl3_model(
         ValueError: If the directory cannot be loaded; the message names file and tensor.
     """
     dtype = activation_dtype(dtype)
+    files = [file for file in Path(model_path).glob("*.safetensors") if file.exists()]
+    before = stamps(files)
     model, config, mapping = open_checkpoint(Path(model_path), model_config)
-    fill(model, mapping, dtype, lazy=lazy, progress=progress)
+    try:
+        fill(model, mapping, dtype, lazy=lazy, progress=progress)
+        after = stamps(files)
+    except (FileNotFoundError, RuntimeError) as error:  # MLX's reader raises the latter
+        raise ValueError(f"{model_path}: a weight file changed while it was read: {error}") from error
+    changed = [file for file in files if before[file] != after[file]]
+    if changed:
+        raise ValueError(f"{changed[0]} changed while it was read; load the model again")
     report(model, mapping)
     return model, config

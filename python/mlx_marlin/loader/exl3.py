@@ -1,6 +1,6 @@
 """Linears of an EXL3 checkpoint, known from the headers, and read from the files.
 
-Quantized tensors are copied out of a memory map, so that taking a slice reads only its bytes.
+Of quantized tensors, a range of rows reads only its bytes.
 """
 
 from __future__ import annotations
@@ -123,11 +123,15 @@ class QuantizedLinear:
             in_features: Logical number of inputs of the result. Default: the padded one.
             out_features: Logical number of outputs of the result. Default: the padded one.
         """
-        trellis = self.parts["trellis"].map()
-        tiles = codec.HADAMARD_SIZE // codec.TILE
+        tiles, first = codec.HADAMARD_SIZE // codec.TILE, 0
+        if rows:
+            first = min(rows)
+            trellis = self.parts["trellis"].rows(first * tiles, (max(rows) + 1) * tiles)
+        else:
+            trellis = self.parts["trellis"].array()
         if rows is not None or columns is not None:
             blocks = trellis.reshape(trellis.shape[0] // tiles, tiles, trellis.shape[1] // tiles, tiles, -1)
-            blocks = blocks if rows is None else blocks[list(rows)]
+            blocks = blocks if rows is None else blocks[[row - first for row in rows]]
             blocks = blocks if columns is None else blocks[:, :, list(columns)]
             trellis = blocks.reshape(blocks.shape[0] * tiles, blocks.shape[2] * tiles, -1)
         k, n = self.padded_shape
@@ -150,7 +154,7 @@ class QuantizedLinear:
     def _scales(self, full: str, packed: str) -> mx.array:
         if full in self.parts:
             return _read_floats(self.parts[full])
-        return mx.array(codec.unpack_signs(self.parts[packed].map()))
+        return mx.array(codec.unpack_signs(self.parts[packed].array()))
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,7 @@ def check_markers(linears: Iterable[QuantizedLinear]) -> None:
 
 
 def _read_floats(info: TensorInfo) -> mx.array:
-    values = mx.array(info.map())
+    values = mx.array(info.array())
     return values.view(mx.bfloat16) if info.dtype == "BF16" else values
 
 
