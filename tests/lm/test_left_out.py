@@ -139,6 +139,12 @@ def test_the_command_shows_what_is_left_out(tmp_path):
             lambda c: c.exl3.update({"model.embed.trellis": mx.zeros((160, 98), mx.int16)}),
             r"model\.embed\.trellis .*a quantized embedding's, which ExLlamaV3 writes since 1\.6\.0 \(-eb\)",
         ),
+        (
+            lambda c: c.exl3.update(
+                {"model.more.trellis": mx.zeros((160, 65), mx.int16), "model.more.signs": mx.ones((1, 256), mx.float16)}
+            ),
+            r"model\.more is quantized.*does not have; it seems to be a quantized embedding, .* since 1\.6\.0 \(-eb\)",
+        ),
     ],
 )
 def test_something_unknown_is_described(tmp_path, add, message):
