@@ -34,7 +34,7 @@ def right(problem, config, case):
     """A correct executor: the CPU's kernels."""
     x = mx.array(case["x"]).astype(getattr(mx, problem.dtype))
     if problem.kind == "linear":
-        y = selftest.gathered(replace(problem, device="cpu"), None, case, x)
+        y = selftest.gathered(replace(problem, device="cpu", accuracy="float32"), None, case, x)
     else:
         scores = None if case["scores"] is None else mx.array(case["scores"])
         bank = ExpertBank(*case["weights"])
@@ -409,7 +409,7 @@ def test_planted_decoders_are_refused(tmp_path, monkeypatch, name, dtype, fp32_a
     """What the codec's own tests reject, on the rows that the self-test takes."""
     what, replacement, codebooks = {**PLANTED, **PLANTED_HALF_RATES}[name]
     bits = ((2.5,),) if name in PLANTED_HALF_RATES else LINEAR.bits
-    problem = replace(LINEAR, bits=bits, codebooks=(codebooks[-1],), dtype=dtype)
+    problem = replace(LINEAR, bits=bits, codebooks=(codebooks[-1],), dtype=dtype, accuracy="half")
     config = replace(kernels.default(problem), use_fp32_acc=fp32_acc)
     assert self_test(tmp_path, right).fault(problem, config) is None
 
