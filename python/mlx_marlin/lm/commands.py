@@ -21,7 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..loader.directory import INDEX_NAME, Kind, kind_of
 from .hub import DESCRIPTION_FILES, fetch
-from .model import LayerProgress, load_exl3_model, open_checkpoint
+from .model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
 from .sharding import open_sharded, sharded_load
 from .tokenizer import check_tokenizer, load_tokenizer
 
@@ -119,7 +119,8 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
         if refuse is not None:
             raise CheckpointError(refuse)
         _guarded(_check_tokenizer_early, Path(model_path))
-        return _guarded(load_exl3_model, Path(model_path), lazy, model_config, progress=progress)
+        accuracy = product_accuracy(None)
+        return _guarded(load_exl3_model, Path(model_path), lazy, model_config, accuracy=accuracy, progress=progress)
 
     def load_sharded(repo: str, *args: Any, **keywords: Any) -> tuple:
         if not _is_our_repo(repo):
