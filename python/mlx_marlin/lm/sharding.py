@@ -294,7 +294,7 @@ def sharded_load(
     accuracy: str | None = None,
     progress: LayerProgress | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict]:
-    """``mlx_lm.utils.sharded_load`` for EXL3 checkpoints; same arguments, and ``dtype`` and ``accuracy`` as of ``load``.
+    """``mlx_lm.utils.sharded_load`` for EXL3 checkpoints; same arguments, and two of :func:`load`.
 
     Raises:
         FileNotFoundError: If a file is missing.
