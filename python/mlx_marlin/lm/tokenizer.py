@@ -10,7 +10,7 @@ from typing import Any
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..storage.untrusted import check_genuine, read_json
+from ..storage.untrusted import check_genuine, is_listed, read_json
 
 # A directory with none of these has no tokenizer: what transformers reads vocabularies from.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
@@ -133,13 +133,14 @@ def check_keys(file: Path) -> None:
 
 
 def check_tokenizer(directory: Path) -> None:
-    """See that a directory holds a tokenizer, before weights are read.
+    """See that a directory holds a tokenizer, and a config that transformers reads it with, before weights are read.
 
     Raises:
-        FileNotFoundError: If it holds none.
+        FileNotFoundError: If it holds none, or a file of it is a link that leads nowhere.
         ValueError: If a file of it is not what its name says.
     """
-    files = [file for pattern in _VOCABULARIES for file in sorted(directory.glob(pattern))]
+    # glob leaves out links that lead nowhere.
+    files = [file for file in sorted(directory.iterdir()) if any(map(file.match, _VOCABULARIES))]
     if not files:
         raise FileNotFoundError(
             f"{directory} holds no tokenizer (none of {', '.join(_VOCABULARIES)}); copy its files from the original "
@@ -148,8 +149,15 @@ def check_tokenizer(directory: Path) -> None:
     for file in files:
         check_genuine(file)
     for name in _KEYS:
-        if name != "config.json" and ((directory / name).exists() or (directory / name).is_symlink()):
+        if name != "config.json" and is_listed(directory / name):
             check_keys(directory / name)
+    config = directory / "config.json"
+    quantization = read_json(config, finite=False).get("quantization_config") if is_listed(config) else None
+    if quantization is not None and not isinstance(quantization, dict):
+        raise ValueError(
+            f"{config}: quantization_config must be an object or null for transformers to read the tokenizer, got "
+            f"{type(quantization).__name__}; remove it, the tensors themselves tell how they are quantized"
+        )
 
 
 def load_tokenizer(directory: Path, *arguments: Any, **keywords: Any) -> TokenizerWrapper:

@@ -69,6 +69,7 @@ class QuantizedLinear:
             codec.trellis_bits(trellis.shape)
         except ValueError as error:
             raise ValueError(f"{where}.trellis: {error}") from None
+        self._check_half_rate(where)
         k, n = self.padded_shape
         if not k or not n or k % codec.HADAMARD_SIZE or n % codec.HADAMARD_SIZE:
             raise ValueError(
@@ -86,6 +87,15 @@ class QuantizedLinear:
         bias = self.parts.get("bias")
         if bias is not None and (bias.dtype not in ("F16", "BF16", "F32") or bias.shape != (n,)):
             raise ValueError(f"{where}.bias must be floating point of shape [{n}], got {bias.dtype} {list(bias.shape)}")
+
+    def _check_half_rate(self, where: str) -> None:
+        if codec.is_half_rate(self.bits) and self.codebook != "mul1":
+            marker = "has .mcg" if "mcg" in self.parts else "has no .mul1"
+            raise ValueError(
+                f"{where}.trellis holds {self.bits} bits per weight, which exist with the codebook mul1 only, but the "
+                f"linear {marker}, so that its codebook is {self.codebook}; ExLlamaV3 writes half rates since 1.5.1, "
+                "always with .mul1: download the file again, or convert the model again with mul1"
+            )
 
     def _check_scales(self, where: str, suffixes: tuple[str, str], size: int) -> None:
         full, packed = suffixes

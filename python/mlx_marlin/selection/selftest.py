@@ -44,6 +44,8 @@ HALF_LIMIT = 6e-3
 _SIZES = (128, 256, 384, 512, 640, 768, 1024, 1280, 2048, 3072, 4096, 5120, 6144, 8192, 10240)
 _EXPERTS = 3
 _MAX_FILE_BYTES = 1 << 20
+# What csrc/metal/encode.cpp says of a kernel that the compiler rejects.
+_NOT_BUILT = "could not be built"
 
 
 class NoSmallCase(Exception):
@@ -205,7 +207,7 @@ class SelfTest:
                     return self._broken[key]
                 except RuntimeError as failure:  # what MLX raises for kernels that do not compile or run
                     # Not kept on disk: memory may have been short.
-                    self._broken[key] = f"it does not run: {str(failure)[:500]}"
+                    self._broken[key] = f"it does not run: {failure}"
                     return self._broken[key]
                 self._save()
             return self._verdicts[key] or None
@@ -221,24 +223,41 @@ class SelfTest:
         limit = _limit(problem, config)
         return "" if error <= limit else f"its error against the codec is {error:.3g}, at most {limit:g} is right"
 
-    def select(self, problem: Problem) -> Choice:
-        """The first choice for a problem whose kernels are right. Warns about every one that is refused.
+    def select(self, problem: Problem, traced: bool = False) -> tuple[Choice, bool]:
+        """The first choice for a problem whose kernels are right, and whether that is known. Those that are refused get
+        one warning.
+
+        Args:
+            problem: What is asked.
+            traced: Nothing may run: a config without a verdict is the choice, and that is not known to be right.
 
         Raises:
-            RuntimeError: If no kernel for the problem is right.
+            RuntimeError: If no kernel for the problem is right, or ``choices.MOST_UNBUILT`` could not be built.
         """
-        while True:
-            choice = choices.choose(problem)
+        refused: dict[KernelConfig, str] = {}
+        choice = choices.choose(problem)
+        while not traced or self.known(problem, choice.config):
             fault = self.fault(problem, choice.config)
             if fault is None:
-                return choice
-            choices.refuse(problem, choice.config, fault)
-            following = choices.choose(problem).config
-            warnings.warn(
-                f"{choice.config} is refused on this GPU: {fault}. {following} is tried instead",
-                RuntimeWarning,
-                3,
-            )
+                break
+            refused[choice.config] = fault
+            choices.refuse(problem, choice.config, fault, built=_NOT_BUILT not in fault)
+            try:
+                choice = choices.choose(problem)
+            except RuntimeError:
+                _warn(refused, "None is tried instead")
+                raise
+        if refused:
+            _warn(refused, f"{choice.config} is tried instead")
+        return choice, self.known(problem, choice.config)
+
+
+def _warn(refused: dict[KernelConfig, str], what_follows: str) -> None:
+    """One warning, about the first configs that were refused."""
+    told = [f"{config} is refused on this GPU: {fault}" for config, fault in refused.items()][: choices.MOST_UNBUILT]
+    if len(refused) > len(told):
+        told.append(f"{len(refused) - len(told)} more are refused")
+    warnings.warn("\n".join([*told, what_follows]), RuntimeWarning, 4)
 
 
 @lru_cache(maxsize=1)
@@ -257,11 +276,9 @@ def select(problem: Problem, traced: bool) -> tuple[Choice, bool]:
     Args:
         problem: Kernels that came compiled are not tested, nor is anything where there are no rows.
         traced: Whether the call is being traced. Nothing runs then: a config that is not known yet is used untested,
-            and a compiled function keeps it.
+            and a compiled function keeps it; if it cannot be built, its evaluation says so.
     """
     choice = choices.choose(problem)
     if not kernels.rules_of(problem).COMPILED_AT_RUN_TIME or problem.rows == 0:
         return choice, True
-    if traced and not _gpu().known(problem, choice.config):
-        return choice, False
-    return _gpu().select(problem), True
+    return _gpu().select(problem, traced)

@@ -17,6 +17,11 @@ _HTML = (b"<!doctype html", b"<html")
 _UTF8_MARK, _UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
+def is_listed(path: Path) -> bool:
+    """Whether a directory has an entry of this name, be it a link that leads nowhere."""
+    return path.exists() or path.is_symlink()
+
+
 def check_present(path: Path) -> None:
     """See that a path leads to a file.
 
