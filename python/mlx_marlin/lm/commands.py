@@ -139,18 +139,11 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
     )
 
 
-def _check_before_serving() -> None:
-    """Let the server check its models while it starts: it loads in a thread, and would listen without a model."""
-    from mlx_lm import server
-
-    class CheckedProvider(server.ModelProvider):
-        def __init__(self, cli_args: argparse.Namespace):
-            for repo in (cli_args.model, cli_args.draft_model):
-                if repo is not None:
-                    check(repo, pipeline=getattr(cli_args, "pipeline", False))
-            super().__init__(cli_args)
-
-    vars(server).update(ModelProvider=CheckedProvider)
+def _check_served(arguments: argparse.Namespace) -> None:
+    """:func:`check` the models that a server is started with."""
+    for repo in (arguments.model, arguments.draft_model):
+        if repo is not None:
+            check(repo, pipeline=getattr(arguments, "pipeline", False))
 
 
 def run(command: str, progress: LayerProgress | None = None) -> None:
@@ -165,5 +158,7 @@ def run(command: str, progress: LayerProgress | None = None) -> None:
         refuse = f"mlx_lm {command} cannot work on EXL3 weights; give it the model that they were made from"
     install(progress, refuse=refuse)
     if command == "server":
-        _check_before_serving()
+        from .serving import guard, take_option  # imports mlx-lm's server, which other commands do without
+
+        guard(_check_served, take_option())
     mlx_lm_cli.main()
