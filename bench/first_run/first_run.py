@@ -134,6 +134,8 @@ def self_tests(where: str, small: bool) -> dict:
             fault = test.fault(problem, config)
             if fault is not None:
                 wrong[f"{config} for {problem}"] = fault
+        if where == "gpu":
+            wrong |= test.others()
     return {"calls": len(calls), "wrong": wrong}
 
 
@@ -188,7 +190,8 @@ def _configs(problem: Problem) -> list[KernelConfig]:
             for columns in metal.TILE_COLUMNS
             for simdgroups in (4, 8, 16)
         ]
-    return [c for c in dict.fromkeys(found) if kernels.feasible(problem, c) is None]
+    half = replace(problem, accuracy="half")
+    return [c for c in dict.fromkeys(found) if kernels.feasible(half, c) is None]
 
 
 def layer_times(where: str, formats: list[tuple[int, str]], rows: tuple[int, ...], sizes: dict) -> list[dict]:

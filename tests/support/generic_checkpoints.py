@@ -20,6 +20,13 @@ from tests.support.checkpoints import SIZES, Checkpoint, Sizes
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # model_type -> what its config.json holds beside the sizes.
 CONFIGS = {**generic_configs.CONFIGS, **hybrid_configs.CONFIGS}
+# The same, of models whose logits are made otherwise than by `lm_head`: for conversions.
+HEADS = {
+    "gemma": {},
+    "cohere": {"layer_norm_eps": 1e-5, "logit_scale": 0.5},
+    "internlm2": {"bias": False},
+}
+
 # What ExLlamaV3 divides `up` of their experts by before it quantizes.
 UP_DIVISORS = {"mistral4": 128, "laguna": 128}
 
@@ -39,7 +46,7 @@ def left_unquantized(path: str, linear: nn.Linear) -> bool:
 def make(model_type: str, sizes: Sizes = SIZES, *, embedding_bits: int | None = None) -> tuple[Checkpoint, nn.Module]:
     """A checkpoint, its token embedding quantized if bits are given, and the model with the same weights, dense and
     in float32."""
-    c = Checkpoint(sizes, {"model_type": model_type, **CONFIGS[model_type]})
+    c = Checkpoint(sizes, {"model_type": model_type, **(CONFIGS | HEADS)[model_type]})
     model, done, dense = new_model(c.config), set(), {}
     for path, module in model.named_modules():
         if isinstance(module, SwitchGLU):

@@ -50,7 +50,11 @@ CONFIGS = {
     "seed_oss": {},
     "starcoder2": {"norm_epsilon": 1e-5, "use_bias": True},
     "internlm3": {"bias": False, "qkv_bias": False},
-    "exaone4": {"sliding_window": 16, "sliding_window_pattern": "LG"},
+    "exaone4": {
+        "sliding_window": 16,
+        "sliding_window_pattern": "LG",
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "hunyuan_v1_dense": {"use_qk_norm": True, "rope_scaling": {"type": "dynamic", "alpha": 1.0, "factor": 1.0}},
     "deepseek_v2": {
         **DEEPSEEK,

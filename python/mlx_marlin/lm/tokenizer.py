@@ -152,7 +152,7 @@ def check_tokenizer(directory: Path) -> None:
         if name != "config.json" and is_listed(directory / name):
             check_keys(directory / name)
     config = directory / "config.json"
-    quantization = read_json(config, finite=False).get("quantization_config")
+    quantization = read_json(config, finite=False).get("quantization_config") if is_listed(config) else None
     if quantization is not None and not isinstance(quantization, dict):
         raise ValueError(
             f"{config}: quantization_config must be an object or null for transformers to read the tokenizer, got "
