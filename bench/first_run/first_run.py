@@ -134,6 +134,8 @@ def self_tests(where: str, small: bool) -> dict:
             fault = test.fault(problem, config)
             if fault is not None:
                 wrong[f"{config} for {problem}"] = fault
+        if where == "gpu":
+            wrong |= test.others()
     return {"calls": len(calls), "wrong": wrong}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_marlin import _ext, codec, kernels, ops
 from mlx_marlin.kernels import Problem
-from mlx_marlin.selection import choices, selftest
+from mlx_marlin.selection import choices, selftest, small_cases
 from mlx_marlin.weights.experts import ExpertBank
 from tests.support.paths import ROOT
 from tests.support.planted import PLANTED, PLANTED_HALF_RATES
@@ -111,7 +111,7 @@ def test_right_kernels_pass(tmp_path, problem):
     choice, known = test.select(problem)
     assert choice.config == kernels.default(problem) and known
     assert test.select(problem) == (choice, True)
-    assert executor.runs == 1
+    assert executor.runs == len(list(selftest._tests(problem, choice.config)))
 
 
 @pytest.mark.parametrize("spoil", [one_column, last_row_of_nan, halved, not_compiled, not_run])
@@ -127,7 +127,18 @@ def test_a_wrong_kernel_is_refused(tmp_path, problem, spoil):
     assert str(choice.config) in str(warned[0].message)
 
 
-def test_no_right_kernel_is_an_error(tmp_path):
+@pytest.fixture
+def few_candidates(monkeypatch):
+    """Of the hundreds those with two widths and two numbers of simdgroups."""
+    real = kernels.candidates
+
+    def candidates(problem):
+        return [c for c in real(problem) if c.tile_size_n in (64, 128) and c.simdgroups in (8, 16)]
+
+    monkeypatch.setattr(kernels, "candidates", candidates)
+
+
+def test_no_right_kernel_is_an_error(tmp_path, few_candidates):
     few = replace(LINEAR, rows=1)
     test = self_test(tmp_path, Planted(lambda config: True, halved))
     with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="Run the layer on the CPU"):
@@ -148,7 +159,7 @@ def variants_tried(tmp_path, problem, is_wrong, spoil) -> list:
         except RuntimeError:
             pass
     assert len(warned) == 1
-    return tried
+    return list(dict.fromkeys(tried))
 
 
 def test_a_variant_that_cannot_be_built_gives_way_to_prefill4(tmp_path):
@@ -158,7 +169,7 @@ def test_a_variant_that_cannot_be_built_gives_way_to_prefill4(tmp_path):
     assert first.use_fp32_acc and second.use_fp32_acc and third.use_fp32_acc
 
 
-def test_other_tiles_of_a_wrong_variant_come_before_prefill4_and_that_before_the_rest(tmp_path):
+def test_other_tiles_of_a_wrong_variant_come_before_prefill4_and_that_before_the_rest(tmp_path, few_candidates):
     def is_wrong(config):
         return config.kernel_variant in ("large_batch", "prefill4") and config.use_fp32_acc
 
@@ -290,12 +301,86 @@ def test_the_cpu_is_not_tested():
 @pytest.mark.parametrize("rows", [1, 4, 16, 64])
 def test_the_small_case_is_small(rows):
     problem = replace(SWIGLU, rows=rows)
-    for config in kernels.candidates(problem)[::3]:
-        small = selftest.small_problem(problem, config)
+    for config in kernels.candidates(problem)[::17]:
+        small = small_cases.small_problem(problem, config)
         assert kernels.feasible(small, config) is None
         assert small.rows == config.tile_size_m + 1
         assert small.bits == problem.bits and small.experts >= len(problem.bits)
         assert small.hidden * small.intermediate <= 2048 * 2048
+
+
+def loops(problem, config):
+    return small_cases._loops(ops.plan(problem, config))
+
+
+@pytest.mark.parametrize(
+    "name, rows, columns, simdgroups, wanted",
+    [
+        ("decode", 1, 48, 12, {"a narrow last group", "several blocks of input", "several blocks of scales"}),
+        ("prefill4", 4, 160, 16, {"a narrow last group", "unequal ranges of k", "several blocks of scales"}),
+        ("base", 16, 48, 12, {"a narrow last group", "several groups of columns", "several blocks of scales"}),
+        ("large_batch", 64, 128, 16, {"several groups of columns", "several steps in a range"}),
+    ],
+)
+def test_the_small_case_reaches_the_loops_that_a_layer_reaches(name, rows, columns, simdgroups, wanted):
+    config = kernels.KernelConfig(kernels.make_name(name), rows, columns, simdgroups, False, name)
+    reached = loops(small_cases.small_problem(SWIGLU, config), config)
+    assert {f"trellis_linear: {what}" for what in wanted} <= reached
+    for sizes in ((2048, 768), (4096, 1536), (1280, 640)):
+        problem = replace(SWIGLU, hidden=sizes[0], intermediate=sizes[1], rows=rows + 1)
+        if small_cases.code(ops.plan(problem, config)) == small_cases.code(ops.plan(SWIGLU, config)):
+            assert loops(problem, config) <= reached
+
+
+@pytest.mark.parametrize("problem", [SWIGLU, GATHERED, replace(SWIGLU, top_k=1)])
+def test_sorting_is_tested_with_more_of_everything_than_threads(problem):
+    """route.metal: 512 threads, and eight slots at a time."""
+    for name, rows in (("decode", 2), ("prefill4", 4), ("large_batch", 64)):
+        config = kernels.KernelConfig(kernels.make_name(name), rows, 128, 16, True, name)
+        found = list(small_cases.routing_problems(problem, config))
+        assert len(found) == 2
+        for small in found:
+            case = small_cases.make_case(small)
+            slots = case["indices"].size
+            counts = np.bincount(case["indices"].reshape(-1), minlength=small.experts)
+            assert slots > 512 and counts[0] >= slots // 2 and counts[small.experts - 1] > 0
+            assert slots // max(1, 512 // (small.experts + 1)) > 8
+        assert found[1].experts > 512
+    assert not list(small_cases.routing_problems(problem, replace(config, tile_size_m=1)))
+    assert not list(small_cases.routing_problems(LINEAR, config))
+
+
+def test_a_wrong_sort_is_refused_once_for_all_configs(tmp_path):
+    """Whose own small case is right: more slots than there are threads come wrong."""
+    runs = []
+
+    def execute(problem, config, case):
+        runs.append(problem.experts)
+        y = right(problem, config, case)
+        return halved(y) if problem.experts > 512 else y
+
+    test = self_test(tmp_path, execute)
+    one, other = (
+        kernels.KernelConfig("moe_trellis_swiglu_prefill4", 4, columns, 8, True, "prefill4") for columns in (64, 128)
+    )
+    assert "error against the codec" in test.fault(GATHERED, one)
+    assert "error against the codec" in test.fault(GATHERED, other)
+    assert len(runs) == 4  # the config's own case, twice; the sorts once
+
+
+def test_kernels_that_no_config_chooses_are_tested(tmp_path):
+    wrong = set()
+
+    def execute(problem, config, case):
+        y = small_cases.expected(problem, case)
+        return y + 1e-3 * (case.get("of") in wrong)
+
+    test = self_test(tmp_path, execute)
+    assert test.others() == {}
+    wrong.add("weight")
+    assert len(test.others()) == len(codec.WIDTHS) + 2 * codec.MAX_BITS
+    wrong.symmetric_difference_update({"weight", "gradient"})
+    assert len(test.others()) == 2
 
 
 @pytest.mark.parametrize("hidden, intermediate", [(2048, 768), (4096, 1536), (7168, 2048), (2048, 8192)])
@@ -304,7 +389,7 @@ def test_the_small_case_runs_the_kernels_that_the_layer_runs(hidden, intermediat
     """Sizes decide whether a product makes its own input: a verdict on the one is none on the other."""
     problem = replace(SWIGLU, hidden=hidden, intermediate=intermediate)
     config = kernels.KernelConfig("moe_trellis_swiglu_decode", 1, columns, simdgroups, True, "decode")
-    small = selftest.small_problem(problem, config)
+    small = small_cases.small_problem(problem, config)
 
     def compiled(problem):
         plan = ops.plan(replace(problem, rows=2), config)
@@ -323,7 +408,7 @@ def test_rows_in_several_passes_have_a_small_case(hidden, intermediate, top_k):
     config = kernels.default(problem)
     kinds = [d["kernel"] for d in ops.plan(problem, config)["dispatches"]]
     assert len(kinds) > len(set(kinds))
-    small = selftest.small_problem(problem, config)
+    small = small_cases.small_problem(problem, config)
     assert {d["kernel"] for d in ops.plan(small, config)["dispatches"]} == set(kinds)
 
 
@@ -336,21 +421,21 @@ def test_rows_in_several_passes_have_a_small_case(hidden, intermediate, top_k):
     ],
     ids=str,
 )
-def test_every_candidate_of_a_wide_layer_has_a_small_case(problem):
-    for config in kernels.candidates(problem):
-        selftest.small_problem(problem, config)
+def test_candidates_of_a_wide_layer_have_a_small_case(problem):
+    for config in kernels.candidates(problem)[::7]:
+        small_cases.small_problem(problem, config)
 
 
 def test_a_config_without_a_small_case_is_refused(tmp_path, monkeypatch):
     wrong = kernels.default(LINEAR)
-    real = selftest.small_problem
+    real = small_cases.small_problem
 
     def small_problem(problem, config):
         if config == wrong:
-            raise selftest.NoSmallCase("no small problem")
+            raise small_cases.NoSmallCase("no small problem")
         return real(problem, config)
 
-    monkeypatch.setattr(selftest, "small_problem", small_problem)
+    monkeypatch.setattr(small_cases, "small_problem", small_problem)
     with pytest.warns(RuntimeWarning, match="cannot be tested: no small problem"):
         assert self_test(tmp_path, right).select(LINEAR)[0].config != wrong
 
@@ -360,7 +445,7 @@ def test_gathered_products_are_tested_as_such(rows):
     """A verdict on a linear is none on one projection of experts: rows are routed and indexed there."""
     problem = replace(GATHERED, rows=rows)
     config = kernels.default(problem)
-    small = selftest.small_problem(problem, config)
+    small = small_cases.small_problem(problem, config)
     assert small.experts >= 3 and small.bits == problem.bits
     alone = replace(problem, experts=1, bits=((2,),))
     assert selftest._key(problem, config) != selftest._key(alone, config)
@@ -416,7 +501,7 @@ def test_planted_decoders_are_refused(tmp_path, monkeypatch, name, dtype, fp32_a
     def wrong(problem, config, case):
         with monkeypatch.context() as patch:
             patch.setattr(codec.trellis, what, replacement)
-            return selftest.expected(problem, case)
+            return small_cases.expected(problem, case)
 
     (tmp_path / "verdicts.json").unlink()
     assert "error against the codec" in self_test(tmp_path, wrong).fault(problem, config)

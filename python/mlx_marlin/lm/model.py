@@ -310,7 +310,7 @@ def load_exl3_model(
     model_config: dict | None = None,
     *,
     dtype: mx.Dtype | None = None,
-    accuracy: str | None = None,
+    accuracy: str = "float32",
     progress: LayerProgress | None = None,
 ) -> tuple[nn.Module, dict]:
     """An EXL3 directory as an mlx-lm model.
@@ -320,7 +320,7 @@ def load_exl3_model(
         lazy: Leave the unquantized parameters unevaluated. Default: ``False``.
         model_config: Values that replace those of config.json. Default: ``None``.
         dtype: Of the unquantized parameters, see :func:`cast_dense`. Default: ``None``.
-        accuracy: Of the products, see :func:`product_accuracy`. Default: ``None``.
+        accuracy: Of the products, one of ``kernels.ACCURACIES``. Default: ``"float32"``.
         progress: Called with (layers done, layers) after each layer. Default: ``None``.
 
     Returns:
