@@ -9,8 +9,8 @@ from mlx_marlin import TrellisModelLoader, codec
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.quantize import convert
 from mlx_marlin.quantize.calibration import BUNDLED
-from mlx_marlin.quantize.weight import Codes
 from mlx_marlin.quantize.stored import stored_tensors
+from mlx_marlin.quantize.weight import Codes
 from mlx_marlin.weights.trellis import TrellisWeight
 from tests.support import architectures, generic_checkpoints
 from tests.support.checkpoints import SIZES
