@@ -190,7 +190,8 @@ def _configs(problem: Problem) -> list[KernelConfig]:
             for columns in metal.TILE_COLUMNS
             for simdgroups in (4, 8, 16)
         ]
-    return [c for c in dict.fromkeys(found) if kernels.feasible(problem, c) is None]
+    half = replace(problem, accuracy="half")
+    return [c for c in dict.fromkeys(found) if kernels.feasible(half, c) is None]
 
 
 def layer_times(where: str, formats: list[tuple[int, str]], rows: tuple[int, ...], sizes: dict) -> list[dict]:

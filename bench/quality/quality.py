@@ -1,7 +1,7 @@
 """Perplexity and KL divergence of quantized versions of models/docs-moe on held-out text.
 
 Usage: python -m bench.quality.quality [--work DIR] [--bits 2 2.5 3 4] [--modes per-expert per-layer uniform]
-    [--output FILE]
+    [--rates half whole] [--output FILE]
 
 Trellis models are converted into DIR (finished ones are used again, interrupted ones resumed). Beside them stand the
 data-free EXL3 directories of models/, the same search without calibration, and MLX's own formats. All are evaluated
@@ -12,6 +12,7 @@ included, without the head. The routers stay as they are. EXL3 models have their
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import sys
@@ -158,11 +159,22 @@ def plot(rows: list[dict], path: Path) -> None:
     atomic.write_text(path, "\n".join([*parts, "</svg>\n"]))
 
 
+def convert_to(directory: Path, bits: float, mode: str, half_rates: bool) -> None:
+    """Convert the model, or what an interrupted conversion left; a finished one stays."""
+    if (directory / "config.json").exists() and not (directory / ".convert").exists():
+        return
+    show = lambda p: print(f"{directory.name}: {100 * p.done:.0f} % {p.stage}", file=sys.stderr)  # noqa: E731
+    convert(MODEL, directory, bits=bits, mixed=mode, half_rates=half_rates, resume=directory.exists(), progress=show)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build/quality")
     parser.add_argument("--bits", type=float, nargs="*", default=[2, 2.5, 3, 4])
     parser.add_argument("--modes", nargs="*", default=["per-expert", "per-layer", "uniform"])
+    parser.add_argument(
+        "--rates", nargs="*", choices=["half", "whole"], default=["half"], help="with half rates, or without them"
+    )
     parser.add_argument("--data-free", type=int, nargs="*", default=[2, 3, 4], help="K of the runs without calibration")
     parser.add_argument("--output", type=Path, default=ROOT / f"bench/results/{platform.node()}/quality.json")
     options = parser.parse_args()
@@ -176,13 +188,11 @@ def main() -> None:
             "kl": 0.0,
         }
     ]
-    for mode in options.modes:
-        for bits in options.bits:
-            directory = options.work / f"{mode}-{bits:g}"
-            if not (directory / "config.json").exists() or (directory / ".convert").exists():
-                show = lambda p, d=directory: print(f"{d.name}: {100 * p.done:.0f} % {p.stage}", file=sys.stderr)  # noqa: E731
-                convert(MODEL, directory, bits=bits, mixed=mode, resume=directory.exists(), progress=show)
-            rows.append(trellis_row(evaluation, f"trellis {bits:g}, {mode}", f"trellis, {mode}", directory))
+    for mode, rates, bits in itertools.product(options.modes, options.rates, options.bits):
+        directory = options.work / f"{mode}-{rates}-{bits:g}"
+        convert_to(directory, bits, mode, rates == "half")
+        kind = mode if rates == "half" else f"{mode}, whole rates"
+        rows.append(trellis_row(evaluation, f"trellis {bits:g}, {kind}", f"trellis, {kind}", directory))
     for name in ("docs-moe-exl3-3.0bpw", "docs-moe-exl3-mixed"):
         rows.append(trellis_row(evaluation, f"{name} (models/)", "trellis, data-free", ROOT / "models" / name))
     rows += [data_free_row(evaluation, k) for k in options.data_free]

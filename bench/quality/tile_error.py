@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from mlx_marlin import codec, ops
-from mlx_marlin.quantize.cli import width
 from mlx_marlin.quantize.regularise import INPUT_SCALE
 from mlx_marlin.storage import atomic
 
@@ -39,6 +38,10 @@ def tile_error(codebook: str, bits: float, count: int) -> float:
     return float(np.mean(np.square(found - tiles)) / scale**2)
 
 
+def _width(text: str) -> int | float:
+    return codec.as_width(float(text))
+
+
 def table(rows: list[dict]) -> str:
     lines = ["| K | codebook | error | of the reference | dB over the bound |", "|---|---|---|---|---|"]
     for r in rows:
@@ -57,7 +60,7 @@ def row(codebook: str, bits: float, error: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiles", type=int, default=4000)
-    parser.add_argument("--bits", type=width, nargs="*", default=list(codec.WIDTHS))
+    parser.add_argument("--bits", type=_width, nargs="*", default=list(codec.WIDTHS))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     rows = [

@@ -211,7 +211,7 @@ def test_a_planted_decoder_is_above_the_tolerance_of_every_case(name, dtype, mon
         inputs = case.inputs()
         right = case.reference(*inputs)
         with monkeypatch.context() as patch:
-            patch.setattr(codec, function, planted)
+            patch.setattr(codec.trellis, function, planted)
             wrong = case.reference(*inputs)
         rounded = mx.array(wrong.astype(np.float32)).astype(getattr(mx, dtype))
         assert cases.row_error(rounded, right) > case.tolerance, f"{name} passes {case}"
@@ -226,14 +226,14 @@ def test_a_planted_half_rate_is_above_the_tolerance_of_every_case(name, monkeypa
         inputs = case.inputs()
         right = case.reference(*inputs)
         with monkeypatch.context() as patch:
-            patch.setattr(codec, function, planted)
+            patch.setattr(codec.trellis, function, planted)
             assert cases.row_error(case.reference(*inputs), right) > case.tolerance, f"{name} passes {case}"
 
 
 @pytest.mark.parametrize("name", PLANTED_HALF_RATES)
 def test_a_planted_half_rate_differs_in_the_vectors(name, monkeypatch):
     function, planted, _ = PLANTED_HALF_RATES[name]
-    monkeypatch.setattr(codec, function, planted)
+    monkeypatch.setattr(codec.trellis, function, planted)
     for bits in codec.WIDTHS:
         z = golden.load(f"decode_k{bits}_mul1")
         same = np.array_equal(codec.inner(SimpleNamespace(trellis=z["trellis"], codebook="mul1")), z["inner"])
@@ -253,14 +253,14 @@ def test_a_decoder_without_the_rounding_is_above_the_float32_tolerance(name, mon
         inputs = case.inputs()
         right = case.reference(*inputs)
         with monkeypatch.context() as patch:
-            patch.setattr(codec, function, planted)
+            patch.setattr(codec.trellis, function, planted)
             assert cases.row_error(case.reference(*inputs), right) > case.tolerance, f"{name} passes {case}"
 
 
 @pytest.mark.parametrize("name", {**PLANTED, **PLANTED_FLOAT32})
 def test_a_planted_decoder_differs_in_the_vectors(name, monkeypatch):
     function, planted, codebooks = {**PLANTED, **PLANTED_FLOAT32}[name]
-    monkeypatch.setattr(codec, function, planted)
+    monkeypatch.setattr(codec.trellis, function, planted)
     for bits, codebook in cases.FORMATS:
         if codebook in codebooks:
             z = golden.load(f"decode_k{bits}_{codebook}")
@@ -290,13 +290,13 @@ def test_bad_input():
 
 
 def test_the_kernels_have_the_same_constants():
-    """codec.py keeps its own: it is the oracle. That all states decode alike is tested with the kernels."""
-    halves = {name: multiplier for name, (multiplier, _) in codec._HALVES_HASH.items()}
-    assert ops.CODEBOOK_MULTIPLIERS == {**halves, "mul1": codec._MUL1_MULTIPLIER}
+    """codec/trellis.py keeps its own: it is the oracle. That all states decode alike is tested with the kernels."""
+    halves = {name: multiplier for name, (multiplier, _) in codec.trellis._HALVES_HASH.items()}
+    assert ops.CODEBOOK_MULTIPLIERS == {**halves, "mul1": codec.trellis._MUL1_MULTIPLIER}
     text = (ROOT / "csrc/format.h").read_text()
     defined = dict(re.findall(r"^#define MARLIN_(\w+) \(?([-+.\w]+?)[u)]*(?:\s|$)", text, re.MULTILINE))
-    assert int(defined["3INST_INCREMENT"]) == codec._HALVES_HASH["3inst"][1]
-    assert int(defined["HALVES_MASK"], 16) == codec._HALVES_MASK
-    assert int(defined["HALVES_XOR"], 16) == codec._HALVES_XOR
-    assert float.fromhex(defined["MUL1_SCALE"].rstrip("f")) == codec._MUL1_SCALE
-    assert float.fromhex(defined["MUL1_OFFSET"].rstrip("f")) == codec._MUL1_OFFSET
+    assert int(defined["3INST_INCREMENT"]) == codec.trellis._HALVES_HASH["3inst"][1]
+    assert int(defined["HALVES_MASK"], 16) == codec.trellis._HALVES_MASK
+    assert int(defined["HALVES_XOR"], 16) == codec.trellis._HALVES_XOR
+    assert float.fromhex(defined["MUL1_SCALE"].rstrip("f")) == codec.trellis._MUL1_SCALE
+    assert float.fromhex(defined["MUL1_OFFSET"].rstrip("f")) == codec.trellis._MUL1_OFFSET

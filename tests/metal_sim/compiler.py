@@ -25,6 +25,7 @@ from .toolchain import (
     digest,
     run_tool,
     sources_digest,
+    with_shim,
     write_atomically,
 )
 
@@ -172,9 +173,10 @@ def _build(unit, flags):
             beside = CACHE / f"kernel_{key}.{os.getpid()}"
             source, object_file = beside.with_suffix(".clcpp"), beside.with_suffix(".o")
             source.write_text(unit.text)
-            flags = [*flags, f"-I{HERE / 'shim'}"]
-            built = run_tool([*CLANG, *flags, "-c", "-o", str(object_file), str(source)], f"compiling {unit.name}")
-            warnings = built.stderr.splitlines() + pointer_warnings(unit.text, flags)
+            built = run_tool(
+                [*CLANG, *with_shim(flags), "-c", "-o", str(object_file), str(source)], f"compiling {unit.name}"
+            )
+            warnings = built.stderr.splitlines() + pointer_warnings(unit.text, [*flags, f"-I{HERE / 'shim'}"])
             run_tool([*LINKER, "-shared", "-o", str(beside), str(object_file)], "linking")
             object_file.unlink()
             source.unlink()

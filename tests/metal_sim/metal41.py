@@ -12,9 +12,9 @@ import subprocess
 
 from .compiler import DIALECT, tokenise, translate
 from .tokens import ADDRESS_SPACES
-from .toolchain import CACHE, CLANG, HERE, building, digest, sources_digest, write_atomically
+from .toolchain import CACHE, CLANG, building, digest, sources_digest, with_shim, write_atomically
 
-_FLAGS = [*DIALECT, "-w", "-ferror-limit=0", "-ftemplate-backtrace-limit=1", "-fsyntax-only", "-DMSL_PRIVATE_THREAD"]
+_FLAGS = [*DIALECT, "-w", "-ferror-limit=0", "-ftemplate-backtrace-limit=1", "-DMSL_PRIVATE_THREAD"]
 
 
 def rejected(source: str, **options) -> list[str]:
@@ -30,7 +30,8 @@ def rejected(source: str, **options) -> list[str]:
         if wanted:
             path = found.with_suffix(f".{os.getpid()}.clcpp")
             path.write_text(unit.text)
-            done = subprocess.run([*CLANG, *_FLAGS, f"-I{HERE / 'shim'}", str(path)], capture_output=True, text=True)
+            command = [*CLANG, *with_shim(_FLAGS), "-fsyntax-only", str(path)]
+            done = subprocess.run(command, capture_output=True, text=True)
             path.unlink()
             errors = [line for line in done.stderr.splitlines() if " error: " in line]
             # A compiler that fails in another way has not accepted anything.

@@ -117,7 +117,7 @@ def test_the_check_rejects_planted_decoders(name, dtype, monkeypatch):
             actual = run(case, inputs)
             cases.check(case, actual, inputs)
             with monkeypatch.context() as patch:
-                patch.setattr(codec, function, planted)
+                patch.setattr(codec.trellis, function, planted)
                 with pytest.raises(AssertionError, match="a row is .* off"):
                     cases.check(case, actual, inputs)
 

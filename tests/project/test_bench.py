@@ -70,7 +70,7 @@ def test_ours_is_measured_and_stored(shape, bits, tmp_path, monkeypatch):
 
     rng = np.random.default_rng(0)
     monkeypatch.setattr(contenders.device, "last_level_cache", lambda: 1 << 20)
-    make = lambda: layer.MarlinContender(shape, bits, "mul1", _ext.instruction_sets()[-1], rng, 2)
+    make = lambda: layer.MarlinContender(shape, bits, "mul1", _ext.instruction_sets()[-1], rng, 2, "half")
     contender = layer.Contender(make, shape)
     assert contender.bits == 3 and len(contender.layers) > 1
     results = layer.measure_rows([contender], shape, 4, rng, rounds=2, seconds=0.1)
@@ -103,9 +103,8 @@ def test_gpu_contenders_are_timed_in_chains(shape, peer, monkeypatch):
         monkeypatch.setattr(contenders.mx, "gpu", mx.cpu)
     monkeypatch.setattr(contenders.device, "last_level_cache", lambda: 1 << 20)
     rng = np.random.default_rng(0)
-    make = lambda: (
-        peers.AffinePeer(shape, 3, rng, gpu=True) if peer else layer.MarlinContender(shape, "3", "mcg", None, rng, 0)
-    )
+    ours = lambda: layer.MarlinContender(shape, "3", "mcg", None, rng, 0, "float32")
+    make = lambda: peers.AffinePeer(shape, 3, rng, gpu=True) if peer else ours()
     contender = layer.Contender(make, shape)
     assert "gpu" in contender.name
     (result,) = layer.measure_rows([contender], shape, 2, rng, rounds=1, seconds=0.0)

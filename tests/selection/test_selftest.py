@@ -34,7 +34,7 @@ def right(problem, config, case):
     """A correct executor: the CPU's kernels."""
     x = mx.array(case["x"]).astype(getattr(mx, problem.dtype))
     if problem.kind == "linear":
-        y = selftest.gathered(replace(problem, device="cpu"), None, case, x)
+        y = selftest.gathered(replace(problem, device="cpu", accuracy="float32"), None, case, x)
     else:
         scores = None if case["scores"] is None else mx.array(case["scores"])
         bank = ExpertBank(*case["weights"])
@@ -324,11 +324,12 @@ def loops(problem, config):
 )
 def test_the_small_case_reaches_the_loops_that_a_layer_reaches(name, rows, columns, simdgroups, wanted):
     config = kernels.KernelConfig(kernels.make_name(name), rows, columns, simdgroups, False, name)
-    reached = loops(small_cases.small_problem(SWIGLU, config), config)
+    layer = replace(SWIGLU, accuracy="half")
+    reached = loops(small_cases.small_problem(layer, config), config)
     assert {f"trellis_linear: {what}" for what in wanted} <= reached
     for sizes in ((2048, 768), (4096, 1536), (1280, 640)):
-        problem = replace(SWIGLU, hidden=sizes[0], intermediate=sizes[1], rows=rows + 1)
-        if small_cases.code(ops.plan(problem, config)) == small_cases.code(ops.plan(SWIGLU, config)):
+        problem = replace(layer, hidden=sizes[0], intermediate=sizes[1], rows=rows + 1)
+        if small_cases.code(ops.plan(problem, config)) == small_cases.code(ops.plan(layer, config)):
             assert loops(problem, config) <= reached
 
 
@@ -494,13 +495,13 @@ def test_planted_decoders_are_refused(tmp_path, monkeypatch, name, dtype, fp32_a
     """What the codec's own tests reject, on the rows that the self-test takes."""
     what, replacement, codebooks = {**PLANTED, **PLANTED_HALF_RATES}[name]
     bits = ((2.5,),) if name in PLANTED_HALF_RATES else LINEAR.bits
-    problem = replace(LINEAR, bits=bits, codebooks=(codebooks[-1],), dtype=dtype)
+    problem = replace(LINEAR, bits=bits, codebooks=(codebooks[-1],), dtype=dtype, accuracy="half")
     config = replace(kernels.default(problem), use_fp32_acc=fp32_acc)
     assert self_test(tmp_path, right).fault(problem, config) is None
 
     def wrong(problem, config, case):
         with monkeypatch.context() as patch:
-            patch.setattr(codec, what, replacement)
+            patch.setattr(codec.trellis, what, replacement)
             return small_cases.expected(problem, case)
 
     (tmp_path / "verdicts.json").unlink()

@@ -171,8 +171,9 @@ def new_model(config: dict) -> nn.Module:
     return model_class(args_class.from_dict(config))
 
 
-def make(model_type: str, sizes: Sizes = SIZES) -> tuple[Checkpoint, nn.Module]:
-    """A checkpoint, and the model with the same weights, dense and in float32."""
+def make(model_type: str, sizes: Sizes = SIZES, *, embedding_bits: int | None = None) -> tuple[Checkpoint, nn.Module]:
+    """A checkpoint, its token embedding quantized if bits are given, and the model with the same weights, dense and
+    in float32."""
     c = Checkpoint(sizes, {"model_type": model_type, **CONFIGS[model_type]})
     model, done, dense = new_model(c.config), set(), {}
     for path, module in model.named_modules():
@@ -198,6 +199,9 @@ def make(model_type: str, sizes: Sizes = SIZES) -> tuple[Checkpoint, nn.Module]:
             spread = 0.1 if norm else 1.0 if "embed" in key else value.shape[-1] ** -0.5
             c.plain(key, *value.shape, mean=float(norm), spread=spread)
             dense[key] = c.dense[key]
+    if embedding_bits is not None:
+        name = c.quantize_embedding(embedding_bits)
+        dense[f"{name}.weight"] = c.dense[f"{name}.weight"]
     model.load_weights([(key, value.astype(mx.float32)) for key, value in dense.items()])
     return c, model.eval()
 

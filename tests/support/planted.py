@@ -23,7 +23,7 @@ def _mul1_affine(states, codebook):
     """The right offset, but not rounded to half precision."""
     if codebook != "mul1":
         return _decode(states, codebook)
-    return (1024 + _mul1_byte_sum(states)) * codec._MUL1_SCALE + codec._MUL1_OFFSET
+    return (1024 + _mul1_byte_sum(states)) * codec.trellis._MUL1_SCALE + codec.trellis._MUL1_OFFSET
 
 
 def _3inst_without_increment(states, codebook):
@@ -37,7 +37,7 @@ def _3inst_without_increment(states, codebook):
 
 def _swapped_halves(trellis):
     """The stream read in uint16 order instead of uint32 order."""
-    return _unpack(codec._swap_halves(np.asarray(trellis)))
+    return _unpack(codec.trellis._swap_halves(np.asarray(trellis)))
 
 
 # Name: (function of codec that it replaces, replacement, codebooks that it is wrong for).
@@ -54,7 +54,9 @@ def _odd_positions_first(trellis):
     halves = codec.half_bits(codec.trellis_bits(trellis.shape))
     if halves % 2 == 0:
         return _unpack(trellis)
-    stream = np.unpackbits(codec._swap_halves(np.ascontiguousarray(trellis)).astype(">u2").view(np.uint8), axis=-1)
+    stream = np.unpackbits(
+        codec.trellis._swap_halves(np.ascontiguousarray(trellis)).astype(">u2").view(np.uint8), axis=-1
+    )
     end = ((np.arange(codec.TILE_SIZE) + 1) * halves + 1) // 2
     window = (end[:, None] - 16 + np.arange(16)) % stream.shape[-1]
     return np.packbits(np.take(stream, window, axis=-1), axis=-1).view(">u2")[..., 0].astype(np.uint16)

@@ -18,7 +18,7 @@ from ..profile import lookup
 from ..profile.active import use_profile
 from ..profile.lookup import distinct_widths
 from ..profile.schema import AutotuneConfig, Entry, ProfileError
-from . import feedback
+from . import answers, feedback
 from .trial import Objective, Trial, Verdicts
 from .workload import Layer, Workload, as_layer, release
 
@@ -262,11 +262,9 @@ class MixedBPWAutoTuner:
         predicted = profile.predicted(self.device_name) if fallback_to_default and mine else None
         if predicted is not None:
             tables.append(predicted[1])
-        for table in tables:
-            for wanted in (_is_decode, None) if use_decode else (None,):
-                found = lookup.find(table, self._device, batch_size, hidden_dim, widths, wanted)
-                if found is not None:
-                    return found
+        found = answers.find(tables, self._device, (batch_size, hidden_dim, widths), use_decode)
+        if found is not None:
+            return found
         return lookup.default_entry(self.config, batch_size, widths) if fallback_to_default else None
 
     # Adaptation
@@ -315,27 +313,17 @@ class MixedBPWAutoTuner:
         """
         if not self.config.adaptation_enabled:
             return None
-        widths = distinct_widths(bit_widths)
-        incumbent = self.select_kernel(batch_size, hidden_dim, widths)
+        key = batch_size, hidden_dim, distinct_widths(bit_widths)
+        incumbent = self.select_kernel(*key)
         assert incumbent is not None  # at worst the default
 
         # A sample that came without a config counts for the config of its name.
         def config_of(recorded: tuple[str, KernelConfig | None]) -> KernelConfig:
             name, config = recorded
-            return config or self._config_named(name, batch_size, hidden_dim, widths, incumbent)
+            return config or answers.config_named(name, self.config, self._device, key, incumbent)
 
-        key, limit = (batch_size, hidden_dim, widths), self.config.adaptation_history_len
+        limit = self.config.adaptation_history_len
         return self._adaptation.leader(key, incumbent, top_k, config_of, limit)
-
-    def _config_named(
-        self, name: str, batch_size: int, hidden_dim: int, widths: tuple[float, ...], incumbent: KernelConfig
-    ) -> KernelConfig:
-        if name == incumbent.kernel_name:
-            return incumbent
-        key = (batch_size, hidden_dim, widths)
-        known = lookup.find(self.config, self._device, *key, lambda c: c.kernel_name == name)
-        default = lookup.default_entry(self.config, batch_size, widths)
-        return known or replace(default, kernel_name=name, kernel_variant=_variant_of(name, batch_size))
 
     def clear_adaptation_history(self) -> None:
         """Forget all recorded times."""
@@ -393,15 +381,3 @@ class MixedBPWAutoTuner:
             "adaptation_keys": self._adaptation.keys,
             "adaptation_samples": self._adaptation.count,
         }
-
-
-def _variant_of(kernel_name: str, batch_size: int) -> str:
-    """The variant in a name; names that are not ours count for the variant of the rows."""
-    try:
-        return kernels.parse_name(kernel_name).variant
-    except ValueError:
-        return kernels.default_variant(batch_size)
-
-
-def _is_decode(config: KernelConfig) -> bool:
-    return config.kernel_variant == "decode"

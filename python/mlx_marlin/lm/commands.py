@@ -17,11 +17,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import cli as mlx_lm_cli
 from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..loader.directory import INDEX_NAME, Kind, kind_of
-from .hub import DESCRIPTION_FILES, check_tokenizer, fetch
+from .hub import DESCRIPTION_FILES, fetch
 from .model import LayerProgress, load_exl3_model, open_checkpoint
 from .sharding import open_sharded, sharded_load
+from .tokenizer import check_tokenizer, load_tokenizer
 
 Result = TypeVar("Result")
 
@@ -98,6 +100,7 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
         refuse: Why EXL3 directories are refused, if they are. Default: ``None``.
     """
     load_others, load_others_sharded = mlx_lm_utils.load_model, mlx_lm_utils.sharded_load
+    load_others_tokenizer = mlx_lm_utils.load_tokenizer
 
     def download(
         path_or_hf_repo: str | Path, revision: str | None = None, allow_patterns: list[str] | None = None
@@ -125,7 +128,14 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
             raise CheckpointError(refuse)
         return _guarded(sharded_load, repo, *args, **keywords, progress=progress)
 
-    vars(mlx_lm_utils).update(_download=download, load_model=load_model, sharded_load=load_sharded)
+    def tokenizer_of(model_path: str | Path, *args: Any, **keywords: Any) -> TokenizerWrapper:
+        if not _is_ours(Path(model_path)):
+            return load_others_tokenizer(model_path, *args, **keywords)
+        return _guarded(load_tokenizer, Path(model_path), *args, **keywords)
+
+    vars(mlx_lm_utils).update(
+        _download=download, load_model=load_model, sharded_load=load_sharded, load_tokenizer=tokenizer_of
+    )
 
 
 def _check_before_serving() -> None:

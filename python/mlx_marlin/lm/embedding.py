@@ -90,7 +90,10 @@ def take_embeddings(
         if module is None and source.name in parts:
             continue
         if leaf != "weight" or module is None:
-            raise ValueError(f"{where}, which the model does not have")
+            raise ValueError(
+                f"{where}, which the model does not have; it seems to be a quantized embedding, which ExLlamaV3 writes "
+                "since 1.6.0 (-eb)"
+            )
         if type(module) is not nn.Embedding:
             raise ValueError(f"{where}, a {type(module).__name__} that needs a dense weight")
         if not np.array_equal(codes & 0xFFFFFFFF, np.arange(source.rows)):

@@ -17,17 +17,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.nn.layers.distributed import AllToShardedLinear, ShardedToAllLinear, sum_gradients
-from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..codec import HADAMARD_SIZE
 from ..layers.linear import TrellisLinear
 from ..weights.trellis import TrellisWeight
 from .experts import load_source, make_glu, unquantized_experts
-from .hub import check_tokenizer, fetch
+from .hub import fetch
 from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap
 from .model import LayerProgress, MakeExperts, MakeLinear, build, fill, module_at, open_checkpoint, report
 from .placeholders import LinearSource
+from .tokenizer import check_tokenizer, load_tokenizer
 
 
 class AllToShardedTrellisLinear(TrellisLinear):
@@ -292,7 +292,7 @@ def sharded_load(
     model_path = fetch(repo)
     model, config, mapping, makers = open_sharded(model_path, pipeline_group, tensor_group)
     check_tokenizer(model_path)
-    tokenizer = mlx_lm_utils.load_tokenizer(
+    tokenizer = load_tokenizer(
         model_path,
         tokenizer_config or {"trust_remote_code": trust_remote_code},
         eos_token_ids=config.get("eos_token_id"),

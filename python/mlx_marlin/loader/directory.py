@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..storage.safetensors import TensorInfo, raw_header, read_header
-from ..storage.untrusted import check_present, parse_json, read_json
+from ..storage.untrusted import check_present, is_listed, parse_json, read_json
 from ..weights.embedding import EmbeddingWeight
 from ..weights.grid import GridWeight
 from ..weights.trellis import TrellisWeight
@@ -91,7 +91,7 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
             f"{directory} is not a directory; give a directory with config.json and model*.safetensors"
         )
     index = directory / INDEX_NAME
-    if _is_whole(directory) or not (index.exists() or index.is_symlink()):
+    if _is_whole(directory) or not is_listed(index):
         files = sorted(directory.glob("model*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{directory} holds no model*.safetensors")
@@ -193,7 +193,7 @@ class TrellisModelLoader:
             self.quantized[name] = linear
         self.unquantized = {name: info for name, info in tensors.items() if name not in used}
         check_markers(self.linears.values())
-        if (self.directory / NGRAM_TABLES).exists():
+        if is_listed(self.directory / NGRAM_TABLES):
             self.tables = read_header(self.directory / NGRAM_TABLES)
 
     @property

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import sys
 from typing import TYPE_CHECKING
 
+from .. import codec
+
 if TYPE_CHECKING:
-    from .conversion import Progress
+    from .progress import Progress
 
 
-def width(text: str) -> int | float:
-    """A width from the command line: ``"3"`` is 3, ``"2.5"`` is 2.5."""
-    value = float(text)
-    return int(value) if value.is_integer() else value
+def _head_bits(text: str) -> int | float:
+    try:
+        return 16 if text == "16" else codec.as_width(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; 16 leaves the head in half precision") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bits", type=float, required=True, help="stored bits per weight of the quantized layers, scales included"
     )
     parser.add_argument(
-        "--head-bits", type=width, default=6, help="K of lm_head, or 16 for half precision (default: 6)"
+        "--head-bits", type=_head_bits, default=6, help="K of lm_head, or 16 for half precision (default: 6)"
     )
     parser.add_argument(
         "--embed-bits", type=int, help="K of the token embedding, 1 to 8 (default: it stays unquantized)"
@@ -68,6 +72,7 @@ def _convert(options: dict) -> int:
     """Run a conversion; returns the exit status."""
     from . import convert
 
+    logging.getLogger("mlx_marlin.quantize").addHandler(logging.NullHandler())  # progress tells it too
     try:
         plan = convert(options.pop("model"), options.pop("output"), progress=_show, **options)
     except (ValueError, FileExistsError) as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +48,6 @@ class Source:
         self.tensors: dict[str, TensorInfo] = {}
         for file in files:
             self.tensors.update(read_header(file))
-
-    def fingerprint(self) -> str:
-        """Changes when the checkpoint's config, tensors' names, places or file times change."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, t in sorted(self.tensors.items()):
-            stamp = t.file.stat().st_mtime_ns
-            digest.update(f"{name} {t.dtype} {t.shape} {t.file.name} {t.start} {stamp}\n".encode())
-        return digest.hexdigest()
 
     def base(self, path: str) -> str | None:
         """The checkpoint's name of the linear at an mlx-lm module path, without ``.weight``."""

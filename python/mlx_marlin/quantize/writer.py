@@ -19,6 +19,7 @@ from .weight import Codes
 
 # The layout that is written is that of this version.
 _FORMAT_VERSION = "1.6.5"
+HEAD = "head.safetensors"  # name of the output projection's file in the work directory
 FINISHED = ".finished"  # name of the work directory while it is removed
 _SHARD_BYTES = 8 << 30
 _TORCH_NAMES = {
@@ -53,6 +54,30 @@ def stored_tensors(name: str, codes: Codes, bias: np.ndarray | None, divisor: in
     return tensors
 
 
+def stored_codes(
+    name: str, stored: dict[str, TensorInfo], codebook: str, shape: tuple[int, int], divisor: int = 1
+) -> Codes:
+    """Inverse of :func:`stored_tensors`.
+
+    Args:
+        name: The linear's name.
+        stored: Where its tensors lie, by name.
+        codebook: Its codebook.
+        shape: Its logical ``(in_features, out_features)``.
+        divisor: As for :func:`stored_tensors`. Default: ``1``.
+    """
+    trellis, suh, svh = (stored[f"{name}.{suffix}"] for suffix in ("trellis", "suh", "svh"))
+    values = np.frombuffer(trellis.read(), np.int16).reshape(trellis.shape)
+    svh_divisor = min(divisor, _SVH_SHARE)
+    return Codes(
+        values,
+        suh.floats() * np.float16(divisor / svh_divisor),
+        svh.floats() * np.float16(svh_divisor),
+        codebook,
+        *shape,
+    )
+
+
 def assemble(
     source: Source,
     output: Path,
@@ -75,7 +100,7 @@ def assemble(
         calibration: Shape of the calibration tokens, ``(windows, length)``.
     """
     parts: dict[str, TensorInfo] = {}
-    files = [*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / "head.safetensors"]
+    files = [*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / HEAD]
     if (work / EMBEDDING).exists():
         files.append(work / EMBEDDING)
     for file in files:

@@ -1,15 +1,12 @@
-"""The EXL3 format in NumPy: slow, exact, and the truth that every kernel is compared with.
+"""Trellis-coded weight matrices.
 
 A weight matrix ``W`` ([k, n], ``y = x @ W``) is cut into 16x16 tiles. A tile is one circular stream of
 ``256 * K`` bits; the weight at storage position ``t`` is a hash of the 16-bit window of the stream that
 ends at bit ``S(t)``, the bits that positions 0 to ``t`` add (:func:`ends`). Around that inner matrix stand two
 Hadamard transforms and two scale vectors: ``y = H(H(x * suh) @ W_inner) * svh + bias``.
 
-A token embedding is coded row by row instead: :func:`decode_embedding`.
-
 Source of every constant: ExLlamaV3 1.4.1, ``exllamav3_ext/quant/{codebook.cuh, pack.cu, hadamard_inner.cuh}``; half
-rates and the embedding: 1.6.5, ``exllamav3_ext/quant/frac.cu`` and ``exllamav3_ext/ngram.cu``.
-This module imports NumPy only.
+rates: 1.6.5, ``exllamav3_ext/quant/frac.cu``.
 """
 
 from __future__ import annotations
@@ -22,12 +19,16 @@ CODEBOOKS = ("3inst", "mcg", "mul1")
 """Codebook names; the position is the id that the kernels use."""
 
 TILE = 16
+"""Rows and columns of a tile."""
 TILE_SIZE = TILE * TILE
+"""Weights of a tile."""
 HADAMARD_SIZE = 128
+"""Points of the Hadamard transforms, of which padded sizes are multiples."""
 
 WIDTHS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
 """Bits per weight that the format has. Whole widths are ints; the half rates, floats, exist for mul1 only."""
 MAX_BITS = WIDTHS[-1]
+"""The largest width."""
 _LISTED = ", ".join(map(str, WIDTHS))
 # Numbers that are equal are the same key.
 _WIDTH_OF = {width: width for width in WIDTHS}
@@ -50,7 +51,11 @@ def _tile_order() -> tuple[np.ndarray, np.ndarray]:
     return rows, columns
 
 
-TILE_ROWS, TILE_COLUMNS = _tile_order()
+_ORDER = _tile_order()
+TILE_ROWS = _ORDER[0]
+"""Row inside the tile of each storage position."""
+TILE_COLUMNS = _ORDER[1]
+"""Column inside the tile of each storage position."""
 
 
 def padded(size: int) -> int:
@@ -234,18 +239,22 @@ def decode(states: np.ndarray, codebook: str) -> np.ndarray:
     states = np.asarray(states)
     if states.dtype != np.uint16:
         raise ValueError(f"states must be uint16, got {states.dtype}")
-    x = states.astype(np.uint32)
     if codebook == "mul1":
-        x *= np.uint32(_MUL1_MULTIPLIER)
-        byte_sum = (x & 0xFF) + (x >> 8 & 0xFF) + (x >> 16 & 0xFF) + (x >> 24)
-        # Exact in double (11 x 11 bit product), so that the conversion is the only rounding.
-        return ((1024.0 + byte_sum) * _MUL1_SCALE + _MUL1_OFFSET).astype(np.float16)
+        return unrounded_mul1(states).astype(np.float16)
+    x = states.astype(np.uint32)
     multiplier, increment = _HALVES_HASH[codebook]
     x = x * np.uint32(multiplier) + np.uint32(increment)
     x = (x & np.uint32(_HALVES_MASK)) ^ np.uint32(_HALVES_XOR)
     low = (x & 0xFFFF).astype(np.uint16).view(np.float16)
     high = (x >> 16).astype(np.uint16).view(np.float16)
     return low + high
+
+
+def unrounded_mul1(states: np.ndarray) -> np.ndarray:
+    """The value of each state in MUL1 before it is rounded to a half: float64, of 11 by 11 bits exactly."""
+    x = states.astype(np.uint32) * np.uint32(_MUL1_MULTIPLIER)
+    byte_sum = (x & 0xFF) + (x >> 8 & 0xFF) + (x >> 16 & 0xFF) + (x >> 24)
+    return (1024.0 + byte_sum) * _MUL1_SCALE + _MUL1_OFFSET
 
 
 def tiles_to_matrix(values: np.ndarray) -> np.ndarray:
@@ -323,11 +332,11 @@ def hadamard(x: np.ndarray, axis: int = -1) -> np.ndarray:
     work = np.moveaxis(x.astype(np.float32) if x.dtype == np.float16 else x, axis, -1)
     if work.shape[-1] % HADAMARD_SIZE:
         raise ValueError(f"the axis must be a multiple of {HADAMARD_SIZE} long, got {work.shape[-1]}")
-    work = _butterflies(work, HADAMARD_SIZE) * work.dtype.type(HADAMARD_SIZE**-0.5)
+    work = butterflies(work, HADAMARD_SIZE) * work.dtype.type(HADAMARD_SIZE**-0.5)
     return np.moveaxis(work, -1, axis).astype(x.dtype)
 
 
-def _butterflies(x: np.ndarray, size: int) -> np.ndarray:
+def butterflies(x: np.ndarray, size: int) -> np.ndarray:
     """Hadamard transform without a factor of each block of the last axis, by sums of width 1, 2, ... size / 2."""
     shape = x.shape
     width = 1
@@ -368,78 +377,3 @@ def dequantize(w: Weight) -> np.ndarray:
     matrix *= np.array(w.suh).astype(np.float64)[:, None]
     matrix *= np.array(w.svh).astype(np.float64)[None, :]
     return matrix[: w.in_features, : w.out_features].astype(np.float32)
-
-
-def embedding_bits(shape: tuple[int, ...], groups: int) -> int:
-    """Bits per weight of a quantized token embedding.
-
-    Args:
-        shape: Shape of its trellis, ``[rows, groups * (1 + 16 * K)]``.
-        groups: Groups of 256 elements in a row.
-
-    Raises:
-        ValueError: If no whole K from 1 to 8 has this shape.
-    """
-    words = shape[1] // groups if len(shape) == 2 and groups > 0 and shape[1] % groups == 0 else 0
-    if words % TILE != 1 or not 1 <= words // TILE <= MAX_BITS:
-        raise ValueError(
-            f"the trellis of an embedding has shape [rows, {groups} * (1 + 16*K)] with a whole K from 1 to {MAX_BITS}, "
-            f"for signs of shape [{groups}, {TILE_SIZE}]; got {list(shape)}"
-        )
-    return words // TILE
-
-
-def unpack_embedding(trellis: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """The scales and the 16-bit states of a quantized token embedding.
-
-    Each group is a ring of its own: one word for its scale, then plain 16-bit words (halves not swapped) whose bits,
-    least significant first, are K for each element in turn.
-
-    Args:
-        trellis: int16 (or uint16), shape ``[rows, groups * (1 + 16 * K)]``.
-        groups: Groups of 256 elements in a row.
-
-    Returns:
-        float16 scales, shape ``[rows, groups]``, and uint16 states, shape ``[rows, groups, 256]``, in element order.
-    """
-    trellis = np.asarray(trellis)
-    if trellis.dtype not in (np.int16, np.uint16):
-        raise ValueError(f"the trellis of an embedding is int16, got {trellis.dtype}")
-    bits = embedding_bits(trellis.shape, groups)
-    rings = np.ascontiguousarray(trellis).view(np.uint16).reshape(trellis.shape[0], groups, 1 + TILE * bits)
-    stream = np.unpackbits(np.ascontiguousarray(rings[..., 1:]).view(np.uint8), axis=-1, bitorder="little")
-    fields = stream.reshape(*rings.shape[:2], TILE_SIZE, bits).astype(np.uint32)
-    fresh = (fields << np.arange(bits, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
-    states = np.zeros_like(fresh)
-    for age in range(-(-16 // bits)):  # an element's own bits are the lowest, older ones above them
-        states |= np.roll(fresh, age, axis=-1) << np.uint32(age * bits)
-    return rings[..., 0].view(np.float16), states.astype(np.uint16)
-
-
-def decode_embedding(trellis: np.ndarray, signs: np.ndarray, hidden: int) -> np.ndarray:
-    """The rows of a quantized token embedding, bit-exact. The codebook is always mul1.
-
-    Args:
-        trellis: int16 (or uint16), shape ``[rows, G * (1 + 16 * K)]`` with ``G = ceil(hidden / 256)`` and a whole K.
-        signs: float16, shape ``[G, 256]``, of +1 and -1.
-        hidden: Elements of a row.
-
-    Returns:
-        float16, shape ``[rows, hidden]``.
-
-    Raises:
-        ValueError: If a dtype or a shape is another one.
-    """
-    signs = np.asarray(signs)
-    if not isinstance(hidden, (int, np.integer)) or hidden < 1:
-        raise ValueError(f"hidden must be a positive integer, got {hidden!r}")
-    groups = -(-hidden // TILE_SIZE)
-    if signs.dtype != np.float16 or signs.shape != (groups, TILE_SIZE):
-        raise ValueError(
-            f"the signs of an embedding of {hidden} elements are float16 [{groups}, {TILE_SIZE}], "
-            f"got {signs.dtype} {list(signs.shape)}"
-        )
-    scales, states = unpack_embedding(trellis, groups)
-    values = decode(states, "mul1").astype(np.float32) * scales[..., None].astype(np.float32)
-    rows = _butterflies(values, TILE_SIZE) * np.float32(TILE_SIZE**-0.5) * signs.astype(np.float32)
-    return rows.astype(np.float16).reshape(len(rows), -1)[:, :hidden]
