@@ -7,8 +7,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.10 python3; 
 	2>/dev/null && echo $$p && break; done)
 VENV := .venv
 RUN := $(VENV)/bin/python
-# A process per core; the tests of a file stay together, as they share what they compile and convert.
-PYTEST := $(RUN) -m pytest --numprocesses auto --dist loadfile
+# A process per core, at most four: each comes to hold 1.3 GB. The tests of a file stay together, as they share what they
+# compile and convert.
+PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 COMPILED := pyproject.toml CMakeLists.txt $(shell find cmake csrc kernels -type f)
 SOURCES := $(COMPILED) $(shell find python -type f -not -name '*.pyc')
 

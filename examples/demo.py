@@ -24,7 +24,7 @@ from mlx_marlin import TrellisModelLoader, _ext, load
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 ORIGINAL = MODELS / "docs-moe"
-EXL3 = (MODELS / "docs-moe-exl3-3.0bpw", MODELS / "docs-moe-exl3-mixed")
+EXL3 = tuple(MODELS / f"docs-moe-exl3-{size}" for size in ("2.5bpw", "3.0bpw", "mixed"))
 PROMPT, SEED = "Return a list of", 3
 TOKENS, WINDOW = 4096, 256
 # The first part of the held-out text is left for calibration.
@@ -143,7 +143,7 @@ def table() -> list[Row]:
 
 
 def main() -> None:
-    generate(EXL3[1])
+    generate(EXL3[0])
     rows = table()
     print(f"Perplexity on {TOKENS} held-out tokens in windows of {WINDOW}, on {device()} (measured):\n")
     print(f"{'model':32} {'bits/weight':>12} {'head bits':>10} {'perplexity':>11} {'seconds':>8}")

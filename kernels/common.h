@@ -1,6 +1,10 @@
 // Constants and typed access to x and y.
 #pragma once
 
+// Before Metal 4 `if constexpr` and hexadecimal floats are extensions, whose warnings would come before the errors in
+// what a failed build says.
+#pragma clang diagnostic ignored "-Wc++17-extensions"
+
 #include <metal_stdlib>
 
 #include "args.h"

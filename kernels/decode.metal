@@ -10,7 +10,7 @@ struct DecodeTile {
   uint zero;
 
   template <int H, int Codebook>
-  METAL_FUNC void run() {
+  METAL_FUNC void run() thread {
     const LaneWeights weights = decode_lane<H, Codebook>(codes + ulong(tile) * (8 * H), lane, zero);
     const uint tiles_per_row = n / MARLIN_TILE;
     const uint row = (tile / tiles_per_row) * MARLIN_TILE + 2 * (lane % 4);

@@ -18,7 +18,7 @@ struct GateUpFinish {
   ushort lane;
 
   // Writes `count` rows: raw sums, or activated blocks of 128, one per simdgroup.
-  METAL_FUNC void slice(uint first_row, uint count) const {
+  METAL_FUNC void slice(uint first_row, uint count) const thread {
     const uint columns = min(args->column_tiles * MARLIN_TILE, args->n - first_column);
     if (raw_output) {
       for (uint task = simdgroup; task < 2 * count; task += simdgroups) {
@@ -42,7 +42,7 @@ struct GateUpFinish {
     }
   }
 
-  METAL_FUNC void store(uint position, uint first, float4 gate, float4 up) const {
+  METAL_FUNC void store(uint position, uint first, float4 gate, float4 up) const thread {
     const ulong at = ulong(rows.expert) * args->n + first;
     device const float* gate_b = nullptr;
     device const float* up_b = nullptr;

@@ -16,7 +16,7 @@ struct LinearFinish {
   uint simdgroups;
   ushort lane;
 
-  METAL_FUNC uint slot(uint row) const {
+  METAL_FUNC uint slot(uint row) const thread {
     const uint position = rows.first + row;
     if (routed) {
       return order[position];
@@ -25,7 +25,7 @@ struct LinearFinish {
   }
 
   // Writes `count` rows: raw sums, or blocks of 128, one per simdgroup.
-  METAL_FUNC void slice(uint first_row, uint count) const {
+  METAL_FUNC void slice(uint first_row, uint count) const thread {
     const uint columns = min(args->column_tiles * MARLIN_TILE, args->n - first_column);
     if (raw_output) {
       for (uint row = simdgroup; row < count; row += simdgroups) {
@@ -44,7 +44,7 @@ struct LinearFinish {
     }
   }
 
-  METAL_FUNC void store(uint row, uint first, float4 v) const {
+  METAL_FUNC void store(uint row, uint first, float4 v) const thread {
     const ulong at = ulong(rows.expert) * args->n + first;
     device const float* bias = nullptr;
     if (down_bias) {
@@ -62,7 +62,7 @@ struct LinearFinish {
   }
 
   // For indices out of range. Rows in scratch are left alone: combine looks at the index again.
-  METAL_FUNC void store_nan() const {
+  METAL_FUNC void store_nan() const thread {
     if (to_y) {
       const uint columns = min(args->column_tiles * MARLIN_TILE, args->n - first_column);
       const uint blocks = columns / MARLIN_HADAMARD_SIZE;

@@ -55,27 +55,27 @@ struct Items {
   uint columns;  // per item
   uint slice_rows;
 
-  METAL_FUNC uint count() const {
+  METAL_FUNC uint count() const thread {
     return Projections * column_groups * k_splits;
   }
-  METAL_FUNC bool second(uint item) const {
+  METAL_FUNC bool second(uint item) const thread {
     return Projections == 2 && item >= column_groups * k_splits;
   }
   // item / k_splits: exact for items and splits up to 256.
-  METAL_FUNC uint group(uint item) const {
+  METAL_FUNC uint group(uint item) const thread {
     return item * k_splits_inverse >> 16;
   }
-  METAL_FUNC uint column_group(uint item) const {
+  METAL_FUNC uint column_group(uint item) const thread {
     return second(item) ? group(item) - column_groups : group(item);
   }
-  METAL_FUNC uint k_split(uint item) const {
+  METAL_FUNC uint k_split(uint item) const thread {
     return item - group(item) * k_splits;
   }
-  METAL_FUNC uint item_sums() const {
+  METAL_FUNC uint item_sums() const thread {
     return columns * slice_rows;
   }
   // A finished sum, added over the ranges of k.
-  METAL_FUNC float sum(threadgroup const float* sums, uint projection, uint column, uint row) const {
+  METAL_FUNC float sum(threadgroup const float* sums, uint projection, uint column, uint row) const thread {
     const uint first_item = (projection * column_groups + column / columns) * k_splits;
     threadgroup const float* at = sums + first_item * item_sums() + column % columns * slice_rows + row;
     float total = at[0];
@@ -84,7 +84,8 @@ struct Items {
     }
     return total;
   }
-  METAL_FUNC float4 block(threadgroup const float* sums, uint projection, uint first, uint row, uint lane) const {
+  METAL_FUNC float4
+  block(threadgroup const float* sums, uint projection, uint first, uint row, uint lane) const thread {
     float4 v;
     MARLIN_UNROLL
     for (uint j = 0; j < 4; ++j) {
@@ -117,16 +118,16 @@ struct LocalBuffer {
   uint k;
   uint copies;
 
-  METAL_FUNC threadgroup float* scales(uint copy) const {
+  METAL_FUNC threadgroup float* scales(uint copy) const thread {
     const uint values = copies * R * k * uint(sizeof(Operand)) / uint(sizeof(float));
     return memory + values + copy * R * (k / MARLIN_HADAMARD_SIZE);
   }
   // Block `task` % blocks of row `task` / blocks.
-  METAL_FUNC void store(uint copy, uint task, ushort lane, float4 v) const {
+  METAL_FUNC void store(uint copy, uint task, ushort lane, float4 v) const thread {
     threadgroup Operand4* values = (threadgroup Operand4*)memory + copy * R * (k / 4);
     values[task * MARLIN_SIMD_SIZE + lane] = as_operands(v, scales(copy) + task, lane);
   }
-  METAL_FUNC LocalRows rows(uint copy) const {
+  METAL_FUNC LocalRows rows(uint copy) const thread {
     LocalRows found;
     found.values = (threadgroup const Operand4*)memory + copy * R * (k / 4);
     found.scales = scales(copy);

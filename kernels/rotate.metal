@@ -8,7 +8,7 @@ struct RotateSource {
   device const uint* order;
 
   METAL_FUNC float4
-  block(constant MarlinRotateArgs& args, device const half* suh, uint position, uint first, ushort lane) const {
+  block(constant MarlinRotateArgs& args, device const half* suh, uint position, uint first, ushort lane) const thread {
     uint slot = position;
     if (routed) {
       slot = position < args.positions ? order[position] : ~0u;

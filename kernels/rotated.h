@@ -32,12 +32,12 @@ struct RotatedBuffer {
   uint k;
   uint copies;
 
-  METAL_FUNC ulong first_scale(uint copy) const {
+  METAL_FUNC ulong first_scale(uint copy) const thread {
     const ulong values = ulong(copies) * rows * k * sizeof(Operand) / sizeof(float);
     return values + ulong(copy) * rows * (k / MARLIN_HADAMARD_SIZE);
   }
   // Rows from `row` on, the first of a unit for fragments.
-  METAL_FUNC DeviceRows at(device const float* buffer, uint copy, uint row) const {
+  METAL_FUNC DeviceRows at(device const float* buffer, uint copy, uint row) const thread {
     DeviceRows found;
     found.values = (device const Operand4*)buffer + (ulong(copy) * rows + row) * (k / 4);
     found.scales = buffer + first_scale(copy) + ulong(row) * (k / MARLIN_HADAMARD_SIZE);

@@ -32,7 +32,7 @@ METAL_FUNC void scan(device const uint* indices, uint begin, uint end, uint expe
 struct CountSlots {
   uint count;
 
-  METAL_FUNC void add(uint) {
+  METAL_FUNC void add(uint) thread {
     ++count;
   }
 };
@@ -41,7 +41,7 @@ struct PlaceSlots {
   device uint* order;
   uint position;
 
-  METAL_FUNC void add(uint slot) {
+  METAL_FUNC void add(uint slot) thread {
     order[position] = slot;
     ++position;
   }

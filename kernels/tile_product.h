@@ -31,7 +31,7 @@ struct RowProduct {
   float sums[R][T][2];
 
   template <int H, int Codebook>
-  METAL_FUNC void run() {
+  METAL_FUNC void run() thread {
     constexpr uint tile_size = 8 * H;
     device const ushort* tile = codes + (ulong(k_begin) * tiles_per_row + first_tile) * tile_size;
     for (uint k = k_begin; k < k_end;) {
@@ -76,7 +76,7 @@ struct RowProduct {
     }
   }
 
-  METAL_FUNC void clear() {
+  METAL_FUNC void clear() thread {
     MARLIN_UNROLL
     for (int r = 0; r < R; ++r) {
       MARLIN_UNROLL
@@ -87,7 +87,7 @@ struct RowProduct {
   }
 
   // Adds the four lanes of a column and writes the item's sums.
-  METAL_FUNC void store(threadgroup float* out) {
+  METAL_FUNC void store(threadgroup float* out) thread {
     MARLIN_UNROLL
     for (int t = 0; t < T; ++t) {
       MARLIN_UNROLL
@@ -122,7 +122,7 @@ struct TransposedProduct {
   float4 sums[R][T];
 
   template <int H, int Codebook>
-  METAL_FUNC void run() {
+  METAL_FUNC void run() thread {
     constexpr uint tile_size = 8 * H;
     const uint column = lane / 4;
     for (uint k = k_begin; k < k_end; ++k) {
@@ -149,7 +149,7 @@ struct TransposedProduct {
     }
   }
 
-  METAL_FUNC void clear() {
+  METAL_FUNC void clear() thread {
     MARLIN_UNROLL
     for (int r = 0; r < R; ++r) {
       MARLIN_UNROLL
@@ -160,7 +160,7 @@ struct TransposedProduct {
   }
 
   // Adds the eight lanes that hold the same rows and writes the item's sums.
-  METAL_FUNC void store(threadgroup float* out) {
+  METAL_FUNC void store(threadgroup float* out) thread {
     MARLIN_UNROLL
     for (int t = 0; t < T; ++t) {
       MARLIN_UNROLL
@@ -180,13 +180,45 @@ struct TransposedProduct {
   }
 };
 
+// Products of 8x8 matrices, of which each lane has two elements. The matrices are local: in Metal 4.1 a struct that holds
+// one has no default constructor, as the generated one's `this` would be in no particular address space.
+template <typename Value>
+METAL_FUNC void set_elements(thread simdgroup_matrix<Value, 8, 8>& matrix, vec<Value, 2> pair) {
+  matrix.thread_elements()[0] = pair.x;
+  matrix.thread_elements()[1] = pair.y;
+}
+
+// a * b + sum.
+template <typename Value>
+METAL_FUNC float2 multiply_add(vec<Value, 2> a, vec<Value, 2> b, float2 sum) {
+  simdgroup_matrix<Value, 8, 8> left, right;
+  simdgroup_matrix<float, 8, 8> total;
+  set_elements<Value>(left, a);
+  set_elements<Value>(right, b);
+  set_elements<float>(total, sum);
+  simdgroup_multiply_accumulate(total, left, right, total);
+  return float2(total.thread_elements()[0], total.thread_elements()[1]);
+}
+
+// a[0] * b[0] + a[1] * b[1], added as halves.
+METAL_FUNC float2 multiply_halves(const thread half2 (&a)[2], const thread half2 (&b)[2]) {
+  simdgroup_matrix<half, 8, 8> left[2], right[2], total;
+  MARLIN_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    set_elements<half>(left[i], a[i]);
+    set_elements<half>(right[i], b[i]);
+  }
+  simdgroup_multiply(total, left[0], right[0]);
+  simdgroup_multiply_accumulate(total, left[1], right[1], total);
+  return float2(total.thread_elements()[0], total.thread_elements()[1]);
+}
+
 // M units of 8 rows times T adjacent tiles on the matrix pipe. A lane of an 8x8 matrix holds row f and columns
 // 2 h, 2 h + 1 with f, h from its bits; decoding trellis lane 4 f + h makes its weight pairs the elements of the four
 // blocks of the transposed tile, so that weights go from registers to the multiplier. Result: [column][row].
 template <int M, int T>
 struct MatrixProduct {
-  typedef simdgroup_matrix<Operand, 8, 8> Fragment;
-  typedef simdgroup_matrix<float, 8, 8> Sums;
+  typedef vec<Operand, 2> Pair;  // a lane's elements of a matrix of x or of weights
 
   device const ushort* codes;
   uint first_tile;
@@ -198,7 +230,7 @@ struct MatrixProduct {
   uint k_end;
   ushort lane;  // trellis lane
   uint zero;
-  Sums sums[M][T][2];
+  float2 sums[M][T][2];
 
   static METAL_FUNC ushort trellis_lane(ushort lane) {
     const ushort f = (lane / 4 & 4) + (lane / 2 & 3);
@@ -206,58 +238,55 @@ struct MatrixProduct {
     return 4 * f + h;
   }
 
-  typedef vec<Operand, 2> Pair;
   // Units whose x is loaded before a tile is decoded: more would take the registers that decoding needs.
   static constant constexpr const uint kEarly = M < 4 ? M : 4;
 
   // Units [first, last) of x for 16 values of k. Of units without rows the last one that has any: loads that nothing
   // guards can all be under way at once.
-  METAL_FUNC void load(thread Fragment (&v)[M][2], uint first, uint last, uint k) {
+  METAL_FUNC void load(thread Pair (&v)[M][2], uint first, uint last, uint k) thread {
     MARLIN_UNROLL
     for (uint m = first; m < last; ++m) {
       MARLIN_UNROLL
       for (uint eight = 0; eight < 2; ++eight) {
         const uint at = ((min(m, units - 1) * depth + k) * 2 + eight) * 32 + lane;
-        const Pair pair = ((device const Pair*)x.values)[at];
-        v[m][eight].thread_elements()[0] = pair.x;
-        v[m][eight].thread_elements()[1] = pair.y;
+        v[m][eight] = ((device const Pair*)x.values)[at];
       }
     }
   }
 
   template <int H, int Codebook>
-  METAL_FUNC void run() {
+  METAL_FUNC void run() thread {
     constexpr uint tile_size = 8 * H;
     device const ushort* tile = codes + (ulong(k_begin) * tiles_per_row + first_tile) * tile_size;
     for (uint k = k_begin; k < k_end; ++k) {
-      Fragment v[M][2];
+      Pair v[M][2];
       load(v, 0, kEarly, k);
       MARLIN_UNROLL
       for (int t = 0; t < T; ++t) {
         const LaneWeights weights = decode_lane<H, Codebook>(tile + t * tile_size, lane, zero);
-        Fragment w[2][2];
+        Pair w[2][2];
         MARLIN_UNROLL
         for (int c = 0; c < 2; ++c) {
           MARLIN_UNROLL
           for (int eight = 0; eight < 2; ++eight) {
-            w[c][eight].thread_elements()[0] = Operand(weights.value[4 * c + 2 * eight]);
-            w[c][eight].thread_elements()[1] = Operand(weights.value[4 * c + 2 * eight + 1]);
+            const int first = 4 * c + 2 * eight;
+            w[c][eight] = Pair(Operand(weights.value[first]), Operand(weights.value[first + 1]));
           }
         }
         if (t == 0) {
           load(v, kEarly, M, k);
         }
         if constexpr (half_operands != 0) {
-          multiply_halves(t, w, v, k);
+          add_halves(t, w, v, k);
         } else {
-          multiply_floats(t, w, v);
+          add_floats(t, w, v);
         }
       }
       tile += ulong(tiles_per_row) * tile_size;
     }
   }
 
-  METAL_FUNC void multiply_floats(int t, const thread Fragment (&w)[2][2], const thread Fragment (&v)[M][2]) {
+  METAL_FUNC void add_floats(int t, const thread Pair (&w)[2][2], const thread Pair (&v)[M][2]) thread {
     MARLIN_UNROLL
     for (uint m = 0; m < M; ++m) {
       if (m < units) {
@@ -265,14 +294,14 @@ struct MatrixProduct {
         for (int eight = 0; eight < 2; ++eight) {
           MARLIN_UNROLL
           for (int c = 0; c < 2; ++c) {
-            simdgroup_multiply_accumulate(sums[m][t][c], w[c][eight], v[m][eight], sums[m][t][c]);
+            sums[m][t][c] = multiply_add<Operand>(w[c][eight], v[m][eight], sums[m][t][c]);
           }
         }
       }
     }
   }
 
-  METAL_FUNC void multiply_halves(int t, const thread Fragment (&w)[2][2], const thread Fragment (&v)[M][2], uint k) {
+  METAL_FUNC void add_halves(int t, const thread Pair (&w)[2][2], const thread Pair (&v)[M][2], uint k) thread {
     MARLIN_UNROLL
     for (uint m = 0; m < M; ++m) {
       if (m < units) {
@@ -281,32 +310,24 @@ struct MatrixProduct {
             ((device const float2*)x.scales)[(m * (depth / kBlockTiles) + k / kBlockTiles) * 4 + lane % 4];
         MARLIN_UNROLL
         for (int c = 0; c < 2; ++c) {
-          Fragment sum;
-          simdgroup_multiply(sum, w[c][0], v[m][0]);
-          simdgroup_multiply_accumulate(sum, w[c][1], v[m][1], sum);
-          MARLIN_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            sums[m][t][c].thread_elements()[i] =
-                fma(float(sum.thread_elements()[i]), scale[i], sums[m][t][c].thread_elements()[i]);
-          }
+          sums[m][t][c] = fma(multiply_halves(w[c], v[m]), scale, sums[m][t][c]);
         }
       }
     }
   }
 
-  METAL_FUNC void clear() {
+  METAL_FUNC void clear() thread {
     MARLIN_UNROLL
     for (int m = 0; m < M; ++m) {
       MARLIN_UNROLL
       for (int t = 0; t < T; ++t) {
-        sums[m][t][0] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-        sums[m][t][1] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+        sums[m][t][0] = sums[m][t][1] = float2(0.0f);
       }
     }
   }
 
   // Writes the item's sums of one unit: the lane's two rows are adjacent.
-  METAL_FUNC void store(threadgroup float* out, uint unit) {
+  METAL_FUNC void store(threadgroup float* out, uint unit) thread {
     MARLIN_UNROLL
     for (uint m = 0; m < M; ++m) {
       if (m == unit) {
@@ -314,8 +335,7 @@ struct MatrixProduct {
         for (int t = 0; t < T; ++t) {
           MARLIN_UNROLL
           for (int c = 0; c < 2; ++c) {
-            const float2 pair = float2(sums[m][t][c].thread_elements()[0], sums[m][t][c].thread_elements()[1]);
-            *(threadgroup float2*)(out + (t * MARLIN_TILE + c * 8) * 8 + 2 * lane) = pair;
+            *(threadgroup float2*)(out + (t * MARLIN_TILE + c * 8) * 8 + 2 * lane) = sums[m][t][c];
           }
         }
       }

@@ -70,12 +70,14 @@ def test_unknown_device_family():
 @pytest.mark.parametrize("on, rows", [("cpu", 17), ("cpu", 64), ("gpu", 1), ("gpu", 4), ("gpu", 64)])
 def test_candidates_cover_all_variants(on, rows, bits):
     """On the CPU from the rows on that fill a wide panel; below, variants run the same code."""
-    problem = Problem.swiglu(256, 128, rows=rows, experts=4, top_k=2, bits=bits, dtype="float32", device=on)
+    sizes = {"rows": rows, "experts": 4, "top_k": 2, "bits": bits}
+    problem = Problem.swiglu(256, 128, **sizes, dtype="float32", device=on, accuracy="half")
     found = kernels.candidates(problem)
     assert found[0] == kernels.default(problem) and len(set(found)) == len(found)
     assert {c.kernel_variant for c in found} == set(kernels.VARIANTS)
     assert all(kernels.feasible(problem, c) is None for c in found)
-    assert {c.use_fp32_acc for c in found} == ({True, False} if on == "gpu" else {True})
+    assert {c.use_fp32_acc for c in found} == {True, False}
+    assert all(c.use_fp32_acc for c in kernels.candidates(replace(problem, accuracy="float32")))
 
 
 def test_synthetic_inputs():

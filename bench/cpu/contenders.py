@@ -45,14 +45,18 @@ class MarlinContender:
         instruction_set: Of the CPU; None: the GPU, with float16 activations.
         rng: Source of the words.
         threads: Of the CPU.
+        accuracy: One of kernels.ACCURACIES.
     """
 
     peer = False
 
-    def __init__(self, shape: Shape, bits: str, codebook: str, instruction_set: str | None, rng, threads: int):
+    def __init__(
+        self, shape: Shape, bits: str, codebook: str, instruction_set: str | None, rng, threads: int, accuracy: str
+    ):
         self.gpu = instruction_set is None
-        self.name = f"mlx_marlin {codebook} {instruction_set or 'gpu'}"
-        self.codebook, self.instruction_set, self.cores = codebook, instruction_set, 0 if self.gpu else threads
+        self.name = f"mlx_marlin {codebook} {instruction_set or 'gpu'} {accuracy}"
+        self.codebook, self.instruction_set, self.accuracy = codebook, instruction_set, accuracy
+        self.cores = 0 if self.gpu else threads
         triples = MIXED if bits == "mixed" else ((codec.as_width(float(bits)),) * 3,)
         sizes = ((shape.hidden, shape.intermediate),) * 2 + ((shape.intermediate, shape.hidden),)
         experts = [
@@ -61,6 +65,7 @@ class MarlinContender:
         ]
         self.bits = sum(w.bits for weights in experts for w in weights) / (3 * shape.experts)
         self.layer = TrellisSwitchGLU(bank=ExpertBank(*experts))
+        self.layer.accuracy = accuracy
         mx.eval(self.layer.parameters())
 
     def prepare(self, x: np.ndarray, routings: list[np.ndarray]) -> list:

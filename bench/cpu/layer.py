@@ -30,7 +30,7 @@ from msgspec import structs
 from bench.cpu import ceilings, peers
 from bench.cpu.contenders import Contender, MarlinContender
 from bench.cpu.shape import Shape
-from mlx_marlin import _ext, codec, device, set_num_threads
+from mlx_marlin import _ext, codec, device, kernels, set_num_threads
 from mlx_marlin.storage import atomic
 
 ROWS = (1, 4, 16, 64, 256)
@@ -78,15 +78,21 @@ def measure_rows(contenders: list[Contender], shape: Shape, rows: int, rng, roun
 
 
 def make_contenders(shape: Shape, bits: str, arguments, rng) -> list[Contender]:
-    """Ours, one per codebook and instruction set, then the peers."""
+    """Ours, one per codebook, instruction set and accuracy, then the peers."""
     affine_bits, ggml_type = PEERS[bits]
     makers = [
-        partial(MarlinContender, shape, bits, codebook, instruction_set, rng, arguments.threads)
+        partial(MarlinContender, shape, bits, codebook, instruction_set, rng, arguments.threads, accuracy)
         for codebook in arguments.codebooks
         for instruction_set in arguments.instruction_set
+        for accuracy in arguments.accuracy
+        if accuracy == "float32" or codebook == "mul1"  # the CPU rounds for no other
     ]
     if "gpu" in arguments.devices:
-        makers += [partial(MarlinContender, shape, bits, codebook, None, rng, 0) for codebook in arguments.codebooks]
+        makers += [
+            partial(MarlinContender, shape, bits, codebook, None, rng, 0, accuracy)
+            for codebook in arguments.codebooks
+            for accuracy in arguments.accuracy
+        ]
     if "affine" in arguments.peers:
         makers += [partial(peers.AffinePeer, shape, affine_bits, rng, where == "gpu") for where in arguments.devices]
     if "ggml" in arguments.peers:
@@ -110,8 +116,9 @@ def print_table(bits: str, results: list[dict], contenders: list[Contender], lim
         if limits:
             shares = [f"read {r['read_gbs'] / limits['read_gbs']:.0%}", f"FMA {r['gflops'] / limits['fma_gflops']:.0%}"]
             name = getattr(first, "instruction_set", None) or ""
+            floats = getattr(first, "accuracy", None) == "float32"
             vector_bits = 512 if name.startswith("avx512") else 256 if name == "avx2" else None
-            bound = ceilings.decode_bound(limits, first.codebook, vector_bits) if vector_bits else None
+            bound = ceilings.decode_bound(limits, first.codebook, vector_bits) if floats and vector_bits else None
             if bound:
                 shares.append(f"decode bound {r['weights_per_s'] / bound:.0%}")
         alone = " " if r["disturbed_calls"] < len(r["samples"]) else "*"
@@ -179,6 +186,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", choices=BITS, default=["2", "3", "4", "mixed"])
     parser.add_argument("--codebooks", nargs="+", choices=codec.CODEBOOKS, default=["mul1"])
     parser.add_argument("--instruction-set", nargs="+", choices=sets, default=sets[-1:], help="default: %(default)s")
+    parser.add_argument(
+        "--accuracy", nargs="+", choices=kernels.ACCURACIES, default=["half", "float32"], help="default: %(default)s"
+    )
     parser.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES), help="default: %(default)s")
     has_ggml = importlib.util.find_spec("xllamacpp") is not None
     peers = ["affine", *["ggml"] * has_ggml]

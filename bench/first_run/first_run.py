@@ -24,7 +24,7 @@ import numpy as np
 from msgspec import structs
 
 from bench.metal.chips import CHIPS, label
-from mlx_marlin import ExpertBank, TrellisSwitchGLU, codec, device, kernels, measure, ops
+from mlx_marlin import ExpertBank, TrellisSwitchGLU, _ext, codec, device, kernels, measure, ops
 from mlx_marlin.kernels import metal
 from mlx_marlin.kernels.config import KernelConfig
 from mlx_marlin.kernels.problem import Problem
@@ -38,7 +38,13 @@ PREDICTED = ROOT / "bench" / "results" / "metal_predicted.json"
 SAMPLES = 9
 # Random indices per timing: enough that consecutive calls use other experts.
 ROUTINGS = 16
-TESTS = ("test_metal_kernels.py", "test_gpu.py", "test_ops.py", "test_layers.py", "test_numeric_robustness.py")
+TESTS = (
+    "metal/test_kernels.py",
+    "ops/test_gpu.py",
+    "ops/test_ops.py",
+    "layers/test_layers.py",
+    "ops/test_numeric_robustness.py",
+)
 
 
 def machine(where: str) -> dict:
@@ -80,16 +86,21 @@ def run_tests(names: tuple[str, ...], validated: bool = False) -> dict:
         output = done.stdout + done.stderr
         found = validation(output) if validated else {}
         if not report.exists():
-            return found | {"crashed": done.returncode, "output": output[-4000:]}
+            return found | {"crashed": done.returncode, "errors": told(output), "output": output[-4000:]}
         suite = ElementTree.parse(report).getroot().find("testsuite")
     failures = {}
     for case in suite.iter("testcase"):
         for kind in ("failure", "error"):
             problem = case.find(kind)
             if problem is not None:
-                failures[f"{case.get('classname')}::{case.get('name')}"] = (problem.get("message") or "")[:1000]
+                failures[f"{case.get('classname')}::{case.get('name')}"] = told(problem.get("message") or "")
     counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
     return found | counts | {"failed": failures}
+
+
+def told(message: str) -> str:
+    """A failure's message; of a compiler's output the errors, whole."""
+    return _ext.build_errors(message) if "error:" in message else message[:1000]
 
 
 def validation(output: str) -> dict:
@@ -123,6 +134,8 @@ def self_tests(where: str, small: bool) -> dict:
             fault = test.fault(problem, config)
             if fault is not None:
                 wrong[f"{config} for {problem}"] = fault
+        if where == "gpu":
+            wrong |= test.others()
     return {"calls": len(calls), "wrong": wrong}
 
 
@@ -177,7 +190,8 @@ def _configs(problem: Problem) -> list[KernelConfig]:
             for columns in metal.TILE_COLUMNS
             for simdgroups in (4, 8, 16)
         ]
-    return [c for c in dict.fromkeys(found) if kernels.feasible(problem, c) is None]
+    half = replace(problem, accuracy="half")
+    return [c for c in dict.fromkeys(found) if kernels.feasible(half, c) is None]
 
 
 def layer_times(where: str, formats: list[tuple[int, str]], rows: tuple[int, ...], sizes: dict) -> list[dict]:

@@ -1,7 +1,7 @@
 """Perplexity and KL divergence of quantized versions of models/docs-moe on held-out text.
 
 Usage: python -m bench.quality.quality [--work DIR] [--bits 2 2.5 3 4] [--modes per-expert per-layer uniform]
-    [--output FILE]
+    [--rates half whole] [--output FILE]
 
 Trellis models are converted into DIR (finished ones are used again, interrupted ones resumed). Beside them stand the
 data-free EXL3 directories of models/, the same search without calibration, and MLX's own formats. All are evaluated
@@ -12,6 +12,7 @@ included, without the head. The routers stay as they are. EXL3 models have their
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import sys
@@ -23,10 +24,10 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from mlx_marlin import TrellisModelLoader, codec
 from mlx_marlin.quantize import convert, quantize_weight
-from mlx_marlin.quantize.conversion import stored_bits
-from mlx_marlin.quantize.jobs import wanted
-from mlx_marlin.quantize.layered import LayeredModel, Taps
+from mlx_marlin.quantize.budget import stored_bits
+from mlx_marlin.quantize.layered import LayeredModel
 from mlx_marlin.quantize.source import Source
+from mlx_marlin.quantize.taps import Taps
 from mlx_marlin.storage import atomic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,13 +49,13 @@ class Evaluation:
         text = (MODEL / "heldout.txt").read_text(encoding="utf-8")[_TEXT_START:]
         tokens = np.array(load_tokenizer(MODEL).encode(text)[: WINDOWS * LENGTH + 1], np.int32)
         self.targets = tokens[1:]
-        self.model = LayeredModel(MODEL, tokens[:-1].reshape(WINDOWS, LENGTH), 4)
+        self.model = LayeredModel(Source(MODEL), tokens[:-1].reshape(WINDOWS, LENGTH), 4)
         self.embeddings = self.model.embeddings()
-        self.source = Source(MODEL)
         self.taps, self.slots = [], {}
         for index in range(len(self.model.layers)):
             self.model.load(index)
-            taps = Taps(self.model.layers[index], wanted)
+            path, names = self.model.paths[index], self.model.names
+            taps = Taps(self.model.layers[index], names.linears(path), names.experts(path))
             taps.__enter__()
             self.taps.append(taps)
             self._find(index, taps)
@@ -64,16 +65,16 @@ class Evaluation:
         self.reference = self.log_probabilities({})
 
     def _find(self, index: int, taps: Taps) -> None:
-        prefix = self.model.names[index]
+        layer, names = self.model.paths[index], self.model.names
         for path, tap in taps.linears.items():
-            self.slots[f"{prefix}.{path}"] = (lambda t=tap: t.weight, lambda w, t=tap: setattr(t, "weight", w))
+            self.slots[names.linears(layer)[path]] = (lambda t=tap: t.weight, lambda w, t=tap: setattr(t, "weight", w))
         for path, tap in taps.experts.items():
-            full, parts = self.source.expert_names(f"{prefix}.{path.rpartition('.')[0]}")
-            for part, stored in parts.items():
-                stack = tap.weights[part][0]
+            block = names.experts(layer)[path]
+            for part, stored in block.parts.items():
+                stack = tap.weights[part]
                 for e in range(len(stack)):
-                    put = lambda w, s=stack, i=e: s.__setitem__(i, w)  # noqa: E731
-                    self.slots[f"{full}.{e}.{stored}"] = (lambda s=stack, i=e: s[i], put)
+                    put = lambda w, s=stack, i=e: s.install(i, w, None)  # noqa: E731
+                    self.slots[f"{block.prefix}.{e}.{stored}"] = (lambda s=stack, i=e: s.weight(i), put)
 
     def log_probabilities(self, weights: dict[str, np.ndarray]) -> np.ndarray:
         """float64 [tokens, vocabulary] with some weights replaced, ``lm_head`` among them."""
@@ -158,11 +159,22 @@ def plot(rows: list[dict], path: Path) -> None:
     atomic.write_text(path, "\n".join([*parts, "</svg>\n"]))
 
 
+def convert_to(directory: Path, bits: float, mode: str, half_rates: bool) -> None:
+    """Convert the model, or what an interrupted conversion left; a finished one stays."""
+    if (directory / "config.json").exists() and not (directory / ".convert").exists():
+        return
+    show = lambda p: print(f"{directory.name}: {100 * p.done:.0f} % {p.stage}", file=sys.stderr)  # noqa: E731
+    convert(MODEL, directory, bits=bits, mixed=mode, half_rates=half_rates, resume=directory.exists(), progress=show)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=ROOT / "build/quality")
     parser.add_argument("--bits", type=float, nargs="*", default=[2, 2.5, 3, 4])
     parser.add_argument("--modes", nargs="*", default=["per-expert", "per-layer", "uniform"])
+    parser.add_argument(
+        "--rates", nargs="*", choices=["half", "whole"], default=["half"], help="with half rates, or without them"
+    )
     parser.add_argument("--data-free", type=int, nargs="*", default=[2, 3, 4], help="K of the runs without calibration")
     parser.add_argument("--output", type=Path, default=ROOT / f"bench/results/{platform.node()}/quality.json")
     options = parser.parse_args()
@@ -176,13 +188,11 @@ def main() -> None:
             "kl": 0.0,
         }
     ]
-    for mode in options.modes:
-        for bits in options.bits:
-            directory = options.work / f"{mode}-{bits:g}"
-            if not (directory / "config.json").exists() or (directory / ".convert").exists():
-                show = lambda p, d=directory: print(f"{d.name}: {100 * p.done:.0f} % {p.stage}", file=sys.stderr)  # noqa: E731
-                convert(MODEL, directory, bits=bits, mixed=mode, resume=directory.exists(), progress=show)
-            rows.append(trellis_row(evaluation, f"trellis {bits:g}, {mode}", f"trellis, {mode}", directory))
+    for mode, rates, bits in itertools.product(options.modes, options.rates, options.bits):
+        directory = options.work / f"{mode}-{rates}-{bits:g}"
+        convert_to(directory, bits, mode, rates == "half")
+        kind = mode if rates == "half" else f"{mode}, whole rates"
+        rows.append(trellis_row(evaluation, f"trellis {bits:g}, {kind}", f"trellis, {kind}", directory))
     for name in ("docs-moe-exl3-3.0bpw", "docs-moe-exl3-mixed"):
         rows.append(trellis_row(evaluation, f"{name} (models/)", "trellis, data-free", ROOT / "models" / name))
     rows += [data_free_row(evaluation, k) for k in options.data_free]

@@ -4,6 +4,7 @@
 
 #include "bindings/bindings.h"
 #include "metal/shaders.h"
+#include "plan/build_errors.h"
 #include "plan/plan.h"
 
 namespace nb = nanobind;
@@ -30,6 +31,7 @@ nb::dict to_python(const Dispatch& d) {
     entry["offset"] = b.offset;
     entry["bytes"] = b.bytes;
     entry["access"] = b.access == Access::read ? "r" : "w";
+    entry["alignment"] = b.alignment;
     buffers.append(entry);
   }
   nb::dict out;
@@ -105,6 +107,10 @@ void bind_plan(nb::module_& m) {
         return nb::make_tuple(d.host_name(), d.library(file));
       },
       "kernel"_a, "constants"_a, "file"_a, "What is compiled for a dispatch: the kernel's name in it, and its text.");
+
+  m.def(
+      "build_errors", &build_errors, "text"_a,
+      "The lines with `error:` of a compiler's output and two after each; all of it where there are none.");
 
   m.attr("SOURCE_CONSTANTS") = nb::cast(kSourceConstants);
 

@@ -45,7 +45,7 @@ bool has_avx512vnni() {
 // __builtin_cpu_supports learned this name later than the compilers learned the instructions.
 bool has_avx512fp16() {
   unsigned a, b, c, d;
-  return has_avx512vbmi() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);
+  return has_avx512vnni() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);
 }
 #elif defined(__aarch64__)
 bool has_neon() {

@@ -24,9 +24,10 @@ struct Stack {
 
 // The CPU's reading of a KernelConfig.
 struct Config {
-  int panel_rows;    // rows that share one decoded tile: tile_size_m
-  int task_columns;  // columns per task: tile_size_n
-  int threads;       // simdgroups; clamped to the worker pool
+  int panel_rows;             // rows that share one decoded tile: tile_size_m
+  int task_columns;           // columns per task: tile_size_n
+  int threads;                // simdgroups; clamped to the worker pool
+  bool integer_sums = false;  // not use_fp32_acc: mul1 by sums of integers (tier/integer.h)
 };
 
 // y[r] = x[r] W(id[r]) + bias for r in [0, rows). With `transposed`, y[r] = x[r] W(id[r])^T (no

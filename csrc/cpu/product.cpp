@@ -24,6 +24,7 @@ struct Product {
   const Config& config;
   const Tier& tier;
   int in, out;                    // padded
+  int64_t row;                    // floats that a row of rotated x takes
   int in_features, out_features;  // logical
   const uint16_t* in_scale;
   const uint16_t* out_scale;
@@ -34,6 +35,7 @@ struct Product {
         tier(cpu::tier()),
         in(args.transposed ? args.stack.n : args.stack.k),
         out(args.transposed ? args.stack.k : args.stack.n),
+        row(args.transposed ? in : row_floats(tier, config, in)),
         in_features(args.transposed ? args.out_features : args.in_features),
         out_features(args.transposed ? args.in_features : args.out_features),
         in_scale(args.transposed ? args.stack.svh : args.stack.suh),
@@ -41,27 +43,28 @@ struct Product {
 
   // Row `at` - segment.begin of a segment; rotated: the segment's.
   void rotate(const Segment& segment, int64_t at, int64_t slot, float* rotated) const {
-    int64_t row = slot / args.x_divisor;
-    int index = static_cast<int>(at - segment.begin);
-    RowPlace place = args.transposed
-        ? RowPlace{static_cast<int64_t>(index) * in, 0}
-        : row_place(index, segment.rows, tier.block_rows(segment.rows, config.panel_rows), in);
-    const char* x = static_cast<const char*>(args.x) + row * in_features * dtype_bytes(args.dtype);
-    tier.rotate(
-        args.dtype, x, in_features, expert_row(in_scale, segment.expert, in), in, place.tile_stride,
-        rotated + place.begin);
+    const char* x = static_cast<const char*>(args.x) + slot / args.x_divisor * in_features * dtype_bytes(args.dtype);
+    const uint16_t* scale = expert_row(in_scale, segment.expert, in);
+    const int index = static_cast<int>(at - segment.begin);
+    if (args.transposed) {
+      tier.rotate(args.dtype, x, in_features, scale, in, rotated + index * row);
+    } else {
+      arithmetic(tier, config, args.stack, segment.expert)
+          .rotate(args.dtype, x, in_features, scale, in, {rotated, segment.rows, index, in, 0, config.panel_rows});
+    }
   }
 
   // Columns [column, column + columns) of a segment's rows.
-  void columns(const Segment& segment, const int64_t* order, const float* rotated, int column, int columns) const {
+  void columns(const Segment& segment, const int64_t* order, float* rotated, int column, int columns) const {
     const Stack& stack = args.stack;
     Codes codes = expert_codes(stack, segment.expert);
+    const Arithmetic& way = arithmetic(tier, config, stack, segment.expert);
     float* y = task_scratch().floats(
-        static_cast<int64_t>(segment.rows) * columns + tier.multiply_scratch(segment.rows, columns));
+        static_cast<int64_t>(segment.rows) * columns + way.multiply_scratch(segment.rows, columns));
     if (args.transposed) {
       tier.multiply_transposed(codes, rotated, segment.rows, column, columns, y, columns);
     } else {
-      tier.multiply(
+      way.multiply(
           codes, rotated, segment.rows, column, columns, config.panel_rows, y, columns,
           y + static_cast<int64_t>(segment.rows) * columns);
     }
@@ -87,13 +90,13 @@ void product(const ProductArgs& args, const Config& config) {
   }
   Product product(args, config);
   Segments segments(args.ids, args.rows, args.stack.experts, segment_rows(config));
-  int64_t max_rows = std::max<int64_t>(1, kBatchBytes / (4 * product.in));
+  int64_t max_rows = std::max<int64_t>(1, kBatchBytes / (4 * product.row));
   auto batches = make_batches(segments.list, max_rows);
   int64_t most = 0;
   for (const Batch& batch : batches) {
     most = std::max(most, batch.rows);
   }
-  float* rotated = call_scratch().floats(most * product.in);
+  float* rotated = call_scratch().floats(most * product.row);
 
   const int block = block_columns(config, product.out);
   const int blocks = (product.out + block - 1) / block;
@@ -103,12 +106,12 @@ void product(const ProductArgs& args, const Config& config) {
                         int64_t at = batch.begin + task;
                         const Segment& segment = segments.list[segments.segment[at]];
                         product.rotate(
-                            segment, at, segments.order[at], rotated + (segment.begin - batch.begin) * product.in);
+                            segment, at, segments.order[at], rotated + (segment.begin - batch.begin) * product.row);
                       }});
     phases.push_back({(batch.last - batch.first) * blocks, [&, batch](int64_t task) {
                         const Segment& segment = segments.list[batch.first + task / blocks];
                         int column = static_cast<int>(task % blocks) * block;
-                        const float* x = rotated + (segment.begin - batch.begin) * product.in;
+                        float* x = rotated + (segment.begin - batch.begin) * product.row;
                         product.columns(
                             segment, segments.order.data(), x, column, std::min(block, product.out - column));
                       }});

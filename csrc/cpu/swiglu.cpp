@@ -30,34 +30,38 @@ struct Swiglu {
   const Config& config;
   const Tier& tier;
   int hidden, inner;        // padded
-  float* gate_x = nullptr;  // [batch rows, hidden]: rotated for gate
+  int64_t hidden_row;       // floats that a rotated row of `hidden` values takes
+  int64_t inner_row;        // the same of `inner`
+  float* gate_x = nullptr;  // [batch rows, hidden_row]: rotated for gate
   float* up_x = nullptr;    // the same for up
-  float* down_x = nullptr;  // [batch rows, inner]: rotated for down
+  float* down_x = nullptr;  // [batch rows, inner_row]: rotated for down
   float* slots = nullptr;   // [rows * top_k, args.hidden]: what is combined, with scores
   int64_t first_slot = 0;   // of the rows that `slots` holds
 
-  RowPlace place(const Segment& segment, int64_t row, int size) const {
-    return row_place(static_cast<int>(row), segment.rows, tier.block_rows(segment.rows, config.panel_rows), size);
+  const Arithmetic& way(const Stack& stack, const Segment& segment) const {
+    return arithmetic(tier, config, stack, segment.expert);
   }
 
   // Row `row` of a segment whose rows begin at `at` in gate_x and up_x.
-  void rotate(const Segment& segment, int64_t row, int64_t slot, int64_t at) const {
+  void rotate(const Segment& segment, int row, int64_t slot, int64_t at) const {
     const char* x = static_cast<const char*>(args.x) + slot / args.top_k * args.hidden * dtype_bytes(args.dtype);
-    RowPlace to = place(segment, row, hidden);
-    tier.rotate(
-        args.dtype, x, args.hidden, expert_row(args.gate.suh, segment.expert, hidden), hidden, to.tile_stride,
-        gate_x + at * hidden + to.begin);
-    tier.rotate(
-        args.dtype, x, args.hidden, expert_row(args.up.suh, segment.expert, hidden), hidden, to.tile_stride,
-        up_x + at * hidden + to.begin);
+    const auto rotate = [&](const Stack& stack, float* to) {
+      way(stack, segment)
+          .rotate(
+              args.dtype, x, args.hidden, expert_row(stack.suh, segment.expert, hidden), hidden,
+              {to + at * hidden_row, segment.rows, row, hidden, 0, config.panel_rows});
+    };
+    rotate(args.gate, gate_x);
+    rotate(args.up, up_x);
   }
 
   // `columns` columns of one projection of a segment, in the original basis.
   void project(
-      const Stack& stack, const Segment& segment, const float* x, int column, int columns, float* y,
-      float* scratch) const {
-    tier.multiply(
-        expert_codes(stack, segment.expert), x, segment.rows, column, columns, config.panel_rows, y, columns, scratch);
+      const Stack& stack, const Segment& segment, float* x, int column, int columns, float* y, float* scratch) const {
+    way(stack, segment)
+        .multiply(
+            expert_codes(stack, segment.expert), x, segment.rows, column, columns, config.panel_rows, y, columns,
+            scratch);
     const uint16_t* scale = expert_row(stack.svh, segment.expert, stack.n) + column;
     const float* bias = expert_bias(stack, segment.expert, column);
     for (int64_t r = 0; r < segment.rows; ++r) {
@@ -70,25 +74,28 @@ struct Swiglu {
   // Gate, up, activation and down's input transform for columns [column, column + columns).
   void gate_up(const Segment& segment, int64_t at, int column, int columns) const {
     int64_t size = static_cast<int64_t>(segment.rows) * columns;
-    float* gate = task_scratch().floats(2 * size + tier.multiply_scratch(segment.rows, columns));
+    const int64_t scratch = std::max(
+        way(args.gate, segment).multiply_scratch(segment.rows, columns),
+        way(args.up, segment).multiply_scratch(segment.rows, columns));
+    float* gate = task_scratch().floats(2 * size + scratch);
     float* up = gate + size;
-    project(args.gate, segment, gate_x + at * hidden, column, columns, gate, up + size);
-    project(args.up, segment, up_x + at * hidden, column, columns, up, up + size);
+    project(args.gate, segment, gate_x + at * hidden_row, column, columns, gate, up + size);
+    project(args.up, segment, up_x + at * hidden_row, column, columns, up, up + size);
     const uint16_t* scale = expert_row(args.down.suh, segment.expert, inner) + column;
-    for (int64_t r = 0; r < segment.rows; ++r) {
-      float* act = gate + r * columns;
-      tier.activate(act, up + r * columns, columns, args.activation, args.alpha, args.limit);
-      RowPlace to = place(segment, r, inner);
-      tier.rotate(
-          DType::float32, act, columns, scale, columns, to.tile_stride,
-          down_x + at * inner + to.begin + column / MARLIN_TILE * to.tile_stride);
+    for (int r = 0; r < segment.rows; ++r) {
+      float* act = gate + static_cast<int64_t>(r) * columns;
+      tier.activate(act, up + static_cast<int64_t>(r) * columns, columns, args.activation, args.alpha, args.limit);
+      way(args.down, segment)
+          .rotate(
+              DType::float32, act, columns, scale, columns,
+              {down_x + at * inner_row, segment.rows, r, inner, column, config.panel_rows});
     }
   }
 
   void down(const Segment& segment, const int64_t* order, int64_t at, int column, int columns) const {
     int64_t size = static_cast<int64_t>(segment.rows) * columns;
-    float* y = task_scratch().floats(size + tier.multiply_scratch(segment.rows, columns));
-    project(args.down, segment, down_x + at * inner, column, columns, y, y + size);
+    float* y = task_scratch().floats(size + way(args.down, segment).multiply_scratch(segment.rows, columns));
+    project(args.down, segment, down_x + at * inner_row, column, columns, y, y + size);
     int written = std::min(columns, args.hidden - column);
     for (int r = 0; r < segment.rows; ++r, y += columns) {
       int64_t slot = order[segment.begin + r];
@@ -121,16 +128,17 @@ void swiglu_rows(Swiglu& job, int64_t begin, int64_t rows) {
   for (int64_t& slot : segments.order) {
     slot += job.first_slot;
   }
-  auto batches = make_batches(segments.list, std::max<int64_t>(1, kBatchBytes / (8 * job.hidden + 4 * job.inner)));
+  auto batches =
+      make_batches(segments.list, std::max<int64_t>(1, kBatchBytes / (8 * job.hidden_row + 4 * job.inner_row)));
   int64_t most = 0;
   for (const Batch& batch : batches) {
     most = std::max(most, batch.rows);
   }
   int64_t combined = args.scores ? rows * args.top_k * args.hidden : 0;
-  job.gate_x = call_scratch().floats(most * (2 * job.hidden + job.inner) + combined);
-  job.up_x = job.gate_x + most * job.hidden;
-  job.down_x = job.up_x + most * job.hidden;
-  job.slots = job.down_x + most * job.inner;
+  job.gate_x = call_scratch().floats(most * (2 * job.hidden_row + job.inner_row) + combined);
+  job.up_x = job.gate_x + most * job.hidden_row;
+  job.down_x = job.up_x + most * job.hidden_row;
+  job.slots = job.down_x + most * job.inner_row;
 
   const int inner_block = block_columns(job.config, job.inner);
   const int inner_blocks = (job.inner + inner_block - 1) / inner_block;
@@ -139,11 +147,12 @@ void swiglu_rows(Swiglu& job, int64_t begin, int64_t rows) {
   std::vector<Phase> phases;
   for (const Batch& batch : batches) {
     int64_t count = batch.last - batch.first;
-    phases.push_back({batch.rows, [&, batch](int64_t task) {
-                        int64_t at = batch.begin + task;
-                        const Segment& segment = segments.list[segments.segment[at]];
-                        job.rotate(segment, at - segment.begin, segments.order[at], segment.begin - batch.begin);
-                      }});
+    phases.push_back(
+        {batch.rows, [&, batch](int64_t task) {
+           int64_t at = batch.begin + task;
+           const Segment& segment = segments.list[segments.segment[at]];
+           job.rotate(segment, static_cast<int>(at - segment.begin), segments.order[at], segment.begin - batch.begin);
+         }});
     phases.push_back({count * inner_blocks, [&, batch, inner_block, inner_blocks](int64_t task) {
                         const Segment& segment = segments.list[batch.first + task / inner_blocks];
                         int column = static_cast<int>(task % inner_blocks) * inner_block;
@@ -171,7 +180,15 @@ void swiglu_rows(Swiglu& job, int64_t begin, int64_t rows) {
 }  // namespace
 
 void swiglu(const SwigluArgs& args, const Config& config) {
-  Swiglu job{args, config, tier(), args.gate.k, args.gate.n};
+  const Tier& tier = cpu::tier();
+  Swiglu job{
+      args,
+      config,
+      tier,
+      args.gate.k,
+      args.gate.n,
+      row_floats(tier, config, args.gate.k),
+      row_floats(tier, config, args.gate.n)};
   // With scores the outputs of all slots wait for their sum: as many rows at once as 64 MB hold.
   int64_t most = args.rows;
   if (args.scores) {

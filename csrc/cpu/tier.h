@@ -23,23 +23,38 @@ constexpr int64_t tile_bytes(int half_bits) {
   return MARLIN_TILE_SIZE / 16 * half_bits;
 }
 
-// x between the Hadamard transform and the product lies in blocks of block_rows rows (the last may be
-// smaller), each block tile by tile: 16 values of each of its rows, in the order in which a tile
-// stores its rows.
-struct Tier {
-  // out = H(x[0..count) * scale), x zero-extended to size. With tile_stride, the 16 values of each
-  // tile go to out + tile * tile_stride in tile order; with 0 the row is stored as it is.
-  void (*rotate)(
-      DType dtype, const void* x, int count, const uint16_t* scale, int size, int64_t tile_stride, float* out);
+// Where a row of x goes once it is rotated: row `row`, from column `column` on (a multiple of 128), of the `rows` rows of
+// `k` values that a segment has from `segment` on.
+struct RowPlace {
+  float* segment;
+  int rows;
+  int row;
+  int k;
+  int column;
+  int panel_rows;  // the config's: the layout of x depends on it
+};
 
-  int (*block_rows)(int rows, int panel_rows);
+// A way to multiply. x between the Hadamard transform and the product has a layout of its own.
+struct Arithmetic {
+  int64_t (*row_floats)(int k);  // room for a row of x
 
-  // y[r][0..columns) = x[r] W[:, column..column + columns), y with stride ldy. At most panel_rows rows
-  // share a decoded tile. `scratch` holds multiply_scratch(rows, columns) floats.
+  // H(x[0..count) * scale), x zero-extended to size, goes to its place.
+  void (*rotate)(DType dtype, const void* x, int count, const uint16_t* scale, int size, const RowPlace& to);
+
+  // y[r][0..columns) = x[r] W[:, column..column + columns) for the rows of a segment, y with stride ldy. At most
+  // panel_rows rows share a decoded tile. `scratch` holds multiply_scratch(rows, columns) floats.
   void (*multiply)(
-      const Codes& codes, const float* x, int rows, int column, int columns, int panel_rows, float* y, int64_t ldy,
+      const Codes& codes, float* x, int rows, int column, int columns, int panel_rows, float* y, int64_t ldy,
       float* scratch);
   int64_t (*multiply_scratch)(int rows, int columns);
+};
+
+struct Tier {
+  Arithmetic exact;    // values as the format says, products and sums in float32
+  Arithmetic integer;  // mul1 only: tier/integer.h
+
+  // out = H(x[0..count) * scale), x zero-extended to size: for multiply_transposed.
+  void (*rotate)(DType dtype, const void* x, int count, const uint16_t* scale, int size, float* out);
 
   // y[r][0..columns) = x[r] W^T[:, column..column + columns): x [rows, n], row major.
   void (*multiply_transposed)(
@@ -66,24 +81,24 @@ struct Tier {
 // That of the instruction set in use.
 const Tier& tier();
 
-// Where row `row` of a segment of `rows` rows of `size` values begins, and its distance between tiles.
-struct RowPlace {
-  int64_t begin;
-  int64_t tile_stride;
-};
-
-inline RowPlace row_place(int row, int rows, int block_rows, int size) {
-  int block = row / block_rows * block_rows;
-  int count = rows - block < block_rows ? rows - block : block_rows;
-  return {static_cast<int64_t>(block) * size + (row - block) * MARLIN_TILE, static_cast<int64_t>(count) * MARLIN_TILE};
-}
-
 inline Codes expert_codes(const Stack& stack, int expert) {
   uint32_t format = stack.formats[expert];
   return {
       reinterpret_cast<const uint8_t*>(stack.codes + stack.offsets[expert]),
       static_cast<int>(MARLIN_FORMAT_HALF_BITS(format)), static_cast<int>(MARLIN_FORMAT_CODEBOOK(format)), stack.k,
       stack.n};
+}
+
+// How the product with an expert's weight is computed.
+inline const Arithmetic& arithmetic(const Tier& tier, const Config& config, const Stack& stack, int expert) {
+  const bool mul1 = MARLIN_FORMAT_CODEBOOK(stack.formats[expert]) == MARLIN_CODEBOOK_MUL1;
+  return config.integer_sums && mul1 ? tier.integer : tier.exact;
+}
+
+// Room for a rotated row, whichever expert it is for.
+inline int64_t row_floats(const Tier& tier, const Config& config, int k) {
+  const int64_t exact = tier.exact.row_floats(k), integer = tier.integer.row_floats(k);
+  return config.integer_sums && integer > exact ? integer : exact;
 }
 
 inline int dtype_bytes(DType dtype) {

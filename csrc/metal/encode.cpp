@@ -17,6 +17,7 @@
 #include "metal/shaders.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/metal/device.h"
+#include "plan/build_errors.h"
 #include "plan/plan.h"
 
 namespace mlx_marlin::metal {
@@ -82,7 +83,9 @@ MTL::ComputePipelineState* build_pipeline(mx::metal::Device& device, const Dispa
         device.get_library("mlx_marlin_" + host_name + "_" + hex_hash(text), [&text] { return text; });
     return device.get_kernel(host_name, library, host_name + "_" + hex_hash(name + text), constants);
   } catch (const std::runtime_error& error) {
-    throw std::runtime_error("[mlx_marlin] the Metal kernel " + name + " could not be built: " + error.what());
+    // selection.selftest knows these words.
+    throw std::runtime_error(
+        "[mlx_marlin] the Metal kernel " + name + " could not be built: " + build_errors(error.what()));
   }
 }
 
@@ -113,6 +116,20 @@ struct Pipelines {
 Pipelines& pipelines() {
   static Pipelines known;
   return known;
+}
+
+const char* variant_name(Variant variant) {
+  static const char* names[] = {"decode", "prefill4", "base", "large_batch"};
+  return names[static_cast<int>(variant)];
+}
+
+// Says which config a call asked for: nothing else does where the call was compiled, before anything could be tested.
+std::runtime_error with_config(const std::runtime_error& error, const KernelConfig& c) {
+  return std::runtime_error(
+      std::string(error.what()) + "\nThe config was variant " + variant_name(c.variant) + ", tile " +
+      std::to_string(c.tile_size_m) + " x " + std::to_string(c.tile_size_n) + ", simdgroups " +
+      std::to_string(c.simdgroups) + ", fp32 accumulation " + (c.use_fp32_acc ? "on" : "off") +
+      "; a layer's first call outside mx.compile looks for one that works.");
 }
 
 // The arrays that a call binds by name; scratch follows.
@@ -188,7 +205,12 @@ class PreparedCalls {
         return known->second;
       }
     }
-    auto made = std::make_shared<const Prepared>(make());
+    std::shared_ptr<const Prepared> made;
+    try {
+      made = std::make_shared<const Prepared>(make());
+    } catch (const std::runtime_error& error) {
+      throw with_config(error, key.call.config);
+    }
     const std::lock_guard lock(mutex_);
     if (prepared_.size() >= kMost) {
       prepared_.clear();
@@ -220,6 +242,26 @@ mx::array new_scratch(uint64_t bytes) {
   return scratch;
 }
 
+// Metal has no unaligned loads: what a view that begins elsewhere would give is undefined.
+void require_aligned(const Prepared& prepared, const std::vector<mx::array>& arrays) {
+  for (size_t i = 0; i < prepared.plan.dispatches.size(); ++i) {
+    const std::vector<Binding>& buffers = prepared.plan.dispatches[i].buffers;
+    for (size_t j = 0; j < buffers.size(); ++j) {
+      const uint64_t begin = arrays[prepared.places[i][j]].offset() + buffers[j].offset;
+      if (begin % buffers[j].alignment != 0) {
+        throw std::invalid_argument(
+            "[mlx_marlin] " + buffers[j].name + " begins at byte " + std::to_string(begin) +
+            " of its buffer, but the kernels load " + std::to_string(buffers[j].alignment) +
+            " bytes at a time; make it an array of its own, with mx.array(numpy.array(a)).");
+      }
+    }
+  }
+}
+
+// The length stays set in an encoder that MLX shares: every dispatch sets its own, and the last leaves to whatever MLX
+// encodes next, whose kernels have static memory, the least there is.
+constexpr uint32_t kLeastThreadgroupBytes = 16;
+
 // arrays, then scratch: in the order of the names that the plan was prepared with.
 void encode(
     const Prepared& prepared, mx::Stream stream, std::vector<mx::array> arrays, const std::vector<mx::array>& scratch) {
@@ -228,6 +270,7 @@ void encode(
     encoder.add_temporary(array);
     arrays.push_back(array);
   }
+  require_aligned(prepared, arrays);
   for (size_t i = 0; i < prepared.plan.dispatches.size(); ++i) {
     const Dispatch& d = prepared.plan.dispatches[i];
     encoder.set_compute_pipeline_state(prepared.pipelines[i]);
@@ -242,14 +285,11 @@ void encode(
         encoder.set_output_array(array, b.slot, offset);
       }
     }
-    if (d.threadgroup_bytes > 0) {
-      encoder.set_threadgroup_memory_length(d.threadgroup_bytes, 0);
-    }
+    encoder.set_threadgroup_memory_length(std::max(d.threadgroup_bytes, kLeastThreadgroupBytes), 0);
     encoder.dispatch_threadgroups(
         MTL::Size(d.grid[0], d.grid[1], d.grid[2]), MTL::Size(d.threads[0], d.threads[1], d.threads[2]));
   }
-  // The length stays set for whatever MLX encodes next, beside the static memory of its kernels: the least there is.
-  encoder.set_threadgroup_memory_length(16, 0);
+  encoder.set_threadgroup_memory_length(kLeastThreadgroupBytes, 0);
 }
 
 // MLX ends a command buffer when the arrays bound in it have more than 40 to 50 Mi elements, by the chip: less than the

@@ -48,36 +48,40 @@ class Builder {
     return *this;
   }
 
-  Builder& read(int slot, const std::string& name, uint64_t bytes, uint64_t offset = 0) {
-    dispatch_.buffers.push_back({slot, name, offset, bytes, Access::read});
+  // alignment: that of an element, which every array has, unless the kernel loads several at a time. Scratch begins
+  // where an allocation does.
+  Builder& read(int slot, const std::string& name, uint64_t bytes, uint64_t offset = 0, uint32_t alignment = 1) {
+    dispatch_.buffers.push_back({slot, name, offset, bytes, Access::read, alignment});
     return *this;
   }
 
   Builder& write(int slot, const std::string& name, uint64_t bytes, uint64_t offset = 0) {
-    dispatch_.buffers.push_back({slot, name, offset, bytes, Access::write});
+    dispatch_.buffers.push_back({slot, name, offset, bytes, Access::write, 1});
     return *this;
   }
 
   Builder& codes(int first_slot, const Weights& w) {
     const uint64_t widest = std::bit_width(w.info.widths) - 1;  // in half bits
     const uint64_t experts = static_cast<uint64_t>(w.info.experts);
-    return read(first_slot, w.name + ".codes", experts * w.info.k * w.info.n * widest / 16)
+    // A lane loads its 8 bytes of an 8-bit tile at once. Every expert begins at a multiple of 256 half bits.
+    const uint32_t alignment = widest == 2 * MARLIN_MAX_BITS ? 8 : 4;
+    return read(first_slot, w.name + ".codes", experts * w.info.k * w.info.n * widest / 16, 0, alignment)
         .read(first_slot + 1, w.name + ".offsets", experts * 8)
         .read(first_slot + 2, w.name + ".formats", experts * 4);
   }
 
   Builder& suh(int slot, const Weights& w) {
     const uint64_t bytes = static_cast<uint64_t>(w.info.experts) * w.info.k * 2;
-    return read(slot, w.name + (w.transposed ? ".svh" : ".suh"), bytes);
+    return read(slot, w.name + (w.transposed ? ".svh" : ".suh"), bytes, 0, kHalf2);
   }
 
   Builder& svh(int slot, const Weights& w) {
     const uint64_t bytes = static_cast<uint64_t>(w.info.experts) * w.info.n * 2;
-    return read(slot, w.name + (w.transposed ? ".suh" : ".svh"), bytes);
+    return read(slot, w.name + (w.transposed ? ".suh" : ".svh"), bytes, 0, kHalf2);
   }
 
   Builder& bias(int slot, const Weights& w) {
-    return read(slot, w.name + ".bias", static_cast<uint64_t>(w.info.experts) * w.info.n * 4);
+    return read(slot, w.name + ".bias", static_cast<uint64_t>(w.info.experts) * w.info.n * 4, 0, kFloat2);
   }
 
   Builder& x(int slot, const Pass& pass, uint32_t columns) {
@@ -98,6 +102,8 @@ class Builder {
   }
 
  private:
+  static constexpr uint32_t kHalf2 = 4;
+  static constexpr uint32_t kFloat2 = 8;
   Dispatch dispatch_;
 };
 

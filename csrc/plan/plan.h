@@ -31,6 +31,7 @@ struct Binding {
   uint64_t offset;   // bytes
   uint64_t bytes;    // from the offset on; codes of mixed widths: an upper bound
   Access access;
+  uint32_t alignment;  // of its address: the bytes of the widest load
 };
 
 // args are bound to slot 0.

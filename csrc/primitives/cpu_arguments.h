@@ -17,7 +17,7 @@ inline cpu::DType cpu_dtype(mx::Dtype dtype) {
 }
 
 inline cpu::Config cpu_config(const KernelConfig& config) {
-  return {config.tile_size_m, config.tile_size_n, config.simdgroups};
+  return {config.tile_size_m, config.tile_size_n, config.simdgroups, !config.use_fp32_acc};
 }
 
 // The stack whose arrays begin at inputs[first].

@@ -83,7 +83,7 @@ struct DecodeCase {
 
 struct ProductCase {
   OwnedStack stack;
-  std::vector<int32_t> sizes;  // dtype, panel rows, rows, in_features, out_features, transposed, x_divisor
+  std::vector<int32_t> sizes;  // dtype, panel rows, rows, in_features, out_features, transposed, x_divisor, integers
   std::vector<uint32_t> ids;   // empty: expert 0
   std::vector<uint8_t> x;
 
@@ -104,14 +104,14 @@ struct ProductCase {
         .out_features = sizes[4],
         .transposed = transposed,
         .stack = stack.view()};
-    product(args, {sizes[1], kTaskColumns, threads});
+    product(args, {sizes[1], kTaskColumns, threads, sizes[7] != 0});
     return y;
   }
 };
 
 struct SwigluCase {
   OwnedStack gate, up, down;
-  std::vector<int32_t> sizes;  // dtype, panel rows, rows, hidden, top_k, activation, combine
+  std::vector<int32_t> sizes;  // dtype, panel rows, rows, hidden, top_k, activation, combine, integers
   std::vector<uint8_t> x;
   std::vector<uint32_t> ids;
   std::vector<float> scores;  // of every slot, where they are combined
@@ -145,7 +145,7 @@ struct SwigluCase {
         .gate = gate.view(),
         .up = up.view(),
         .down = down.view()};
-    swiglu(args, {sizes[1], kTaskColumns, threads});
+    swiglu(args, {sizes[1], kTaskColumns, threads, sizes[7] != 0});
     return y;
   }
 };

@@ -11,7 +11,7 @@ import pytest
 from mlx_marlin import TrellisModelLoader, codec
 from mlx_marlin.storage.safetensors import read_header
 from tests.support import architectures
-from tests.support.checkpoints import SIZES, Checkpoint, Sizes
+from tests.support.checkpoints import MARKERS, SIZES, Checkpoint, Sizes
 
 LINEAR = "model.layers.0.self_attn.q_proj"
 
@@ -134,7 +134,7 @@ def test_packed_signs_of_older_checkpoints(directory):
             rf"{LINEAR} has both \.mcg and \.mul1",
         ),
         (
-            {"mcg": mx.zeros(3, mx.int32), "mul1": None},
+            {"trellis": mx.zeros((16, 16, 48), mx.int16), "mcg": mx.zeros(3, mx.int32), "mul1": None},
             rf"{LINEAR}\.mcg must be I32 without dimensions, got I32 \[3\]",
         ),
         ({"trellis": mx.zeros((16, 16, 48), mx.int32)}, rf"{LINEAR}\.trellis must be I16, got I32"),
@@ -142,6 +142,14 @@ def test_packed_signs_of_older_checkpoints(directory):
         (
             {"trellis": mx.zeros((16, 16, 144), mx.int16)},
             rf"{LINEAR}\.trellis: .*K one of 1, .*, 8, got \[16, 16, 144\]",
+        ),
+        (
+            {"trellis": mx.zeros((16, 16, 40), mx.int16), "mcg": mx.array(MARKERS["mcg"], mx.int32), "mul1": None},
+            rf"{LINEAR}\.trellis holds 2\.5 bits .* mul1 only, but the linear has \.mcg, so .* mcg; .* since 1\.5\.1",
+        ),
+        (
+            {"trellis": mx.zeros((16, 16, 56), mx.int16), "mcg": None, "mul1": None},
+            rf"{LINEAR}\.trellis holds 3\.5 bits .* mul1 only, but the linear has no \.mul1, so .* 3inst; .* again",
         ),
         (
             {"trellis": mx.zeros((16, 12, 48), mx.int16)},

@@ -20,7 +20,7 @@ def test_every_dtype_is_read_as_it_was_written(tmp_path):
     header, other = read_header(file), mx.load(str(file))
     for name, array in ARRAYS.items():
         info = header[f"größe.{name}"]
-        assert info.dtype == name and np.array_equal(info.map(), array) and info.read() == array.tobytes()
+        assert info.dtype == name and np.array_equal(info.array(), array) and info.read() == array.tobytes()
         assert np.array_equal(np.array(other[f"größe.{name}"]), array)
     assert {info.file for info in header.values()} == {file} and list(tmp_path.iterdir()) == [file]
     assert min(info.start for info in header.values()) % 8 == 0

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
+from mlx_marlin import cli
 from mlx_marlin.device import default_device, memory_bytes
 from mlx_marlin.lm.info import CONTEXT, describe
 from mlx_marlin.lm.info_report import report
@@ -18,7 +20,7 @@ from mlx_marlin.lm.memory import UnknownCache, cache_bytes
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.loader.exl3 import QuantizedLinear
 from mlx_marlin.storage.safetensors import TensorInfo, read_header
-from tests.lm.test_commands import refused, run
+from tests.lm.test_commands import run
 from tests.support import architectures
 from tests.support.checkpoints import SIZES
 from tests.support.paths import MODELS
@@ -29,7 +31,7 @@ EXL3 = MODELS / "docs-moe-exl3-mixed"
 
 @pytest.fixture
 def no_reading(monkeypatch):
-    for place, name in ((QuantizedLinear, "load"), (TensorInfo, "map"), (TensorInfo, "read")):
+    for place, name in ((QuantizedLinear, "load"), *((TensorInfo, way) for way in ("rows", "array", "read"))):
         monkeypatch.setattr(place, name, lambda *_, **__: pytest.fail("a weight was read"))
 
 
@@ -44,14 +46,17 @@ def test_the_shipped_models(name, no_reading):
     stored = json.loads((directory / "quantization_config.json").read_text())["tensor_storage"]
     config = json.loads((directory / "config.json").read_text())
     assert sum(info.bytes.values()) == sum(t.nbytes for t in tensors.values())
-    assert info.bytes["trellis"] == sum(t.nbytes for n, t in tensors.items() if n.endswith(".trellis"))
-    embedding = tensors["model.embed_tokens.weight"]
-    assert info.bytes["embedding"] == embedding.nbytes and info.bytes["left out"] == 0 and not info.left_out
+    codes = sum(t.nbytes for n, t in tensors.items() if n.endswith(".trellis"))
+    embedding = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith("model.embed_tokens.")}
+    assert info.bytes["embedding"] == sum(t.nbytes for t in embedding.values())
+    assert info.bytes["trellis"] == codes - sum(t.nbytes for part, t in embedding.items() if part == "trellis")
+    assert info.bytes["left out"] == 0 and not info.left_out
     assert info.format == "EXL3 (ExLlamaV3)" and info.version == config["quantization_config"]["version"]
     assert [info.architecture] == config["architectures"] and info.model_type == config["model_type"]
     # Widths, by the converter's own list of modules.
     widths = {key: m["bits_per_weight"] for key, m in stored.items() if m.get("quant_format") == "exl3"}
-    assert info.head_bits == widths.pop("lm_head") and info.embedding_bits is None
+    assert info.head_bits == widths.pop("lm_head")
+    assert info.embedding_bits == (6 if set(embedding) == {"trellis", "signs"} else None)
     for histogram, of_experts in ((info.projections, False), (info.experts, True)):
         wanted: dict[str, Counter] = {}
         for key, bits in widths.items():
@@ -175,14 +180,33 @@ def test_a_model_that_does_not_fit(monkeypatch):
     assert "a cache of unknown size" in text and "(secret)" in text and "the weights fit into" in text
 
 
+@pytest.fixture
+def info(monkeypatch, capsys):
+    """The command in this process: the status, and what it prints to stdout and stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mlx_marlin", "info", *arguments])
+        try:
+            status = cli.main() or 0
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_the_command():
+    text = run("info", str(EXL3))
+    assert text.returncode == 0 and not text.stderr and text.stdout == report(describe(EXL3)) + "\n"
+
+
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_command(name):
+def test_what_the_command_prints(name, info):
     directory = str(MODELS / name)
-    text = run("info", directory)
-    assert text.returncode == 0 and not text.stderr, text.stderr
-    assert text.stdout.startswith(f"{directory}: EXL3 (ExLlamaV3), written by 1.")
-    assert f"mlx_marlin chat --model {directory}" in text.stdout
-    data = json.loads(run("info", directory, "--context", "100", "--json").stdout)
+    status, text, error = info(directory)
+    assert (status, error) == (0, "") and text.startswith(f"{directory}: EXL3 (ExLlamaV3), written by 1.")
+    assert f"mlx_marlin chat --model {directory}" in text
+    data = json.loads(info(directory, "--context", "100", "--json")[1])
     assert data["memory"]["context"] == 100 and data["bytes"]["trellis"] == describe(directory).bytes["trellis"]
     assert describe(directory).memory.context == CONTEXT
 
@@ -197,6 +221,7 @@ def test_the_command(name):
         ([str(EXL3), "--context", "0"], "the context must be at least one token, got 0"),
     ],
 )
-def test_errors_of_the_command(arguments, message):
-    line = refused(run("info", *arguments))
-    assert line.startswith("mlx_marlin: ") and re.search(message, line), line
+def test_errors_of_the_command(arguments, message, info):
+    status, text, error = info(*arguments)
+    (line,) = error.splitlines()
+    assert (status, text) == (2, "") and line.startswith("mlx_marlin: ") and re.search(message, line), line

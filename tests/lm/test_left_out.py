@@ -20,57 +20,17 @@ from mlx_marlin.loader.scaling import up_divisor, without_folded_scales
 from tests.support import architectures, generic_checkpoints
 from tests.support.checkpoints import SIZES, Checkpoint
 from tests.support.generic_checkpoints import logits
+from tests.support.left_out_parts import draft_behind, draft_in_front, extend, tower
 from tests.support.paths import MODELS
 
 EXL3 = MODELS / "docs-moe-exl3-mixed"
 TIMEOUT = 600  # seconds; only so that a command that waits for ever is noticed
 
 
-def draft_in_front(c: Checkpoint) -> None:
-    """Qwen3.5's names."""
-    s = c.sizes
-    c.linear("mtp.fc", 2 * s.hidden, s.hidden)
-    c.norm("mtp.pre_fc_norm_hidden", s.hidden)
-    c.norm("mtp.norm", s.hidden)
-    c.block_norms("mtp.layers.0")
-    c.attention("mtp.layers.0", norms="head", gated=True)
-    c.experts("mtp.layers.0.mlp")
-
-
-def draft_behind(c: Checkpoint) -> None:
-    """DeepSeek's: a layer past the last one."""
-    s, layer = c.sizes, f"model.layers.{c.sizes.layers}"
-    c.linear(f"{layer}.eh_proj", 2 * s.hidden, s.hidden)
-    for name in ("enorm", "hnorm", "shared_head.norm"):
-        c.norm(f"{layer}.{name}", s.hidden)
-    c.block_norms(layer)
-    c.latent_attention(layer)
-    c.experts(f"{layer}.mlp")
-    c.selection_bias(f"{layer}.mlp.gate.e_score_correction_bias")
-
-
-def tower(prefix: str):
-    def add(c: Checkpoint) -> None:
-        """Quantized and padded, its fused source beside it."""
-        block = f"{prefix}.blocks.0"
-        for name in "qkv":
-            c.linear(f"{block}.attn.{name}_proj", 128, 128, bias=True)
-        c.plain(f"{block}.attn.qkv.weight", 384, 128)
-        c.plain(f"{block}.attn.qkv.bias", 384)
-        c.linear(f"{block}.mlp.linear_fc1", 128, 160, bias=True, zero_padding=True)
-        c.linear(f"{prefix}.merger.linear_fc2", 128, c.sizes.hidden, bias=True)
-        c.plain(f"{prefix}.patch_embed.proj.bias", 128)
-
-    return add
-
-
 def extended(name: str, *additions) -> tuple[Checkpoint, set[str]]:
     """A checkpoint with additions, and the names of their tensors."""
     checkpoint = architectures.ARCHITECTURES[name]()
-    before = set(checkpoint.exl3)
-    for add in additions:
-        add(checkpoint)
-    return checkpoint, set(checkpoint.exl3) - before
+    return checkpoint, extend(checkpoint, *additions)
 
 
 def left(left_out: LeftOut) -> set[str]:
@@ -80,21 +40,13 @@ def left(left_out: LeftOut) -> set[str]:
 @pytest.mark.parametrize(
     "name, part, add",
     [
-        ("qwen3_next", DRAFT, draft_in_front),
-        ("qwen3_5_moe", DRAFT, draft_in_front),
-        ("glm4_moe_lite", DRAFT, draft_behind),
-        ("deepseek_v3", DRAFT, draft_behind),
-        ("qwen3_5_moe", VISION, tower("model.visual")),
-        ("gemma4", VISION, tower("model.vision_tower")),
-        ("gemma3", VISION, tower("vision_tower")),
-        # Models of mlx-lm that know nothing of such parts.
         ("qwen3_moe", DRAFT, draft_in_front),
         ("mixtral", DRAFT, draft_behind),
         ("llama", VISION, tower("model.visual")),
         ("llama", AUDIO, lambda c: c.linear("audio_tower.layers.7.fc1", 128, 128)),
     ],
 )
-def test_what_a_text_model_leaves_out(tmp_path, name, part, add):
+def test_what_mlx_lm_knows_nothing_of(tmp_path, name, part, add):
     plain, _ = extended(name)
     known = load_exl3_model(plain.write(tmp_path / "plain"))[0]
     checkpoint, added = extended(name, add)
@@ -187,13 +139,19 @@ def test_the_command_shows_what_is_left_out(tmp_path):
             lambda c: c.exl3.update({"model.embed.trellis": mx.zeros((160, 98), mx.int16)}),
             r"model\.embed\.trellis .*a quantized embedding's, which ExLlamaV3 writes since 1\.6\.0 \(-eb\)",
         ),
+        (
+            lambda c: c.exl3.update(
+                {"model.more.trellis": mx.zeros((160, 65), mx.int16), "model.more.signs": mx.ones((1, 256), mx.float16)}
+            ),
+            r"model\.more is quantized.*does not have; it seems to be a quantized embedding, .* since 1\.6\.0 \(-eb\)",
+        ),
     ],
 )
 def test_something_unknown_is_described(tmp_path, add, message):
     checkpoint, _ = extended("llama", add)
     with pytest.raises(ValueError, match=message) as error:
         load_exl3_model(checkpoint.write(tmp_path / "model"))
-    assert "embed" in str(error.value) or "was written by 1.4.1" in str(error.value)
+    assert "embed" in str(error.value) or "was written by 1.6.5" in str(error.value)
 
 
 def test_parts_by_name():

@@ -13,10 +13,10 @@ import pytest
 import mlx_marlin
 from mlx_marlin import TrellisModelLoader, codec
 from mlx_marlin.layers import PartlyQuantizedSwitchGLU
-from mlx_marlin.lm.hub import check_tokenizer
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.lm.problems import model_problems
 from mlx_marlin.lm.sharding import open_sharded
+from mlx_marlin.lm.tokenizer import check_tokenizer
 from mlx_marlin.loader import Kind, kind_of
 from tests.support import architectures, generic_checkpoints
 from tests.support.checkpoints import SIZES
@@ -103,6 +103,22 @@ def test_a_quantization_config_of_another_form(intact, whole, value):
     assert kind_of(whole) is Kind.EXL3 and same(whole, intact)
 
 
+def add_tokenizer(directory: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXL3 / name, directory)
+
+
+@pytest.mark.parametrize("value", [[], ["exl3"], "exl3", 4], ids=repr)
+def test_transformers_wants_an_object_for_a_quantization_config(whole, value):
+    """It reads the tokenizer, and config.json for it."""
+    add_tokenizer(whole)
+    change_config(whole, quantization_config=value)
+    with pytest.raises(ValueError, match=rf"config.json: quantization_config .* got {type(value).__name__}; remove it"):
+        mlx_marlin.load(whole)
+    change_config(whole, quantization_config=None)
+    mlx_marlin.load(whole)
+
+
 def shard(directory: Path) -> Path:
     return directory / f"model-00002-of-{SHARDS:05}.safetensors"
 
@@ -150,6 +166,24 @@ def test_a_missing_shard(sharded, indexed):
         (sharded / "model.safetensors.index.json").unlink()
     with pytest.raises(FileNotFoundError, match="model-00002-of-00003.safetensors is missing"):
         load_exl3_model(sharded)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "ngram_embedding.safetensors", "tokenizer.json"])
+def test_a_link_that_leads_nowhere_in_the_place_of_a_file_that_may_be_missing(whole, name):
+    add_tokenizer(whole)
+    (whole / name).unlink(missing_ok=True)
+    (whole / name).symlink_to("../blobs/gone")
+    with pytest.raises(FileNotFoundError, match=rf"{name} is a link to .*gone, which is not there.*download"):
+        mlx_marlin.load(whole)
+
+
+@pytest.mark.parametrize("content, message", [(LFS_POINTER, "git-lfs pointer"), (HTML_PAGE, "HTML page")])
+@pytest.mark.parametrize("name", ["model.safetensors", "ngram_embedding.safetensors", "generation_config.json"])
+def test_what_stands_in_the_place_of_further_files(whole, name, content, message):
+    change_config(whole, quantization_config=None)  # nothing but the files' names tells that it is EXL3
+    (whole / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is an? {message}"):
+        load_exl3_model(whole)
 
 
 def test_a_folder_in_the_place_of_a_file(sharded):

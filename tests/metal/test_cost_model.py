@@ -80,6 +80,8 @@ def test_every_chip_has_a_predicted_profile():
         assert profile.fingerprint is None
         assert {p.rows for p in profile.problems if p.kind == "swiglu"} == {1, 2, 4, 8}
         assert {p.rows for p in profile.problems if p.kind == "linear"} == {1, 4}
+        one_row = {p.widths for p in profile.problems if p.kind == "swiglu" and p.rows == 1}
+        assert one_row == {(1.5,), (2,), (2.5,), (3,), (3.5,), (4,)}
         for problem, entry in profile.problems.items():
             assert kernels.feasible(problem, entry.config) is None
             assert entry.verdict == "unchecked" and entry.samples.n == 0
@@ -140,10 +142,11 @@ def test_a_prediction_is_what_the_model_gives(bits, codebook):
 
 @pytest.mark.slow
 @needs_simulator
-def test_the_shipped_profiles_are_what_the_model_gives():
+@pytest.mark.parametrize("bits, codebook", [(2.5, "mul1"), (3, "mcg")])
+def test_the_shipped_profiles_are_what_the_model_gives(bits, codebook):
     from bench.metal import predict as metal_predict
 
-    problem = replace(metal_predict.qwen3_30b(3), combine=False)
+    problem = replace(metal_predict.qwen3_30b(bits, codebook=codebook), combine=False)
     for chip in CHIPS.values():
         profile = profile_files.load(PROFILES / f"{chip.name.lower().replace(' ', '_')}.json")
         entry = profile.problems[problem]

@@ -194,10 +194,19 @@ def test_repeated_runs_give_the_same_bits(backend, tiles):
         np.testing.assert_array_equal(first, other)
 
 
-@pytest.mark.parametrize("scores", [False, True])
+INDEXED = [
+    *(("decode", 1, 128, 16), ("decode", 1, 64, 8), ("decode", 2, 32, 4)),
+    *(("prefill4", 4, 128, 16), ("base", 8, 64, 8)),
+]
+
+
 @pytest.mark.parametrize(
-    "tiles",
-    [("decode", 1, 128, 16), ("decode", 1, 64, 8), ("decode", 2, 32, 4), ("prefill4", 4, 128, 16), ("base", 8, 64, 8)],
+    "tiles, scores",
+    [
+        pytest.param(tiles, scores, marks=[] if scores == (i % 2 == 0) else [pytest.mark.slow])
+        for i, tiles in enumerate(INDEXED)
+        for scores in (False, True)
+    ],
     ids=str,
 )
 def test_index_out_of_range_makes_its_slot_nan(backend, tiles, scores):

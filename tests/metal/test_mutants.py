@@ -160,6 +160,7 @@ def test_a_wrong_decoder_of_half_rates_is_noticed(name, bits, tmp_path):
     w = ops.prepare_weight("test", case.weight())
     assert not np.array_equal(Simulated.decode(w, directory=folder), codec.inner(case.weight()))
     inputs = case.inputs()
-    for chosen in (None, config("base", 8, 64, 4)):
-        y = run(Simulated, case, inputs, chosen, directory=folder)
-        assert cases.row_error(y, case.reference(*inputs)) > 0.1 > case.tolerance
+    # Products take their codes from the decoder that was just compared: one of the two forms each.
+    chosen = None if bits == 2.5 else config("base", 8, 64, 4)
+    y = run(Simulated, case, inputs, chosen, directory=folder)
+    assert cases.row_error(y, case.reference(*inputs)) > 0.1 > case.tolerance

@@ -107,6 +107,18 @@ def sizes(problem: Problem, plan: dict) -> dict[str, int]:
     return known
 
 
+@pytest.mark.parametrize("bits, codes", [(8, 8), (7, 4), (4, 4), (1.5, 4)])
+def test_widest_loads_of_what_is_given(bits, codes):
+    """What an array must be aligned to, where it is a view that begins inside a buffer."""
+    triples = ((bits, bits, bits), (1, 1, 1)) if bits == 8 else ((bits, bits, bits),)
+    wanted = {"codes": codes, "suh": 4, "svh": 4, "bias": 8}
+    problem = swiglu("ragged", tuple(sorted(triples)), bias=True)
+    for tiles in (("decode", 1, 128, 16), ("base", 8, 64, 8)):
+        found = [b for d in ops.plan(problem, config(*tiles))["dispatches"] for b in d["buffers"]]
+        assert {b["name"].split(".")[-1]: b["alignment"] for b in found if "." in b["name"]}.items() >= wanted.items()
+        assert all(b["alignment"] == wanted.get(b["name"].split(".")[-1], 1) for b in found)
+
+
 def depth(dispatches: list[dict]) -> int:
     """The longest chain of dependent dispatches."""
     stage = []

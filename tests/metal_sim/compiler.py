@@ -25,6 +25,7 @@ from .toolchain import (
     digest,
     run_tool,
     sources_digest,
+    with_shim,
     write_atomically,
 )
 
@@ -93,6 +94,12 @@ def _preprocess(source, include_dirs, defines, metal_version):
     return text, path.name
 
 
+def tokenise(source: str, include_dirs=(), defines=None, metal_version: int = 310, unroll: bool = False):
+    """The tokens of preprocessed Metal source, and its name in messages. Arguments as in :func:`compile`."""
+    text, name = _preprocess(source, include_dirs, defines, metal_version)
+    return Source(text, unroll), name
+
+
 def _entry_points(source, kernels, wanted):
     """The dispatch functions: argument words and thread ids -> a kernel's typed arguments."""
     table, symbols, text = {}, {}, ""
@@ -128,17 +135,19 @@ def translate(
     instantiate: dict | None = None,
     metal_version: int = 310,
     unroll: bool = False,
+    private_thread: bool = False,
 ) -> Unit:
     """Metal source -> a unit for clang. Arguments as in :func:`compile`.
+
+    private_thread: For ``metal41.py``, which says what it is.
 
     Raises:
         CompileError: If the preprocessor rejects it or a kernel is missing.
     """
-    text, name = _preprocess(source, include_dirs, defines, metal_version)
-    tokens = Source(text, unroll)
+    tokens, name = tokenise(source, include_dirs, defines, metal_version, unroll)
     functions, instances = find_kernels(tokens)
     lint(tokens)
-    rewrite(tokens, dict(function_constants or {}))
+    rewrite(tokens, dict(function_constants or {}), private_thread)
     if not tokens.has_stdlib:
         tokens.errors.append("no Metal standard header is included (#include <metal_stdlib>)")
     wanted = [Instantiation(f.host_name, n, n) for n, f in functions.items() if not f.is_template] + instances
@@ -164,9 +173,10 @@ def _build(unit, flags):
             beside = CACHE / f"kernel_{key}.{os.getpid()}"
             source, object_file = beside.with_suffix(".clcpp"), beside.with_suffix(".o")
             source.write_text(unit.text)
-            flags = [*flags, f"-I{HERE / 'shim'}"]
-            built = run_tool([*CLANG, *flags, "-c", "-o", str(object_file), str(source)], f"compiling {unit.name}")
-            warnings = built.stderr.splitlines() + pointer_warnings(unit.text, flags)
+            built = run_tool(
+                [*CLANG, *with_shim(flags), "-c", "-o", str(object_file), str(source)], f"compiling {unit.name}"
+            )
+            warnings = built.stderr.splitlines() + pointer_warnings(unit.text, [*flags, f"-I{HERE / 'shim'}"])
             run_tool([*LINKER, "-shared", "-o", str(beside), str(object_file)], "linking")
             object_file.unlink()
             source.unlink()

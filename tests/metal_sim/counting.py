@@ -15,7 +15,18 @@ from dataclasses import dataclass
 from . import costs, ir
 from .compiler import DIALECT, translate
 from .launch import Library, Result
-from .toolchain import CACHE, CLANG, HERE, LINKER, building, digest, run_tool, sources_digest, write_atomically
+from .toolchain import (
+    CACHE,
+    CLANG,
+    HERE,
+    LINKER,
+    building,
+    digest,
+    run_tool,
+    sources_digest,
+    with_shim,
+    write_atomically,
+)
 
 CLASSES = (
     *("multiply", "shift", "variable_shift", "wide_variable_shift", "convert"),
@@ -133,7 +144,7 @@ def compile_counted(source: str, *, fp_contract: str = "off", **options) -> Coun
         if wanted:
             unit_file = CACHE / f"counted_{key}.clcpp"
             write_atomically(unit_file, unit.text)
-            command = [*CLANG, *flags, f"-I{HERE / 'shim'}", "-S", "-emit-llvm", "-o", "-", str(unit_file)]
+            command = [*CLANG, *with_shim(flags), "-S", "-emit-llvm", "-o", "-", str(unit_file)]
             write_atomically(text, run_tool(command, f"compiling {unit.name}").stdout)
     module = ir.Module(text.read_text())
     for function in module.functions:

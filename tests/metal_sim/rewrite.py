@@ -18,12 +18,13 @@ _STATEMENT_START = (";", "{", "}", "const", "thread")
 _SPACES = ("const", "thread", "device", "threadgroup", "constant")
 
 
-def rewrite(source: Source, function_constants: dict) -> None:
+def rewrite(source: Source, function_constants: dict, private_thread: bool = False) -> None:
     """Edit ``source`` in place.
 
     Args:
         source: Linted source (``source.body`` is filled).
         function_constants: Value by index or by name.
+        private_thread: Whether ``thread`` is a space of its own, see ``metal41.py``.
     """
     t, k, variables, i = source.t, source.k, 0, 0
     while i < source.n:
@@ -38,7 +39,10 @@ def rewrite(source: Source, function_constants: dict) -> None:
         elif k[i] == "I" and t[i] in RESERVED:
             source.set(i, t[i] + "_msl_")
         elif k[i] == "I" and t[i] in ADDRESS_SPACES:
-            _address_space(source, i)
+            if private_thread and t[i] == "thread":
+                source.set(i, "__private")
+            else:
+                _address_space(source, i)
             moved = _threadgroup_variables(source, i, variables) if t[i] == "threadgroup" else None
             if moved:
                 variables, i = moved

@@ -47,6 +47,7 @@ def test_the_selection_is_small_and_fixed():
     assert covering_array(AXES, cases.legal) == covering_array(AXES, cases.legal)
 
 
+@pytest.mark.slow
 def test_the_full_product_is_full():
     expected = len(FORMATS)
     for axis, values in cases.AXES.items():

@@ -70,7 +70,7 @@ def test_ours_is_measured_and_stored(shape, bits, tmp_path, monkeypatch):
 
     rng = np.random.default_rng(0)
     monkeypatch.setattr(contenders.device, "last_level_cache", lambda: 1 << 20)
-    make = lambda: layer.MarlinContender(shape, bits, "mul1", _ext.instruction_sets()[-1], rng, 2)
+    make = lambda: layer.MarlinContender(shape, bits, "mul1", _ext.instruction_sets()[-1], rng, 2, "half")
     contender = layer.Contender(make, shape)
     assert contender.bits == 3 and len(contender.layers) > 1
     results = layer.measure_rows([contender], shape, 4, rng, rounds=2, seconds=0.1)
@@ -103,9 +103,8 @@ def test_gpu_contenders_are_timed_in_chains(shape, peer, monkeypatch):
         monkeypatch.setattr(contenders.mx, "gpu", mx.cpu)
     monkeypatch.setattr(contenders.device, "last_level_cache", lambda: 1 << 20)
     rng = np.random.default_rng(0)
-    make = lambda: (
-        peers.AffinePeer(shape, 3, rng, gpu=True) if peer else layer.MarlinContender(shape, "3", "mcg", None, rng, 0)
-    )
+    ours = lambda: layer.MarlinContender(shape, "3", "mcg", None, rng, 0, "float32")
+    make = lambda: peers.AffinePeer(shape, 3, rng, gpu=True) if peer else ours()
     contender = layer.Contender(make, shape)
     assert "gpu" in contender.name
     (result,) = layer.measure_rows([contender], shape, 2, rng, rounds=1, seconds=0.0)
@@ -126,3 +125,12 @@ def test_the_decode_bound_follows_the_clock():
     assert decode_bound(limits, "mcg", 512) == pytest.approx(9e9 * 14 / 20)
     assert decode_bound(limits, "mul1", 256) == pytest.approx(9e9 * 0.75)
     assert decode_bound(limits, "mul1", 128) is None
+
+
+def test_the_first_run_has_its_tests_and_whole_compile_errors():
+    from bench.first_run import first_run
+
+    assert all((first_run.ROOT / "tests" / name).is_file() for name in first_run.TESTS)
+    errors = [f"linear.metal:{i}:1: error: {'x' * 500}\n  y\n  ^" for i in range(10)]
+    assert first_run.told("\n".join(errors)) == "\n".join(errors)
+    assert len(first_run.told("E" * 5000)) == 1000

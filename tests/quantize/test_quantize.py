@@ -44,7 +44,9 @@ def output_error(weight, quantized, h):
     return np.sum((h @ error) * error) / np.sum((h @ weight) * weight)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 2.5, 4])
+@pytest.mark.parametrize(
+    "bits", [pytest.param(1, marks=pytest.mark.slow), 2, 2.5, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_calibration_lowers_the_output_error(calibrated, bits):
     weight, h = calibrated
     plain = quantize_weight(weight, bits)

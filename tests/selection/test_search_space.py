@@ -112,6 +112,34 @@ def test_threads_follow_the_cores(monkeypatch):
     assert {kernels.effective(linear(out=256), c).simdgroups for c in few} == {1, 2}
 
 
+def test_integers_are_candidates_where_halves_are_allowed(two_cores):
+    half = swiglu(16, accuracy="half")
+    found = kernels.candidates(half)
+    assert found[0] == kernels.default(half) and not found[0].use_fp32_acc
+    assert all(kernels.feasible(half, c) is None for c in found)
+    exact = {replace(c, use_fp32_acc=True) for c in found if not c.use_fp32_acc}
+    floats = {c for c in found if c.use_fp32_acc}
+    assert exact == {kernels.effective(swiglu(16), c) for c in kernels.candidates(swiglu(16))}
+    assert floats and floats < exact and {c.tile_size_n for c in floats} == {256}
+
+
+def test_other_codebooks_have_no_integers(two_cores):
+    half = swiglu(16, accuracy="half", codebooks=("3inst", "mcg"))
+    assert kernels.effective(half, kernels.default(half)).use_fp32_acc
+    assert len(kernels.candidates(half)) == len(kernels.candidates(swiglu(16)))
+    mixed = swiglu(16, accuracy="half", codebooks=("mcg", "mul1"))
+    assert not kernels.effective(mixed, kernels.default(mixed)).use_fp32_acc
+
+
+@pytest.mark.parametrize("on", kernels.DEVICES)
+def test_who_asks_for_float32_gets_it(on):
+    exact, half = swiglu(on=on), swiglu(on=on, accuracy="half")
+    rounding = replace(kernels.default(exact), use_fp32_acc=False)
+    assert 'is for accuracy "half" only' in kernels.feasible(exact, rounding)
+    assert kernels.fitted(exact, rounding) == kernels.default(exact)
+    assert kernels.feasible(half, rounding) is None and kernels.fitted(half, rounding) == rounding
+
+
 def test_panels_that_the_caches_favour_come_first():
     def first(hardware, hidden=2048):
         return next(cpu.worth_timing(swiglu(64, hidden=hidden), hardware)).tile_size_m
@@ -129,7 +157,7 @@ DOCUMENTED_TILES = {2: (96, 128, 160), 3: (96,), 4: (48, 64, 96), 8: (32, 48, 64
 @pytest.mark.parametrize("rows", [1, 4, 16, 64])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_gpus_candidates_cover_the_ranges_of_the_bit_widths(bits, rows, hardware):
-    problem = swiglu(rows, bits, "gpu")
+    problem = swiglu(rows, bits, "gpu", accuracy="half")
     found = kernels.candidates_on(problem, hardware)
     assert found[0] == kernels.default(problem) and len(set(found)) == len(found)
     assert all(kernels.feasible(problem, c) is None for c in found)
@@ -138,6 +166,7 @@ def test_a_gpus_candidates_cover_the_ranges_of_the_bit_widths(bits, rows, hardwa
     assert {c.kernel_variant for c in found} == set(kernels.VARIANTS)
     for on in (True, False):
         assert {replace(c, use_fp32_acc=on) for c in found} <= set(found)
+    assert all(c.use_fp32_acc for c in kernels.candidates_on(swiglu(rows, bits, "gpu"), hardware))
 
 
 @pytest.mark.parametrize("bits, columns, simdgroups", [(2, 160, 16), (3, 96, 12), (4, 96, 8), (8, 64, 4)])
@@ -196,14 +225,14 @@ EXAMPLE = KernelConfig("moe_trellis_mixed_swiglu_decode", 64, 64, 12, False, "de
 
 
 def test_a_feasible_config_fits_as_it_is(two_cores):
-    config = KernelConfig("moe_trellis_swiglu", 8, 16, 1, False, "base")
+    config = KernelConfig("moe_trellis_swiglu", 8, 16, 1, True, "base")
     assert kernels.fitted(swiglu(), config) is config
 
 
 def test_sizes_of_other_machines_are_clamped_to_the_variant(two_cores):
-    fit = kernels.fitted(swiglu(), EXAMPLE)
+    fit = kernels.fitted(swiglu(accuracy="half"), EXAMPLE)
     assert fit == KernelConfig("moe_trellis_mixed_swiglu_decode", 2, 64, 2, False, "decode")
-    on_gpu = kernels.fitted(swiglu(on="gpu"), EXAMPLE)
+    on_gpu = kernels.fitted(swiglu(on="gpu", accuracy="half"), EXAMPLE)
     assert on_gpu == replace(EXAMPLE, tile_size_m=1)
     narrow = kernels.fitted(linear(1, out=128, on="gpu"), replace(EXAMPLE, tile_size_n=160))
     assert narrow.tile_size_n == 128 and kernels.feasible(linear(1, out=128, on="gpu"), narrow) is None
@@ -243,7 +272,9 @@ def test_sizes_must_be_integers():
 
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_config_from_elsewhere_runs_and_is_right(rows):
+    """By hand it may also round, which no problem of accuracy float32 is given otherwise."""
     case = cases.Case(3, "mul1", "float32", rows, "blocks", "silu", top_k=2)
     x, indices, _ = case.inputs()
-    y = ops.trellis_swiglu(x, indices, case.bank(), config=EXAMPLE, stream=mx.cpu)
-    assert cases.row_error(y, case.reference(x, indices)) <= case.tolerance
+    for config, tolerance in ((EXAMPLE, 8e-4), (replace(EXAMPLE, use_fp32_acc=True), case.tolerance)):
+        y = ops.trellis_swiglu(x, indices, case.bank(), config=config, stream=mx.cpu)
+        assert cases.row_error(y, case.reference(x, indices)) <= tolerance

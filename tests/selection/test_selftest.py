@@ -1,16 +1,18 @@
 """The self-test: a wrong kernel is refused before it serves a layer, and the next one is taken."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_marlin import codec, kernels, ops
+from mlx_marlin import _ext, codec, kernels, ops
 from mlx_marlin.kernels import Problem
-from mlx_marlin.selection import choices, selftest
+from mlx_marlin.selection import choices, selftest, small_cases
 from mlx_marlin.weights.experts import ExpertBank
+from tests.support.paths import ROOT
 from tests.support.planted import PLANTED, PLANTED_HALF_RATES
 
 SWIGLU = Problem.swiglu(
@@ -32,7 +34,7 @@ def right(problem, config, case):
     """A correct executor: the CPU's kernels."""
     x = mx.array(case["x"]).astype(getattr(mx, problem.dtype))
     if problem.kind == "linear":
-        y = selftest.gathered(replace(problem, device="cpu"), None, case, x)
+        y = selftest.gathered(replace(problem, device="cpu", accuracy="float32"), None, case, x)
     else:
         scores = None if case["scores"] is None else mx.array(case["scores"])
         bank = ExpertBank(*case["weights"])
@@ -67,8 +69,18 @@ def halved(y):
     return y * 0.5
 
 
+# What csrc/metal/encode.cpp raises.
+BUILD_ERROR = "[mlx_marlin] the Metal kernel trellis_gate_up could not be built: a.metal:7:3: error: no such type\n" + (
+    "  foo x;\n  ^"
+)
+
+
 def not_compiled(y):
-    raise RuntimeError("[metal] kernel trellis_gate_up failed to compile: no such type")
+    raise RuntimeError(BUILD_ERROR)
+
+
+def not_run(y):
+    raise RuntimeError("[METAL] out of memory")
 
 
 @pytest.fixture(autouse=True)
@@ -96,41 +108,123 @@ def self_test(tmp_path, execute):
 def test_right_kernels_pass(tmp_path, problem):
     executor = Planted(lambda config: False, halved)
     test = self_test(tmp_path, executor)
-    choice = test.select(problem)
-    assert choice.config == kernels.default(problem)
-    assert test.select(problem) == choice
-    assert executor.runs == 1
+    choice, known = test.select(problem)
+    assert choice.config == kernels.default(problem) and known
+    assert test.select(problem) == (choice, True)
+    assert executor.runs == len(list(selftest._tests(problem, choice.config)))
 
 
-@pytest.mark.parametrize("spoil", [one_column, last_row_of_nan, halved, not_compiled])
+@pytest.mark.parametrize("spoil", [one_column, last_row_of_nan, halved, not_compiled, not_run])
 @pytest.mark.parametrize("problem", [SWIGLU, LINEAR, GATHERED])
 def test_a_wrong_kernel_is_refused(tmp_path, problem, spoil):
     wrong = kernels.default(problem)
     test = self_test(tmp_path, Planted(lambda config: config == wrong, spoil))
     with pytest.warns(RuntimeWarning, match=wrong.kernel_name) as warned:
-        choice = test.select(problem)
+        choice, _ = test.select(problem)
     assert choice.config != wrong
     assert kernels.feasible(problem, choice.config) is None
     assert "refused" in choice.reason and choices.choose(problem) == choice
     assert str(choice.config) in str(warned[0].message)
 
 
-def test_no_right_kernel_is_an_error(tmp_path):
+@pytest.fixture
+def few_candidates(monkeypatch):
+    """Of the hundreds those with two widths and two numbers of simdgroups."""
+    real = kernels.candidates
+
+    def candidates(problem):
+        return [c for c in real(problem) if c.tile_size_n in (64, 128) and c.simdgroups in (8, 16)]
+
+    monkeypatch.setattr(kernels, "candidates", candidates)
+
+
+def test_no_right_kernel_is_an_error(tmp_path, few_candidates):
     few = replace(LINEAR, rows=1)
     test = self_test(tmp_path, Planted(lambda config: True, halved))
     with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="Run the layer on the CPU"):
         test.select(few)
 
 
+# Many rows, so that the default is a matrix kernel.
+MANY = replace(SWIGLU, rows=32)
+
+
+def variants_tried(tmp_path, problem, is_wrong, spoil) -> list:
+    """Configs that run until one is right, or none is left."""
+    tried = []
+    executor = Planted(lambda config: tried.append(config) or is_wrong(config), spoil)
+    with pytest.warns(RuntimeWarning) as warned:
+        try:
+            self_test(tmp_path, executor).select(problem)
+        except RuntimeError:
+            pass
+    assert len(warned) == 1
+    return list(dict.fromkeys(tried))
+
+
+def test_a_variant_that_cannot_be_built_gives_way_to_prefill4(tmp_path):
+    first, second, third = variants_tried(tmp_path, MANY, lambda c: c.kernel_variant == "base", not_compiled)
+    assert first.kernel_variant == second.kernel_variant == "base" and first != second
+    assert third.kernel_variant == "prefill4"
+    assert first.use_fp32_acc and second.use_fp32_acc and third.use_fp32_acc
+
+
+def test_other_tiles_of_a_wrong_variant_come_before_prefill4_and_that_before_the_rest(tmp_path, few_candidates):
+    def is_wrong(config):
+        return config.kernel_variant in ("large_batch", "prefill4") and config.use_fp32_acc
+
+    tried = variants_tried(tmp_path, replace(MANY, rows=512), is_wrong, halved)
+    assert list(dict.fromkeys(c.kernel_variant for c in tried))[:2] == ["large_batch", "prefill4"]
+    assert tried[-1].kernel_variant in ("decode", "base") and tried[-1].use_fp32_acc
+    assert set(filter(is_wrong, kernels.candidates(MANY))) == set(tried[:-1])
+
+
+def test_three_builds_that_fail_are_enough(tmp_path):
+    executor = Planted(lambda config: True, not_compiled)
+    test = self_test(tmp_path, executor)
+    with pytest.warns(RuntimeWarning, match="is refused on this GPU") as warned:
+        with pytest.raises(RuntimeError, match="3 kernels for .* could not be built.*error: no such type") as raised:
+            test.select(MANY)
+    assert len(warned) == 1 and executor.runs == 3
+    assert BUILD_ERROR in str(warned[0].message) and BUILD_ERROR in str(raised.value), "the errors arrive whole"
+    assert "on the CPU" in str(raised.value)
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="could not be built"):
+        warnings.simplefilter("error")
+        test.select(MANY)
+    assert executor.runs == 3
+
+
+def test_an_error_of_any_length_arrives_whole(tmp_path):
+    long = BUILD_ERROR + "\na.metal:9:9: error: " + "x" * 5000
+
+    def spoil(y):
+        raise RuntimeError(long)
+
+    assert long in self_test(tmp_path, Planted(lambda config: True, spoil)).fault(LINEAR, kernels.default(LINEAR))
+
+
+def test_the_self_test_knows_what_the_encoder_says():
+    assert f" {selftest._NOT_BUILT}: " in (ROOT / "csrc" / "metal" / "encode.cpp").read_text()
+    assert selftest._NOT_BUILT in BUILD_ERROR
+
+
+def test_build_errors():
+    """A compiler's output without its warnings."""
+    text = "warning: a\n int b;\n ^\nx.metal:3:1: error: c\n int d;\n ^\nnote: e\n f\nerror: g\nerror: h\n i\n"
+    assert _ext.build_errors(text) == "x.metal:3:1: error: c\n int d;\n ^\nerror: g\nerror: h\n i"
+    for whole in ("", "XPC_ERROR_CONNECTION_INTERRUPTED", "two\nlines\n"):
+        assert _ext.build_errors(whole) == whole
+
+
 def test_verdicts_are_kept(tmp_path):
     wrong = kernels.default(SWIGLU)
     first = Planted(lambda config: config == wrong, halved)
     with pytest.warns(RuntimeWarning):
-        chosen = self_test(tmp_path, first).select(SWIGLU).config
+        chosen = self_test(tmp_path, first).select(SWIGLU)[0].config
     choices._choices = choices._Choices()
     again = Planted(lambda config: False, halved)
     with pytest.warns(RuntimeWarning):
-        assert self_test(tmp_path, again).select(SWIGLU).config == chosen
+        assert self_test(tmp_path, again).select(SWIGLU)[0].config == chosen
     assert (first.runs, again.runs) == (2, 0)
 
 
@@ -166,6 +260,25 @@ def test_nothing_runs_in_a_trace(tmp_path, monkeypatch):
     assert executor.runs == 1
 
 
+def test_a_trace_takes_the_config_that_an_earlier_call_found(tmp_path, monkeypatch):
+    """What cannot be built is used by a trace that comes first; the encoder's error then names it."""
+    executor = Planted(lambda config: config == kernels.default(LINEAR), not_compiled)
+    test = self_test(tmp_path, executor)
+    monkeypatch.setattr(selftest, "_gpu", lambda: test)
+    untested = selftest.select(LINEAR, traced=True)
+    assert (untested[0].config, untested[1]) == (kernels.default(LINEAR), False)
+    with pytest.warns(RuntimeWarning, match="could not be built"):
+        found = selftest.select(LINEAR, traced=False)
+    assert found[0].config != kernels.default(LINEAR) and found[1]
+    assert selftest.select(LINEAR, traced=True) == found
+    runs = executor.runs
+    # Another number of rows runs the same kernels: known to be wrong, and nothing may be run to look for others.
+    with pytest.warns(RuntimeWarning):
+        choice, known = selftest.select(replace(LINEAR, rows=3), traced=True)
+    assert choice.config != kernels.default(LINEAR) and executor.runs == runs
+    assert known == test.known(replace(LINEAR, rows=3), choice.config)
+
+
 def test_tracing_is_seen():
     seen = []
 
@@ -188,12 +301,86 @@ def test_the_cpu_is_not_tested():
 @pytest.mark.parametrize("rows", [1, 4, 16, 64])
 def test_the_small_case_is_small(rows):
     problem = replace(SWIGLU, rows=rows)
-    for config in kernels.candidates(problem)[::3]:
-        small = selftest.small_problem(problem, config)
+    for config in kernels.candidates(problem)[::17]:
+        small = small_cases.small_problem(problem, config)
         assert kernels.feasible(small, config) is None
         assert small.rows == config.tile_size_m + 1
         assert small.bits == problem.bits and small.experts >= len(problem.bits)
         assert small.hidden * small.intermediate <= 2048 * 2048
+
+
+def loops(problem, config):
+    return small_cases._loops(ops.plan(problem, config))
+
+
+@pytest.mark.parametrize(
+    "name, rows, columns, simdgroups, wanted",
+    [
+        ("decode", 1, 48, 12, {"a narrow last group", "several blocks of input", "several blocks of scales"}),
+        ("prefill4", 4, 160, 16, {"a narrow last group", "unequal ranges of k", "several blocks of scales"}),
+        ("base", 16, 48, 12, {"a narrow last group", "several groups of columns", "several blocks of scales"}),
+        ("large_batch", 64, 128, 16, {"several groups of columns", "several steps in a range"}),
+    ],
+)
+def test_the_small_case_reaches_the_loops_that_a_layer_reaches(name, rows, columns, simdgroups, wanted):
+    config = kernels.KernelConfig(kernels.make_name(name), rows, columns, simdgroups, False, name)
+    reached = loops(small_cases.small_problem(SWIGLU, config), config)
+    assert {f"trellis_linear: {what}" for what in wanted} <= reached
+    for sizes in ((2048, 768), (4096, 1536), (1280, 640)):
+        problem = replace(SWIGLU, hidden=sizes[0], intermediate=sizes[1], rows=rows + 1)
+        if small_cases.code(ops.plan(problem, config)) == small_cases.code(ops.plan(SWIGLU, config)):
+            assert loops(problem, config) <= reached
+
+
+@pytest.mark.parametrize("problem", [SWIGLU, GATHERED, replace(SWIGLU, top_k=1)])
+def test_sorting_is_tested_with_more_of_everything_than_threads(problem):
+    """route.metal: 512 threads, and eight slots at a time."""
+    for name, rows in (("decode", 2), ("prefill4", 4), ("large_batch", 64)):
+        config = kernels.KernelConfig(kernels.make_name(name), rows, 128, 16, True, name)
+        found = list(small_cases.routing_problems(problem, config))
+        assert len(found) == 2
+        for small in found:
+            case = small_cases.make_case(small)
+            slots = case["indices"].size
+            counts = np.bincount(case["indices"].reshape(-1), minlength=small.experts)
+            assert slots > 512 and counts[0] >= slots // 2 and counts[small.experts - 1] > 0
+            assert slots // max(1, 512 // (small.experts + 1)) > 8
+        assert found[1].experts > 512
+    assert not list(small_cases.routing_problems(problem, replace(config, tile_size_m=1)))
+    assert not list(small_cases.routing_problems(LINEAR, config))
+
+
+def test_a_wrong_sort_is_refused_once_for_all_configs(tmp_path):
+    """Whose own small case is right: more slots than there are threads come wrong."""
+    runs = []
+
+    def execute(problem, config, case):
+        runs.append(problem.experts)
+        y = right(problem, config, case)
+        return halved(y) if problem.experts > 512 else y
+
+    test = self_test(tmp_path, execute)
+    one, other = (
+        kernels.KernelConfig("moe_trellis_swiglu_prefill4", 4, columns, 8, True, "prefill4") for columns in (64, 128)
+    )
+    assert "error against the codec" in test.fault(GATHERED, one)
+    assert "error against the codec" in test.fault(GATHERED, other)
+    assert len(runs) == 4  # the config's own case, twice; the sorts once
+
+
+def test_kernels_that_no_config_chooses_are_tested(tmp_path):
+    wrong = set()
+
+    def execute(problem, config, case):
+        y = small_cases.expected(problem, case)
+        return y + 1e-3 * (case.get("of") in wrong)
+
+    test = self_test(tmp_path, execute)
+    assert test.others() == {}
+    wrong.add("weight")
+    assert len(test.others()) == len(codec.WIDTHS) + 2 * codec.MAX_BITS
+    wrong.symmetric_difference_update({"weight", "gradient"})
+    assert len(test.others()) == 2
 
 
 @pytest.mark.parametrize("hidden, intermediate", [(2048, 768), (4096, 1536), (7168, 2048), (2048, 8192)])
@@ -202,7 +389,7 @@ def test_the_small_case_runs_the_kernels_that_the_layer_runs(hidden, intermediat
     """Sizes decide whether a product makes its own input: a verdict on the one is none on the other."""
     problem = replace(SWIGLU, hidden=hidden, intermediate=intermediate)
     config = kernels.KernelConfig("moe_trellis_swiglu_decode", 1, columns, simdgroups, True, "decode")
-    small = selftest.small_problem(problem, config)
+    small = small_cases.small_problem(problem, config)
 
     def compiled(problem):
         plan = ops.plan(replace(problem, rows=2), config)
@@ -221,7 +408,7 @@ def test_rows_in_several_passes_have_a_small_case(hidden, intermediate, top_k):
     config = kernels.default(problem)
     kinds = [d["kernel"] for d in ops.plan(problem, config)["dispatches"]]
     assert len(kinds) > len(set(kinds))
-    small = selftest.small_problem(problem, config)
+    small = small_cases.small_problem(problem, config)
     assert {d["kernel"] for d in ops.plan(small, config)["dispatches"]} == set(kinds)
 
 
@@ -234,23 +421,23 @@ def test_rows_in_several_passes_have_a_small_case(hidden, intermediate, top_k):
     ],
     ids=str,
 )
-def test_every_candidate_of_a_wide_layer_has_a_small_case(problem):
-    for config in kernels.candidates(problem):
-        selftest.small_problem(problem, config)
+def test_candidates_of_a_wide_layer_have_a_small_case(problem):
+    for config in kernels.candidates(problem)[::7]:
+        small_cases.small_problem(problem, config)
 
 
 def test_a_config_without_a_small_case_is_refused(tmp_path, monkeypatch):
     wrong = kernels.default(LINEAR)
-    real = selftest.small_problem
+    real = small_cases.small_problem
 
     def small_problem(problem, config):
         if config == wrong:
-            raise selftest.NoSmallCase("no small problem")
+            raise small_cases.NoSmallCase("no small problem")
         return real(problem, config)
 
-    monkeypatch.setattr(selftest, "small_problem", small_problem)
+    monkeypatch.setattr(small_cases, "small_problem", small_problem)
     with pytest.warns(RuntimeWarning, match="cannot be tested: no small problem"):
-        assert self_test(tmp_path, right).select(LINEAR).config != wrong
+        assert self_test(tmp_path, right).select(LINEAR)[0].config != wrong
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64])
@@ -258,7 +445,7 @@ def test_gathered_products_are_tested_as_such(rows):
     """A verdict on a linear is none on one projection of experts: rows are routed and indexed there."""
     problem = replace(GATHERED, rows=rows)
     config = kernels.default(problem)
-    small = selftest.small_problem(problem, config)
+    small = small_cases.small_problem(problem, config)
     assert small.experts >= 3 and small.bits == problem.bits
     alone = replace(problem, experts=1, bits=((2,),))
     assert selftest._key(problem, config) != selftest._key(alone, config)
@@ -297,7 +484,7 @@ def test_what_does_not_run_is_tried_again_by_the_next_process(tmp_path):
     with pytest.warns(RuntimeWarning, match="does not run"):
         self_test(tmp_path, Planted(lambda config: config == wrong, not_compiled)).select(LINEAR)
     choices._choices = choices._Choices()
-    assert self_test(tmp_path, Planted(lambda config: False, halved)).select(LINEAR).config == wrong
+    assert self_test(tmp_path, Planted(lambda config: False, halved)).select(LINEAR)[0].config == wrong
 
 
 @pytest.mark.parametrize("fp32_acc", [True, False])
@@ -307,14 +494,14 @@ def test_planted_decoders_are_refused(tmp_path, monkeypatch, name, dtype, fp32_a
     """What the codec's own tests reject, on the rows that the self-test takes."""
     what, replacement, codebooks = {**PLANTED, **PLANTED_HALF_RATES}[name]
     bits = ((2.5,),) if name in PLANTED_HALF_RATES else LINEAR.bits
-    problem = replace(LINEAR, bits=bits, codebooks=(codebooks[-1],), dtype=dtype)
+    problem = replace(LINEAR, bits=bits, codebooks=(codebooks[-1],), dtype=dtype, accuracy="half")
     config = replace(kernels.default(problem), use_fp32_acc=fp32_acc)
     assert self_test(tmp_path, right).fault(problem, config) is None
 
     def wrong(problem, config, case):
         with monkeypatch.context() as patch:
             patch.setattr(codec.trellis, what, replacement)
-            return selftest.expected(problem, case)
+            return small_cases.expected(problem, case)
 
     (tmp_path / "verdicts.json").unlink()
     assert "error against the codec" in self_test(tmp_path, wrong).fault(problem, config)

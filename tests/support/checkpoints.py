@@ -13,6 +13,10 @@ import numpy as np
 from mlx_marlin import TrellisWeight, codec
 
 MARKERS = {"mcg": -877912083, "mul1": -2082680531}
+HALF_RATES = [width for width in codec.WIDTHS if codec.is_half_rate(width)]
+TOKEN_EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")
+# Widths that linears take in turn, shuffled, so that every checkpoint of nine linears has each of them.
+WIDTHS = [width for width in codec.WIDTHS if width <= 6]
 
 
 @dataclass(frozen=True)
@@ -70,15 +74,17 @@ class Checkpoint:
         self.rng = np.random.default_rng(0)
         self.exl3: dict[str, mx.array] = {}
         self.dense: dict[str, mx.array] = {}
-        self.bits: dict[str, int] = {}
+        self.bits: dict[str, int | float] = {}
         self._makes_dense = dense
+        self._widths: list[int | float] = []
 
     def linear(self, name: str, k: int, n: int, *, bits=None, bias=False, zero_padding=False) -> None:
         """A quantized linear, in both forms."""
         rng, (kp, np_) = self.rng, (codec.padded(k), codec.padded(n))
-        bits = int(rng.integers(1, 7)) if bits is None else bits
-        codebook = codec.CODEBOOKS[rng.integers(3)]
-        trellis = rng.integers(-(2**15), 2**15, (kp // 16, np_ // 16, 16 * bits), dtype=np.int16)
+        bits = self._next_width() if bits is None else bits
+        codebook = "mul1" if codec.is_half_rate(bits) else codec.CODEBOOKS[rng.integers(3)]
+        shape = (kp // codec.TILE, np_ // codec.TILE, codec.words_per_tile(bits))
+        trellis = rng.integers(-(2**15), 2**15, shape, dtype=np.int16)
         suh, svh = ((rng.choice([-1, 1], size) * rng.uniform(0.5, 1.5, size)).astype(np.float32) for size in (kp, np_))
         suh = (suh / np.sqrt(k)).astype(np.float16)
         svh = svh.astype(np.float16)
@@ -99,6 +105,11 @@ class Checkpoint:
             w = TrellisWeight(trellis, suh, svh, codebook, in_features=k, out_features=n)
             self.dense[f"{name}.weight"] = mx.array(codec.dequantize(w).T)
 
+    def _next_width(self) -> int | float:
+        if not self._widths:
+            self._widths = [WIDTHS[i] for i in self.rng.permutation(len(WIDTHS))]
+        return self._widths.pop()
+
     def plain(self, name: str, *shape: int, mean=0.0, spread=1.0, dtype=mx.bfloat16) -> None:
         """An unquantized tensor."""
         values = mx.array(self.rng.normal(mean, spread, shape).astype(np.float32)).astype(dtype)
@@ -116,7 +127,7 @@ class Checkpoint:
 
     def quantize_embedding(self, bits: int = 4, parts: int = 1) -> str:
         """Replace the token embedding by a quantized one, split by rows into ``parts``; returns its name."""
-        name = next(key for key in self.exl3 if key.endswith("embed_tokens.weight")).removesuffix(".weight")
+        name = next(key for key in self.exl3 if key.endswith(TOKEN_EMBEDDINGS)).removesuffix(".weight")
         rows, features = self.exl3.pop(f"{name}.weight").shape
         groups = -(-features // codec.TILE_SIZE)
         rings = self.rng.integers(0, 1 << 16, (rows, groups, 1 + 16 * bits), np.uint16)
@@ -199,7 +210,7 @@ class Checkpoint:
         """The EXL3 directory."""
         quantization = {
             "quant_method": "exl3",
-            "version": "1.4.1",
+            "version": "1.6.5",
             "bits": 3.5,
             "head_bits": 6,
             "out_scales": "always",

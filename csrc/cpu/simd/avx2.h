@@ -170,19 +170,14 @@ struct Decoder {
 
   template <bool FIRST>
   MARLIN_INLINE void pack(const uint8_t* tile, int group, Packed<CODEBOOK>& packed) const {
-    alignas(32) uint8_t copy[MARLIN_TILE_WORDS(MARLIN_MAX_BITS) * 4 + 16];
-    if (__builtin_expect(tile == last, 0)) {  // loads reach up to 12 bytes beyond a tile
-      std::memcpy(copy, tile, bytes());
-      tile = copy;
-    }
-    const uint8_t* begin = tile + group / 2 * pair_bytes;
-    const uint8_t* wrapped = tile + bytes() - 4;
-    const ByteWindows& of_group = windows[group % 2];
-    unroll<2>([&](auto pair) MARLIN_LAMBDA {
-      __m128i low = quarter<FIRST>(begin, wrapped, of_group.offset[2 * pair]);
-      __m128i high = quarter<FIRST>(begin, wrapped, of_group.offset[2 * pair + 1]);
-      put(states(_mm256_set_m128i(high, low), of_group, pair), pair, packed);
-    });
+    states_of<FIRST>(tile, group, [&](auto pair, __m256i states) MARLIN_LAMBDA { put(states, pair, packed); });
+  }
+
+  // The byte sums of mul1 as words: lanes of 64 bits are four rows of columns `group` and `group` + 8 in turn.
+  template <bool FIRST>
+  MARLIN_INLINE void words(const uint8_t* tile, int group, __m256i* out) const {
+    states_of<FIRST>(
+        tile, group, [&](auto pair, __m256i states) MARLIN_LAMBDA { out[pair] = byte_sums(hash(states)); });
   }
 
   MARLIN_INLINE void unpack(const Packed<CODEBOOK>& packed, V* out) const {
@@ -204,6 +199,24 @@ struct Decoder {
   }
 
  private:
+  // visit(pair, the states of the tile's lanes 2 * pair and 2 * pair + 1 of a group) for both pairs.
+  template <bool FIRST, typename Visit>
+  MARLIN_INLINE void states_of(const uint8_t* tile, int group, Visit&& visit) const {
+    alignas(32) uint8_t copy[MARLIN_TILE_WORDS(MARLIN_MAX_BITS) * 4 + 16];
+    if (__builtin_expect(tile == last, 0)) {  // loads reach up to 12 bytes beyond a tile
+      std::memcpy(copy, tile, bytes());
+      tile = copy;
+    }
+    const uint8_t* begin = tile + group / 2 * pair_bytes;
+    const uint8_t* wrapped = tile + bytes() - 4;
+    const ByteWindows& of_group = windows[group % 2];
+    unroll<2>([&](auto pair) MARLIN_LAMBDA {
+      __m128i low = quarter<FIRST>(begin, wrapped, of_group.offset[2 * pair]);
+      __m128i high = quarter<FIRST>(begin, wrapped, of_group.offset[2 * pair + 1]);
+      visit(pair, states(_mm256_set_m128i(high, low), of_group, pair));
+    });
+  }
+
   // The 16 bytes that hold the states of one of the tile's 32 lanes.
   template <bool FIRST>
   MARLIN_INLINE __m128i quarter(const uint8_t* begin, const uint8_t* wrapped, int offset) const {
@@ -229,16 +242,29 @@ struct Decoder {
     return _mm256_set1_epi16(static_cast<int16_t>(x & 0xffff));
   }
 
-  static MARLIN_INLINE void put(__m256i state, int pair, Packed<CODEBOOK>& packed) {
+  struct Product {
+    __m256i low, high;  // the 16-bit halves of 16 products
+  };
+
+  static MARLIN_INLINE Product hash(__m256i state) {
     __m256i multiplier = set1_word(kMultiplier);
-    __m256i low = _mm256_mullo_epi16(state, multiplier);
-    __m256i high = _mm256_add_epi16(
-        _mm256_mulhi_epu16(state, multiplier), _mm256_mullo_epi16(state, set1_word(kMultiplier >> 16)));
+    return {
+        _mm256_mullo_epi16(state, multiplier),
+        _mm256_add_epi16(
+            _mm256_mulhi_epu16(state, multiplier), _mm256_mullo_epi16(state, set1_word(kMultiplier >> 16)))};
+  }
+
+  static MARLIN_INLINE __m256i byte_sums(Product x) {
+    __m256i ones = _mm256_set1_epi8(1);
+    return _mm256_add_epi16(_mm256_maddubs_epi16(x.low, ones), _mm256_maddubs_epi16(x.high, ones));
+  }
+
+  static MARLIN_INLINE void put(__m256i state, int pair, Packed<CODEBOOK>& packed) {
+    const Product product = hash(state);
     if constexpr (kMul1) {
-      __m256i ones = _mm256_set1_epi8(1);
-      __m256i sum = _mm256_add_epi16(_mm256_maddubs_epi16(low, ones), _mm256_maddubs_epi16(high, ones));
-      packed.put(0, pair, _mm256_or_si256(sum, set1_word(0x6400)));
+      packed.put(0, pair, _mm256_or_si256(byte_sums(product), set1_word(0x6400)));
     } else {
+      __m256i low = product.low, high = product.high;
       if constexpr (CODEBOOK == MARLIN_CODEBOOK_3INST) {
         __m256i increment = set1_word(kHalvesIncrement<CODEBOOK>);
         low = _mm256_add_epi16(low, increment);
@@ -256,5 +282,47 @@ struct Decoder {
   const uint8_t* last;     // tile of the matrix
   ByteWindows windows[2];  // of even and of odd groups
 };
+
+// What tier/integer.h needs.
+using W = __m256i;  // words of 16 bits
+using I = __m256i;  // sums of 32 bits
+using WordDecoder = Decoder<MARLIN_CODEBOOK_MUL1>;
+
+constexpr int kWords = 16;
+constexpr int kCopies = 2;         // of x: four rows of a tile serve columns 8 apart
+constexpr int kGroupSums = 1;      // of columns `group` and `group` + 8: two lanes each, twice
+constexpr int kRegisterSums = 12;  // beside 2 vectors of words, 1 of x and a product in 16 registers
+
+MARLIN_INLINE void store_words(const int16_t* tile, int16_t* out) {
+  for (int i = 0; i < MARLIN_TILE; i += 4) {
+    std::memcpy(out + 2 * i, tile + i, 8);
+    std::memcpy(out + 2 * i + 4, tile + i, 8);
+  }
+}
+
+MARLIN_INLINE W load_words(const int16_t* x, int vector) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + kWords * vector));
+}
+
+MARLIN_INLINE void add_products(W w, W x, I* sums) {
+  *sums = _mm256_add_epi32(*sums, _mm256_madd_epi16(w, x));
+}
+
+MARLIN_INLINE V to_floats(I sums) {
+  return _mm256_cvtepi32_ps(sums);
+}
+
+// y[0..16) = the sums of the groups, per column.
+MARLIN_INLINE void sum_word_chains(const V* groups, float* y) {
+  for (int g = 0; g < 8; g += 4) {
+    auto columns = [&](int first) {  // g, g + 8, g + 1, g + 9
+      V pair = _mm256_hadd_ps(groups[first], groups[first + 1]);
+      return _mm_add_ps(_mm256_castps256_ps128(pair), _mm256_extractf128_ps(pair, 1));
+    };
+    __m128 a = columns(g), b = columns(g + 2);
+    _mm_storeu_ps(y + g, _mm_shuffle_ps(a, b, 0x88));
+    _mm_storeu_ps(y + g + 8, _mm_shuffle_ps(a, b, 0xdd));
+  }
+}
 
 }  // namespace mlx_marlin::cpu::MARLIN_TIER

@@ -276,9 +276,9 @@ struct GroupReader {
   __mmask16 present[2], present_first;
 };
 
-template <int CODEBOOK>
-struct Decoder {
-  explicit Decoder(const Codes& codes) : reader(codes) {
+// Reads the states of a group, 16 of column `group`, then 16 of `group` + 8.
+struct StateReader {
+  explicit StateReader(const Codes& codes) : reader(codes) {
     const Windows(&windows)[2] = kWindows.by_width[codes.half_bits];
     for (int parity = 0; parity < 2; ++parity) {
 #if defined(__AVX512VBMI__)
@@ -298,8 +298,32 @@ struct Decoder {
   }
 
   template <bool FIRST>
+  MARLIN_INLINE __m512i states(const uint8_t* tile, int group) const {
+    const __m512i words = reader.template words<FIRST>(tile, group);
+#if defined(__AVX512VBMI__)
+    return _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(gather[group % 2], words));
+#else
+    __m512i high = _mm512_sllv_epi16(_mm512_permutexvar_epi16(first[group % 2], words), left);
+    __m512i low = _mm512_srlv_epi16(_mm512_permutexvar_epi16(second[group % 2], words), right);
+    return _mm512_or_si512(high, low);
+#endif
+  }
+
+  GroupReader reader;
+#if defined(__AVX512VBMI__)
+  __m512i gather[2], shift;
+#else
+  __m512i first[2], second[2], left, right;
+#endif
+};
+
+template <int CODEBOOK>
+struct Decoder {
+  explicit Decoder(const Codes& codes) : reader(codes) {}
+
+  template <bool FIRST>
   MARLIN_INLINE void pack(const uint8_t* tile, int group, Packed<CODEBOOK>& packed) const {
-    put(hash(states<FIRST>(tile, group)), packed);
+    put(hash(reader.template states<FIRST>(tile, group)), packed);
   }
 
   MARLIN_INLINE void unpack(const Packed<CODEBOOK>& packed, V* out) const {
@@ -321,25 +345,13 @@ struct Decoder {
   }
 
   int bytes() const {  // of a tile
-    return reader.bytes();
+    return reader.reader.bytes();
   }
 
  private:
   struct Product {
     __m512i low, high;  // the 16-bit halves of 32 products
   };
-
-  template <bool FIRST>
-  MARLIN_INLINE __m512i states(const uint8_t* tile, int group) const {
-    const __m512i words = reader.template words<FIRST>(tile, group);
-#if defined(__AVX512VBMI__)
-    return _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(gather[group % 2], words));
-#else
-    __m512i high = _mm512_sllv_epi16(_mm512_permutexvar_epi16(first[group % 2], words), left);
-    __m512i low = _mm512_srlv_epi16(_mm512_permutexvar_epi16(second[group % 2], words), right);
-    return _mm512_or_si512(high, low);
-#endif
-  }
 
   MARLIN_INLINE Product hash(__m512i state) const {
     __m512i low = _mm512_mullo_epi16(state, constants.low_multiplier);
@@ -380,13 +392,8 @@ struct Decoder {
     }
   }
 
-  GroupReader reader;
+  StateReader reader;
   Constants<CODEBOOK> constants;
-#if defined(__AVX512VBMI__)
-  __m512i gather[2], shift;
-#else
-  __m512i first[2], second[2], left, right;
-#endif
 };
 
 }  // namespace mlx_marlin::cpu::MARLIN_TIER
@@ -394,3 +401,4 @@ struct Decoder {
 #if defined(__AVX512VNNI__) && !defined(__AVX512FP16__)
 #include "cpu/simd/avx512_vnni.h"
 #endif
+#include "cpu/simd/avx512_words.h"

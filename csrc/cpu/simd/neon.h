@@ -159,17 +159,15 @@ struct Decoder {
 
   template <bool FIRST>
   MARLIN_INLINE void pack(const uint8_t* tile, int group, Packed<CODEBOOK>& packed) const {
-    uint8_t copy[MARLIN_TILE_WORDS(MARLIN_MAX_BITS) * 4 + 16];
-    if (__builtin_expect(tile == last, 0)) {  // loads reach up to 12 bytes beyond a tile
-      std::memcpy(copy, tile, bytes());
-      tile = copy;
-    }
-    const uint8_t* begin = tile + group / 2 * pair_bytes;
-    const uint8_t* wrapped = tile + bytes() - 4;
-    const ByteWindows& of_group = windows[group % 2];
-    unroll<4>([&](auto lane) MARLIN_LAMBDA {
-      const uint8x16_t words = quarter<FIRST>(begin, wrapped, of_group.offset[lane]);
-      values(states(words, of_group, lane), packed.values + 2 * lane);
+    states_of<FIRST>(
+        tile, group, [&](auto lane, uint16x8_t states) MARLIN_LAMBDA { values(states, packed.values + 2 * lane); });
+  }
+
+  // The byte sums of mul1 as words: four rows of column `group`, then of `group` + 8.
+  template <bool FIRST>
+  MARLIN_INLINE void words(const uint8_t* tile, int group, int16x8_t* out) const {
+    states_of<FIRST>(tile, group, [&](auto lane, uint16x8_t states) MARLIN_LAMBDA {
+      out[lane] = vreinterpretq_s16_u16(byte_sums(hash(states)));
     });
   }
 
@@ -182,6 +180,22 @@ struct Decoder {
   }
 
  private:
+  // visit(lane, its states) for each of the tile's lanes of a group.
+  template <bool FIRST, typename Visit>
+  MARLIN_INLINE void states_of(const uint8_t* tile, int group, Visit&& visit) const {
+    uint8_t copy[MARLIN_TILE_WORDS(MARLIN_MAX_BITS) * 4 + 16];
+    if (__builtin_expect(tile == last, 0)) {  // loads reach up to 12 bytes beyond a tile
+      std::memcpy(copy, tile, bytes());
+      tile = copy;
+    }
+    const uint8_t* begin = tile + group / 2 * pair_bytes;
+    const uint8_t* wrapped = tile + bytes() - 4;
+    const ByteWindows& of_group = windows[group % 2];
+    unroll<4>([&](auto lane) MARLIN_LAMBDA {
+      visit(lane, states(quarter<FIRST>(begin, wrapped, of_group.offset[lane]), of_group, lane));
+    });
+  }
+
   // The 16 bytes that hold the states of one of the tile's 32 lanes.
   template <bool FIRST>
   MARLIN_INLINE uint8x16_t quarter(const uint8_t* begin, const uint8_t* wrapped, int offset) const {
@@ -214,11 +228,14 @@ struct Decoder {
         vmlaq_u32(start, vmovl_u16(vget_high_u16(state)), factor)};
   }
 
+  static MARLIN_INLINE uint16x8_t byte_sums(Products x) {
+    return vpaddq_u16(vpaddlq_u8(vreinterpretq_u8_u32(x.first)), vpaddlq_u8(vreinterpretq_u8_u32(x.second)));
+  }
+
   static MARLIN_INLINE void values(uint16x8_t state, V* out) {
     Products x = hash(state);
     if constexpr (kMul1) {
-      uint16x8_t sum =
-          vpaddq_u16(vpaddlq_u8(vreinterpretq_u8_u32(x.first)), vpaddlq_u8(vreinterpretq_u8_u32(x.second)));
+      uint16x8_t sum = byte_sums(x);
 #if defined(__ARM_FEATURE_FP16_VECTOR_ARITHMETIC)
       float16x8_t s = vreinterpretq_f16_u16(vorrq_u16(sum, vdupq_n_u16(0x6400)));  // 1024 + sum
       float16x8_t value = vfmaq_f16(
@@ -258,5 +275,38 @@ struct Decoder {
   ByteWindows windows[2];       // of even and of odd groups, which differ in whole bytes
   int16x8_t left[2], right[2];  // of even and of odd lanes
 };
+
+// What tier/integer.h needs.
+using W = int16x8_t;
+using I = int32x4_t;
+using WordDecoder = Decoder<MARLIN_CODEBOOK_MUL1>;
+
+constexpr int kWords = 8;
+constexpr int kCopies = 1;         // of x
+constexpr int kGroupSums = 2;      // of column `group`, and of `group` + 8
+constexpr int kRegisterSums = 24;  // beside 2 vectors of words and 1 of x in 32 registers
+
+MARLIN_INLINE void store_words(const int16_t* tile, int16_t* out) {
+  std::memcpy(out, tile, MARLIN_TILE * sizeof(int16_t));
+}
+
+// Four rows, for both columns.
+MARLIN_INLINE W load_words(const int16_t* x, int vector) {
+  return vreinterpretq_s16_s64(vld1q_dup_s64(reinterpret_cast<const int64_t*>(x + 4 * vector)));
+}
+
+MARLIN_INLINE void add_products(W w, W x, I* sums) {
+  sums[0] = vmlal_s16(sums[0], vget_low_s16(w), vget_low_s16(x));
+  sums[1] = vmlal_high_s16(sums[1], w, x);
+}
+
+MARLIN_INLINE V to_floats(I sums) {
+  return vcvtq_f32_s32(sums);
+}
+
+// y[0..16) = the sums of the groups, per column.
+MARLIN_INLINE void sum_word_chains(const V* groups, float* y) {
+  sum_chains(groups, y);
+}
 
 }  // namespace mlx_marlin::cpu::MARLIN_TIER

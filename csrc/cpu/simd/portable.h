@@ -9,7 +9,7 @@ namespace mlx_marlin::cpu::MARLIN_TIER {
 
 typedef float V __attribute__((vector_size(16)));
 typedef uint32_t U __attribute__((vector_size(16)));
-typedef int32_t I __attribute__((vector_size(16)));
+typedef int32_t I __attribute__((vector_size(16)));  // also sums of integers
 
 constexpr int kLanes = 4;
 
@@ -170,12 +170,16 @@ MARLIN_INLINE V round_to_half(V v) {
   return c - (c - v);
 }
 
+MARLIN_INLINE I byte_sums(U state) {
+  U x = state * MARLIN_MUL1_MULTIPLIER;
+  x = (x & 0x00ff00ff) + (x >> 8 & 0x00ff00ff);
+  return (I)((x & 0xffff) + (x >> 16));
+}
+
 template <int CODEBOOK>
 MARLIN_INLINE V codebook_value(U state) {
   if constexpr (CODEBOOK == MARLIN_CODEBOOK_MUL1) {
-    U x = state * MARLIN_MUL1_MULTIPLIER;
-    x = (x & 0x00ff00ff) + (x >> 8 & 0x00ff00ff);
-    V sum = __builtin_convertvector((I)((x & 0xffff) + (x >> 16)), V);
+    V sum = __builtin_convertvector(byte_sums(state), V);
     // In units of 2^-18 both terms are integers below 2^21, so that nothing is rounded but the result.
     return round_to_half(sum * set1(kMul1Scale) + set1(kMul1Offset));
   } else {
@@ -192,6 +196,11 @@ struct Packed {
   V values[8];  // [2 * step + half]
 };
 
+// Integers of 16 bits, held in 32: four rows of column `group`, and of `group` + 8.
+struct W {
+  I first, second;
+};
+
 template <int CODEBOOK>
 struct Decoder {
   explicit Decoder(const Codes& codes) : half_bits(codes.half_bits) {}
@@ -203,19 +212,17 @@ struct Decoder {
   // Not inlined: the callers unroll over the groups, and this is long.
   template <bool FIRST>
   __attribute__((noinline)) void pack(const uint8_t* tile, int group, Packed<CODEBOOK>& packed) const {
-    const int words = bytes() / 4;
     for (int i = 0; i < 8; ++i) {
-      U state;
-      for (int lane = 0; lane < 4; ++lane) {
-        int bit = window_end(half_bits, 32 * group + 4 * i + lane) - 16;
-        int word = bit >> 5;
-        uint32_t high, low;
-        std::memcpy(&high, tile + 4 * (word < 0 ? words - 1 : word), 4);
-        std::memcpy(&low, tile + 4 * (word + 1 < words ? word + 1 : 0), 4);
-        uint64_t pair = static_cast<uint64_t>(high) << 32 | low;
-        state[lane] = pair >> (48 - (bit & 31)) & 0xffff;
-      }
-      packed.values[i] = codebook_value<CODEBOOK>(state);
+      packed.values[i] = codebook_value<CODEBOOK>(states(tile, 32 * group + 4 * i));
+    }
+  }
+
+  // The byte sums of mul1.
+  template <bool FIRST>
+  __attribute__((noinline)) void words(const uint8_t* tile, int group, W* out) const {
+    for (int i = 0; i < 4; ++i) {
+      const int position = 32 * group + 8 * i;
+      out[i] = {byte_sums(states(tile, position)), byte_sums(states(tile, position + 4))};
     }
   }
 
@@ -223,7 +230,57 @@ struct Decoder {
     unroll<8>([&](auto i) MARLIN_LAMBDA { out[i] = packed.values[i]; });
   }
 
+ private:
+  // Of four positions.
+  U states(const uint8_t* tile, int position) const {
+    const int words = bytes() / 4;
+    U state;
+    for (int lane = 0; lane < 4; ++lane) {
+      int bit = window_end(half_bits, position + lane) - 16;
+      int word = bit >> 5;
+      uint32_t high, low;
+      std::memcpy(&high, tile + 4 * (word < 0 ? words - 1 : word), 4);
+      std::memcpy(&low, tile + 4 * (word + 1 < words ? word + 1 : 0), 4);
+      uint64_t pair = static_cast<uint64_t>(high) << 32 | low;
+      state[lane] = pair >> (48 - (bit & 31)) & 0xffff;
+    }
+    return state;
+  }
+
   int half_bits;
 };
+
+// What tier/integer.h needs.
+using WordDecoder = Decoder<MARLIN_CODEBOOK_MUL1>;
+
+constexpr int kWords = 8;
+constexpr int kCopies = 1;        // of x
+constexpr int kGroupSums = 2;     // of column `group`, and of `group` + 8
+constexpr int kRegisterSums = 4;  // few registers are sure, and a product of 32 bits takes several
+
+MARLIN_INLINE void store_words(const int16_t* tile, int16_t* out) {
+  std::memcpy(out, tile, MARLIN_TILE * sizeof(int16_t));
+}
+
+// Four rows, for both columns.
+MARLIN_INLINE W load_words(const int16_t* x, int vector) {
+  const int16_t* rows = x + 4 * vector;
+  I values = {rows[0], rows[1], rows[2], rows[3]};
+  return {values, values};
+}
+
+MARLIN_INLINE void add_products(W w, W x, I* sums) {
+  sums[0] += w.first * x.first;
+  sums[1] += w.second * x.second;
+}
+
+MARLIN_INLINE V to_floats(I sums) {
+  return __builtin_convertvector(sums, V);
+}
+
+// y[0..16) = the sums of the groups, per column.
+MARLIN_INLINE void sum_word_chains(const V* groups, float* y) {
+  sum_chains(groups, y);
+}
 
 }  // namespace mlx_marlin::cpu::MARLIN_TIER

@@ -25,6 +25,10 @@ static int block_rows(int rows, int panel_rows) {
   return rows < most ? rows : most;
 }
 
+static int64_t row_floats(int k) {
+  return k;
+}
+
 // The block of `count` rows that begins at row `first`, from tile `tile_row` on.
 MARLIN_INLINE const float* block_at(const float* x, int first, int count, int k, int tile_row) {
   return x + static_cast<int64_t>(first) * k + tile_row * count * MARLIN_TILE;
@@ -273,7 +277,7 @@ static int64_t multiply_scratch(int rows, int columns) {
 }
 
 static void multiply(
-    const Codes& codes, const float* x, int rows, int column, int columns, int panel_rows, float* y, int64_t ldy,
+    const Codes& codes, float* x, int rows, int column, int columns, int panel_rows, float* y, int64_t ldy,
     float* scratch) {
   V* sums = reinterpret_cast<V*>(scratch);
   switch (codes.codebook) {

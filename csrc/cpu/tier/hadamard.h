@@ -67,7 +67,9 @@ static void rotate_row(const void* x, int count, const uint16_t* scale, int size
   }
 }
 
-static void rotate(
+// With tile_stride, the 16 values of each tile go to out + tile * tile_stride in tile order; with 0 the row is stored as it
+// is.
+static void rotate_to(
     DType dtype, const void* x, int count, const uint16_t* scale, int size, int64_t tile_stride, float* out) {
   switch (dtype) {
     case DType::float32:
@@ -77,6 +79,20 @@ static void rotate(
     case DType::bfloat16:
       return rotate_row<DType::bfloat16>(x, count, scale, size, tile_stride, out);
   }
+}
+
+// As the exact product (gemm.h) reads it.
+static void rotate_rows(DType dtype, const void* x, int count, const uint16_t* scale, int size, const RowPlace& to) {
+  const int most = block_rows(to.rows, to.panel_rows);
+  const int first = to.row / most * most;
+  const int64_t stride = static_cast<int64_t>(to.rows - first < most ? to.rows - first : most) * MARLIN_TILE;
+  float* block = to.segment + static_cast<int64_t>(first) * to.k;
+  rotate_to(
+      dtype, x, count, scale, size, stride, block + (to.row - first) * MARLIN_TILE + to.column / MARLIN_TILE * stride);
+}
+
+static void rotate(DType dtype, const void* x, int count, const uint16_t* scale, int size, float* out) {
+  rotate_to(dtype, x, count, scale, size, 0, out);
 }
 
 static void finish(float* y, const uint16_t* scale, const float* bias) {

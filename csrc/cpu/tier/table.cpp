@@ -19,13 +19,22 @@
 #include "cpu/tier/embedding.h"
 #include "cpu/tier/gemm.h"
 #include "cpu/tier/hadamard.h"
+#include "cpu/tier/integer.h"
 #include "cpu/tier/transposed.h"
 
 namespace mlx_marlin::cpu::MARLIN_TIER {
 
 static const Tier table = {
-    rotate, block_rows,      multiply, multiply_scratch, multiply_transposed, finish, activate, add_scaled,
-    store,  decode_tile_row, embed};
+    {row_floats, rotate_rows, multiply, multiply_scratch},
+    {integer_row_floats, rotate_integers, multiply_integers, integer_scratch},
+    rotate,
+    multiply_transposed,
+    finish,
+    activate,
+    add_scaled,
+    store,
+    decode_tile_row,
+    embed};
 
 extern const Tier& tier_table();
 const Tier& tier_table() {

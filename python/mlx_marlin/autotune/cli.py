@@ -136,6 +136,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--device", choices=kernels.DEVICES, help="default: MLX's default device")
     p.add_argument("--dtype", choices=kernels.DTYPES, help="of the activations; default float32 on cpu, float16 on gpu")
+    p.add_argument(
+        "--accuracy",
+        choices=kernels.ACCURACIES,
+        help="of the products; default half on cpu, float32 on gpu, as in load",
+    )
     p.add_argument("--json", action="store_true", help="results as JSON on stdout")
     p.add_argument("--verbose", action="store_true", help="log rejected configs with their reasons")
     return p
@@ -144,18 +149,21 @@ def parser() -> argparse.ArgumentParser:
 def layers(args: argparse.Namespace, device: str) -> list[Problem]:
     """The problems that the arguments name, at one row."""
     dtype = args.dtype or kernels.USUAL_DTYPE[device]
+    accuracy = args.accuracy or kernels.USUAL_ACCURACY[device]
     if args.model:
         from ..lm.problems import model_problems
 
-        return list(model_problems(args.model, dtype, device))
+        return list(model_problems(args.model, dtype, device, accuracy))
     hidden, inter, experts, top_k = args.shape or DEFAULT_SHAPE
     mixes = ((args.bits or ((4, 4, 4),)),) if args.shape else DEFAULT_MIXES
     problems = [
-        Problem.swiglu(hidden, inter, experts=experts, top_k=top_k, bits=bits, dtype=dtype, device=device)
+        Problem.swiglu(
+            hidden, inter, experts=experts, top_k=top_k, bits=bits, dtype=dtype, device=device, accuracy=accuracy
+        )
         for bits in mixes
     ]
     if not args.shape:
-        problems.append(Problem.linear(*DEFAULT_LINEAR, dtype=dtype, device=device))
+        problems.append(Problem.linear(*DEFAULT_LINEAR, dtype=dtype, device=device, accuracy=accuracy))
     return problems
 
 

@@ -26,8 +26,7 @@ from ..weights.trellis import TrellisWeight
 
 # Largest relative error of an output row: float32 sums of a few thousand products; half an ulp of the 16-bit dtypes.
 TOLERANCE = {"float32": 2e-5, "float16": 5e-4, "bfloat16": 4e-3}
-# The same with half operands and half sums inside a tile, whose roundings alone reach 1.5e-3. Only for 16-bit rows: who
-# asks for float32 gets it.
+# The same with half operands and half sums inside a tile, whose roundings alone reach 1.5e-3.
 _HALF_TOLERANCE = 2e-3
 # Rows of a check, by the variant that is usual for them: what is right for these is right for the rows between. Full
 # panels and tiles (65 is more than the widest); one row less, so that the last one is ragged; the fewest rows.
@@ -54,7 +53,7 @@ def problem_class(problem: Problem) -> Problem:
 
 def tolerance(problem: Problem, config: KernelConfig) -> float:
     """The largest error of a row that a config may have."""
-    halves = kernels.rules_of(problem).half_sums(config) and problem.dtype != "float32"
+    halves = kernels.rules_of(problem).half_sums(problem, config)
     return max(TOLERANCE[problem.dtype], _HALF_TOLERANCE if halves else 0.0)
 
 
@@ -221,13 +220,16 @@ class Workload:
         return worst
 
     def _call(self, config: KernelConfig, x: mx.array, routing: Routing | None, stacks: Projections) -> mx.array:
+        accuracy = self.problem.accuracy
         if routing is None:
-            call = ops.check_linear(x, stacks[0], stream=self.stream)
+            call = ops.check_linear(x, stacks[0], stream=self.stream, accuracy=accuracy)
         else:
             indices, scores = routing
             gate, up, down = stacks
             activation = ops.Activation(*self.activation)
-            call = ops.check_swiglu(x, indices, (gate, up, down), activation, scores, stream=self.stream)
+            call = ops.check_swiglu(
+                x, indices, (gate, up, down), activation, scores, stream=self.stream, accuracy=accuracy
+            )
         return ops.run(call, ops.resolve(call.op, call.problem(self.problem.device), config))
 
     def _rows(self, rows: int) -> mx.array:

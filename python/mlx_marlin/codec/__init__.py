@@ -34,6 +34,7 @@ from .trellis import (
     trellis_bits,
     unpack,
     unpack_signs,
+    unrounded_mul1,
     words_per_tile,
 )
 
@@ -70,5 +71,6 @@ __all__ = [
     "unpack",
     "unpack_embedding",
     "unpack_signs",
+    "unrounded_mul1",
     "words_per_tile",
 ]

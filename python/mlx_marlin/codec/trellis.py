@@ -239,18 +239,22 @@ def decode(states: np.ndarray, codebook: str) -> np.ndarray:
     states = np.asarray(states)
     if states.dtype != np.uint16:
         raise ValueError(f"states must be uint16, got {states.dtype}")
-    x = states.astype(np.uint32)
     if codebook == "mul1":
-        x *= np.uint32(_MUL1_MULTIPLIER)
-        byte_sum = (x & 0xFF) + (x >> 8 & 0xFF) + (x >> 16 & 0xFF) + (x >> 24)
-        # Exact in double (11 x 11 bit product), so that the conversion is the only rounding.
-        return ((1024.0 + byte_sum) * _MUL1_SCALE + _MUL1_OFFSET).astype(np.float16)
+        return unrounded_mul1(states).astype(np.float16)
+    x = states.astype(np.uint32)
     multiplier, increment = _HALVES_HASH[codebook]
     x = x * np.uint32(multiplier) + np.uint32(increment)
     x = (x & np.uint32(_HALVES_MASK)) ^ np.uint32(_HALVES_XOR)
     low = (x & 0xFFFF).astype(np.uint16).view(np.float16)
     high = (x >> 16).astype(np.uint16).view(np.float16)
     return low + high
+
+
+def unrounded_mul1(states: np.ndarray) -> np.ndarray:
+    """The value of each state in MUL1 before it is rounded to a half: float64, of 11 by 11 bits exactly."""
+    x = states.astype(np.uint32) * np.uint32(_MUL1_MULTIPLIER)
+    byte_sum = (x & 0xFF) + (x >> 8 & 0xFF) + (x >> 16 & 0xFF) + (x >> 24)
+    return (1024.0 + byte_sum) * _MUL1_SCALE + _MUL1_OFFSET
 
 
 def tiles_to_matrix(values: np.ndarray) -> np.ndarray:

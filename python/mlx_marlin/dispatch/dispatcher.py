@@ -120,7 +120,8 @@ def _runnable(problem: Problem, triple: Triple | None, fp32acc: bool, generation
     kinds: list[tuple[str, Triple | None]] = [(variant, None) for variant in kernels.VARIANTS]
     kinds += [("decode", triple)] if triple else []
     names = [kernels.make_name(*kind, mixed=mixed, fp32acc=fp32acc) for kind in kinds for mixed in (False, True)]
-    configs = {name: replace(config, use_fp32_acc=fp32acc) for name, config in choices.by_name(problem, names).items()}
+    exact = fp32acc or problem.accuracy == "float32"
+    configs = {name: replace(config, use_fp32_acc=exact) for name, config in choices.by_name(problem, names).items()}
     return {name: config for name, config in configs.items() if selftest.fault(problem, config) is None}
 
 

@@ -17,13 +17,15 @@ from .catalogue import (
 )
 from .config import VARIANTS, KernelConfig, KernelName, Triple, default_variant, make_name, parse_name
 from .cpu import cpu_threads
-from .problem import ACTIVATIONS, DEVICES, DTYPES, USUAL_DTYPE, Problem
+from .problem import ACCURACIES, ACTIVATIONS, DEVICES, DTYPES, USUAL_ACCURACY, USUAL_DTYPE, Problem, checked_accuracy
 from .search_space import Hardware
 
 __all__ = [
+    "ACCURACIES",
     "ACTIVATIONS",
     "DEVICES",
     "DTYPES",
+    "USUAL_ACCURACY",
     "USUAL_DTYPE",
     "VARIANTS",
     "Hardware",
@@ -34,6 +36,7 @@ __all__ = [
     "Triple",
     "candidates",
     "candidates_on",
+    "checked_accuracy",
     "config_for",
     "cpu_threads",
     "default",

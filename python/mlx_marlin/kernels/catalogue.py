@@ -52,8 +52,8 @@ class KernelRules(Protocol):
     def worth_timing(self, problem: Problem, hardware: Hardware | None) -> Iterator[KernelConfig]:
         """Configs that may be the fastest on a machine; some may be infeasible, or run the same code."""
 
-    def half_sums(self, config: KernelConfig) -> bool:
-        """Whether a config rounds operands and sums inside a tile to half precision."""
+    def half_sums(self, problem: Problem, config: KernelConfig) -> bool:
+        """Whether a config rounds operands, or sums inside a tile, to about half precision."""
 
 
 _RULES: dict[str, KernelRules] = {"cpu": cpu, "gpu": metal}
@@ -84,7 +84,8 @@ def default(problem: Problem) -> KernelConfig:
 
 
 def _default_config(problem: Problem, variant: str, name: str) -> KernelConfig:
-    return KernelConfig(name, *rules_of(problem).default_tiles(problem, variant), True, variant)
+    tiles = rules_of(problem).default_tiles(problem, variant)
+    return KernelConfig(name, *tiles, problem.accuracy == "float32", variant)
 
 
 def feasible(problem: Problem, config: KernelConfig) -> str | None:
@@ -96,6 +97,8 @@ def feasible(problem: Problem, config: KernelConfig) -> str | None:
     for what in ("tile_size_m", "tile_size_n", "simdgroups"):
         if type(getattr(config, what)) is not int:
             return f"{what} must be an integer, got {getattr(config, what)!r}"
+    if not config.use_fp32_acc and problem.accuracy == "float32":
+        return 'use_fp32_acc=False is for accuracy "half" only, and the accuracy is "float32"'
     return _unfit_kernel(problem, config) or rules_of(problem).infeasible(problem, config)
 
 
@@ -118,11 +121,14 @@ def fitted(problem: Problem, config: KernelConfig) -> KernelConfig | None:
     """A config from another machine as it runs here: its sizes clamped to the nearest that its variant has.
 
     Tile sizes that every machine's profiles have (32 to 160) are clamped; so are simdgroups, of which machines have
-    different numbers. A tile_size_m that the variant does not have becomes the variant's own.
+    different numbers. A tile_size_m that the variant does not have becomes the variant's own. Where the accuracy is
+    float32, so are the sums.
 
     Returns:
         The config itself where it is feasible, a feasible one of the same kernel, or ``None``.
     """
+    if problem.accuracy == "float32" and not config.use_fp32_acc:
+        config = replace(config, use_fp32_acc=True)
     if feasible(problem, config) is None:
         return config
     sizes = (config.tile_size_m, config.tile_size_n, config.simdgroups)

@@ -119,14 +119,15 @@ def infeasible(problem: Problem, config: KernelConfig) -> str | None:
 
 def effective(problem: Problem, config: KernelConfig) -> KernelConfig:
     """Columns are whole Hadamard blocks and end with the output; a panel of more rows than the problem has holds just
-    those; threads beyond the tasks stay idle; sums are float32 whatever the config says.
+    those; threads beyond the tasks stay idle; other codebooks than mul1 are always multiplied as floats.
     """
     block = codec.HADAMARD_SIZE
     rows = next((panel for panel in _PANELS if min(config.tile_size_m, problem.rows) <= panel), _PANELS[-1])
     columns = min(max(block, config.tile_size_n // block * block), max(problem.outputs))
     threads = min(config.simdgroups, _tasks(problem, rows, columns))
     variant = _variant_of(rows)
-    return KernelConfig(make_name(variant), rows, columns, threads, True, variant)
+    exact = config.use_fp32_acc or not half_sums(problem, config)
+    return KernelConfig(make_name(variant), rows, columns, threads, exact, variant)
 
 
 def _variant_of(panel_rows: int) -> str:
@@ -157,12 +158,16 @@ def worth_timing(problem: Problem, hardware: Hardware | None) -> Iterator[Kernel
     panels = sorted(_PANELS, key=lambda p: (p not in favoured, -p))
     for rows, columns, workers in product(panels, reversed(TILE_COLUMNS), threads):
         variant = _variant_of(rows)
-        yield KernelConfig(make_name(variant), rows, columns, min(workers, cpu_threads()), True, variant)
+        for exact in (False, True) if problem.accuracy == "half" else (True,):
+            # Integers were faster at every number of rows (bench/NOTES.md): floats compete with the usual columns only.
+            if not exact or problem.accuracy == "float32" or (columns, workers) == (_DEFAULT_COLUMNS, cores):
+                yield KernelConfig(make_name(variant), rows, columns, min(workers, cpu_threads()), exact, variant)
 
 
 def _largest_panel(fits: Callable[[int], bool]) -> int:
     return max((p for p in _PANELS if fits(p)), default=_PANELS[0])
 
 
-def half_sums(config: KernelConfig) -> bool:
-    return False
+def half_sums(problem: Problem, config: KernelConfig) -> bool:
+    """Sums of integers; only mul1 has them."""
+    return not config.use_fp32_acc and "mul1" in problem.codebooks

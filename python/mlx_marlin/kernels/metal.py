@@ -89,8 +89,8 @@ def refuses_triple(problem: Problem, triple: Triple) -> bool:
 
 
 def infeasible(problem: Problem, config: KernelConfig) -> str | None:
-    """``use_fp32_acc=False`` is always legal: activations become halves of a power of two per 128-block, and the sums
-    inside one 16-deep tile are halves. Half the bytes of x, and on M5 more multiplications per clock.
+    """``use_fp32_acc=False`` is legal with all tiles: activations become halves of a power of two per 128-block, and
+    sums inside one 16-deep tile are halves. Half the bytes of x, and on M5 more multiplications per clock.
     """
     variant, rows, columns = config.kernel_variant, config.tile_size_m, config.tile_size_n
     if rows not in TILE_ROWS[variant]:
@@ -133,7 +133,7 @@ def worth_timing(problem: Problem, hardware: Hardware | None) -> Iterator[Kernel
     """All legal tiles where nothing is known of the GPU. Some may not be feasible."""
     for variant in VARIANTS:
         for tiles in _tiles_worth_timing(problem, variant, hardware):
-            for fp32 in (True, False):
+            for fp32 in (True, False) if problem.accuracy == "half" else (True,):
                 yield KernelConfig(make_name(variant), *tiles, fp32, variant)
 
 
@@ -173,7 +173,7 @@ def _pays(problem: Problem, rows: int, columns: int, simdgroups: int, hardware: 
     return groups >= hardware.cores or columns == min(TILE_COLUMNS)
 
 
-def half_sums(config: KernelConfig) -> bool:
+def half_sums(problem: Problem, config: KernelConfig) -> bool:
     return not config.use_fp32_acc
 
 

@@ -24,6 +24,12 @@ DEVICES = ("cpu", "gpu")
 USUAL_DTYPE = {"cpu": "float32", "gpu": "float16"}
 """Dtype of the activations on a device, where nothing else is asked for."""
 
+ACCURACIES = ("float32", "half")
+"""What a call may round: nothing but its result, or also activations and sums inside a tile, about as float16 does."""
+
+USUAL_ACCURACY = {"cpu": "half", "gpu": "float32"}
+"""Accuracy of a loaded model on a device, where nothing else is asked for; of calls without a model it is float32."""
+
 # Names come from users and from loops over the tuples above, so that they are str to a type checker; files are held to
 # these.
 if TYPE_CHECKING:
@@ -32,15 +38,28 @@ if TYPE_CHECKING:
     Activation = str
     Dtype = str
     Device = str
+    Accuracy = str
 else:
     Kind = Literal["linear", "swiglu"]
     Codebook = Literal[codec.CODEBOOKS]
     Activation = Literal[("none", *ACTIVATIONS)]
     Dtype = Literal[DTYPES]
     Device = Literal[DEVICES]
+    Accuracy = Literal[ACCURACIES]
 _Rows = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 _Width = Annotated[int, msgspec.Meta(ge=1, le=codec.MAX_BITS)] | Annotated[float, msgspec.Meta(ge=1, le=codec.MAX_BITS)]
+
+
+def checked_accuracy(accuracy: str) -> str:
+    """An accuracy from a caller: itself.
+
+    Raises:
+        ValueError: If there is no such accuracy.
+    """
+    if accuracy not in ACCURACIES:
+        raise ValueError(f"accuracy must be one of {', '.join(ACCURACIES)}, got {accuracy!r}")
+    return accuracy
 
 
 class Asks(Protocol):
@@ -67,6 +86,7 @@ class Problem:
         device: ``"cpu"`` or ``"gpu"``.
         combine: Whether scores are given, so that the top-k sum happens inside.
         bias: Whether any projection has a bias.
+        accuracy: One of :data:`ACCURACIES`. Configs with ``use_fp32_acc=False`` run ``"half"`` only.
     """
 
     kind: Kind
@@ -82,6 +102,7 @@ class Problem:
     device: Device
     combine: bool = False
     bias: bool = False
+    accuracy: Accuracy = "float32"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", _checked_bits(self.kind, self.bits, self.codebooks))
@@ -131,6 +152,7 @@ class Problem:
         dtype: str | None = None,
         device: str = "cpu",
         bias: bool = False,
+        accuracy: str = "float32",
     ) -> Problem:
         """The product with one weight, or with one projection of several experts.
 
@@ -144,6 +166,7 @@ class Problem:
             dtype: Dtype of x. Default: ``None``, the usual one of the device, see :data:`USUAL_DTYPE`.
             device: ``"cpu"`` or ``"gpu"``. Default: ``"cpu"``.
             bias: Whether there is a bias. Default: ``False``.
+            accuracy: One of :data:`ACCURACIES`. Default: ``"float32"``.
         """
         widths = bits if isinstance(bits, Iterable) else (bits,)
         return cls(
@@ -159,6 +182,7 @@ class Problem:
             dtype or USUAL_DTYPE[device],
             device,
             bias=bias,
+            accuracy=accuracy,
         )
 
     @classmethod
@@ -177,6 +201,7 @@ class Problem:
         device: str = "cpu",
         combine: bool = False,
         bias: bool = False,
+        accuracy: str = "float32",
     ) -> Problem:
         """The experts of a layer.
 
@@ -193,6 +218,7 @@ class Problem:
             device: ``"cpu"`` or ``"gpu"``. Default: ``"cpu"``.
             combine: Whether scores are given. Default: ``False``.
             bias: Whether any projection has a bias. Default: ``False``.
+            accuracy: One of :data:`ACCURACIES`. Default: ``"float32"``.
         """
         return cls(
             "swiglu",
@@ -208,6 +234,7 @@ class Problem:
             device,
             combine=combine,
             bias=bias,
+            accuracy=accuracy,
         )
 
     @classmethod

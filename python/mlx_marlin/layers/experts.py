@@ -84,7 +84,7 @@ class TrellisExperts(StackedModule):
 
     def run(self, x: mx.array, indices: mx.array) -> mx.array:
         """The projection of rows ``[..., in]`` or ``[..., k, in]``: ``[..., k, out]``."""
-        return self._derived.configs.run(ops.check_gathered(x, indices, self.stack))
+        return self._derived.configs.run(ops.check_gathered(x, indices, self.stack, accuracy=self._accuracy))
 
     def _extra_repr(self) -> str:
         bits = [codec.bits_of_half(halves) for halves in (np.array(self.formats) & 0xFF).tolist()]
@@ -155,7 +155,9 @@ class TrellisSwitchGLU(TrellisModule):
         """What a call with this many rows asks for. top_k: that of the latest new kind of call by default, or 1."""
         top_k = self._derived.configs.top_k if top_k is None else top_k
         gate, up, down = (stack.source for stack in self.stacks)
-        return ops.swiglu_problem(gate, up, down, rows, top_k, self.activation.name, dtype, device, combine)
+        return ops.swiglu_problem(
+            gate, up, down, rows, top_k, self.activation.name, dtype, device, combine, self._accuracy
+        )
 
     def __call__(self, x: mx.array, indices: mx.array, scores: mx.array | None = None) -> mx.array:
         """The experts' outputs.
@@ -182,7 +184,7 @@ class TrellisSwitchGLU(TrellisModule):
         config: KernelConfig | None = None,
     ) -> mx.array:
         """The call with a given config, or with the one that is selected for it."""
-        call = ops.check_swiglu(x, indices, self.stacks, self.activation, scores)
+        call = ops.check_swiglu(x, indices, self.stacks, self.activation, scores, accuracy=self._accuracy)
         return self._derived.configs.run(call, config)
 
     def explain(

@@ -65,7 +65,7 @@ class TrellisLinear(StackedModule):
         self, rows: int, dtype: mx.Dtype | str, device: str, *, combine: bool = False, top_k: int = 1
     ) -> Problem:
         """What a call with this many rows asks for; combine and top_k mean nothing to a linear."""
-        return ops.linear_problem(self.stack.source, rows, dtype, device)
+        return ops.linear_problem(self.stack.source, rows, dtype, device, self._accuracy)
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[..., in_features]`` -> ``[..., out_features]``, dtype of x."""
@@ -74,7 +74,7 @@ class TrellisLinear(StackedModule):
 
     def run(self, x: mx.array, config: KernelConfig | None = None) -> mx.array:
         """The call with a given config, or with the one that is selected for it."""
-        return self._derived.configs.run(ops.check_linear(x, self.stack), config)
+        return self._derived.configs.run(ops.check_linear(x, self.stack, accuracy=self._accuracy), config)
 
     def explain(self, rows: int, dtype: mx.Dtype | None = None) -> Choice:
         """Which config a call with this many rows runs, and why.

@@ -12,9 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from ..kernels import KernelConfig
+from ..kernels import KernelConfig, checked_accuracy
 from ..selection import choices, selftest
 from ..weights.experts import ExpertStack
+
+# A server meets ever new numbers of rows, and a model has hundreds of layers: an entry is 0.4 KB. What was dropped is
+# still in the table of the process (selection/choices.py).
+_MAX_CONFIGS = 64
 
 Tap = Callable[..., mx.array]
 """Stands in a layer's calls; takes what the layer takes."""
@@ -47,7 +51,7 @@ class LayerConfigs:
             configs = {}
             self._resolved = now, call.stacks, configs
         dtype, combine = call.x.dtype, call.scores is not None
-        key = call.rows, call.top_k, dtype, combine, mx.default_device().type
+        key = call.rows, call.top_k, dtype, combine, call.accuracy, mx.default_device().type
         config = configs.get(key)
         if config is None:
             self.top_k, self.combine, self.dtype = call.top_k, combine, dtype
@@ -55,6 +59,8 @@ class LayerConfigs:
             choice, final = selftest.select(problem, ops.is_traced(call.x))
             config = ops.resolve(call.op, problem, choice.config)
             if final:
+                if len(configs) >= _MAX_CONFIGS:
+                    configs.clear()
                 configs[key] = config
         return config
 
@@ -94,6 +100,16 @@ class TrellisModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._derived = Derived()
+        self._accuracy = "float32"
+
+    @property
+    def accuracy(self) -> str:
+        """What calls may round: ``"float32"``, nothing but their result; ``"half"``, about as much as float16 does."""
+        return self._accuracy
+
+    @accuracy.setter
+    def accuracy(self, accuracy: str) -> None:
+        self._accuracy = checked_accuracy(accuracy)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_derived"}

@@ -1,8 +1,10 @@
 """EXL3 checkpoints as mlx-lm models: the modules here need mlx-lm, the package itself does not.
 
 - ``hub``: where a checkpoint is.
+- ``tokenizer``: its tokenizer, checked.
 - ``placeholders``: what stands for its linears while mlx-lm moves tensors about.
 - ``mapping``: where its tensors belong in mlx-lm's model.
+- ``shapes``: whether that model can be called, from shapes alone.
 - ``embedding``: its token embeddings there.
 - ``experts``: the layers that take the places of linears and experts.
 - ``model``: that model, made and filled.
@@ -10,6 +12,7 @@
 - ``memory``: what it takes to run one.
 - ``info``: what a checkpoint is, without reading its weights; ``info_report``: the same as text.
 - ``commands``: mlx-lm's commands over all this.
+- ``serving``: its server, whose clients' requests are checked.
 - ``problems``: what a checkpoint asks of the kernels.
 """
 
@@ -31,6 +34,7 @@ __all__ = ["load"]
 def load(
     path_or_hf_repo: str,
     dtype: mx.Dtype | str | None = None,
+    accuracy: str | None = None,
     *,
     tokenizer_config: dict | None = None,
     model_config: dict | None = None,
@@ -47,6 +51,7 @@ def load(
 def load(
     path_or_hf_repo: str,
     dtype: mx.Dtype | str | None = None,
+    accuracy: str | None = None,
     *,
     tokenizer_config: dict | None = None,
     model_config: dict | None = None,
@@ -62,6 +67,7 @@ def load(
 def load(
     path_or_hf_repo: str,
     dtype: mx.Dtype | str | None = None,
+    accuracy: str | None = None,
     *,
     tokenizer_config: dict | None = None,
     model_config: dict | None = None,
@@ -78,6 +84,9 @@ def load(
         path_or_hf_repo: Directory, or repository on the Hugging Face Hub.
         dtype: Of the unquantized parameters, and so of the activations: float32, float16 or bfloat16, as
             ``mx.Dtype`` or by name. Default: ``None``: float32 on the CPU, the source's dtype on a GPU.
+        accuracy: What the products with quantized weights may round: ``"float32"``, nothing but their result;
+            ``"half"``, about as much as float16 does, which is faster. Default: ``None``: ``"half"`` on the CPU,
+            ``"float32"`` on a GPU.
         trust_remote_code: Taken for the sake of ``mlx_lm.load``; code inside an EXL3 checkpoint is never run.
         progress: Called with (layers done, layers) after each layer. Default: ``None``.
 
@@ -93,17 +102,18 @@ def load(
     require_mlx_lm()
     from mlx_lm import utils as mlx_lm_utils
 
-    from .hub import check_tokenizer, fetch
-    from .model import activation_dtype, load_exl3_model
+    from .hub import fetch
+    from .model import activation_dtype, load_exl3_model, product_accuracy
+    from .tokenizer import check_tokenizer, load_tokenizer
 
-    dtype = activation_dtype(dtype)
+    dtype, accuracy = activation_dtype(dtype), product_accuracy(accuracy)
     model_path = fetch(path_or_hf_repo, revision=revision)
     check_tokenizer(model_path)
-    model, config = load_exl3_model(model_path, lazy, model_config, dtype=dtype, progress=progress)
+    model, config = load_exl3_model(model_path, lazy, model_config, dtype=dtype, accuracy=accuracy, progress=progress)
     if adapter_path is not None:
         model = mlx_lm_utils.load_adapters(model, adapter_path)
         model.eval()
-    tokenizer = mlx_lm_utils.load_tokenizer(model_path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
+    tokenizer = load_tokenizer(model_path, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
 import math
@@ -82,19 +81,9 @@ def chat() -> None:
     vars(chat).update(load=_with_roles(chat.load), sharded_load=_with_roles(chat.sharded_load))
 
 
-def server(check: Callable[[argparse.Namespace], None]) -> None:
-    """Let the server check its models while it starts, and list them where nothing was ever downloaded.
-
-    Args:
-        check: Raises if a model of the arguments cannot be loaded. The server itself loads in a thread, and would
-            listen without a model.
-    """
+def server() -> None:
+    """Let the server list its models where nothing was ever downloaded."""
     from mlx_lm import server
-
-    class CheckedProvider(server.ModelProvider):
-        def __init__(self, cli_args: argparse.Namespace):
-            check(cli_args)
-            super().__init__(cli_args)
 
     scan = server.scan_cache_dir
 
@@ -104,7 +93,7 @@ def server(check: Callable[[argparse.Namespace], None]) -> None:
         except CacheNotFound:
             return SimpleNamespace(repos=())
 
-    vars(server).update(ModelProvider=CheckedProvider, scan_cache_dir=scan_cache_dir)
+    vars(server)["scan_cache_dir"] = scan_cache_dir
 
 
 def perplexity() -> None:

@@ -18,12 +18,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import cli as mlx_lm_cli
 from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..loader.directory import INDEX_NAME, Kind, kind_of
 from . import command_repairs
-from .hub import DESCRIPTION_FILES, check_tokenizer, fetch, pin
-from .model import LayerProgress, load_exl3_model, open_checkpoint
+from .hub import DESCRIPTION_FILES, fetch, pin
+from .model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
 from .sharding import open_sharded, sharded_load
+from .tokenizer import check_tokenizer, load_tokenizer
 
 Result = TypeVar("Result")
 
@@ -100,6 +102,7 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
         refuse: Why EXL3 directories are refused, if they are. Default: ``None``.
     """
     load_others, load_others_sharded = mlx_lm_utils.load_model, mlx_lm_utils.sharded_load
+    load_others_tokenizer = mlx_lm_utils.load_tokenizer
 
     def download(
         path_or_hf_repo: str | Path, revision: str | None = None, allow_patterns: list[str] | None = None
@@ -120,7 +123,8 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
         if refuse is not None:
             raise CheckpointError(refuse)
         _guarded(_check_tokenizer_early, Path(model_path))
-        return _guarded(load_exl3_model, Path(model_path), lazy, model_config, progress=progress)
+        accuracy = product_accuracy(None)
+        return _guarded(load_exl3_model, Path(model_path), lazy, model_config, accuracy=accuracy, progress=progress)
 
     def load_sharded(repo: str, *args: Any, **keywords: Any) -> tuple:
         if not _is_our_repo(repo):
@@ -129,13 +133,21 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
             raise CheckpointError(refuse)
         return _guarded(sharded_load, repo, *args, **keywords, progress=progress)
 
-    vars(mlx_lm_utils).update(_download=download, load_model=load_model, sharded_load=load_sharded)
+    def tokenizer_of(model_path: str | Path, *args: Any, **keywords: Any) -> TokenizerWrapper:
+        if not _is_ours(Path(model_path)):
+            return load_others_tokenizer(model_path, *args, **keywords)
+        return _guarded(load_tokenizer, Path(model_path), *args, **keywords)
+
+    vars(mlx_lm_utils).update(
+        _download=download, load_model=load_model, sharded_load=load_sharded, load_tokenizer=tokenizer_of
+    )
 
 
-def _check_served(cli_args: argparse.Namespace) -> None:
-    for repo in (cli_args.model, cli_args.draft_model):
+def _check_served(arguments: argparse.Namespace) -> None:
+    """:func:`check` the models that a server is started with."""
+    for repo in (arguments.model, arguments.draft_model):
         if repo is not None:
-            check(repo, pipeline=getattr(cli_args, "pipeline", False))
+            check(repo, pipeline=getattr(arguments, "pipeline", False))
 
 
 def _value_of(option: str) -> str | None:
@@ -191,7 +203,10 @@ def run(command: str, progress: LayerProgress | None = None) -> None:
     sys.argv[0] = f"mlx_marlin {command}"
     try:
         if command == "server":
-            command_repairs.server(_check_served)
+            from .serving import guard, take_option  # imports mlx-lm's server, which other commands do without
+
+            guard(_check_served, take_option())
+            command_repairs.server()
         elif command in ("chat", "generate", "perplexity"):
             getattr(command_repairs, command)()
         mlx_lm_cli.main()

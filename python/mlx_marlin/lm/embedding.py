@@ -13,7 +13,6 @@ import mlx.nn as nn
 import numpy as np
 
 from ..layers.embedding import TrellisEmbedding
-from ..layers.linear import TrellisLinear
 from ..loader.directory import TrellisModelLoader
 from ..loader.embedding import QuantizedEmbedding
 
@@ -28,7 +27,7 @@ class EmbeddingWithHead(nn.Module):
         head: What :meth:`as_linear` applies instead of their transpose.
     """
 
-    def __init__(self, embedding: nn.Module, head: TrellisLinear):
+    def __init__(self, embedding: nn.Module, head: nn.Module):
         super().__init__()
         self.embedding = embedding
         self.head = head
@@ -90,7 +89,10 @@ def take_embeddings(
         if module is None and source.name in parts:
             continue
         if leaf != "weight" or module is None:
-            raise ValueError(f"{where}, which the model does not have")
+            raise ValueError(
+                f"{where}, which the model does not have; it seems to be a quantized embedding, which ExLlamaV3 writes "
+                "since 1.6.0 (-eb)"
+            )
         if type(module) is not nn.Embedding:
             raise ValueError(f"{where}, a {type(module).__name__} that needs a dense weight")
         if not np.array_equal(codes & 0xFFFFFFFF, np.arange(source.rows)):

@@ -7,8 +7,6 @@ from pathlib import Path
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from mlx_lm.utils import _download
 
-from ..storage.untrusted import check_genuine
-
 # What the Hub's client raises for a name that is none, a repository that does not exist or may not be read, and a
 # network that is not there. A full disk is not among them.
 _HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled)
@@ -24,9 +22,6 @@ DESCRIPTION_FILES = [
     "*.jsonl",
     "*.jinja",
 ]
-
-# A directory with none of these has no tokenizer: what transformers reads vocabularies from.
-_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
 
 
 # The revision that is meant where none is said, by repository.
@@ -61,20 +56,3 @@ def fetch(path_or_hf_repo: str | Path, revision: str | None = None, allow_patter
         raise FileNotFoundError(
             f"{path_or_hf_repo} is no directory here, and could not be had from the Hugging Face Hub{at}: {reason}"
         ) from error
-
-
-def check_tokenizer(directory: Path) -> None:
-    """See that a directory holds a tokenizer, before weights are read.
-
-    Raises:
-        FileNotFoundError: If it holds none.
-        ValueError: If a file of it is not what its name says.
-    """
-    files = [file for pattern in _VOCABULARIES for file in sorted(directory.glob(pattern))]
-    if not files:
-        raise FileNotFoundError(
-            f"{directory} holds no tokenizer (none of {', '.join(_VOCABULARIES)}); copy its files from the original "
-            "model's repository"
-        )
-    for file in files:
-        check_genuine(file)

@@ -19,17 +19,19 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 
-from .. import ops
-from ..layers.linear import TrellisLinear
+from .. import kernels, ops
 from ..layers.partial import PartlyQuantizedSwitchGLU
+from ..layers.state import TrellisModule
 from ..loader.directory import Kind, TrellisModelLoader
 from ..loader.scaling import up_divisor, without_folded_scales
 from ..ops import DTYPE_NAMES
-from ..storage.untrusted import read_json
+from ..storage.untrusted import is_listed, stamps
 from .embedding import EmbeddingWithHead, make_embedding
-from .experts import load_source, whole_experts, whole_linear
+from .experts import make_head, whole_experts, whole_linear
 from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap, map_weights
 from .placeholders import LinearSource
+from .shapes import check_call
+from .tokenizer import check_keys
 
 LayerProgress = Callable[[int, int], None]
 """Called with (layers done, layers) after each layer."""
@@ -48,8 +50,8 @@ _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 def read_config(model_path: Path, loader: TrellisModelLoader, model_config: dict | None) -> dict:
     """config.json as mlx-lm reads it, checked; the head of the checkpoint is not replaced by the embeddings."""
     for name in ("config.json", "generation_config.json"):
-        if name == "config.json" or (model_path / name).exists():
-            read_json(model_path / name, finite=False)
+        if name == "config.json" or is_listed(model_path / name):
+            check_keys(model_path / name)
     config = mlx_lm_utils.load_config(model_path)
     config.update(model_config or {})
     model_type = config.get("model_type")
@@ -102,6 +104,18 @@ def activation_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
     if not isinstance(dtype, str) or dtype not in named:
         raise ValueError(f"dtype must be one of {', '.join(named)}, or None for the checkpoint's own, got {dtype!r}")
     return named[dtype]
+
+
+def product_accuracy(accuracy: str | None) -> str:
+    """What the products of a loaded model may round: one of ``kernels.ACCURACIES``.
+
+    ``None``: ``"half"`` on the CPU, where every other program for quantized models rounds the activations;
+    ``"float32"`` on a GPU.
+
+    Raises:
+        ValueError: If there is no such accuracy.
+    """
+    return kernels.USUAL_ACCURACY[ops.device_of(None)] if accuracy is None else kernels.checked_accuracy(accuracy)
 
 
 # What is added to the scores that choose experts: mlx-lm's names. A choice is discrete, so the last bits matter.
@@ -186,8 +200,7 @@ def _fill_embeddings(model: nn.Module, mapping: WeightMap, dtype: mx.Dtype | Non
             continue
         made = make_embedding(module, mapping.embeddings[path], dtype) if path in mapping.embeddings else module
         if path in mapping.heads:
-            head = TrellisLinear(load_source(mapping.heads[path], *reversed(module.weight.shape)))
-            made = EmbeddingWithHead(made, head)
+            made = EmbeddingWithHead(made, make_head(module, mapping.heads[path], dtype))
         replace_module(model, path, made)
 
 
@@ -195,6 +208,7 @@ def fill(
     model: nn.Module,
     mapping: WeightMap,
     dtype: mx.Dtype | None,
+    accuracy: str | None = None,
     *,
     lazy: bool = False,
     progress: LayerProgress | None = None,
@@ -207,6 +221,7 @@ def fill(
         model: The model that ``mapping`` was made for.
         mapping: Where everything goes. Its dense arrays are taken out, so that nothing holds on to them.
         dtype: See :func:`cast_dense`.
+        accuracy: See :func:`product_accuracy`. Default: ``None``.
         lazy: Leave the unquantized parameters unevaluated.
         progress: Called with (layers done, layers) after each layer.
         make_linear: Called with the path, the module to replace and its source.
@@ -237,6 +252,10 @@ def fill(
         mx.clear_cache()  # the buffers that this layer was read into are of no use to the next
         if progress is not None:
             progress(done, len(groups))
+    accuracy = product_accuracy(accuracy)
+    for module in model.modules():
+        if isinstance(module, TrellisModule):
+            module.accuracy = accuracy
     model.eval()
 
 
@@ -253,6 +272,7 @@ def open_checkpoint(model_path: Path, model_config: dict | None = None) -> tuple
     config = read_config(model_path, loader, model_config)
     model = build(model_path, config)
     mapping = map_weights(model, loader)
+    check_call(build(model_path, config), model_path, config)
     _restore_up(mapping, config)
     return model, config, mapping
 
@@ -274,12 +294,23 @@ def report(model: nn.Module, mapping: WeightMap) -> None:
         _log.log(level, "the model leaves out of the checkpoint: %s", mapping.left_out)
 
 
+def _check_unchanged(before: dict[Path, tuple[int, ...]], cause: Exception | None = None) -> None:
+    for file, stamp in before.items():
+        try:
+            same = stamps([file])[file] == stamp
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise ValueError(f"{file} changed while it was read; load the model again") from cause
+
+
 def load_exl3_model(
     model_path: Path,
     lazy: bool = False,
     model_config: dict | None = None,
     *,
     dtype: mx.Dtype | None = None,
+    accuracy: str = "float32",
     progress: LayerProgress | None = None,
 ) -> tuple[nn.Module, dict]:
     """An EXL3 directory as an mlx-lm model.
@@ -289,6 +320,7 @@ def load_exl3_model(
         lazy: Leave the unquantized parameters unevaluated. Default: ``False``.
         model_config: Values that replace those of config.json. Default: ``None``.
         dtype: Of the unquantized parameters, see :func:`cast_dense`. Default: ``None``.
+        accuracy: Of the products, one of ``kernels.ACCURACIES``. Default: ``"float32"``.
         progress: Called with (layers done, layers) after each layer. Default: ``None``.
 
     Returns:
@@ -299,7 +331,14 @@ def load_exl3_model(
         ValueError: If the directory cannot be loaded; the message names file and tensor.
     """
     dtype = activation_dtype(dtype)
+    files = [file for file in Path(model_path).glob("*.safetensors") if file.exists()]
+    before = stamps(files)
     model, config, mapping = open_checkpoint(Path(model_path), model_config)
-    fill(model, mapping, dtype, lazy=lazy, progress=progress)
+    try:
+        fill(model, mapping, dtype, accuracy, lazy=lazy, progress=progress)
+    except (FileNotFoundError, RuntimeError) as error:  # MLX's reader raises the latter
+        _check_unchanged(before, error)
+        raise
+    _check_unchanged(before)
     report(model, mapping)
     return model, config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..kernels import Problem
+from ..kernels import USUAL_ACCURACY, Problem
 from .experts import activation_of, unquantized_experts
 from .mapping import PROJECTIONS
 from .model import module_at, open_checkpoint
@@ -21,18 +21,22 @@ def _top_k(config: dict, experts: int) -> int:
     raise ValueError(f"config.json does not say how many experts a token takes; looked for {', '.join(_TOP_K)}")
 
 
-def model_problems(model_path: str | Path, dtype: str, device: str) -> dict[Problem, list[str]]:
+def model_problems(
+    model_path: str | Path, dtype: str, device: str, accuracy: str | None = None
+) -> dict[Problem, list[str]]:
     """The distinct problems of a checkpoint at one row, each with the modules that pose it.
 
     Args:
         model_path: An EXL3 directory. No weight is read.
         dtype: Of the activations.
         device: ``"cpu"`` or ``"gpu"``.
+        accuracy: As for :func:`load`. Default: ``None``, the device's usual one.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If the directory is not an EXL3 model.
     """
+    accuracy = accuracy or USUAL_ACCURACY[device]
     model, config, mapping = open_checkpoint(Path(model_path))
     problems: dict[Problem, list[str]] = {}
     for path, sources in mapping.experts.items():
@@ -55,6 +59,7 @@ def model_problems(model_path: str | Path, dtype: str, device: str) -> dict[Prob
             dtype=dtype,
             device=device,
             bias=any("bias" in w.parts for stack in stacks for w in stack),
+            accuracy=accuracy,
         )
         problems.setdefault(problem, []).append(path)
     for path, source in mapping.linears.items():
@@ -67,6 +72,7 @@ def model_problems(model_path: str | Path, dtype: str, device: str) -> dict[Prob
             dtype=dtype,
             device=device,
             bias="bias" in source.linear.parts,
+            accuracy=accuracy,
         )
         problems.setdefault(problem, []).append(path)
     return problems

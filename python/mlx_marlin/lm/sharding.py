@@ -17,17 +17,27 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.nn.layers.distributed import AllToShardedLinear, ShardedToAllLinear, sum_gradients
-from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..codec import HADAMARD_SIZE
 from ..layers.linear import TrellisLinear
 from ..weights.trellis import TrellisWeight
 from .experts import load_source, make_glu, unquantized_experts
-from .hub import check_tokenizer, fetch
+from .hub import fetch
 from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap
-from .model import LayerProgress, MakeExperts, MakeLinear, build, fill, module_at, open_checkpoint, report
+from .model import (
+    LayerProgress,
+    MakeExperts,
+    MakeLinear,
+    build,
+    fill,
+    module_at,
+    open_checkpoint,
+    product_accuracy,
+    report,
+)
 from .placeholders import LinearSource
+from .tokenizer import check_tokenizer, load_tokenizer
 
 
 class AllToShardedTrellisLinear(TrellisLinear):
@@ -281,23 +291,25 @@ def sharded_load(
     tokenizer_config: dict | None = None,
     trust_remote_code: bool = False,
     dtype: mx.Dtype | None = None,
+    accuracy: str | None = None,
     progress: LayerProgress | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict]:
-    """``mlx_lm.utils.sharded_load`` for EXL3 checkpoints; same arguments.
+    """``mlx_lm.utils.sharded_load`` for EXL3 checkpoints; same arguments, and two of :func:`load`.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If the model cannot be loaded, or not split this way. Nothing has been read by then.
     """
+    accuracy = product_accuracy(accuracy)
     model_path = fetch(repo)
     model, config, mapping, makers = open_sharded(model_path, pipeline_group, tensor_group)
     check_tokenizer(model_path)
-    tokenizer = mlx_lm_utils.load_tokenizer(
+    tokenizer = load_tokenizer(
         model_path,
         tokenizer_config or {"trust_remote_code": trust_remote_code},
         eos_token_ids=config.get("eos_token_id"),
     )
-    fill(model, mapping, dtype, progress=progress, **makers)
+    fill(model, mapping, dtype, accuracy, progress=progress, **makers)
     report(model, mapping)
     # All ranks wait for the slowest here, so that the first message of one does not time out.
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))

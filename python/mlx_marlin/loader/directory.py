@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..storage.safetensors import TensorInfo, raw_header, read_header
-from ..storage.untrusted import check_present, parse_json, read_json
+from ..storage.untrusted import check_present, is_listed, parse_json, read_json
 from ..weights.embedding import EmbeddingWeight
 from ..weights.grid import GridWeight
 from ..weights.trellis import TrellisWeight
@@ -91,7 +91,7 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
             f"{directory} is not a directory; give a directory with config.json and model*.safetensors"
         )
     index = directory / INDEX_NAME
-    if _is_whole(directory) or not (index.exists() or index.is_symlink()):
+    if _is_whole(directory) or not is_listed(index):
         files = sorted(directory.glob("model*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{directory} holds no model*.safetensors")
@@ -132,7 +132,13 @@ def _check_shards(files: list[Path]) -> None:
                 raise FileNotFoundError(f"{file.parent / name} is missing; {file.name} is one of {int(match[3])} files")
 
 
-def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
+def read_tensors(directory: Path) -> dict[str, TensorInfo]:
+    """Where each tensor of a directory lies: in the files that its index names, or in all of ``model*.safetensors``.
+
+    Raises:
+        FileNotFoundError: If the directory or one of its files is missing.
+        ValueError: If a file is not what the format allows, two hold the same tensor, or the index is wrong.
+    """
     files, weight_map = _weight_files(directory)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -178,7 +184,7 @@ class TrellisModelLoader:
             entries = metal_marlin.read_directory(self.directory)
             self.quantized = {name: entries[name] for name in sorted(entries, key=_natural_key)}
             return
-        tensors = _read_tensors(self.directory)
+        tensors = read_tensors(self.directory)
         self.embeddings = find_embeddings(tensors)
         used = {f"{e.name}.{suffix}" for e in self.embeddings.values() for suffix in e.parts}
         linears = [name for name in tensors if name not in used and name.rpartition(".")[2] in QUANTIZED_SUFFIXES]
@@ -193,7 +199,7 @@ class TrellisModelLoader:
             self.quantized[name] = linear
         self.unquantized = {name: info for name, info in tensors.items() if name not in used}
         check_markers(self.linears.values())
-        if (self.directory / NGRAM_TABLES).exists():
+        if is_listed(self.directory / NGRAM_TABLES):
             self.tables = read_header(self.directory / NGRAM_TABLES)
 
     @property

@@ -113,10 +113,10 @@ class QuantizedEmbedding:
         Raises:
             ValueError: If the file has other values than +1 and -1 for signs, or a row cannot have so many elements.
         """
-        tables = [mx.array(table.map()) for table in self.tables]
+        tables = [mx.array(table.array()) for table in self.tables]
         trellis = tables[0] if len(tables) == 1 else mx.concatenate(tables)
         try:
-            return EmbeddingWeight(trellis, mx.array(self.parts["signs"].map()), features)
+            return EmbeddingWeight(trellis, mx.array(self.parts["signs"].array()), features)
         except ValueError as error:
             raise ValueError(f"{self.parts['signs'].file}: {self.name}: {error}") from None
 

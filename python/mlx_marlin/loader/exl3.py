@@ -1,6 +1,6 @@
 """Linears of an EXL3 checkpoint, known from the headers, and read from the files.
 
-Quantized tensors are copied out of a memory map, so that taking a slice reads only its bytes.
+Of quantized tensors, a range of rows reads only its bytes.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class QuantizedLinear:
             codec.trellis_bits(trellis.shape)
         except ValueError as error:
             raise ValueError(f"{where}.trellis: {error}") from None
+        self._check_half_rate(where)
         k, n = self.padded_shape
         if not k or not n or k % codec.HADAMARD_SIZE or n % codec.HADAMARD_SIZE:
             raise ValueError(
@@ -86,6 +87,15 @@ class QuantizedLinear:
         bias = self.parts.get("bias")
         if bias is not None and (bias.dtype not in ("F16", "BF16", "F32") or bias.shape != (n,)):
             raise ValueError(f"{where}.bias must be floating point of shape [{n}], got {bias.dtype} {list(bias.shape)}")
+
+    def _check_half_rate(self, where: str) -> None:
+        if codec.is_half_rate(self.bits) and self.codebook != "mul1":
+            marker = "has .mcg" if "mcg" in self.parts else "has no .mul1"
+            raise ValueError(
+                f"{where}.trellis holds {self.bits} bits per weight, which exist with the codebook mul1 only, but the "
+                f"linear {marker}, so that its codebook is {self.codebook}; ExLlamaV3 writes half rates since 1.5.1, "
+                "always with .mul1: download the file again, or convert the model again with mul1"
+            )
 
     def _check_scales(self, where: str, suffixes: tuple[str, str], size: int) -> None:
         full, packed = suffixes
@@ -113,11 +123,15 @@ class QuantizedLinear:
             in_features: Logical number of inputs of the result. Default: the padded one.
             out_features: Logical number of outputs of the result. Default: the padded one.
         """
-        trellis = self.parts["trellis"].map()
-        tiles = codec.HADAMARD_SIZE // codec.TILE
+        tiles, first = codec.HADAMARD_SIZE // codec.TILE, 0
+        if rows:
+            first = min(rows)
+            trellis = self.parts["trellis"].rows(first * tiles, (max(rows) + 1) * tiles)
+        else:
+            trellis = self.parts["trellis"].array()
         if rows is not None or columns is not None:
             blocks = trellis.reshape(trellis.shape[0] // tiles, tiles, trellis.shape[1] // tiles, tiles, -1)
-            blocks = blocks if rows is None else blocks[list(rows)]
+            blocks = blocks if rows is None else blocks[[row - first for row in rows]]
             blocks = blocks if columns is None else blocks[:, :, list(columns)]
             trellis = blocks.reshape(blocks.shape[0] * tiles, blocks.shape[2] * tiles, -1)
         k, n = self.padded_shape
@@ -140,7 +154,7 @@ class QuantizedLinear:
     def _scales(self, full: str, packed: str) -> mx.array:
         if full in self.parts:
             return _read_floats(self.parts[full])
-        return mx.array(codec.unpack_signs(self.parts[packed].map()))
+        return mx.array(codec.unpack_signs(self.parts[packed].array()))
 
 
 @dataclass(frozen=True)
@@ -207,7 +221,7 @@ def check_markers(linears: Iterable[QuantizedLinear]) -> None:
 
 
 def _read_floats(info: TensorInfo) -> mx.array:
-    values = mx.array(info.map())
+    values = mx.array(info.array())
     return values.view(mx.bfloat16) if info.dtype == "BF16" else values
 
 

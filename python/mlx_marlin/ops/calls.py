@@ -42,6 +42,7 @@ class Call(NamedTuple):
         scores: float32, of the same shape, where the top-k sum is taken inside.
         activation: ``None`` for one projection.
         stream: Stream or device; ``None`` for the default stream.
+        accuracy: One of ``kernels.ACCURACIES``.
     """
 
     op: str
@@ -53,24 +54,27 @@ class Call(NamedTuple):
     scores: mx.array | None = None
     activation: Activation | None = None
     stream: StreamOrDevice = None
+    accuracy: str = "float32"
 
     def problem(self, device: str) -> Problem:
         """What the call asks for on ``"cpu"`` or ``"gpu"``."""
         if self.activation is None:
-            return linear_problem(self.stacks[0].source, self.rows, self.x.dtype, device)
+            return linear_problem(self.stacks[0].source, self.rows, self.x.dtype, device, self.accuracy)
         gate, up, down = (stack.source for stack in self.stacks)
         name, combine = self.activation.name, self.scores is not None
-        return swiglu_problem(gate, up, down, self.rows, self.top_k, name, self.x.dtype, device, combine)
+        return swiglu_problem(gate, up, down, self.rows, self.top_k, name, self.x.dtype, device, combine, self.accuracy)
 
 
-def check_linear(x: mx.array, stack: Stack, *, stream: StreamOrDevice = None) -> Call:
+def check_linear(x: mx.array, stack: Stack, *, stream: StreamOrDevice = None, accuracy: str = "float32") -> Call:
     """The call ``x @ W`` of a stack of one weight; x has shape ``[..., in_features]``."""
     op, features = "trellis_linear", stack.source.in_features
     _check_x(op, x, features)
-    return Call(op, x, (stack,), x.size // features, stream=stream)
+    return Call(op, x, (stack,), x.size // features, stream=stream, accuracy=accuracy)
 
 
-def check_gathered(x: mx.array, indices: Indices, stack: Stack, *, stream: StreamOrDevice = None) -> Call:
+def check_gathered(
+    x: mx.array, indices: Indices, stack: Stack, *, stream: StreamOrDevice = None, accuracy: str = "float32"
+) -> Call:
     """The call of one projection of the experts.
 
     Args:
@@ -78,6 +82,7 @@ def check_gathered(x: mx.array, indices: Indices, stack: Stack, *, stream: Strea
         indices: Integers, shape ``[..., k]``.
         stack: The experts' weights.
         stream: Stream or device. Default: ``None``, the default stream.
+        accuracy: One of ``kernels.ACCURACIES``. Default: ``"float32"``.
     """
     op, source = "trellis_linear", stack.source
     _check_x(op, x, source.in_features)
@@ -89,7 +94,7 @@ def check_gathered(x: mx.array, indices: Indices, stack: Stack, *, stream: Strea
             f"[{op}] indices must have the shape of x without its last axis, {list(x.shape[:-1])}, "
             f"got {list(indices.shape)}"
         )
-    return Call(op, x, (stack,), indices.size, 1, indices, stream=stream)
+    return Call(op, x, (stack,), indices.size, 1, indices, stream=stream, accuracy=accuracy)
 
 
 def check_swiglu(
@@ -100,6 +105,7 @@ def check_swiglu(
     scores: mx.array | None = None,
     *,
     stream: StreamOrDevice = None,
+    accuracy: str = "float32",
 ) -> Call:
     """The call of the experts of a layer, fused; the arguments as :func:`trellis_swiglu` has them."""
     op, source = "trellis_swiglu", stacks[0].source
@@ -108,7 +114,7 @@ def check_swiglu(
     indices = _check_indices(op, indices, x.shape[:-1], len(source.bits), stream)
     if scores is not None:
         scores = _check_scores(op, scores, indices, stream)
-    return Call(op, x, stacks, x.size // hidden, indices.shape[-1], indices, scores, activation, stream)
+    return Call(op, x, stacks, x.size // hidden, indices.shape[-1], indices, scores, activation, stream, accuracy)
 
 
 def run(call: Call, native: NativeConfig) -> mx.array:

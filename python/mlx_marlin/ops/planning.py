@@ -34,8 +34,8 @@ def plan(
         ``{"dispatches": [...], "scratch": {name: bytes}}``. A dispatch has ``kernel`` (a function of
         ``kernels/<stem>.metal`` called ``trellis_<stem>``, with its template arguments), ``constants``, ``grid``
         (in threadgroups), ``threads``, ``args`` (bytes for slot 0), ``buffers`` (``slot``, ``name``, ``offset``,
-        ``bytes``, ``access``), ``threadgroup_bytes`` and ``after``, the dispatches it waits for. Bytes of ``codes``
-        of mixed widths are an upper bound.
+        ``bytes``, ``access``, ``alignment`` of its address in bytes), ``threadgroup_bytes`` and ``after``, the
+        dispatches it waits for. Bytes of ``codes`` of mixed widths are an upper bound.
 
     Raises:
         ValueError: If the problem is not for a GPU or has a size that no call has, or the config is not feasible.

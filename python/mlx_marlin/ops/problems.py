@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from numbers import Real
 from typing import NamedTuple
@@ -77,6 +78,8 @@ def native_config(config: KernelConfig) -> NativeConfig:
 def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> NativeConfig:
     """A config as the primitives take it, its sizes fitted to the problem; ``None`` stands for the default.
 
+    A config with ``use_fp32_acc=False`` allows itself what accuracy ``"half"`` allows.
+
     Raises:
         ValueError: If it cannot run the problem.
     """
@@ -87,6 +90,8 @@ def resolve(op: str, problem: Problem, config: KernelConfig | str | None) -> Nat
     elif not isinstance(config, KernelConfig):
         raise ValueError(f"[{op}] config must be a KernelConfig or a kernel name, got {type(config).__name__}")
     else:
+        if not config.use_fp32_acc:
+            problem = replace(problem, accuracy="half")
         runnable = kernels.fitted(problem, config)
         if runnable is None:
             raise ValueError(f"[{op}] {config} cannot run this problem: {kernels.feasible(problem, config)}")
@@ -120,7 +125,9 @@ def _united(*per_expert: tuple) -> tuple:
     return tuple(sorted(set().union(*per_expert)))
 
 
-def linear_problem(stack: ExpertStack, rows: int, dtype: mx.Dtype | str, device: str) -> Problem:
+def linear_problem(
+    stack: ExpertStack, rows: int, dtype: mx.Dtype | str, device: str, accuracy: str = "float32"
+) -> Problem:
     """The problem that a linear, or one projection of several experts, poses for a number of rows."""
     return Problem.linear(
         stack.in_features,
@@ -132,6 +139,7 @@ def linear_problem(stack: ExpertStack, rows: int, dtype: mx.Dtype | str, device:
         dtype=_dtype_name(dtype),
         device=device,
         bias=stack.bias is not None,
+        accuracy=accuracy,
     )
 
 
@@ -145,6 +153,7 @@ def swiglu_problem(
     dtype: mx.Dtype | str,
     device: str,
     combine: bool,
+    accuracy: str = "float32",
 ) -> Problem:
     """The problem that a layer of experts poses for a number of rows."""
     return Problem.swiglu(
@@ -160,4 +169,5 @@ def swiglu_problem(
         device=device,
         combine=combine,
         bias=any(stack.bias is not None for stack in (gate, up, down)),
+        accuracy=accuracy,
     )

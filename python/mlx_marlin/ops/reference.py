@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import mlx.core as mx
@@ -39,6 +39,28 @@ def linear(x: np.ndarray, w: TrellisWeight, *, padded: bool = False) -> np.ndarr
     return y if padded else y[:, : w.out_features]
 
 
+def integer_linear(x: np.ndarray, w: TrellisWeight, *, padded: bool = False) -> np.ndarray:
+    """The same as the CPU computes it with ``use_fp32_acc=False``.
+
+    With mul1, x is rounded once it is rotated: in each block of 128, with ``m`` the largest magnitude (at least
+    2^-100), to the nearest multiple of ``m / 32767``. Weights are the codebook's values before their rounding to a
+    half. Nothing else is rounded here; the kernels sum in integers inside a block and in float32 over blocks. Other
+    codebooks are exact. Arguments and result as for :func:`linear`.
+    """
+    if w.codebook != "mul1":
+        return linear(x, w, padded=padded)
+    k, _ = w.padded_shape
+    suh, svh = (np.array(v).astype(np.float64) for v in (w.suh, w.svh))
+    rotated = codec.hadamard(np.pad(x, ((0, 0), (0, k - x.shape[1]))) * suh)
+    blocks = rotated.reshape(len(x), k // codec.HADAMARD_SIZE, codec.HADAMARD_SIZE)
+    step = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True), 2.0**-100) / 32767
+    inner = codec.tiles_to_matrix(codec.unrounded_mul1(codec.unpack(np.array(w.trellis))))
+    y = codec.hadamard((np.rint(blocks / step) * step).reshape(rotated.shape) @ inner) * svh
+    if w.bias is not None:
+        y = y + np.array(w.bias.astype(mx.float32)).astype(np.float64).reshape(-1)
+    return y if padded else y[:, : w.out_features]
+
+
 def activate(gate: np.ndarray, up: np.ndarray, activation: str, alpha: float, limit: float) -> np.ndarray:
     """The activation between gate/up and down, by the formulas of :func:`mlx_marlin.trellis_swiglu`."""
     if activation == "gelu_tanh":
@@ -57,6 +79,7 @@ def swiglu(
     activation: str,
     alpha: float,
     limit: float,
+    product: Callable[..., np.ndarray] = linear,
 ) -> np.ndarray:
     """The experts of a layer.
 
@@ -66,6 +89,7 @@ def swiglu(
         experts: Gate, up and down, each indexed by expert.
         scores: Optional, shape ``[rows, top_k]``.
         activation, alpha, limit: As for :func:`activate`.
+        product: :func:`linear` or :func:`integer_linear`. Default: :func:`linear`.
 
     Returns:
         float64, shape ``[rows, top_k, hidden]``, or ``[rows, hidden]`` with scores.
@@ -74,8 +98,8 @@ def swiglu(
     out = np.zeros((*indices.shape, x.shape[1]))
     for e in np.unique(indices):
         row, slot = np.nonzero(indices == e)
-        gated, upper = (linear(x[row], projection[e], padded=True) for projection in (gate, up))
-        out[row, slot] = linear(activate(gated, upper, activation, alpha, limit), down[e])
+        gated, upper = (product(x[row], projection[e], padded=True) for projection in (gate, up))
+        out[row, slot] = product(activate(gated, upper, activation, alpha, limit), down[e])
     return out if scores is None else np.einsum("rs,rsh->rh", scores.astype(np.float64), out)
 
 

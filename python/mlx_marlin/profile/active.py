@@ -150,11 +150,18 @@ def _find_in(profile: AutotuneConfig, problem: Problem) -> tuple[KernelConfig, s
     table = {b: row for b, row in table_of(profile, problem.kind).items() if kernels.default_variant(b) == variant}
     # A config from elsewhere keeps its tiles verbatim in the file; here it must fit this problem.
     fits = {
-        b: {h: {w: fit for w, c in cell.items() if (fit := kernels.fitted(problem, c))} for h, cell in row.items()}
+        b: {h: {w: fit for w, c in cell.items() if (fit := _fit(problem, c))} for h, cell in row.items()}
         for b, row in table.items()
     }
     config = search_table(fits, problem.rows, problem.hidden, problem.widths, lambda c: True)
     return (config, "lookup_table") if config else None
+
+
+def _fit(problem: Problem, config: KernelConfig) -> KernelConfig | None:
+    """A config of a table as it fits a problem. Cells do not tell the accuracy: where halves are allowed, the best of
+    the configs that do not round says nothing.
+    """
+    return None if problem.accuracy == "half" and config.use_fp32_acc else kernels.fitted(problem, config)
 
 
 def _alike(a: Problem, b: Problem) -> bool:

@@ -174,14 +174,16 @@ def project(profile: AutotuneConfig, keys: set | None = None) -> None:
     """Bring ``lookup_table`` up to date with ``problems``.
 
     Experts and single products are timed with different work behind the same key: they do not mix, and the experts
-    have the keys that both pose.
+    have the keys that both pose. Nor do the accuracies, of which float32 has the keys: its configs run both.
 
     Args:
         keys: ``(tokens, hidden, widths)`` to bring up to date. Default: all that ``problems`` has.
     """
     asked = {p: e for p, e in profile.problems.items() if keys is None or table_key(p) in keys}
     for kind in ("linear", "swiglu"):
-        _update(profile.lookup_table, projected({p: e for p, e in asked.items() if p.kind == kind}))
+        for accuracy in ("half", "float32"):
+            of_both = {p: e for p, e in asked.items() if (p.kind, p.accuracy) == (kind, accuracy)}
+            _update(profile.lookup_table, projected(of_both))
 
 
 def _update(table: LookupTable, newer: LookupTable) -> None:

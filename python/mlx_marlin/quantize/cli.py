@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
+import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import codec
 
 if TYPE_CHECKING:
-    from .conversion import Progress
+    from .progress import Progress
+
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def _head_bits(text: str) -> int | float:
@@ -20,6 +26,13 @@ def _head_bits(text: str) -> int | float:
         raise argparse.ArgumentTypeError(f"{error}; 16 leaves the head in half precision") from None
 
 
+def _mtp_bits(text: str) -> int | float:
+    try:
+        return int(text) if text in ("0", "16") else codec.as_width(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; 16 keeps the layers, 0 leaves them out") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     from .allocate import MODES
 
@@ -27,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="mlx_marlin-convert",
         description="Quantize a Hugging Face checkpoint that mlx-lm can run into an EXL3 directory.",
     )
-    parser.add_argument("--model", required=True, help="directory of the fp16, bf16 or fp32 checkpoint")
+    parser.add_argument(
+        "--model", required=True, help="directory of the checkpoint: fp16, bf16, fp32, fp8 in blocks or mxfp4"
+    )
     parser.add_argument("--output", required=True, help="directory to be made")
     parser.add_argument(
         "--bits", type=float, required=True, help="stored bits per weight of the quantized layers, scales included"
@@ -37,6 +52,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--embed-bits", type=int, help="K of the token embedding, 1 to 8 (default: it stays unquantized)"
+    )
+    parser.add_argument(
+        "--mtp-bits",
+        type=_mtp_bits,
+        default=4,
+        help="K of prediction layers; 16 keeps them as they are, 0 leaves them out (default: 4)",
+    )
+    parser.add_argument(
+        "--vision-bits",
+        type=int,
+        default=6,
+        help="K of the vision tower where that is of a known kind; 16 keeps it as it is, 0 leaves it out (default: 6)",
     )
     parser.add_argument("--codebook", choices=("mul1", "mcg", "3inst"), default="mul1", help="(default: mul1)")
     parser.add_argument(
@@ -51,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=MODES,
         default=MODES[0],
         help="who shares a width; loaders other than this package need per-layer or uniform (default: per-expert)",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let the tokenizer run code from the checkpoint"
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted conversion")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random signs (default: 0)")
@@ -67,24 +97,39 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min {int(seconds) % 60:02} s"
 
 
+def _begun(output: str) -> bool:
+    """Whether a conversion has begun in a directory, so that there is something to resume."""
+    from .resume import WORK
+
+    return (Path(output) / WORK / "job.json").is_file()
+
+
 def _convert(options: dict) -> int:
     """Run a conversion; returns the exit status."""
     from . import convert
 
+    logging.getLogger("mlx_marlin.quantize").addHandler(logging.NullHandler())  # progress tells it too
+    model, output = options.pop("model"), options.pop("output")
     try:
-        plan = convert(options.pop("model"), options.pop("output"), progress=_show, **options)
+        plan = convert(model, output, progress=_show, **options)
     except (ValueError, FileExistsError) as error:
         print(f"mlx_marlin-convert: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            advice = "make room and run again with --resume; every finished layer is kept"
-        else:
-            advice = "mend this and run again with --resume; every finished layer is kept"
-        print(f"mlx_marlin-convert: {error}; {advice}", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        kept = " with --resume; every finished layer is kept" if _begun(output) else ""
+        advice = "make room" if full else "mend this"
+        print(f"mlx_marlin-convert: {error}; {advice} and run again{kept}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        kept = "; the same command with --resume continues, every finished layer is kept" if _begun(output) else ""
+        print(f"\nmlx_marlin-convert: interrupted{kept}", file=sys.stderr)
+        return INTERRUPTED
     gap = 100 * (plan.loss / plan.bound - 1) if plan.bound > 0 else 0.0
     print(f"{plan.bits:.4f} bits per weight, allocation within {gap:.3g} % of the best possible; see plan.txt")
+    print(
+        f"Next: mlx_marlin generate --model {shlex.quote(output)} --prompt ... (or chat, server; info tells its sizes)"
+    )
     return 0
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import mlx.nn as nn
 import numpy as np
 
 from .. import codec, ops
-from ..storage import safetensors
 from ..storage.safetensors import Tensor, TensorInfo
 from .jobs import seed_of
 from .layered import LayeredModel
@@ -111,11 +108,10 @@ def quantize_table(table: TensorInfo, signs: np.ndarray, bits: int, threads: int
         bits: K, 1 to 8.
         threads: Worker threads.
     """
-    stored = table.map()
     height = max(1, _BLOCK_RINGS // len(signs))
     blocks = []
-    for first in range(0, len(stored), height):
-        rows = stored[first : first + height]
+    for first in range(0, table.shape[0], height):
+        rows = table.rows(first, min(first + height, table.shape[0]))
         floats = (rows.astype(np.uint32) << 16).view(np.float32) if table.dtype == "BF16" else rows.astype(np.float32)
         if not np.isfinite(floats).all():
             raise ValueError(f"{table.file}: the embedding holds values that are not finite, near row {first}")
@@ -125,30 +121,26 @@ def quantize_table(table: TensorInfo, signs: np.ndarray, bits: int, threads: int
 
 def _name(model: LayeredModel, source: Source) -> str:
     """The checkpoint's name of the token embedding, without ``.weight``."""
-    modules = [(path, m) for path, m in model.model.named_modules() if isinstance(m, nn.Embedding)]
-    for path, module in sorted(modules, key=lambda item: not item[0].endswith("embed_tokens")):
-        ending = f".{path.rpartition('.')[2]}.weight"
-        names = [n for n, t in source.tensors.items() if f".{n}".endswith(ending) and t.shape == module.weight.shape]
-        if len(names) == 1:
-            return names[0].removesuffix(".weight")
+    paths = [path for path, module in model.model.named_modules() if isinstance(module, nn.Embedding)]
+    for path in sorted(paths, key=lambda path: not path.endswith("embed_tokens")):
+        name = model.names.origins.get(f"{path}.weight")
+        if name is not None and name.endswith(".weight"):
+            return name.removesuffix(".weight")
     raise ValueError(f"{source.path} has no tensor that is known to be the token embedding; leave --embed-bits out")
 
 
-def write_embedding(work: Path, model: LayeredModel, source: Source, bits: int, seed: int, threads: int) -> None:
-    """Quantize the token embedding into :data:`PART`, unless an earlier run did.
+def embedding_tensors(model: LayeredModel, source: Source, bits: int, seed: int, threads: int) -> dict[str, Tensor]:
+    """The token embedding's tensors, quantized.
 
     Args:
-        work: The work directory.
         model: The model, for which of its modules that is.
         source: The checkpoint.
         bits: K, 1 to 8.
         seed: The conversion's seed, of the signs.
         threads: Worker threads.
     """
-    if (work / PART).exists():
-        return
     name = _name(model, source)
-    table = source.tensors[f"{name}.weight"]
+    table = source.stored[f"{name}.weight"]
     signs = embedding_signs(table.shape[1], seed_of(seed, name))
     trellis = quantize_table(table, signs, bits, threads)
-    safetensors.write_tensors(work / PART, {f"{name}.trellis": Tensor.of(trellis), f"{name}.signs": Tensor.of(signs)})
+    return {f"{name}.trellis": Tensor.of(trellis), f"{name}.signs": Tensor.of(signs)}

@@ -15,6 +15,12 @@ from ..kernels import KernelConfig, Problem
 # A server meets ever new row counts; one choice is a few hundred bytes.
 _MAX_CHOICES = 65536
 
+# Builds that fail for one problem before no more are tried: the config, its variant with other tiles, and prefill4.
+# Where none of these can be built, what is wrong is not in their code, and there are hundreds more.
+MOST_UNBUILT = 3
+
+_WHAT_TO_DO = "Run the layer on the CPU (mx.set_default_device(mx.cpu)) and report this"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -34,12 +40,20 @@ class Choice:
         )
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a config is not chosen; built: whether its kernels could be built at all."""
+
+    reason: str
+    built: bool = True
+
+
 class _Choices:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.table: dict[Problem, Choice] = {}
         self.feedback: dict[Problem, Choice] = {}
-        self.refused: dict[Problem, dict[KernelConfig, str]] = {}
+        self.refused: dict[Problem, dict[KernelConfig, Refusal]] = {}
         self.changes = 0
         self.profile_generation = profile.generation()
 
@@ -58,19 +72,42 @@ class _Choices:
             return choice
 
     def allowed(self, choice: Choice) -> Choice:
-        """The choice itself, or where it was refused the first candidate that was not."""
+        """The choice itself, or where it was refused the next candidate that was not."""
         problem, refused = choice.problem, self.refused.get(choice.problem, {})
         if choice.config not in refused:
             return choice
-        for config in (kernels.default(problem), *kernels.candidates(problem)):
-            if config not in refused:
-                reason = f"{choice.config.kernel_name} is refused here: {refused[choice.config]}"
-                return Choice(problem, config, reason, tuned=False)
-        raise RuntimeError(
-            f"every kernel for {problem} is refused on this {problem.device}, the last because: "
-            f"{refused[choice.config]}. "
-            "Run the layer on the CPU (mx.set_default_device(mx.cpu)) and report this"
-        )
+        unbuilt = [refusal.reason for refusal in refused.values() if not refusal.built]
+        if len(unbuilt) >= MOST_UNBUILT:
+            raise RuntimeError(
+                f"{len(unbuilt)} kernels for {problem} could not be built on this {problem.device}, and no more are "
+                f"tried. The last: {unbuilt[-1]}. {_WHAT_TO_DO}"
+            )
+        following = _following(problem, choice.config, refused)
+        if following is None:
+            raise RuntimeError(
+                f"every kernel for {problem} is refused on this {problem.device}, the last because: "
+                f"{refused[choice.config].reason}. {_WHAT_TO_DO}"
+            )
+        reason = f"{choice.config.kernel_name} is refused here: {refused[choice.config].reason}"
+        return Choice(problem, following, reason, tuned=False)
+
+
+def _following(problem: Problem, config: KernelConfig, refused: dict[KernelConfig, Refusal]) -> KernelConfig | None:
+    """What is tried where a config was refused: its variant with other tiles, then prefill4, then what there is.
+
+    prefill4 is next as it is the fastest for any number of rows that does without simdgroup matrices. A variant of
+    which two configs could not be built comes after the others. Configs that sum as the refused one does come first.
+    """
+    unbuilt = [c.kernel_variant for c, refusal in refused.items() if not refusal.built]
+    order = [config.kernel_variant, "prefill4"]
+
+    def rank(other: KernelConfig) -> tuple[bool, int]:
+        at = order.index(other.kernel_variant) if other.kernel_variant in order else len(order)
+        gone = unbuilt.count(other.kernel_variant) >= 2
+        return other.use_fp32_acc != config.use_fp32_acc, len(order) + 1 if gone else at
+
+    every = dict.fromkeys((kernels.default(problem), *kernels.candidates(problem)))
+    return min((c for c in every if c not in refused), key=rank, default=None)
 
 
 _choices = _Choices()
@@ -138,9 +175,12 @@ def set_feedback(problem: Problem, config: KernelConfig | None, reason: str = ""
         _choices.changes += 1
 
 
-def refuse(problem: Problem, config: KernelConfig, reason: str) -> None:
-    """Never choose a config for a problem again in this process."""
+def refuse(problem: Problem, config: KernelConfig, reason: str, *, built: bool = True) -> None:
+    """Never choose a config for a problem again in this process.
+
+    built: Whether its kernels could be built.
+    """
     with _choices.lock:
-        _choices.refused.setdefault(problem, {})[config] = reason
+        _choices.refused.setdefault(problem, {})[config] = Refusal(reason, built)
         _choices.table.pop(problem, None)
         _choices.changes += 1

@@ -1,5 +1,5 @@
-"""Before a config first runs on a GPU, one small case runs against the codec: compilers have miscompiled
-kernels that were right elsewhere. A config that is wrong is refused, and the next feasible one is tried.
+"""Before a config first runs on a GPU, small cases run against the codec: compilers have miscompiled kernels that were
+right elsewhere. A config that is wrong is refused, and the next feasible one is tried.
 
 This happens where a config is chosen, in Python: never inside a primitive and never inside a trace.
 """
@@ -10,10 +10,9 @@ import json
 import logging
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -25,10 +24,10 @@ from ..kernels import KernelConfig, Problem
 from ..ops import reference
 from ..profile import files as profile_files
 from ..storage import atomic
-from ..weights import synthetic
 from ..weights.experts import ExpertBank, ExpertStack
-from . import choices
+from . import choices, small_cases
 from .choices import Choice
+from .small_cases import NoSmallCase, expected, make_case
 
 __all__ = ["SelfTest", "fault", "select"]
 
@@ -39,71 +38,24 @@ _log = logging.getLogger("mlx_marlin")
 LIMIT = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 8e-3}
 # With half operands and half sums inside a tile: rounding alone reaches 1.5e-3.
 HALF_LIMIT = 6e-3
-# Sizes of the small case. 128 is one Hadamard block; up to 2048 narrow tiles become legal; from 3072 on a product no
-# longer makes its own input, with half operands from 10240 on.
-_SIZES = (128, 256, 384, 512, 640, 768, 1024, 1280, 2048, 3072, 4096, 5120, 6144, 8192, 10240)
-_EXPERTS = 3
 _MAX_FILE_BYTES = 1 << 20
-
-
-class NoSmallCase(Exception):
-    """No small problem runs the kernels that a config runs."""
+# What csrc/metal/encode.cpp says of a kernel that the compiler rejects.
+_NOT_BUILT = "could not be built"
 
 
 Executor = Callable[[Problem, KernelConfig, dict], np.ndarray]
 
 
-def _code(problem: Problem, config: KernelConfig) -> list:
-    """What a plan compiles: each kernel with its constants, once; rows in several passes run the same again."""
-    plan = ops.plan(problem, config)
-    return list(dict.fromkeys((d["kernel"], tuple(sorted(d["constants"].items()))) for d in plan["dispatches"]))
-
-
-def small_problem(problem: Problem, config: KernelConfig) -> Problem:
-    """The smallest problem whose plan has the same kernels and constants; one row more than a tile has.
-
-    Raises:
-        NoSmallCase: If none of the sizes has such a plan.
-    """
-    rows = config.tile_size_m + 1
-    experts = max(len(problem.bits), _EXPERTS) if problem.kind == "swiglu" or problem.experts > 1 else 1
-    same = replace(problem, rows=rows, top_k=min(problem.top_k, experts, 2), experts=experts)
-    wanted = _code(replace(problem, rows=rows), config)
-    for hidden, intermediate in sorted(product(_SIZES, _SIZES), key=lambda sizes: (sizes[0] * sizes[1], sizes)):
-        small = replace(same, hidden=hidden, intermediate=intermediate)
-        if kernels.feasible(small, config) is None and _code(small, config) == wanted:
-            return small
-    raise NoSmallCase(f"no small problem runs the kernels that {config} runs for {problem}")
-
-
-def make_case(problem: Problem) -> dict:
-    """Inputs of a problem: every bit width and every codebook of it occurs. The same for every run."""
-    rng = np.random.default_rng(0)
-    # The first channel of each Hadamard block is an outlier: it lies evenly over the rotated block, where an error that
-    # all weights share then adds up.
-    x = rng.standard_normal((problem.rows, problem.hidden)).astype(np.float32)
-    first = x[:, :: codec.HADAMARD_SIZE]
-    first *= 16
-    first += np.copysign(12, first)
-    weights = [synthetic.random_projection(rng, problem, part) for part in range(len(problem.shapes))]
-    if problem.kind == "linear":
-        return {"x": x, "weights": weights[0], "indices": rng.integers(0, problem.experts, problem.rows, np.uint32)}
-    indices = np.stack([rng.permutation(problem.experts)[: problem.top_k] for _ in range(problem.rows)])
-    scores = rng.random(indices.shape).astype(np.float32) if problem.combine else None
-    return {"x": x, "weights": weights, "indices": indices.astype(np.uint32), "scores": scores}
-
-
-def expected(problem: Problem, case: dict) -> np.ndarray:
-    """What the case must give, by the codec, in float64."""
-    x = np.array(mx.array(case["x"]).astype(getattr(mx, problem.dtype)).astype(mx.float32)).astype(np.float64)
-    if problem.kind == "linear":
-        return np.concatenate([reference.linear(row[None], case["weights"][e]) for row, e in zip(x, case["indices"])])
-    return reference.swiglu(x, case["indices"], case["weights"], case["scores"], problem.activation, 1.702, 7.0)
-
-
 def run_on_gpu(problem: Problem, config: KernelConfig, case: dict) -> np.ndarray:
     """The case through the primitives, on the GPU; float32."""
     x = mx.array(case["x"]).astype(getattr(mx, problem.dtype))
+    if case.get("of") == "weight":
+        return np.array(ops.trellis_decode(case["weights"][0], stream=mx.gpu).astype(mx.float32))
+    if case.get("of") == "gradient":
+        with mx.stream(mx.gpu):
+            at = mx.zeros((problem.rows, problem.hidden), x.dtype)
+            _, (y,) = mx.vjp(lambda x: gathered(problem, config, case, x), [at], [x])
+            return np.array(y.astype(mx.float32))
     if problem.kind == "linear" and problem.experts == 1:
         y = ops.trellis_linear(x, case["weights"][0], config=config, stream=mx.gpu)
     elif problem.kind == "linear":
@@ -132,8 +84,18 @@ def gathered(problem: Problem, config: KernelConfig, case: dict, x: mx.array) ->
 
 def _key(problem: Problem, config: KernelConfig) -> str:
     """What a verdict is about: the kernels with their constants, and the config that lays out the work."""
-    code = _code(replace(problem, rows=config.tile_size_m + 1), config)
-    return json.dumps([code, asdict(config)], sort_keys=True)
+    plan = ops.plan(replace(problem, rows=config.tile_size_m + 1), config)
+    return json.dumps([small_cases.code(plan), asdict(config)], sort_keys=True)
+
+
+def _tests(problem: Problem, config: KernelConfig) -> Iterator[tuple[str, Callable[[], Problem]]]:
+    """What must be right for a config to run a problem: the subject of each verdict, and the problem that gives it."""
+    yield _key(problem, config), lambda: small_cases.small_problem(problem, config)
+    for routed in small_cases.routing_problems(problem, config):
+        (route,) = (d for d in ops.plan(routed, config)["dispatches"] if d["kernel"] == "trellis_route")
+        # Sorting is the same code for all configs; the rows of a tile and the alignment of experts decide what it does.
+        about = [route["kernel"], route["constants"], routed.experts, config.tile_size_m]
+        yield json.dumps(about, sort_keys=True), lambda routed=routed: routed
 
 
 def _limit(problem: Problem, config: KernelConfig) -> float:
@@ -188,57 +150,103 @@ class SelfTest:
 
     def known(self, problem: Problem, config: KernelConfig) -> bool:
         """Whether :meth:`fault` answers without running anything."""
-        key = _key(problem, config)
-        return key in self._verdicts or key in self._broken
+        for key, _ in _tests(problem, config):
+            if key in self._broken or self._verdicts.get(key):
+                return True
+            if key not in self._verdicts:
+                return False
+        return True
 
     def fault(self, problem: Problem, config: KernelConfig) -> str | None:
-        """What is wrong with a config on this machine, or ``None``. The first time a small case is run."""
+        """What is wrong with a config on this machine, or ``None``. The first time small cases are run."""
         with self._lock:
-            key = _key(problem, config)
-            if key in self._broken:
-                return self._broken[key]
-            if key not in self._verdicts:
-                try:
-                    self._verdicts[key] = self._judge(problem, config)
-                except NoSmallCase as failure:
-                    self._broken[key] = f"it cannot be tested: {failure}"
-                    return self._broken[key]
-                except RuntimeError as failure:  # what MLX raises for kernels that do not compile or run
-                    # Not kept on disk: memory may have been short.
-                    self._broken[key] = f"it does not run: {str(failure)[:500]}"
-                    return self._broken[key]
-                self._save()
-            return self._verdicts[key] or None
+            for key, small in _tests(problem, config):
+                found = self._verdict(key, small, config)
+                if found:
+                    return found
+        return None
 
-    def _judge(self, problem: Problem, config: KernelConfig) -> str:
-        """ "" if the config is right, else what is wrong."""
-        small = small_problem(problem, config)
-        case = make_case(small)
+    def _verdict(self, key: str, small: Callable[[], Problem], config: KernelConfig) -> str:
+        """ "" if a test is passed, else what is wrong; kept on disk unless the test did not run."""
+        if key in self._broken:
+            return self._broken[key]
+        if key not in self._verdicts:
+            try:
+                self._verdicts[key] = self._judge(small(), config)
+            except NoSmallCase as failure:
+                self._broken[key] = f"it cannot be tested: {failure}"
+                return self._broken[key]
+            except RuntimeError as failure:  # what MLX raises for kernels that do not compile or run
+                # Not kept on disk: memory may have been short.
+                self._broken[key] = f"it does not run: {failure}"
+                return self._broken[key]
+            self._save()
+        return self._verdicts[key]
+
+    def others(self) -> dict[str, str]:
+        """What is wrong with the kernels that no config chooses: decoding a weight, to the bit, and gradients."""
+        cases = {
+            f"trellis_decode of {codebook} at {bits} bits": (*small_cases.decoded_case(bits, codebook), 0.0)
+            for bits in codec.WIDTHS
+            for codebook in (codec.CODEBOOKS if not codec.is_half_rate(bits) else ("mul1",))
+        }
+        for problem in small_cases.transposed_problems():
+            name = f"the gradient of a linear with {problem.experts} weights"
+            cases[name] = (problem, small_cases.transposed_case(problem), LIMIT[problem.dtype])
+        found = {}
+        for name, (problem, case, limit) in cases.items():
+            try:
+                found[name] = self._compare(problem, kernels.default(problem), case, limit)
+            except RuntimeError as failure:
+                found[name] = f"it does not run: {failure}"
+        return {name: fault for name, fault in found.items() if fault}
+
+    def _judge(self, small: Problem, config: KernelConfig) -> str:
+        """ "" if the config is right for a small problem, else what is wrong."""
+        return self._compare(small, config, make_case(small), _limit(small, config))
+
+    def _compare(self, problem: Problem, config: KernelConfig, case: dict, limit: float) -> str:
         try:
-            error = reference.row_error(self._execute(small, config, case), expected(small, case))
+            error = reference.row_error(self._execute(problem, config, case), expected(problem, case))
         except ValueError as failure:  # another shape
             return str(failure)
-        limit = _limit(problem, config)
         return "" if error <= limit else f"its error against the codec is {error:.3g}, at most {limit:g} is right"
 
-    def select(self, problem: Problem) -> Choice:
-        """The first choice for a problem whose kernels are right. Warns about every one that is refused.
+    def select(self, problem: Problem, traced: bool = False) -> tuple[Choice, bool]:
+        """The first choice for a problem whose kernels are right, and whether that is known. Those that are refused get
+        one warning.
+
+        Args:
+            problem: What is asked.
+            traced: Nothing may run: a config without a verdict is the choice, and that is not known to be right.
 
         Raises:
-            RuntimeError: If no kernel for the problem is right.
+            RuntimeError: If no kernel for the problem is right, or ``choices.MOST_UNBUILT`` could not be built.
         """
-        while True:
-            choice = choices.choose(problem)
+        refused: dict[KernelConfig, str] = {}
+        choice = choices.choose(problem)
+        while not traced or self.known(problem, choice.config):
             fault = self.fault(problem, choice.config)
             if fault is None:
-                return choice
-            choices.refuse(problem, choice.config, fault)
-            following = choices.choose(problem).config
-            warnings.warn(
-                f"{choice.config} is refused on this GPU: {fault}. {following} is tried instead",
-                RuntimeWarning,
-                3,
-            )
+                break
+            refused[choice.config] = fault
+            choices.refuse(problem, choice.config, fault, built=_NOT_BUILT not in fault)
+            try:
+                choice = choices.choose(problem)
+            except RuntimeError:
+                _warn(refused, "None is tried instead")
+                raise
+        if refused:
+            _warn(refused, f"{choice.config} is tried instead")
+        return choice, self.known(problem, choice.config)
+
+
+def _warn(refused: dict[KernelConfig, str], what_follows: str) -> None:
+    """One warning, about the first configs that were refused."""
+    told = [f"{config} is refused on this GPU: {fault}" for config, fault in refused.items()][: choices.MOST_UNBUILT]
+    if len(refused) > len(told):
+        told.append(f"{len(refused) - len(told)} more are refused")
+    warnings.warn("\n".join([*told, what_follows]), RuntimeWarning, 4)
 
 
 @lru_cache(maxsize=1)
@@ -257,11 +265,9 @@ def select(problem: Problem, traced: bool) -> tuple[Choice, bool]:
     Args:
         problem: Kernels that came compiled are not tested, nor is anything where there are no rows.
         traced: Whether the call is being traced. Nothing runs then: a config that is not known yet is used untested,
-            and a compiled function keeps it.
+            and a compiled function keeps it; if it cannot be built, its evaluation says so.
     """
     choice = choices.choose(problem)
     if not kernels.rules_of(problem).COMPILED_AT_RUN_TIME or problem.rows == 0:
         return choice, True
-    if traced and not _gpu().known(problem, choice.config):
-        return choice, False
-    return _gpu().select(problem), True
+    return _gpu().select(problem, traced)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -37,7 +36,8 @@ NUMPY_DTYPES = {
     "BOOL": "?", "I8": "i1", "U8": "u1", "F8_E4M3": "u1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "BF16": "<u2",
     "I32": "<i4", "U32": "<u4", "F32": "<f4", "I64": "<i8",
 }  # fmt: skip
-_NAMES = {np.dtype(dtype): name for name, dtype in NUMPY_DTYPES.items() if name not in ("BF16", "F8_E4M3")}
+DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in NUMPY_DTYPES.items() if name not in ("BF16", "F8_E4M3")}
+"""The format's names of NumPy's dtypes."""
 
 
 class TensorInfo(NamedTuple):
@@ -57,19 +57,34 @@ class TensorInfo(NamedTuple):
     start: int
     nbytes: int
 
-    def map(self) -> np.ndarray:
-        """The tensor as a read-only view of the file, in the dtype of :data:`NUMPY_DTYPES`.
+    def array(self) -> np.ndarray:
+        """The tensor in the dtype of :data:`NUMPY_DTYPES`; see :meth:`rows`."""
+        values = np.empty(self.shape, NUMPY_DTYPES[self.dtype])
+        self._fill(values, self.start)
+        return values
 
-        Each tensor has a map of its own, so that its pages are given back with it.
+    def rows(self, first: int, stop: int) -> np.ndarray:
+        """A range along the first axis, of which alone the bytes are read.
+
+        Read, not mapped: a file that becomes shorter is an error, where a map would end the process.
+
+        Raises:
+            ValueError: If the file ends early.
+            OSError: If it cannot be read.
         """
-        dtype = NUMPY_DTYPES[self.dtype]
-        if not self.nbytes:
-            return np.zeros(self.shape, dtype)
-        before = self.start % mmap.ALLOCATIONGRANULARITY
+        values = np.empty((stop - first, *self.shape[1:]), NUMPY_DTYPES[self.dtype])
+        self._fill(values, self.start + first * (self.nbytes // max(1, self.shape[0])))
+        return values
+
+    def _fill(self, values: np.ndarray, start: int) -> None:
+        if not values.nbytes:
+            return
+        wanted = values.reshape(-1).view(np.uint8).data
         with open(self.file, "rb") as stream:
-            size = before + self.nbytes
-            pages = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ, offset=self.start - before)
-        return np.frombuffer(pages, dtype, math.prod(self.shape), before).reshape(self.shape)
+            stream.seek(start)
+            there = stream.readinto(wanted)
+        if there != len(wanted):
+            raise ValueError(f"{self.file} ends early: {len(wanted)} bytes wanted at {start}, {there} there")
 
     def read(self) -> bytes:
         """The tensor's bytes.
@@ -108,7 +123,7 @@ class Tensor:
     @classmethod
     def of(cls, array: np.ndarray) -> Tensor:
         """From an array of any dtype of :data:`NUMPY_DTYPES`."""
-        return cls(_NAMES[array.dtype], array.shape, array.tobytes())
+        return cls(DTYPE_NAMES[array.dtype], array.shape, array.tobytes())
 
 
 def _is_size(value: object) -> bool:
@@ -187,11 +202,21 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def write(path: Path, entries: Iterable[tuple[str, str, tuple[int, ...]]], data: Iterable[bytes]) -> None:
-    """Write a file whole or not at all, its tensors in the given order.
+class Writer(Protocol):
+    """What is written to: a binary file, or what stands in front of one."""
+
+    def write(self, data: bytes, /) -> object:
+        """Write all of it."""
+
+
+def write_into(
+    file: Writer, path: Path, entries: Iterable[tuple[str, str, tuple[int, ...]]], data: Iterable[bytes]
+) -> None:
+    """Write tensors in the given order.
 
     Args:
-        path: The file.
+        file: Where to.
+        path: Its name, for error messages.
         entries: ``(name, dtype, shape)`` of each tensor.
         data: Their bytes, in the same order; taken one at a time.
 
@@ -208,14 +233,19 @@ def write(path: Path, entries: Iterable[tuple[str, str, tuple[int, ...]]], data:
         offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)))
+    file.write(text)
+    for (name, _, _), part in zip(entries, data, strict=True):
+        begin, end = header[name]["data_offsets"]
+        if len(part) != end - begin:
+            raise ValueError(f"{path}: {name} is {end - begin} bytes by its entry, {len(part)} bytes were given")
+        file.write(part)
+
+
+def write(path: Path, entries: Iterable[tuple[str, str, tuple[int, ...]]], data: Iterable[bytes]) -> None:
+    """Write a file whole or not at all; see :func:`write_into`."""
     with atomic.writing(path) as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
-        for (name, _, _), part in zip(entries, data, strict=True):
-            begin, end = header[name]["data_offsets"]
-            if len(part) != end - begin:
-                raise ValueError(f"{path}: {name} is {end - begin} bytes by its entry, {len(part)} bytes were given")
-            file.write(part)
+        write_into(file, path, entries, data)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

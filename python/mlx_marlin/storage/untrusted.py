@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
 # As many bytes of a file tell whether it is what its name says.
 _START_BYTES = 512
+# Levels of JSON. Files of checkpoints have less than ten; Python's json, copies and printing recurse for each.
+MAX_DEPTH = 64
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HTML = (b"<!doctype html", b"<html")
 _UTF8_MARK, _UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+
+
+def is_listed(path: Path) -> bool:
+    """Whether a directory has an entry of this name, be it a link that leads nowhere."""
+    return path.exists() or path.is_symlink()
 
 
 def check_present(path: Path) -> None:
@@ -18,9 +27,14 @@ def check_present(path: Path) -> None:
 
     Raises:
         FileNotFoundError: If nothing is there; of a link that leads nowhere it is said where it leads.
-        ValueError: If it is not a regular file.
+        ValueError: If it is not a regular file, or a link in a circle.
     """
     if path.is_symlink() and not path.exists():
+        try:
+            path.stat()
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise ValueError(f"{path} is a link that leads in a circle") from None
         raise FileNotFoundError(
             f"{path} is a link to {path.readlink()}, which is not there: its download was not finished, or the cache "
             "was cleaned; download the model again"
@@ -51,6 +65,26 @@ def check_genuine(path: Path) -> None:
             f"{path} is an HTML page, probably what a server answered in place of the file; download it again with "
             "'hf download'"
         )
+
+
+def stamps(files: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
+    """What changes when a file is replaced or written to, by file."""
+    found: dict[Path, tuple[int, ...]] = {}
+    for file in files:
+        status = file.stat()
+        found[file] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
+
+
+def _check_depth(value: object, source: str) -> None:
+    """See that nothing that walks this value, one call a level, comes near the interpreter's limit."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
+        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+        if not level:
+            return
+    raise ValueError(f"{source} nests too deeply: more than {MAX_DEPTH} levels")
 
 
 def _reject_constant(value: str) -> NoReturn:
@@ -87,6 +121,7 @@ def parse_json(data: bytes, source: str, *, finite: bool = True) -> dict:
         raise ValueError(f"{source} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{source} must be a JSON object, got {type(value).__name__}")
+    _check_depth(value, source)
     return value
 
 

@@ -15,8 +15,13 @@
 #define MSL_G __local
 #endif
 #define MSL_C __constant
+#ifdef MSL_PRIVATE_THREAD
+// metal41.py says why.
+#define MSL_T __private
+#else
 // `thread` is the generic address space: clang mishandles class temporaries without it.
 #define MSL_T
+#endif
 #define MSL_SITE uint _l = __builtin_LINE(), uint _c = __builtin_COLUMN()
 #define MSL_AT (_l << 10 | (_c & 1023))
 

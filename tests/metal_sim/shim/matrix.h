@@ -6,10 +6,10 @@ template <class T, int C, int R>
 struct simdgroup_matrix {
   static_assert(C == 8 && R == 8, "only 8x8");
   vec<T, 2> e;
-  simdgroup_matrix() = default;
-  MSL_INL explicit simdgroup_matrix(T d);
-  MSL_INL MSL_T vec<T, 2>& thread_elements() { return e; }
-  MSL_INL const MSL_T vec<T, 2>& thread_elements() const { return e; }
+  MSL_INL simdgroup_matrix() MSL_T {}
+  MSL_INL explicit simdgroup_matrix(T d) MSL_T;
+  MSL_INL MSL_T vec<T, 2>& thread_elements() MSL_T { return e; }
+  MSL_INL const MSL_T vec<T, 2>& thread_elements() const MSL_T { return e; }
 };
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
@@ -22,7 +22,7 @@ MSL_INL uint msl_lane(uint site) {
 MSL_INL uint msl_row(uint l) { return ((l / 4) & 4) + ((l / 2) % 4); }
 MSL_INL uint msl_col(uint l) { return ((l / 4) & 2) * 2 + (l % 2) * 2; }
 template <class T, int C, int R>
-MSL_INL simdgroup_matrix<T, C, R>::simdgroup_matrix(T d) {
+MSL_INL simdgroup_matrix<T, C, R>::simdgroup_matrix(T d) MSL_T {
   uint l = msl_lane(0);
   for (uint i = 0; i < 2; i++) e[i] = msl_row(l) == msl_col(l) + i ? d : T(0);
 }
