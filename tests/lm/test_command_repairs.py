@@ -1,5 +1,6 @@
 """mlx-lm's commands where EXL3 models meet what they lack."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 from mlx_lm import utils as mlx_lm_utils
 
 import mlx_marlin
+from mlx_marlin import cli
 from mlx_marlin.lm import command_repairs, commands, hub
 from tests.lm.test_commands import EXL3, HANGS, refused, run
 from tests.lm.test_distributed import free_port
@@ -54,12 +56,27 @@ def test_models_are_listed_without_a_cache(tmp_path):
                     assert server.poll() is None, (tmp_path / "log").read_text()
                     time.sleep(0.2)
             assert [model["id"] for model in answer["data"]] == [str(EXL3)]
-            time.sleep(1)  # the model may still be loading, in another thread
-            server.send_signal(signal.SIGINT)
-            assert server.wait(HANGS) == 130, (tmp_path / "log").read_text()
         finally:
             server.kill()
-    assert (tmp_path / "log").read_text().endswith("mlx_marlin: interrupted\n")
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_interrupts_end_in_one_line(monkeypatch, capsys, swallowed):
+    """Also where mlx-lm's command ends as if it were done."""
+
+    def command():
+        with contextlib.suppress(KeyboardInterrupt) if swallowed else contextlib.nullcontext():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(HANGS)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "_main", command)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130 and capsys.readouterr().err == "\nmlx_marlin: interrupted\n"
 
 
 def test_a_revision_is_that_of_the_model(monkeypatch, tmp_path):
