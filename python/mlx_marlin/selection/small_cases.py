@@ -160,8 +160,10 @@ def transposed_problems() -> list[Problem]:
 
     384 columns are no multiple of 16 ranges of k, 256 rows of a weight two groups of columns of its transpose.
     """
-    sizes = {"bits": 3, "codebooks": "mcg", "dtype": "float32", "device": "gpu"}
-    return [Problem.linear(256, 384, rows=rows, experts=e, **sizes) for rows, e in ((5, 1), (7, 3))]
+    return [
+        Problem.linear(256, 384, rows=rows, experts=experts, bits=3, codebooks="mcg", dtype="float32", device="gpu")
+        for rows, experts in ((5, 1), (7, 3))
+    ]
 
 
 def transposed_case(problem: Problem) -> dict:
