@@ -22,6 +22,7 @@ from mlx_marlin import (
     trellis_linear,
     trellis_swiglu,
 )
+from mlx_marlin.layers import state
 from mlx_marlin.weights.experts import ExpertStack
 from mlx_marlin.weights.synthetic import random_weight
 from tests.support.cases import (
@@ -227,6 +228,24 @@ def test_a_layer_with_unusable_parameters_can_be_printed():
     glu = KINDS["glu"][0]()
     glu.gate_proj.formats = mx.full((5,), 16, mx.uint32)
     assert "5 experts, 128 -> 256, bits=8" in repr(glu)
+
+
+def test_the_table_of_a_layer_is_bounded():
+    """Ever new numbers of rows leave nothing behind, and are computed as the first ones are."""
+    layer = TrellisLinear(random_weight(np.random.default_rng(0), 128, 128, 3))
+    x = mx.random.normal((300, 128))
+    wanted = np.array(layer(x))
+    for rows in range(1, 301):
+        y = layer(x[:rows])
+        assert len(layer._derived.configs._resolved[2]) <= state._MAX_CONFIGS
+    np.testing.assert_array_equal(np.array(y), wanted)
+
+
+def test_a_copy_keeps_the_accuracy():
+    layer = TrellisLinear(random_weight(np.random.default_rng(0), 128, 128, 3))
+    layer.accuracy = "half"
+    for copied in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert copied.accuracy == "half" and mx.array_equal(copied(mx.ones((3, 128))), layer(mx.ones((3, 128))))
 
 
 def test_a_running_call_keeps_the_configs_of_its_weights(monkeypatch, resolve=ops.resolve):

@@ -266,6 +266,30 @@ def test_a_clock_that_is_set_back_while_tuning(tmp_path):
 # Places
 
 
+def test_a_profile_without_accuracies_is_about_float32():
+    made = cpu_profile({problem(): entry()})
+    stored = json.loads(profile_json.encode(made))
+    for one in stored["problems"]:
+        assert one["problem"].pop("accuracy") == "float32"
+    assert profile_json.decode(json.dumps(stored).encode()).problems == made.problems
+    stored["problems"][0]["problem"]["accuracy"] = "quarter"
+    with pytest.raises(ProfileError, match="accuracy"):
+        profile_json.decode(json.dumps(stored).encode())
+
+
+def test_the_accuracies_are_tuned_apart(cache):
+    """Each has its entry; the table is that of float32, and says nothing about where halves are allowed."""
+    half = replace(problem(), accuracy="half")
+    rounding = replace(DECODE, tile_size_n=256, use_fp32_acc=False)
+    made = cpu_profile({problem(): entry(), half: entry(rounding)})
+    assert made.lookup_table[1][256][(2, 3, 4)] == DECODE
+    (cache / "profile.json").write_bytes(profile_json.encode(made))
+    profile.use_profile(cache / "profile.json", allow_foreign=True)
+    assert profile.find(problem()).config.use_fp32_acc and not profile.find(half).config.use_fp32_acc
+    assert profile.find(replace(problem(), hidden=384)).config.use_fp32_acc
+    assert profile.find(replace(half, hidden=384)) is None
+
+
 def test_default_path_tells_machines_apart(cache, monkeypatch):
     here = profile.default_path("cpu")
     assert here.parent == cache / "profiles"
