@@ -24,10 +24,10 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from mlx_marlin import TrellisModelLoader, codec
 from mlx_marlin.quantize import convert, quantize_weight
-from mlx_marlin.quantize.conversion import stored_bits
-from mlx_marlin.quantize.jobs import wanted
-from mlx_marlin.quantize.layered import LayeredModel, Taps
+from mlx_marlin.quantize.budget import stored_bits
+from mlx_marlin.quantize.layered import LayeredModel
 from mlx_marlin.quantize.source import Source
+from mlx_marlin.quantize.taps import Taps
 from mlx_marlin.storage import atomic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,13 +49,13 @@ class Evaluation:
         text = (MODEL / "heldout.txt").read_text(encoding="utf-8")[_TEXT_START:]
         tokens = np.array(load_tokenizer(MODEL).encode(text)[: WINDOWS * LENGTH + 1], np.int32)
         self.targets = tokens[1:]
-        self.model = LayeredModel(MODEL, tokens[:-1].reshape(WINDOWS, LENGTH), 4)
+        self.model = LayeredModel(Source(MODEL), tokens[:-1].reshape(WINDOWS, LENGTH), 4)
         self.embeddings = self.model.embeddings()
-        self.source = Source(MODEL)
         self.taps, self.slots = [], {}
         for index in range(len(self.model.layers)):
             self.model.load(index)
-            taps = Taps(self.model.layers[index], wanted)
+            path, names = self.model.paths[index], self.model.names
+            taps = Taps(self.model.layers[index], names.linears(path), names.experts(path))
             taps.__enter__()
             self.taps.append(taps)
             self._find(index, taps)
@@ -65,16 +65,16 @@ class Evaluation:
         self.reference = self.log_probabilities({})
 
     def _find(self, index: int, taps: Taps) -> None:
-        prefix = self.model.names[index]
+        layer, names = self.model.paths[index], self.model.names
         for path, tap in taps.linears.items():
-            self.slots[f"{prefix}.{path}"] = (lambda t=tap: t.weight, lambda w, t=tap: setattr(t, "weight", w))
+            self.slots[names.linears(layer)[path]] = (lambda t=tap: t.weight, lambda w, t=tap: setattr(t, "weight", w))
         for path, tap in taps.experts.items():
-            full, parts = self.source.expert_names(f"{prefix}.{path.rpartition('.')[0]}")
-            for part, stored in parts.items():
-                stack = tap.weights[part][0]
+            block = names.experts(layer)[path]
+            for part, stored in block.parts.items():
+                stack = tap.weights[part]
                 for e in range(len(stack)):
-                    put = lambda w, s=stack, i=e: s.__setitem__(i, w)  # noqa: E731
-                    self.slots[f"{full}.{e}.{stored}"] = (lambda s=stack, i=e: s[i], put)
+                    put = lambda w, s=stack, i=e: s.install(i, w, None)  # noqa: E731
+                    self.slots[f"{block.prefix}.{e}.{stored}"] = (lambda s=stack, i=e: s.weight(i), put)
 
     def log_probabilities(self, weights: dict[str, np.ndarray]) -> np.ndarray:
         """float64 [tokens, vocabulary] with some weights replaced, ``lm_head`` among them."""

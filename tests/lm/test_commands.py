@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 import mlx_marlin
 from mlx_marlin import cli
 from mlx_marlin.lm import commands
+from mlx_marlin.lm.serving import guard
 from tests.lm.test_bad_models import broken, remove
 from tests.lm.test_distributed import Rank, free_port, launch
 from tests.support import architectures
@@ -121,8 +122,9 @@ def test_the_server_refuses_however_the_model_is_given(tmp_path, arguments):
 def test_the_server_starts_without_a_model(monkeypatch):
     import mlx_lm.server
 
-    monkeypatch.setattr(mlx_lm.server, "ModelProvider", mlx_lm.server.ModelProvider)
-    commands._check_before_serving()
+    for name in ("ModelProvider", "_run_http_server"):
+        monkeypatch.setattr(mlx_lm.server, name, getattr(mlx_lm.server, name))
+    guard(commands._check_served, False)
     arguments = dict(model=None, draft_model=None, adapter_path=None, pipeline=False, trust_remote_code=False)
     arguments.update(chat_template="", use_default_chat_template=False)
     mlx_lm.server.ModelProvider(type("Arguments", (), arguments)())

@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from mlx_lm import utils as mlx_lm_utils
 
 from mlx_marlin import TrellisModelLoader, codec, kernels
 from mlx_marlin.lm.model import load_exl3_model
-from mlx_marlin.quantize import convert, jobs
+from mlx_marlin.quantize import convert
 from mlx_marlin.quantize.calibration import BUNDLED
 from mlx_marlin.storage.safetensors import Tensor, read_header, write_tensors
 from tests.support.generic_checkpoints import logits
@@ -394,12 +393,3 @@ def test_bundled_text_does_not_overlap_the_held_out_text():
         line.strip() for line in (MODELS / "docs-moe/heldout.txt").read_text().splitlines() if len(line.strip()) > 40
     }
     assert not held & {line.strip() for line in BUNDLED.read_text().splitlines()}
-
-
-def test_a_linear_that_the_checkpoint_does_not_name_is_told():
-    model, taps = SimpleNamespace(names=["model.layers.0"]), SimpleNamespace(experts={})
-    taps.linears = {"attn.made": SimpleNamespace(hessian=1), "attn.unused": SimpleNamespace(hessian=None)}
-    source = SimpleNamespace(base=lambda name: None)
-    with pytest.warns(UserWarning, match="model.layers.0.attn.made is not quantized") as warned:
-        assert jobs.layer_jobs(model, 0, taps, source, [], None) == []
-    assert len(warned) == 1

@@ -145,11 +145,11 @@ def test_calls_are_priced_once_their_cost_is_known(model, clock):
 def test_new_numbers_of_rows_are_not_compiled_anew(model, clock):
     clock.noise, clock.first_ms = 0.0, 100.0
     adaptation = mlx_marlin.adapt(model, exploration=1.0, max_overhead=0.01, seed=6)
-    for rows in (17, 18, 19, 20, 21, 22):
+    for rows in (17, 18, 19, 20, 21):  # of one default config
         for _ in range(20):
             model(mx.ones((rows, 128)))
     report = adaptation.stop(forget=True)
-    assert report["problems"] == 12 and report["layer_ms"] == pytest.approx(240.0)
+    assert report["problems"] == 10 and report["layer_ms"] == pytest.approx(200.0)
     assert report["overhead_ms"] == pytest.approx(202.0)  # a first call of each of two layers
 
 

@@ -67,7 +67,8 @@ def test_candidates_hold_each_distinct_config_once(two_cores, rows, distinct):
 def test_columns_end_with_the_output_and_threads_with_the_tasks(two_cores):
     assert kernels.candidates(linear(1, out=128)) == [kernels.default(linear())]  # one task
     wide = kernels.candidates(linear(1, out=256))
-    assert {(c.tile_size_n, c.simdgroups) for c in wide[1:]} == {(128, 1), (128, 2)}  # 256 columns are one task
+    assert (wide[0].tile_size_n, wide[0].simdgroups) == (128, 2)  # a task for each thread
+    assert {(c.tile_size_n, c.simdgroups) for c in wide[1:]} == {(128, 1), (256, 1)}  # 256 columns are one task
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 17, 65])
@@ -107,8 +108,8 @@ def test_threads_follow_the_cores(monkeypatch):
     threads = {c.simdgroups for c in kernels.candidates_on(swiglu(64), Hardware(cores=12, fast_cores=8))}
     assert threads == {1, 6, 8, 12}
     # 2 blocks of 128 columns: two tasks at most.
-    few = {c.simdgroups for c in kernels.candidates_on(linear(out=256), Hardware(cores=12, fast_cores=8))[1:]}
-    assert few == {1, 2}
+    few = kernels.candidates_on(linear(out=256), Hardware(cores=12, fast_cores=8))
+    assert {kernels.effective(linear(out=256), c).simdgroups for c in few} == {1, 2}
 
 
 def test_integers_are_candidates_where_halves_are_allowed(two_cores):

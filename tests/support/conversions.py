@@ -1,7 +1,7 @@
 """Small conversions without the search: some codes in its place, which depend on the weight and the Hessian."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -9,7 +9,7 @@ import pytest
 
 from mlx_marlin import codec
 from mlx_marlin.quantize import conversion, embedding, head
-from mlx_marlin.quantize.weight import Codes, Prepared
+from mlx_marlin.quantize.weight import Codes, Prepared, prepare
 
 LENGTH, WINDOWS = 32, 2
 
@@ -23,6 +23,18 @@ def codes_without_search(prepared: Prepared, bits: float, codebook: str, threads
     return Codes(trellis, suh, svh, codebook, *prepared.shape)
 
 
+def wide_without_search(
+    read: Callable[[slice], np.ndarray],
+    shape: tuple[int, int],
+    bits: float,
+    codebook: str,
+    hessian: np.ndarray,
+    seed: list[int],
+    threads: int | None = None,
+) -> Codes:
+    return codes_without_search(prepare(read(slice(None)), hessian, seed), bits, codebook)
+
+
 def rows_without_search(rows: np.ndarray, signs: np.ndarray, bits: int, threads: int | None = None) -> np.ndarray:
     rng = np.random.default_rng(zlib.crc32(rows.tobytes()))
     return rng.integers(0, 1 << 13, (len(rows), len(signs) * (1 + 16 * bits)), np.int16)
@@ -32,8 +44,8 @@ def rows_without_search(rows: np.ndarray, signs: np.ndarray, bits: int, threads:
 def no_search() -> Iterator[None]:
     """Conversions take a tenth of a second and two windows of text."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (conversion, head):
-            patch.setattr(module, "quantize_prepared", codes_without_search)
+        patch.setattr(conversion, "quantize_prepared", codes_without_search)
+        patch.setattr(head, "quantize_wide", wide_without_search)
         patch.setattr(embedding, "quantize_rows", rows_without_search)
         patch.setattr(conversion, "CALIBRATION_WINDOWS", WINDOWS)
         patch.setattr(conversion, "CALIBRATION_LENGTH", LENGTH)

@@ -64,7 +64,11 @@ CONFIGS = {
     "seed_oss": {},
     "starcoder2": {"norm_epsilon": 1e-5, "use_bias": True},
     "internlm3": {"bias": False, "qkv_bias": False},
-    "exaone4": {"sliding_window": 16, "sliding_window_pattern": "LG"},
+    "exaone4": {
+        "sliding_window": 16,
+        "sliding_window_pattern": "LG",
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "hunyuan_v1_dense": {"use_qk_norm": True, "rope_scaling": {"type": "dynamic", "alpha": 1.0, "factor": 1.0}},
     "deepseek_v2": {
         **_DEEPSEEK,
@@ -160,6 +164,13 @@ CONFIGS = {
 }
 
 
+# The same, of models whose logits are made otherwise than by `lm_head`: for conversions.
+HEADS = {
+    "gemma": {},
+    "cohere": {"layer_norm_eps": 1e-5, "logit_scale": 0.5},
+    "internlm2": {"bias": False},
+}
+
 # What ExLlamaV3 divides `up` of their experts by before it quantizes.
 UP_DIVISORS = {"mistral4": 128, "laguna": 128}
 
@@ -174,7 +185,7 @@ def new_model(config: dict) -> nn.Module:
 def make(model_type: str, sizes: Sizes = SIZES, *, embedding_bits: int | None = None) -> tuple[Checkpoint, nn.Module]:
     """A checkpoint, its token embedding quantized if bits are given, and the model with the same weights, dense and
     in float32."""
-    c = Checkpoint(sizes, {"model_type": model_type, **CONFIGS[model_type]})
+    c = Checkpoint(sizes, {"model_type": model_type, **(CONFIGS | HEADS)[model_type]})
     model, done, dense = new_model(c.config), set(), {}
     for path, module in model.named_modules():
         if isinstance(module, SwitchGLU):

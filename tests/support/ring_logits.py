@@ -14,6 +14,6 @@ directory, output, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 sharding.load_tokenizer = sharding.check_tokenizer = lambda *_, **__: None
 group = mx.distributed.init(strict=True)
 groups = {"pipeline": (group, None), "tensor": (None, group)}[kind]
-model, _ = sharding.sharded_load(str(directory), *groups)
+model, _ = sharding.sharded_load(str(directory), *groups, accuracy="float32")
 ids = np.random.default_rng(7).integers(0, SIZES.vocab, (2, 24))
 np.save(output / f"{group.rank()}.npy", np.array(model(mx.array(ids)).astype(mx.float32)))

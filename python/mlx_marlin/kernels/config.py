@@ -13,8 +13,6 @@ from .. import codec
 VARIANTS = ("decode", "prefill4", "base", "large_batch")
 """Families of kernels, by the number of rows that they are for, the fewest first; the position is the kernels' id."""
 
-"""Most bits per weight that the kernels decode."""
-
 # Names come from users and from loops over VARIANTS, so that they are str to a type checker; files are held to these.
 if TYPE_CHECKING:
     Variant = str

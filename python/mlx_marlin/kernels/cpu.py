@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import product
 
 from .. import codec
-from .config import KernelConfig, Triple, default_variant, make_name
+from .config import KernelConfig, Triple, make_name
 from .problem import Problem
 from .search_space import Hardware, Tiles
 
@@ -23,12 +23,15 @@ TILE_COLUMNS: tuple[int, ...] = (16, 32, 64, 128, 256)
 
 COMPILED_AT_RUN_TIME = False
 
-# 256 columns took 3 to 10 % less time than 128 at 1 to 256 rows (bench/NOTES.md).
-_DEFAULT_COLUMNS = 256
+# 256 columns took 3 to 10 % less time than 128 at 1 to 256 rows (bench/NOTES.md): narrower tasks have to gain more.
+_DEFAULT_COLUMNS, _NARROW_COLUMNS, _NARROW_COST = 256, codec.HADAMARD_SIZE, 1.05
 # The largest panel stands for segments of up to this many rows.
 _LARGEST_SEGMENT = 128
 # csrc/cpu/tier/gemm.h: a sweep of 16 tiles is 16 KB of decoded weights, and 1 KB of x per row.
 _SWEEP_BYTES, _SWEEP_ROW_BYTES = 16 << 10, 1 << 10
+
+# A tile is decoded in the time in which it is multiplied with this many rows (bench/NOTES.md, "Defaults").
+_DECODE_ROWS = 16
 
 _PANELS = [rows for of_variant in TILE_ROWS.values() for rows in of_variant]
 
@@ -40,11 +43,56 @@ def cpu_threads() -> int:
 
 
 def usual_variant(problem: Problem) -> str:
-    return default_variant(problem.rows)
+    """The variant for the fewest rows whose panels decode as little, and occupy as many threads, as any.
+
+    Two rows of x may meet in an expert, and seldom more than four of a few: fewer variants are looked at there.
+    """
+    shared = problem.experts > 1 and problem.rows > 1
+    return min(list(TILE_ROWS)[shared:], key=lambda variant: min(_cost(problem, *t) for t in _usual_tiles(variant)))
 
 
 def default_tiles(problem: Problem, variant: str) -> Tiles:
-    return TILE_ROWS[variant][-1], _DEFAULT_COLUMNS, cpu_threads()
+    """The largest panel and the widest task of those that cost least."""
+    rows, columns = min(_usual_tiles(variant), key=lambda tiles: _cost(problem, *tiles))
+    return rows, columns, cpu_threads()
+
+
+def _usual_tiles(variant: str) -> list[tuple[int, int]]:
+    return list(product(reversed(TILE_ROWS[variant]), (_DEFAULT_COLUMNS, _NARROW_COLUMNS)))
+
+
+def _cost(problem: Problem, panel: int, columns: int) -> float:
+    """Products of a 16x16 tile with a row that the busiest thread does, a decoded tile counted as so many.
+
+    A panel decodes each tile once for all of its rows, so that a matrix is decoded the fewest times by the largest; but
+    its rows are one task, and a thread without a task waits.
+    """
+    slots, rows = max(1, problem.rows * problem.top_k), problem.rows_per_matrix
+    segment = _LARGEST_SEGMENT if panel == _PANELS[-1] else panel
+    # Of an expert's rows the last segment is half full on average.
+    segments = max(1.0, rows / segment + (1 - 1 / segment) / 2) if segment < problem.rows else 1.0
+    total = 0.0
+    for outputs, inputs in zip(problem.outputs, (problem.hidden, problem.intermediate)):
+        width = min(columns, outputs)
+        blocks, weights = -(-outputs // width), width * codec.padded(inputs)
+        if problem.experts == 1:
+            total += weights * _busiest(blocks, *divmod(slots, segment), segment)
+        else:
+            # Routing is not known: a thread that takes its last task while others are at theirs waits for half of one.
+            rounds = segments * slots / rows * blocks / cpu_threads() + (1 - 1 / cpu_threads()) / 2
+            total += weights * max(1.0, rounds) * (_DECODE_ROWS + rows / segments)
+    return total * (_NARROW_COST if columns < _DEFAULT_COLUMNS else 1.0)
+
+
+def _busiest(blocks: int, full: int, rest: int, segment: int) -> float:
+    """When the last thread ends that takes the blocks of full segments and then those of the rest of the rows."""
+    threads, cost, last_cost = cpu_threads(), _DECODE_ROWS + segment, _DECODE_ROWS + rest
+    rounds, busy = divmod(full * blocks, threads)
+    last = blocks if rest else 0
+    if busy:
+        rounds += 1
+        last = max(0, last - (threads - busy) * (cost // last_cost))
+    return rounds * cost + -(-last // threads) * last_cost
 
 
 def legal_tiles(variant: str) -> list[Tiles]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 
 from .. import codec
-from .config import VARIANTS, KernelConfig, Triple, default_variant, make_name
+from .config import VARIANTS, KernelConfig, Triple, make_name
 from .problem import Problem
 from .search_space import SIMDGROUPS as SIMDGROUPS_BY_WIDTH
 from .search_space import TILE_SIZES, Hardware, Tiles, nearest_width
@@ -33,6 +33,9 @@ COMPILED_AT_RUN_TIME = True
 # A 40-core GPU, the widest that is one die, should have a threadgroup per core.
 _FEW_GROUPS = 40
 
+# Rows from which tiles of 64 take less time than several of 16.
+_BASE_ROWS = 32
+
 # Sums of a lane: 4 per tile and 8 rows. With 32 of them and as many values of x a kernel stays near 96 registers, which
 # 512 threads may have on an M1.
 _MATRIX_SUMS = 32
@@ -42,8 +45,18 @@ _CODE_SLACK = 1.25
 
 
 def usual_variant(problem: Problem) -> str:
-    """Only decode does not sort the slots by expert."""
-    return "decode" if problem.experts > MAX_EXPERTS else default_variant(problem.rows)
+    """By rows per matrix: a tile of so many rows decodes a weight once for them.
+
+    Decode is the only one that does not sort the slots by expert. large_batch has few, wide threadgroups: base where
+    those would leave cores without one.
+    """
+    rows = problem.rows_per_matrix
+    decode_rows = TILE_ROWS["decode"][-1] if problem.experts == 1 else 1
+    if problem.experts > MAX_EXPERTS or problem.rows <= decode_rows:
+        return "decode"
+    if rows <= TILE_ROWS["prefill4"][-1]:
+        return "prefill4"
+    return "base" if rows <= _BASE_ROWS or _few_groups(problem, TILE_ROWS["large_batch"][0]) else "large_batch"
 
 
 def default_tiles(problem: Problem, variant: str) -> Tiles:
@@ -51,11 +64,19 @@ def default_tiles(problem: Problem, variant: str) -> Tiles:
     8 for 4 rows, whose sums and x need more than the 96 registers that an M1 has for each of 512 threads. 32 columns
     where 128 would leave cores without a threadgroup, as a single weight and few rows do.
     """
-    rows, columns = TILE_ROWS[variant][0], codec.HADAMARD_SIZE
-    row_tiles = -(-problem.rows * problem.top_k // rows)
-    if variant in ("decode", "prefill4") and row_tiles * problem.intermediate < _FEW_GROUPS * columns:
+    few, many = TILE_ROWS[variant][0], TILE_ROWS[variant][-1]
+    rows = many if variant == "base" and problem.rows_per_matrix > few else few
+    if variant == "decode" and problem.experts == 1:
+        rows = min(max(few, problem.rows * problem.top_k), many)
+    if variant != "large_batch" and problem.kind == "linear" and _few_groups(problem, rows):
         return rows, 32, 8
-    return rows, columns, 8 if variant == "prefill4" else 16
+    return rows, codec.HADAMARD_SIZE, 8 if variant == "prefill4" and not _few_groups(problem, rows) else 16
+
+
+def _few_groups(problem: Problem, rows: int) -> bool:
+    """Whether tiles of whole Hadamard blocks are fewer than cores."""
+    row_tiles = -(-problem.rows * problem.top_k // rows)
+    return row_tiles * problem.intermediate < _FEW_GROUPS * codec.HADAMARD_SIZE
 
 
 def legal_tiles(variant: str) -> list[Tiles]:

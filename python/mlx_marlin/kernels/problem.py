@@ -131,6 +131,14 @@ class Problem:
         """Weights that the first product has for each column: gate and up, or one."""
         return 2 if self.kind == "swiglu" else 1
 
+    @property
+    def rows_per_matrix(self) -> float:
+        """Rows that share a weight: all of them, or their mean over the experts that even routing reaches."""
+        if self.experts == 1:
+            return float(self.rows * self.top_k)
+        reached = self.experts * (1 - (1 - min(self.top_k, self.experts) / self.experts) ** max(1, self.rows))
+        return max(1.0, self.rows * self.top_k / reached)
+
     @classmethod
     def linear(
         cls,

@@ -12,6 +12,7 @@
 - ``memory``: what it takes to run one.
 - ``info``: what a checkpoint is, without reading its weights; ``info_report``: the same as text.
 - ``commands``: mlx-lm's commands over all this.
+- ``serving``: its server, whose clients' requests are checked.
 - ``problems``: what a checkpoint asks of the kernels.
 """
 

@@ -21,7 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..loader.directory import INDEX_NAME, Kind, kind_of
 from .hub import DESCRIPTION_FILES, fetch
-from .model import LayerProgress, load_exl3_model, open_checkpoint
+from .model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
 from .sharding import open_sharded, sharded_load
 from .tokenizer import check_tokenizer, load_tokenizer
 
@@ -119,7 +119,8 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
         if refuse is not None:
             raise CheckpointError(refuse)
         _guarded(_check_tokenizer_early, Path(model_path))
-        return _guarded(load_exl3_model, Path(model_path), lazy, model_config, progress=progress)
+        accuracy = product_accuracy(None)
+        return _guarded(load_exl3_model, Path(model_path), lazy, model_config, accuracy=accuracy, progress=progress)
 
     def load_sharded(repo: str, *args: Any, **keywords: Any) -> tuple:
         if not _is_our_repo(repo):
@@ -138,18 +139,11 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
     )
 
 
-def _check_before_serving() -> None:
-    """Let the server check its models while it starts: it loads in a thread, and would listen without a model."""
-    from mlx_lm import server
-
-    class CheckedProvider(server.ModelProvider):
-        def __init__(self, cli_args: argparse.Namespace):
-            for repo in (cli_args.model, cli_args.draft_model):
-                if repo is not None:
-                    check(repo, pipeline=getattr(cli_args, "pipeline", False))
-            super().__init__(cli_args)
-
-    vars(server).update(ModelProvider=CheckedProvider)
+def _check_served(arguments: argparse.Namespace) -> None:
+    """:func:`check` the models that a server is started with."""
+    for repo in (arguments.model, arguments.draft_model):
+        if repo is not None:
+            check(repo, pipeline=getattr(arguments, "pipeline", False))
 
 
 def run(command: str, progress: LayerProgress | None = None) -> None:
@@ -164,5 +158,7 @@ def run(command: str, progress: LayerProgress | None = None) -> None:
         refuse = f"mlx_lm {command} cannot work on EXL3 weights; give it the model that they were made from"
     install(progress, refuse=refuse)
     if command == "server":
-        _check_before_serving()
+        from .serving import guard, take_option  # imports mlx-lm's server, which other commands do without
+
+        guard(_check_served, take_option())
     mlx_lm_cli.main()

@@ -13,7 +13,6 @@ import mlx.nn as nn
 import numpy as np
 
 from ..layers.embedding import TrellisEmbedding
-from ..layers.linear import TrellisLinear
 from ..loader.directory import TrellisModelLoader
 from ..loader.embedding import QuantizedEmbedding
 
@@ -28,7 +27,7 @@ class EmbeddingWithHead(nn.Module):
         head: What :meth:`as_linear` applies instead of their transpose.
     """
 
-    def __init__(self, embedding: nn.Module, head: TrellisLinear):
+    def __init__(self, embedding: nn.Module, head: nn.Module):
         super().__init__()
         self.embedding = embedding
         self.head = head

@@ -85,6 +85,24 @@ def whole_linear(_path: str, module: nn.Module, source: LinearSource) -> Trellis
     return TrellisLinear(load_source(source, in_features, out_features))
 
 
+def make_head(embeddings: nn.Embedding, source: LinearSource, dtype: mx.Dtype | None) -> nn.Module:
+    """The head of a model that has none of its own.
+
+    Args:
+        embeddings: What the model would use instead.
+        source: Its weight.
+        dtype: Of an unquantized one. ``None``: as it is stored.
+    """
+    vocabulary, hidden = embeddings.weight.shape
+    if not isinstance(source.linear, PlainLinear):
+        return TrellisLinear(load_source(source, hidden, vocabulary))
+    head = nn.Linear(1, 1, bias=False)
+    head.weight = source.linear.load()
+    if dtype is not None:
+        head.set_dtype(dtype)
+    return head
+
+
 def unquantized_experts(sources: dict[str, list[LinearSource]]) -> list[bool]:
     """Whether any projection of each expert was left unquantized."""
     rows = zip(*(sources[projection] for projection in PROJECTIONS))

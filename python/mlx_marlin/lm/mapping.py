@@ -22,7 +22,7 @@ from ..codec import padded
 from ..loader.contents import NGRAM, OTHER, LeftOut, parts_of, seems_to_be
 from ..loader.directory import TrellisModelLoader
 from ..loader.embedding import QuantizedEmbedding
-from ..loader.exl3 import PlainLinear
+from ..loader.exl3 import PlainLinear, QuantizedLinear
 from .embedding import make_placeholders, take_embeddings
 from .placeholders import EXPERT, LinearSource, Placeholders
 
@@ -170,9 +170,9 @@ def map_weights(model: nn.Module, loader: TrellisModelLoader) -> WeightMap:
             raise ValueError(f"{loader.directory}: mlx-lm makes a {type(value).__name__} of {key}")
         if value.dtype == mx.uint64 and not _is_head(key, modules):
             _place(mapping, checkpoint, key, np.array(value))
-        elif value.dtype != mx.uint64:
+        elif value.dtype != mx.uint64 and not _is_head(key, modules):
             mapping.dense[key] = value
-    _place_head(mapping, placeholders, modules)
+    _place_head(mapping, checkpoint)
     _check_complete(model, checkpoint, mapping)
     mapping.left_out = _left_out(mapping, checkpoint, unquantized)
     return mapping
@@ -189,6 +189,8 @@ def _left_out(mapping: WeightMap, checkpoint: _Checkpoint, unquantized: dict[str
             sizes = found.setdefault(checkpoint.parts.get(module.name, OTHER), {})
             sizes.update({f"{module.name}.{suffix}": info.nbytes for suffix, info in module.parts.items()})
     for name in _unread(unquantized, mapping.dense.values()):
+        if name.removesuffix(".weight") in used:
+            continue
         part = checkpoint.parts.get(name, OTHER)
         found.setdefault(part, {})[name] = checkpoint.loader.unquantized[name].nbytes
     if checkpoint.loader.tables:
@@ -243,24 +245,35 @@ def _is_head(key: str, modules: dict) -> bool:
     return f".{path}".endswith(".lm_head") and path not in modules
 
 
-def _place_head(mapping: WeightMap, placeholders: Placeholders, modules: dict) -> None:
-    """EXL3 has a quantized head even where the model ties it to the embeddings; it must not be dropped."""
+def _place_head(mapping: WeightMap, checkpoint: _Checkpoint) -> None:
+    """EXL3 has a head even where the model ties it to the embeddings; it must not be dropped."""
+    directory, modules = checkpoint.loader.directory, checkpoint.modules
     used = {source.linear.name for source in mapping.linears.values()}
-    heads = [
-        linear for linear in placeholders.linears if f".{linear.name}".endswith(".lm_head") and linear.name not in used
+    heads: list[QuantizedLinear | PlainLinear] = [
+        linear
+        for linear in checkpoint.loader.linears.values()
+        if f".{linear.name}".endswith(".lm_head") and linear.name not in used
     ]
+    for name, info in checkpoint.loader.unquantized.items():
+        stem = name.removesuffix(".weight")
+        is_head = name.endswith(".weight") and _is_head(name, modules) and name not in checkpoint.parts
+        if is_head and not any(f".{path}".endswith(".lm_head") for path in modules):
+            heads.append(PlainLinear(stem, {"weight": info}))
+            heads[-1].check()
     if not heads:
         return
     head = heads[0]
-    paths = [p for p, m in modules.items() if f".{p}".endswith(".embed_tokens") and isinstance(m, nn.Embedding)]
+    embeddings = {path: module.weight.shape for path, module in modules.items() if isinstance(module, nn.Embedding)}
+    named = [path for path in embeddings if f".{path}".endswith(".embed_tokens")]
+    paths = named or list(embeddings)
     if len(heads) > 1 or len(paths) != 1:
         raise ValueError(
-            f"{placeholders.directory}: {head.name} is quantized, but the model has neither a head nor tied embeddings"
+            f"{directory}: {head.name} is a head, but the model has neither a head nor one table of embeddings"
         )
-    vocabulary, hidden = modules[paths[0]].weight.shape
+    vocabulary, hidden = embeddings[paths[0]]
     if head.padded_shape != (padded(hidden), padded(vocabulary)):
         raise ValueError(
-            f"{placeholders.directory}: {head.name} is a {list(head.padded_shape)} matrix, but the model wants "
+            f"{directory}: {head.name} is a {list(head.padded_shape)} matrix, but the model wants "
             f"[{hidden}, {vocabulary}]"
         )
     mapping.heads[paths[0]] = LinearSource(head, None)

@@ -44,7 +44,8 @@ def weight_bytes(model: nn.Module, mapping: WeightMap, dtype: mx.Dtype | None = 
         signs = embedding.parts["signs"].nbytes
         total += embedding.nbytes - signs + signs // mx.float16.size * running.size
     for path, source in (*mapping.linears.items(), *mapping.heads.items()):
-        total += _source_bytes(source, modules[path].weight.shape, None)
+        dense = running if isinstance(source.linear, PlainLinear) else None
+        total += _source_bytes(source, modules[path].weight.shape, dense)
     for path, projections in mapping.experts.items():
         kinds = unquantized_experts(projections)
         for projection, sources in projections.items():

@@ -20,7 +20,6 @@ import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 
 from .. import kernels, ops
-from ..layers.linear import TrellisLinear
 from ..layers.partial import PartlyQuantizedSwitchGLU
 from ..layers.state import TrellisModule
 from ..loader.directory import Kind, TrellisModelLoader
@@ -28,7 +27,7 @@ from ..loader.scaling import up_divisor, without_folded_scales
 from ..ops import DTYPE_NAMES
 from ..storage.untrusted import is_listed, stamps
 from .embedding import EmbeddingWithHead, make_embedding
-from .experts import load_source, whole_experts, whole_linear
+from .experts import make_head, whole_experts, whole_linear
 from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap, map_weights
 from .placeholders import LinearSource
 from .shapes import check_call
@@ -201,8 +200,7 @@ def _fill_embeddings(model: nn.Module, mapping: WeightMap, dtype: mx.Dtype | Non
             continue
         made = make_embedding(module, mapping.embeddings[path], dtype) if path in mapping.embeddings else module
         if path in mapping.heads:
-            head = TrellisLinear(load_source(mapping.heads[path], *reversed(module.weight.shape)))
-            made = EmbeddingWithHead(made, head)
+            made = EmbeddingWithHead(made, make_head(module, mapping.heads[path], dtype))
         replace_module(model, path, made)
 
 
@@ -312,7 +310,7 @@ def load_exl3_model(
     model_config: dict | None = None,
     *,
     dtype: mx.Dtype | None = None,
-    accuracy: str | None = None,
+    accuracy: str = "float32",
     progress: LayerProgress | None = None,
 ) -> tuple[nn.Module, dict]:
     """An EXL3 directory as an mlx-lm model.
@@ -322,7 +320,7 @@ def load_exl3_model(
         lazy: Leave the unquantized parameters unevaluated. Default: ``False``.
         model_config: Values that replace those of config.json. Default: ``None``.
         dtype: Of the unquantized parameters, see :func:`cast_dense`. Default: ``None``.
-        accuracy: Of the products, see :func:`product_accuracy`. Default: ``None``.
+        accuracy: Of the products, one of ``kernels.ACCURACIES``. Default: ``"float32"``.
         progress: Called with (layers done, layers) after each layer. Default: ``None``.
 
     Returns:

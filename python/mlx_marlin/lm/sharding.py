@@ -25,7 +25,17 @@ from ..weights.trellis import TrellisWeight
 from .experts import load_source, make_glu, unquantized_experts
 from .hub import fetch
 from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap
-from .model import LayerProgress, MakeExperts, MakeLinear, build, fill, module_at, open_checkpoint, report
+from .model import (
+    LayerProgress,
+    MakeExperts,
+    MakeLinear,
+    build,
+    fill,
+    module_at,
+    open_checkpoint,
+    product_accuracy,
+    report,
+)
 from .placeholders import LinearSource
 from .tokenizer import check_tokenizer, load_tokenizer
 
@@ -281,14 +291,16 @@ def sharded_load(
     tokenizer_config: dict | None = None,
     trust_remote_code: bool = False,
     dtype: mx.Dtype | None = None,
+    accuracy: str | None = None,
     progress: LayerProgress | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict]:
-    """``mlx_lm.utils.sharded_load`` for EXL3 checkpoints; same arguments.
+    """``mlx_lm.utils.sharded_load`` for EXL3 checkpoints; same arguments, and two of :func:`load`.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If the model cannot be loaded, or not split this way. Nothing has been read by then.
     """
+    accuracy = product_accuracy(accuracy)
     model_path = fetch(repo)
     model, config, mapping, makers = open_sharded(model_path, pipeline_group, tensor_group)
     check_tokenizer(model_path)
@@ -297,7 +309,7 @@ def sharded_load(
         tokenizer_config or {"trust_remote_code": trust_remote_code},
         eos_token_ids=config.get("eos_token_id"),
     )
-    fill(model, mapping, dtype, progress=progress, **makers)
+    fill(model, mapping, dtype, accuracy, progress=progress, **makers)
     report(model, mapping)
     # All ranks wait for the slowest here, so that the first message of one does not time out.
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))

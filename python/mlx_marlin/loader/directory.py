@@ -132,7 +132,13 @@ def _check_shards(files: list[Path]) -> None:
                 raise FileNotFoundError(f"{file.parent / name} is missing; {file.name} is one of {int(match[3])} files")
 
 
-def _read_tensors(directory: Path) -> dict[str, TensorInfo]:
+def read_tensors(directory: Path) -> dict[str, TensorInfo]:
+    """Where each tensor of a directory lies: in the files that its index names, or in all of ``model*.safetensors``.
+
+    Raises:
+        FileNotFoundError: If the directory or one of its files is missing.
+        ValueError: If a file is not what the format allows, two hold the same tensor, or the index is wrong.
+    """
     files, weight_map = _weight_files(directory)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -178,7 +184,7 @@ class TrellisModelLoader:
             entries = metal_marlin.read_directory(self.directory)
             self.quantized = {name: entries[name] for name in sorted(entries, key=_natural_key)}
             return
-        tensors = _read_tensors(self.directory)
+        tensors = read_tensors(self.directory)
         self.embeddings = find_embeddings(tensors)
         used = {f"{e.name}.{suffix}" for e in self.embeddings.values() for suffix in e.parts}
         linears = [name for name in tensors if name not in used and name.rpartition(".")[2] in QUANTIZED_SUFFIXES]

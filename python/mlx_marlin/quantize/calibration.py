@@ -10,7 +10,9 @@ import numpy as np
 BUNDLED = Path(__file__).with_name("calibration.txt")
 
 
-def calibration_tokens(model: Path, file: str | Path | None, windows: int, length: int) -> np.ndarray:
+def calibration_tokens(
+    model: Path, file: str | Path | None, windows: int, length: int, *, trust_remote_code: bool = False
+) -> np.ndarray:
     """Windows of tokens, spread evenly over the text.
 
     Args:
@@ -18,21 +20,30 @@ def calibration_tokens(model: Path, file: str | Path | None, windows: int, lengt
         file: UTF-8 text, or ``None`` for the bundled one.
         windows: At most this many; a shorter text gives fewer.
         length: Tokens per window.
+        trust_remote_code: Whether the tokenizer may run code from the checkpoint. Default: ``False``.
 
     Returns:
         int32 ``[windows, length]``.
 
     Raises:
-        ValueError: If the text is too short for one window, or is not UTF-8.
+        ValueError: If there is no text or tokenizer, the text is too short for one window, or is not UTF-8.
     """
     from mlx_lm.tokenizer_utils import load as load_tokenizer
 
     path = BUNDLED if file is None else Path(file)
+    if not path.is_file():
+        found = "a directory" if path.is_dir() else "not there"
+        raise ValueError(f"the calibration text {path} is {found}; a UTF-8 text file is wanted")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    tokens = np.array(load_tokenizer(model).encode(text), np.int32)
+    try:
+        tokenizer = load_tokenizer(model, {"trust_remote_code": trust_remote_code})
+    except Exception as error:  # anything at all, of libraries and of code in the checkpoint
+        advice = "" if trust_remote_code else "; if it needs code from the checkpoint, allow that (trust_remote_code)"
+        raise ValueError(f"{model} has no tokenizer that loads: {type(error).__name__}: {error}{advice}") from error
+    tokens = np.array(tokenizer.encode(text), np.int32)
     if len(tokens) < length:
         raise ValueError(f"{path} has {len(tokens)} tokens; calibration needs at least {length}")
     count = min(windows, len(tokens) // length)

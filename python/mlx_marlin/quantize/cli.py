@@ -21,6 +21,13 @@ def _head_bits(text: str) -> int | float:
         raise argparse.ArgumentTypeError(f"{error}; 16 leaves the head in half precision") from None
 
 
+def _mtp_bits(text: str) -> int | float:
+    try:
+        return int(text) if text in ("0", "16") else codec.as_width(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; 16 keeps the layers, 0 leaves them out") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     from .allocate import MODES
 
@@ -28,7 +35,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="mlx_marlin-convert",
         description="Quantize a Hugging Face checkpoint that mlx-lm can run into an EXL3 directory.",
     )
-    parser.add_argument("--model", required=True, help="directory of the fp16, bf16 or fp32 checkpoint")
+    parser.add_argument(
+        "--model", required=True, help="directory of the checkpoint: fp16, bf16, fp32, fp8 in blocks or mxfp4"
+    )
     parser.add_argument("--output", required=True, help="directory to be made")
     parser.add_argument(
         "--bits", type=float, required=True, help="stored bits per weight of the quantized layers, scales included"
@@ -38,6 +47,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--embed-bits", type=int, help="K of the token embedding, 1 to 8 (default: it stays unquantized)"
+    )
+    parser.add_argument(
+        "--mtp-bits",
+        type=_mtp_bits,
+        default=4,
+        help="K of prediction layers; 16 keeps them as they are, 0 leaves them out (default: 4)",
+    )
+    parser.add_argument(
+        "--vision-bits",
+        type=int,
+        default=6,
+        help="K of the vision tower where that is of a known kind; 16 keeps it as it is, 0 leaves it out (default: 6)",
     )
     parser.add_argument("--codebook", choices=("mul1", "mcg", "3inst"), default="mul1", help="(default: mul1)")
     parser.add_argument(
@@ -52,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=MODES,
         default=MODES[0],
         help="who shares a width; loaders other than this package need per-layer or uniform (default: per-expert)",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let the tokenizer run code from the checkpoint"
     )
     parser.add_argument("--resume", action="store_true", help="continue an interrupted conversion")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random signs (default: 0)")

@@ -8,51 +8,48 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from .. import codec, kernels
-from ..loader.exl3 import MARKERS
 from ..loader.scaling import up_divisor
 from ..storage import atomic
 from ..storage.safetensors import Tensor, read_header
 from .allocate import Allocation, Item, allocate
+from .budget import candidate_widths, stored_bits
 from .calibration import calibration_tokens
 from .embedding import PART as EMBEDDING
 from .embedding import embedding_tensors
-from .head import head_tensors
+from .extras import Extras, find_extras, write_extras
+from .head import head_name, head_tensors
 from .job_state import JobState, Pass, States, digest_of, follow
-from .jobs import Job, layer_jobs, seed_of, wanted
-from .layered import LayeredModel, Taps
+from .jobs import Job, layer_jobs, seed_of
+from .layered import LayeredModel
+from .plan import items_from, items_value, plan_table
 from .progress import Clock, Progress
 from .resume import opened
 from .sensitivity import disturbed, sensitivities
 from .settings import Settings, check_settings
 from .source import Source
+from .stored import stored_codes, stored_tensors
+from .taps import Taps
 from .weight import Codes, expected_loss, prepare, quantize_prepared
-from .writer import HEAD, assemble, stored_codes, stored_tensors
+from .writer import HEAD, assemble
 
-# Candidate widths reach this far below and above the budget.
-_BELOW, _ABOVE = 2, 3
 # 65536 tokens: of 128 experts, 8 per token, each sees 4096 on average, twice as many as it has inputs of 2048.
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 256, 256
 _EXPERT_UP = re.compile(r"\.experts\.\d+\.(?:up_proj|w3)$")
 _BATCH = 8  # windows per call of a layer
 
+Task = TypeVar("Task")
 Result = TypeVar("Result")
 _log = logging.getLogger("mlx_marlin.quantize")
-
-
-def stored_bits(shape: tuple[int, int], k: float, codebook: str, bias: bool) -> int:
-    """Everything that EXL3 stores for a linear, in bits: codes, scales, marker, bias."""
-    rows, columns = (-(-n // codec.HADAMARD_SIZE) * codec.HADAMARD_SIZE for n in shape)
-    marker = 32 if codebook in MARKERS else 0
-    return rows * columns * codec.half_bits(k) // 2 + 16 * (rows + columns) + marker + (16 * columns if bias else 0)
 
 
 def convert(
@@ -62,22 +59,30 @@ def convert(
     bits: float,
     head_bits: float = 6,
     embed_bits: int | None = None,
+    mtp_bits: float = 4,
+    vision_bits: int = 6,
     codebook: str = "mul1",
     half_rates: bool = True,
     calibration: str | Path | None = None,
     mixed: str = "per-expert",
     resume: bool = False,
     seed: int = 0,
+    trust_remote_code: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Allocation:
     """Quantize a checkpoint that mlx-lm can run into an EXL3 directory.
 
     Args:
-        model: Directory of an unquantized Hugging Face checkpoint, fp16, bf16 or fp32.
+        model: Directory of a Hugging Face checkpoint, fp16, bf16 or fp32, or fp8 in blocks or mxfp4, in the names of
+            the original or of mlx-lm.
         output: Directory to be made.
         bits: Stored bits per weight of the quantized layers: codes, suh, svh and biases, without the head.
         head_bits: K of the output projection; 16 leaves it in half precision. Default: ``6``.
         embed_bits: K of the token embedding, 1 to 8, which ExLlamaV3 reads since 1.6.0. Default: ``None``, unquantized.
+        mtp_bits: K of the linears of multi-token prediction layers, quantized without calibration; 16 keeps the layers
+            as they are, 0 leaves them out. Default: ``4``.
+        vision_bits: The same of vision towers, in whole bits. Towers other than Qwen3-VL's and Qwen3.5's are kept as
+            they are unless this is 0. Default: ``6``.
         codebook: ``"mul1"``, ``"mcg"`` or ``"3inst"``. Default: ``"mul1"``.
         half_rates: Whether linears may have 1.5, 2.5 and 3.5 bits, which exist for mul1 only and which ExLlamaV3 reads
             since 1.5.1; older versions take them for the whole width below. Default: ``True``.
@@ -88,6 +93,7 @@ def convert(
         resume: Continue an interrupted conversion in ``output``, of the same checkpoint by content, wherever that lies
             now. Files of it that are damaged or foreign are told, and made again. Default: ``False``.
         seed: Seed of the random signs. The result depends on nothing else than the arguments. Default: ``0``.
+        trust_remote_code: Whether a tokenizer may run code from the checkpoint. Default: ``False``.
         progress: Called with a :class:`Progress` after each finished piece of work.
 
     Returns:
@@ -101,9 +107,24 @@ def convert(
     """
     from threadpoolctl import threadpool_limits
 
-    settings = check_settings(bits, head_bits, embed_bits, codebook, half_rates, mixed, seed)
+    settings = check_settings(
+        Settings(
+            bits=float(bits),
+            head_bits=head_bits,
+            embed_bits=embed_bits,
+            mtp_bits=mtp_bits,
+            vision_bits=vision_bits,
+            codebook=codebook,
+            half_rates=bool(half_rates),
+            mixed=mixed,
+            seed=int(seed),
+        )
+    )
     source, target = Source(Path(model)), Path(output)
-    tokens = calibration_tokens(source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH)
+    tokens = calibration_tokens(
+        source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH, trust_remote_code=trust_remote_code
+    )
+    asked = _check(source, target, settings, tokens)
     clock = Clock(progress)
 
     def tell(message: str) -> None:
@@ -114,7 +135,43 @@ def convert(
         threadpool_limits(1, "blas"),  # sums must not depend on the machine's cores; experts run side by side
         opened(target, resume, source, settings, tokens, tell) as state,
     ):
-        return _Conversion(source, target, state, settings, tokens, clock).run()
+        return _Conversion(source, target, state, settings, tokens, asked, clock).run()
+
+
+@dataclass
+class _Checked:
+    """What is known before the work.
+
+    Attributes:
+        model: The model, nothing of it read.
+        head: Name of the output projection.
+        candidates: The widths to be measured.
+        extras: What is done with prediction layers and towers.
+    """
+
+    model: LayeredModel
+    head: str
+    candidates: tuple[float, ...]
+    extras: Extras
+
+
+def _check(source: Source, output: Path, settings: Settings, tokens: np.ndarray) -> _Checked:
+    """See that a conversion can be done, and warn of what it leaves unquantized.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    source.side_files(output)
+    model = LayeredModel(source, tokens, _BATCH)
+    for path in model.paths:
+        for linear in model.names.made(path):
+            warnings.warn(f"{path}.{linear} is not quantized: the checkpoint has no tensor of that name", stacklevel=3)
+    return _Checked(
+        model,
+        head_name(model, source),
+        candidate_widths(model, settings),
+        find_extras(source, settings, len(model.layers)),
+    )
 
 
 class _Conversion:
@@ -127,21 +184,21 @@ class _Conversion:
         state: JobState,
         settings: Settings,
         tokens: np.ndarray,
+        checked: _Checked,
         clock: Clock,
     ):
         self.source, self.output, self.state, self.settings = source, output, state, settings
         self.work, self.tokens = state.directory, tokens
-        self._open_model()
-        low = max(1, int(settings.bits) - _BELOW)
-        high = min(codec.MAX_BITS, int(np.ceil(settings.bits)) + _ABOVE)
-        self.candidates = tuple(k for k in settings.widths if low <= k <= high)
+        self.model, self.head_name = checked.model, checked.head
+        self.unloaded: set[int] = set()  # layers that the model let go of
+        self.candidates, self.extras = checked.candidates, checked.extras
         self.workers = kernels.cpu_threads()
         self.clock = clock
         clock.total = 2.0 * len(self.model.layers) + 1.0  # in layers: measured, quantized; the head
 
     def _open_model(self) -> None:
-        self.model = LayeredModel(self.source.path, self.tokens, _BATCH)
-        self.unloaded: set[int] = set()  # layers that it let go of
+        self.model = LayeredModel(self.source, self.tokens, _BATCH)
+        self.unloaded.clear()
 
     def _load(self, index: int) -> None:
         if index in self.unloaded:
@@ -156,19 +213,22 @@ class _Conversion:
         layers = self._measure()
         items = [item for layer in layers for item in layer]
         allocation = allocate(items, self.settings.bits, self.settings.mixed)
-        atomic.write_text(self.work / "plan.txt", plan_table(items, allocation))
+        atomic.write_text(self.work / "plan.txt", plan_table(items, allocation, self.extras.notes))
         self._open_model()  # the first run let go of the weights
         hidden, at = self._quantize(layers, allocation)
         self._head(hidden, at)
         self._embedding()
+        write_extras(self.state, self.extras, self.source, self.settings, self._parallel)
         self.clock.advance("assembling", 1.0)
         assemble(
             self.source,
             self.output,
             self.work,
             len(self.model.layers),
-            head_bits=self.settings.head_bits,
-            codebook=self.settings.codebook,
+            head=self.head_name,
+            replaced=self.model.names.stacked,
+            extras=self.extras,
+            settings=self.settings,
             calibration=self.tokens.shape,
         )
         return allocation
@@ -183,7 +243,7 @@ class _Conversion:
         )
         states, at = follow(self.state, work)
         batches = len(self.model.batches)
-        measured = [_items_from(self.state.read_json(work.part(i))) for i in range(count)]
+        measured = [items_from(self.state.read_json(work.part(i))) for i in range(count)]
         energies = [energy for _, energy in measured]
         scales = self.state.read_json("sensitivity.json", {"before": at})
         if scales is None:
@@ -204,17 +264,21 @@ class _Conversion:
         hidden, streams = states[:batches], states[batches:]
         found: list[Item] = []
         self._load(index)
-        with Taps(self.model.layers[index], wanted) as taps:
+        with self._taps(index) as taps:
             taps.record(not known)
             after = self.model.run(index, hidden)
             taps.record(False)
             if not known:
-                jobs = layer_jobs(self.model, index, taps, self.source, hidden, self.settings.seed)
+                # Of no more use to the caller either; they are half a GB at 65536 tokens and 2048 channels.
+                states.clear()
+                del hidden[1:]
+                jobs = layer_jobs(self.model, index, taps, hidden, self.settings.seed)
                 found = self._parallel(self._measure_job, jobs)
+                del jobs
             streams = [self.model.run(index, [s])[0] for s in streams]
         self._unload(index)
         stream, energy = disturbed(hidden[0], after[0], [self.settings.seed, index])
-        return [*after, *streams, stream], _items_value(found, energy)
+        return [*after, *streams, stream], items_value(found, energy)
 
     def _done(self, verb: str) -> Callable[[int, int, bool], None]:
         def report(first: int, last: int, made: bool) -> None:
@@ -227,7 +291,7 @@ class _Conversion:
 
     def _measure_job(self, job: Job, threads: int) -> Item:
         s = self.settings
-        prepared = prepare(job.weight(), job.hessian, seed_of(s.seed, job.name))
+        prepared = prepare(job.weight(), job.hessian(), seed_of(s.seed, job.name))
         loss = {k: job.effect * expected_loss(prepared, k, s.codebook) for k in self.candidates}
         size = {k: stored_bits(job.shape, k, s.codebook, job.bias is not None) for k in self.candidates}
         return Item(job.name, job.group, job.shape[0] * job.shape[1], size, loss)
@@ -248,11 +312,11 @@ class _Conversion:
         self, index: int, hidden: States, known: bool, allocation: Allocation
     ) -> tuple[States, dict[str, Tensor]]:
         self._load(index)
-        with Taps(self.model.layers[index], wanted) as taps:
+        with self._taps(index) as taps:
             taps.record(True)
             self.model.run(index, hidden)
             taps.record(False)
-            jobs = layer_jobs(self.model, index, taps, self.source, hidden, None)
+            jobs = layer_jobs(self.model, index, taps, hidden, None)
             divisors = [up_divisor(self.source.config, index) if _EXPERT_UP.search(job.name) else 1 for job in jobs]
             if known:
                 stored = read_header(self.work / f"layer-{index:04}.safetensors")
@@ -271,7 +335,7 @@ class _Conversion:
         return hidden, tensors
 
     def _quantize_job(self, job: Job, bits: float, threads: int) -> Codes:
-        prepared = prepare(job.weight(), job.hessian, seed_of(self.settings.seed, job.name))
+        prepared = prepare(job.weight(), job.hessian(), seed_of(self.settings.seed, job.name))
         return quantize_prepared(prepared, bits, self.settings.codebook, threads)
 
     # Stage 3: the output projection, and what the tokens go in through.
@@ -280,7 +344,7 @@ class _Conversion:
         if self.state.seal(HEAD, {"before": at}) is None:
             tensors = head_tensors(
                 self.model,
-                self.source,
+                self.head_name,
                 hidden,
                 bits=self.settings.head_bits,
                 codebook=self.settings.codebook,
@@ -295,7 +359,11 @@ class _Conversion:
             tensors = embedding_tensors(self.model, self.source, bits, self.settings.seed, self.workers)
             self.state.write_tensors(EMBEDDING, tensors)
 
-    def _parallel(self, task: Callable[[Job, int], Result], jobs: list[Job]) -> list[Result]:
+    def _taps(self, index: int) -> Taps:
+        path, names = self.model.paths[index], self.model.names
+        return Taps(self.model.layers[index], names.linears(path), names.experts(path))
+
+    def _parallel(self, task: Callable[[Task, int], Result], jobs: list[Task]) -> list[Result]:
         """Run a task for every job, the cores shared among them; results in the order of the jobs."""
         threads = max(1, self.workers // max(1, len(jobs)))
         with ThreadPoolExecutor(self.workers) as pool:
@@ -305,34 +373,3 @@ class _Conversion:
 def half_round(values: np.ndarray) -> np.ndarray:
     """What remains of values stored in half precision."""
     return values.astype(np.float16).astype(np.float32)
-
-
-def _items_value(items: list[Item], energy: float) -> dict:
-    """A layer's measurement as a JSON value."""
-    rows = [
-        [i.name, i.group, i.weights, list(i.bits.items()), [[k, v.hex()] for k, v in i.loss.items()]] for i in items
-    ]
-    return {"energy": energy.hex(), "items": rows}
-
-
-def _items_from(value: dict) -> tuple[list[Item], float]:
-    """Inverse of :func:`_items_value`."""
-    items = [
-        Item(name, group, weights, dict(bits), {k: float.fromhex(v) for k, v in loss})
-        for name, group, weights, bits, loss in value["items"]
-    ]
-    return items, float.fromhex(value["energy"])
-
-
-def plan_table(items: list[Item], allocation: Allocation) -> str:
-    """The plan as a readable table: one line per linear."""
-    gap = allocation.loss / allocation.bound - 1 if allocation.bound > 0 else 0.0
-    lines = [
-        f"bits per weight {allocation.bits:.4f}   loss {allocation.loss:.6g}   within {100 * gap:.3g} % of the bound",
-        f"{'linear':60} {'weights':>10} {'K':>3} {'loss':>12} {'share of loss':>14}",
-    ]
-    for item in items:
-        k = allocation.widths[item.name]
-        share = item.loss[k] / allocation.loss if allocation.loss else 0.0
-        lines.append(f"{item.name:60} {item.weights:10d} {k!s:>3} {item.loss[k]:12.4g} {100 * share:13.3f}%")
-    return "\n".join(lines) + "\n"

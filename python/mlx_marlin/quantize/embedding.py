@@ -121,12 +121,11 @@ def quantize_table(table: TensorInfo, signs: np.ndarray, bits: int, threads: int
 
 def _name(model: LayeredModel, source: Source) -> str:
     """The checkpoint's name of the token embedding, without ``.weight``."""
-    modules = [(path, m) for path, m in model.model.named_modules() if isinstance(m, nn.Embedding)]
-    for path, module in sorted(modules, key=lambda item: not item[0].endswith("embed_tokens")):
-        ending = f".{path.rpartition('.')[2]}.weight"
-        names = [n for n, t in source.tensors.items() if f".{n}".endswith(ending) and t.shape == module.weight.shape]
-        if len(names) == 1:
-            return names[0].removesuffix(".weight")
+    paths = [path for path, module in model.model.named_modules() if isinstance(module, nn.Embedding)]
+    for path in sorted(paths, key=lambda path: not path.endswith("embed_tokens")):
+        name = model.names.origins.get(f"{path}.weight")
+        if name is not None and name.endswith(".weight"):
+            return name.removesuffix(".weight")
     raise ValueError(f"{source.path} has no tensor that is known to be the token embedding; leave --embed-bits out")
 
 
@@ -141,7 +140,7 @@ def embedding_tensors(model: LayeredModel, source: Source, bits: int, seed: int,
         threads: Worker threads.
     """
     name = _name(model, source)
-    table = source.tensors[f"{name}.weight"]
+    table = source.stored[f"{name}.weight"]
     signs = embedding_signs(table.shape[1], seed_of(seed, name))
     trellis = quantize_table(table, signs, bits, threads)
     return {f"{name}.trellis": Tensor.of(trellis), f"{name}.signs": Tensor.of(signs)}

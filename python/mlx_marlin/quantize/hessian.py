@@ -19,7 +19,7 @@ class Hessian:
     """
 
     def __init__(self, size: int):
-        self.total = np.zeros((size, size), np.float64)
+        self.total = np.zeros((size, size), np.float32)  # a layer has many
         self.weight = 0.0
 
     def add(self, x: np.ndarray, weights: np.ndarray | None = None) -> None:
@@ -37,12 +37,12 @@ class Hessian:
             self.weight += float(np.sum(weights, dtype=np.float64))
 
     def mean(self) -> np.ndarray:
-        """float64 ``[size, size]``; zeros where nothing was added."""
-        return self.total / self.weight if self.weight else self.total
+        """float32 ``[size, size]``; zeros where nothing was added."""
+        return self.total / np.float32(self.weight) if self.weight else self.total
 
     def with_prior(self, prior: np.ndarray, strength: float) -> np.ndarray:
         """The mean, shrunk towards a prior that counts as ``strength`` rows: experts that see few tokens."""
-        return (self.total + strength * prior) / (self.weight + strength)
+        return (self.total + np.float32(strength) * prior) / np.float32(self.weight + strength)
 
 
 def damped(h: np.ndarray) -> np.ndarray:
@@ -66,11 +66,10 @@ def block_factor(r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ``L``, float64 ``[k, k]``, unit block lower triangular, and the diagonal of ``D``, float64 ``[k]``.
     """
     lower = np.linalg.cholesky(r)
-    diagonal = np.square(lower)
     d = np.empty(len(r))
     for i in range(0, len(r), codec.TILE):
         block = slice(i, i + codec.TILE)
-        d[block] = diagonal[block, block].sum(axis=1)
+        d[block] = np.square(lower[block, block]).sum(axis=1)
         lower[i:, block] = lower[i:, block] @ np.linalg.inv(lower[block, block])
     return lower, d
 

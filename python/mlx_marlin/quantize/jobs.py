@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Lock
 
 import mlx.core as mx
 import numpy as np
 
 from .hessian import Hessian
-from .layered import ExpertsTap, LayeredModel, LinearTap, Taps
-from .source import KEPT_LINEARS, Source
+from .layered import LayeredModel
+from .names import PARTS, ExpertNames
+from .taps import ExpertsTap, LinearTap, Taps
 
 # Rows of an unrouted prior, against which an expert's own rows are weighed: n rows tell about n of its k input
 # dimensions at most, so an expert with k / 8 rows of its own trusts them half.
@@ -34,7 +35,8 @@ class Job:
         weight: Returns float32 ``[in_features, out_features]``.
         bias: float32 ``[out_features]`` or ``None``.
         shape: ``(in_features, out_features)``.
-        hessian: Mean of ``x x^T``, ``[in_features, in_features]``.
+        hessian: Returns the mean of ``x x^T``, ``[in_features, in_features]``: made when it is asked for, as those of
+            all experts together are larger than the layer.
         effect: Squared error of the layer's output per token, for each unit of squared error of this linear's
             output per row.
         install: Puts a dequantized weight (and bias) into the running layer.
@@ -45,14 +47,9 @@ class Job:
     weight: Callable[[], np.ndarray]
     bias: np.ndarray | None
     shape: tuple[int, int]
-    hessian: np.ndarray
+    hessian: Callable[[], np.ndarray]
     effect: float
     install: Callable[[np.ndarray, np.ndarray | None], None]
-
-
-def wanted(path: str) -> bool:
-    """Whether the linear at a module path is one that EXL3 quantizes."""
-    return path.rpartition(".")[2] not in KEPT_LINEARS
 
 
 def seed_of(seed: int, name: str) -> list[int]:
@@ -60,34 +57,26 @@ def seed_of(seed: int, name: str) -> list[int]:
     return [seed, zlib.crc32(name.encode())]
 
 
-def layer_jobs(
-    model: LayeredModel, index: int, taps: Taps, source: Source, hidden: list[np.ndarray], seed: int | None
-) -> list[Job]:
+def layer_jobs(model: LayeredModel, index: int, taps: Taps, hidden: list[np.ndarray], seed: int | None) -> list[Job]:
     """The jobs of a layer whose taps have recorded.
 
     Args:
         model: The model, with the layer loaded.
         index: The layer.
         taps: Its taps, in place.
-        source: Resolves names.
         hidden: The layer's inputs, one array per batch.
         seed: Seed of the disturbances that measure effects; ``None`` leaves all effects 1.
     """
-    prefix = model.names[index]
+    layer = model.paths[index]
+    linears, experts = model.names.linears(layer), model.names.experts(layer)
     jobs = []
     for path, tap in taps.linears.items():
-        if tap.hessian is None:
-            continue
-        name = source.base(f"{prefix}.{path}")
-        if name is None:  # made by mlx-lm's sanitize: what it was made of is copied
-            warnings.warn(f"{prefix}.{path} is not quantized: the checkpoint has no tensor of that name", stacklevel=2)
-            continue
-        effect = 1.0 if seed is None else _linear_effect(model, index, tap, hidden, seed_of(seed, name))
-        jobs.append(_linear_job(name, tap, tap.hessian, effect))
-    for path, experts in taps.experts.items():
-        block = path.rpartition(".")[0]
-        full, parts = source.expert_names(f"{prefix}.{block}")
-        jobs += _expert_jobs(full, parts, experts, seed)
+        if tap.hessian is not None:
+            name = linears[path]
+            effect = 1.0 if seed is None else _linear_effect(model, index, tap, hidden, seed_of(seed, name))
+            jobs.append(_linear_job(name, tap, tap.hessian, effect))
+    for path, bank in taps.experts.items():
+        jobs += _expert_jobs(experts[path], bank, seed)
     return jobs
 
 
@@ -97,7 +86,7 @@ def _linear_job(name: str, tap: LinearTap, hessian: Hessian, effect: float) -> J
         if bias is not None:
             tap.bias = bias
 
-    return Job(name, name, lambda: tap.weight, tap.bias, tap.weight.shape, hessian.mean(), effect, install)
+    return Job(name, name, lambda: tap.weight, tap.bias, tap.weight.shape, hessian.mean, effect, install)
 
 
 def _linear_effect(model: LayeredModel, index: int, tap: LinearTap, hidden: list[np.ndarray], seed: list[int]) -> float:
@@ -124,38 +113,65 @@ def _energy(x: np.ndarray) -> float:
     return float(np.sum(np.square(x, dtype=np.float64)) / max(1, np.prod(x.shape[:-1])))
 
 
-def _expert_jobs(full: str, parts: dict[str, str], tap: ExpertsTap, seed: int | None) -> list[Job]:
-    x, indices, scores = tap.rows.joined()
-    experts = len(tap.weights["gate_proj"][0])
-    importance = np.square(scores.astype(np.float64))
-    used = np.bincount(indices.ravel(), importance.ravel(), experts)
-    use = np.maximum(used, _LEAST_USE * np.mean(used)) / len(x)
-    typical = float(np.mean(importance)) or 1.0
-    prior_x = x[:: max(1, len(x) // _PRIOR_ROWS)][:_PRIOR_ROWS]
-    prior = Hessian(x.shape[1])
-    prior.add(x)
+class _Block:
+    """What the experts of a block saw, and the Hessians that this gives, made one at a time."""
+
+    def __init__(self, tap: ExpertsTap):
+        self.tap = tap
+        self.x, self.indices, scores = tap.rows.joined()
+        self.importance = np.square(scores.astype(np.float64))
+        self.typical = float(np.mean(self.importance)) or 1.0
+        self.prior_x = self.x[:: max(1, len(self.x) // _PRIOR_ROWS)][:_PRIOR_ROWS]
+        prior = Hessian(self.x.shape[1])
+        prior.add(self.x)
+        self.prior = prior.mean()
+        self._activation = Lock()  # of MLX, which is not to be called from two threads
+
+    def seen(self, e: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of an expert and their importance."""
+        token, slot = np.nonzero(self.indices == e)
+        return self.x[token], self.importance[token, slot]
+
+    def use(self) -> np.ndarray:
+        """Importance per token of each expert."""
+        experts = len(self.tap.weights["gate_proj"])
+        used = np.bincount(self.indices.ravel(), self.importance.ravel(), experts)
+        return np.maximum(used, _LEAST_USE * np.mean(used)) / len(self.x)
+
+    def entry(self, e: int) -> np.ndarray:
+        """The Hessian of ``gate_proj`` and ``up_proj``."""
+        hessian = Hessian(self.x.shape[1])
+        hessian.add(*self.seen(e))
+        return hessian.with_prior(self.prior, self.typical * self.x.shape[1] / _PRIOR_SHARE)
+
+    def middle(self, e: int) -> np.ndarray:
+        """The Hessian of ``down_proj``."""
+        rows, importance = self.seen(e)
+        hidden, prior_hidden = self._hidden(e, rows), self._hidden(e, self.prior_x)
+        hessian, prior = Hessian(hidden.shape[1]), Hessian(hidden.shape[1])
+        hessian.add(hidden, importance)
+        prior.add(prior_hidden)
+        return hessian.with_prior(prior.mean(), self.typical * hidden.shape[1] / _PRIOR_SHARE)
+
+    def _hidden(self, e: int, rows: np.ndarray) -> np.ndarray:
+        up, gate = self.tap.project("up_proj", e, rows), self.tap.project("gate_proj", e, rows)
+        with self._activation:
+            return self.tap.activate(up, gate)
+
+
+def _expert_jobs(names: ExpertNames, tap: ExpertsTap, seed: int | None) -> list[Job]:
+    block = _Block(tap)
+    use = block.use()
     jobs = []
-    for e in range(experts):
-        token, slot = np.nonzero(indices == e)
-        rows, weight = x[token], importance[token, slot]
-        hidden, prior_hidden = (
-            tap.activate(tap.project("up_proj", e, r), tap.project("gate_proj", e, r)) for r in (rows, prior_x)
-        )
-        entry, middle, middle_prior = Hessian(x.shape[1]), Hessian(hidden.shape[1]), Hessian(hidden.shape[1])
-        entry.add(rows, weight)
-        middle.add(hidden, weight)
-        middle_prior.add(prior_hidden)
-        shared = entry.with_prior(prior.mean(), typical * x.shape[1] / _PRIOR_SHARE)
-        down = middle.with_prior(middle_prior.mean(), typical * hidden.shape[1] / _PRIOR_SHARE)
-        sample = np.concatenate(
-            [rows[:: max(1, len(rows) // _EFFECT_ROWS)][:_EFFECT_ROWS], prior_x[: 1 + len(prior_x) // 8]]
-        )
-        for part in ("gate_proj", "up_proj", "down_proj"):
-            effect = 1.0
-            if seed is not None and part != "down_proj":
-                effect = _expert_effect(tap, part, e, sample, seed_of(seed, f"{full}.{e}.{part}"))
-            h = down if part == "down_proj" else shared
-            jobs.append(_expert_job(full, parts[part], tap, part, e, h, effect * use[e]))
+    for e in range(len(use)):
+        effects = dict.fromkeys(PARTS, 1.0)
+        if seed is not None:
+            rows, _ = block.seen(e)
+            some = rows[:: max(1, len(rows) // _EFFECT_ROWS)][:_EFFECT_ROWS]
+            sample = np.concatenate([some, block.prior_x[: 1 + len(block.prior_x) // 8]])
+            for part in ("gate_proj", "up_proj"):
+                effects[part] = _expert_effect(tap, part, e, sample, seed_of(seed, f"{names.prefix}.{e}.{part}"))
+        jobs += [_expert_job(names, block, part, e, effects[part] * use[e]) for part in PARTS]
     return jobs
 
 
@@ -167,18 +183,18 @@ def _expert_effect(tap: ExpertsTap, part: str, e: int, x: np.ndarray, seed: list
     noise = _NOISE * rms * np.random.default_rng(seed).standard_normal(outputs[part].shape)
     outputs[part] = outputs[part] + noise.astype(np.float32)
     change = tap.activate(outputs["up_proj"], outputs["gate_proj"]) - before
-    return _energy(change @ tap.weights["down_proj"][0][e]) / max(_energy(noise), np.finfo(np.float64).tiny)
+    return _energy(change @ tap.weights["down_proj"].weight(e)) / max(_energy(noise), np.finfo(np.float64).tiny)
 
 
-def _expert_job(full: str, stored: str, tap: ExpertsTap, part: str, e: int, h: np.ndarray, effect: float) -> Job:
-    weights, biases = tap.weights[part]
-
-    def install(weight: np.ndarray, bias: np.ndarray | None) -> None:
-        weights[e] = weight
-        if bias is not None and biases is not None:
-            biases[e] = bias
-
-    bias = None if biases is None else biases[e]
+def _expert_job(names: ExpertNames, block: _Block, part: str, e: int, effect: float) -> Job:
+    weights, stored = block.tap.weights[part], names.parts[part]
     return Job(
-        f"{full}.{e}.{stored}", f"{full}.{stored}", lambda: weights[e], bias, weights.shape[1:], h, effect, install
+        name=f"{names.prefix}.{e}.{stored}",
+        group=f"{names.prefix}.{stored}",
+        weight=lambda: weights.weight(e),
+        bias=None if weights.bias is None else weights.bias[e],
+        shape=weights.shape,
+        hessian=lambda: block.middle(e) if part == "down_proj" else block.entry(e),
+        effect=effect,
+        install=lambda weight, bias: weights.install(e, weight, bias),
     )

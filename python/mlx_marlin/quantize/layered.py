@@ -1,33 +1,44 @@
-"""An mlx-lm model run one layer at a time, with taps on the inputs of its linears and experts."""
+"""An mlx-lm model run one layer at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from .hessian import Hessian
+from ..loader.contents import parts_of
+from .names import Names, is_experts
+from .source import Source
+from .taps import replace_module
 
-Call = tuple[mx.array, tuple, dict]
-"""What a layer is called with: the hidden state, and all else."""
+Call = tuple[tuple, dict]
+"""What a layer is called with beside the hidden state."""
 
 
 class _Recorder:
-    """Stands in for a layer: notes what it is called with and passes the hidden state on."""
+    """Stands in for a layer: notes what it is called with and passes the hidden state on.
+
+    A layer that returns more than that shows it on its first call, which is not evaluated.
+    """
 
     def __init__(self, layer: nn.Module):
         self.layer = layer
         self.calls: list[Call] = []
+        self.rest: tuple = ()
+        self.returns_tuple = False
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        self.calls.append((x, args, kwargs))
-        return x
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        if not self.calls:
+            result = self.layer(x, *args, **kwargs)
+            if isinstance(result, tuple):
+                self.returns_tuple, self.rest = True, result[1:]
+        self.calls.append((args, kwargs))
+        return (x, *self.rest) if self.returns_tuple else x
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
@@ -36,188 +47,204 @@ class _Recorder:
 class _Feed:
     """Stands in for a layer: gives what it is told, or passes the hidden state on."""
 
-    def __init__(self, layer: nn.Module, values: Iterator[np.ndarray] | None = None):
-        self.layer, self.values = layer, values
+    def __init__(self, recorder: _Recorder, values: Iterator[np.ndarray] | None = None):
+        self.recorder, self.values = recorder, values
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        return x if self.values is None else mx.array(next(self.values))
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        x = x if self.values is None else mx.array(next(self.values))
+        return (x, *self.recorder.rest) if self.recorder.returns_tuple else x
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.layer, name)
+        return getattr(self.recorder.layer, name)
 
 
-class LinearTap:
-    """Stands in for an ``nn.Linear``: accumulates the Hessian of its input, optionally disturbs its output.
+class _Reached(Exception):
+    """The first layer was reached."""
 
-    It multiplies in NumPy, where its rows are needed anyway: MLX's matmul on the CPU is a reference BLAS.
-    """
 
-    def __init__(self, linear: nn.Linear, name: str):
-        self.linear, self.name = linear, name
-        self.hessian: Hessian | None = None
-        self.noise: Callable[[mx.array], mx.array] | None = None
-        self.recording = False
-        self.weight = np.ascontiguousarray(np.array(linear.weight).T)
-        self.bias = np.array(linear.bias) if "bias" in linear else None
+class _First:
+    """Stands in for the first layer: notes the hidden state and goes no further."""
+
+    def __init__(self, recorder: _Recorder):
+        self.recorder = recorder
+        self.seen: list[np.ndarray] = []
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        self.seen.append(np.array(x.astype(mx.float32)))
+        raise _Reached
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.recorder.layer, name)
+
+
+class _HeadTap:
+    """Stands in for a linear outside of the layers."""
+
+    def __init__(self, linear: nn.Module, call: Callable[[mx.array], mx.array]):
+        self.linear, self.call = linear, call
 
     def __call__(self, x: mx.array) -> mx.array:
-        rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
-        if self.recording:
-            if self.hessian is None:
-                self.hessian = Hessian(x.shape[-1])
-            self.hessian.add(rows)
-        y = rows @ self.weight
-        if self.bias is not None:
-            y += self.bias
-        y = mx.array(y.reshape(*x.shape[:-1], -1)).astype(x.dtype)
-        return y if self.noise is None else y + self.noise(y)
-
-
-@dataclass
-class ExpertRows:
-    """What the experts of one block saw: float32 ``x [tokens, hidden]``, ``indices [tokens, k]``, ``scores``."""
-
-    x: list[np.ndarray] = field(default_factory=list)
-    indices: list[np.ndarray] = field(default_factory=list)
-    scores: list[np.ndarray] = field(default_factory=list)
-
-    def joined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return np.concatenate(self.x), np.concatenate(self.indices), np.concatenate(self.scores)
-
-
-class ExpertsTap:
-    """Stands in for a ``SwitchGLU``: notes its rows, and computes it in NumPy, expert by expert."""
-
-    def __init__(self, experts: nn.Module, name: str):
-        self.experts, self.name, self.rows = experts, name, ExpertRows()
-        self.recording = False
-        self.probe: np.ndarray | None = None
-        self.weights: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
-
-    def load(self) -> None:
-        """Bring the weights to NumPy, ``[experts, in, out]``."""
-        for part in ("gate_proj", "up_proj", "down_proj"):
-            module = getattr(self.experts, part)
-            bias = np.array(module.bias.astype(mx.float32)) if "bias" in module else None
-            weight = np.array(module.weight.astype(mx.float32)).transpose(0, 2, 1)
-            self.weights[part] = (np.ascontiguousarray(weight), bias)
-
-    def project(self, part: str, expert: int, x: np.ndarray) -> np.ndarray:
-        weight, bias = self.weights[part]
-        y = x @ weight[expert]
-        return y if bias is None else y + bias[expert]
-
-    def activate(self, up: np.ndarray, gate: np.ndarray) -> np.ndarray:
-        return np.array(self.experts.activation(mx.array(up), mx.array(gate)))
-
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        if self.probe is not None:
-            shape = (*indices.shape, x.shape[-1])
-            return mx.broadcast_to(mx.array(self.probe[: indices.shape[-1], : x.shape[-1]]), shape)
-        rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
-        chosen = np.array(indices).reshape(len(rows), -1)
-        if self.recording:
-            self.rows.x.append(rows)
-            self.rows.indices.append(chosen)
-        out = np.empty((*chosen.shape, rows.shape[1]), np.float32)
-        for expert in np.unique(chosen):
-            token, slot = np.nonzero(chosen == expert)
-            mine = rows[token]
-            h = self.activate(self.project("up_proj", expert, mine), self.project("gate_proj", expert, mine))
-            out[token, slot] = self.project("down_proj", expert, h)
-        return mx.array(out.reshape(*indices.shape, -1)).astype(x.dtype)
+        return self.call(x)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.experts, name)
-
-
-class BlockTap:
-    """Stands in for the block around the experts: finds the routing scores.
-
-    The block's output is linear in what the experts return, so experts that return unit vectors, minus experts that
-    return zeros, show each slot's score in the first k channels.
-    """
-
-    def __init__(self, block: nn.Module, experts: ExpertsTap):
-        self.block, self.experts = block, experts
-
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        out = self.block(x, *args, **kwargs)
-        if self.experts.recording:
-            width = x.shape[-1]
-            self.experts.probe = np.zeros((width, width), np.float32)
-            without = self.block(x, *args, **kwargs)
-            self.experts.probe = np.eye(width, dtype=np.float32)
-            shown = np.array((self.block(x, *args, **kwargs) - without).astype(mx.float32))
-            self.experts.probe = None
-            k = self.experts.rows.indices[-1].shape[1]
-            self.experts.rows.scores.append(np.abs(shown.reshape(-1, width)[:, :k]))
-        return out
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.block, name)
-
-
-def _child(module: Any, key: str) -> Any:
-    return module[int(key)] if isinstance(module, (list, tuple)) else getattr(module, key)
-
-
-def _replace(root: nn.Module, path: str, value: object) -> None:
-    """Put ``value`` at a dotted path below ``root``."""
-    *parents, last = path.split(".")
-    parent = root
-    for key in parents:
-        parent = _child(parent, key)
-    if isinstance(parent, list):
-        parent[int(last)] = value
-    else:
-        setattr(parent, last, value)
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module is a SwitchGLU in shape: gate, up and down stacks over experts."""
-    parts = (getattr(module, part, None) for part in ("gate_proj", "up_proj", "down_proj"))
-    return all(part is not None and getattr(part, "num_experts", None) and part.weight.ndim == 3 for part in parts)
+        return getattr(self.linear, name)
 
 
 class LayeredModel:
     """A model whose layers run, and are in memory, one at a time; float32 throughout.
 
     Args:
-        path: Directory of an unquantized mlx-lm / Hugging Face checkpoint.
+        source: The checkpoint.
         tokens: int32 ``[windows, length]``: calibration text.
         batch: Windows per call.
+
+    Raises:
+        ValueError: If mlx-lm cannot make a model of the checkpoint, or it does not run layer by layer.
+
+    Attributes:
+        model: mlx-lm's.
+        names: What the checkpoint calls its parts.
+        paths: Of the layers.
+        layers: The layers.
+        head: Path of the module that makes the logits: a linear, or the embeddings.
     """
 
-    def __init__(self, path: Path, tokens: np.ndarray, batch: int):
-        from mlx_lm.utils import load_model
+    def __init__(self, source: Source, tokens: np.ndarray, batch: int):
+        from ..lm.model import build  # needs mlx-lm
 
-        self.model, self.config = load_model(path, lazy=True)
-        names = {id(module): name for name, module in self.model.named_modules()}
-        self.names = [names[id(layer)] for layer in self.model.layers]
+        self.source = source
+        self.model = build(source.path, source.model_config)
+        paths = {id(module): path for path, module in self.model.named_modules()}
         self.layers = list(self.model.layers)
+        self.paths = [paths[id(layer)] for layer in self.layers]
+        self._stacks = tuple(
+            f"{path}.{part}.weight"
+            for path, module in self.model.named_modules()
+            if is_experts(module)
+            for part in ("gate_proj", "up_proj", "down_proj")
+        )
+        origins = _load_weights(self.model, source, len(self.layers))
+        self.names = Names(source, self.model, origins, self.paths)
         self.batches = [mx.array(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
-        self.calls = self._record_calls()
+        self.recorders = [_Recorder(layer) for layer in self.layers]
+        self.head = self._record_calls()
 
-    def _record_calls(self) -> list[list[Call]]:
-        recorders = [_Recorder(layer) for layer in self.layers]
-        for name, recorder in zip(self.names, recorders):
-            _replace(self.model, name, recorder)
-        for tokens in self.batches:
+    def _record_calls(self) -> str:
+        for path, recorder in zip(self.paths, self.recorders):
+            replace_module(self.model, path, recorder)
+        with self._watched_heads() as seen:
+            logits = self.model(self.batches[0])
+        for tokens in self.batches[1:]:
             self.model(tokens)
-        return [recorder.calls for recorder in recorders]
+        self._check_layers_apart()
+        modules = dict(self.model.named_modules())
+        if not seen or modules[seen[-1]].weight.shape[0] != logits.shape[-1]:
+            raise ValueError(
+                f"{self.source.path}: the module that makes the logits of {type(self.model).__module__} is not found: "
+                "neither a linear nor the embeddings, applied after the last layer"
+            )
+        return seen[-1]
+
+    @contextmanager
+    def _watched_heads(self) -> Iterator[list[str]]:
+        """The paths of linears outside of the layers and of embeddings used as such, in the order of their calls."""
+        seen: list[str] = []
+        originals: list[tuple[str, nn.Module]] = []
+
+        def watched(path: str, call: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+            def note(x: mx.array) -> mx.array:
+                seen.append(path)
+                return call(x)
+
+            return note
+
+        for path, module in self.model.named_modules():
+            if type(module) is nn.Linear or isinstance(module, nn.Embedding):
+                originals.append((path, module))
+        for path, module in originals:
+            self._tap(path, module, watched(path, module.as_linear if isinstance(module, nn.Embedding) else module))
+        yield seen
+        for path, module in originals:
+            self._untap(path, module)
+
+    def _tap(self, path: str, module: nn.Module, call: Callable[[mx.array], mx.array]) -> None:
+        if isinstance(module, nn.Embedding):
+            module.__dict__["as_linear"] = call  # the instance's, in place of the class's
+        else:
+            replace_module(self.model, path, _HeadTap(module, call))
+
+    def _untap(self, path: str, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            del module.__dict__["as_linear"]
+        else:
+            replace_module(self.model, path, module)
+
+    def _check_layers_apart(self) -> None:
+        """See that no layer is given what another one returned beside the hidden state."""
+        given: dict[int, str] = {}
+        for path, recorder in zip(self.paths, self.recorders):
+            for args, kwargs in recorder.calls[:1]:
+                for value in dict(tree_flatten([list(args), dict(kwargs)])).values():
+                    if id(value) in given and isinstance(value, mx.array):
+                        raise ValueError(
+                            f"{self.source.path}: {path} of {type(self.model).__module__} uses more of "
+                            f"{given[id(value)]} than its hidden state; such models are not converted"
+                        )
+            given.update({id(value): path for value in dict(tree_flatten(list(recorder.rest))).values()})
+        for recorder in self.recorders:  # what is not used holds the weights that it would be computed from
+            recorder.rest = (None,) * len(recorder.rest)
 
     def embeddings(self) -> list[np.ndarray]:
         """Hidden states before the first layer, one array per batch."""
-        return [np.array(x.astype(mx.float32)) for x, _, _ in self.calls[0]]
+        first = _First(self.recorders[0])
+        replace_module(self.model, self.paths[0], first)
+        for tokens in self.batches:
+            with suppress(_Reached):
+                self.model(tokens)
+        replace_module(self.model, self.paths[0], self.recorders[0])
+        # The tables are not needed for long; what is lazy is read again when it is.
+        tables = [path for path, module in self.model.named_modules() if isinstance(module, nn.Embedding)]
+        names = {f"{path}.weight": self.names.origins.get(f"{path}.weight") for path in tables}
+        fresh = self.source.arrays()
+        self.model.load_weights([(path, fresh[name]) for path, name in names.items() if name], strict=False)
+        mx.clear_cache()
+        return first.seen
 
     def load(self, index: int) -> None:
-        """Bring a layer into memory, as float32."""
-        layer = self.layers[index]
-        layer.update(
-            tree_map(lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p, layer.parameters())
-        )
+        """Bring a layer into memory, as float32; stacks of experts as they are stored.
+
+        Raises:
+            ValueError: If a value is not finite; the message names the tensor.
+        """
+        layer, path = self.layers[index], self.paths[index]
+
+        def widened(name: str, value: mx.array) -> mx.array:
+            is_stack = f"{path}.{name}" in self._stacks
+            return value if is_stack or not mx.issubdtype(value.dtype, mx.floating) else value.astype(mx.float32)
+
+        layer.update(tree_map_with_path(widened, layer.parameters()))
         mx.eval(layer.parameters())
+        mx.clear_cache()  # of what the stacks were made of
+        for name, value in dict(tree_flatten(layer.parameters())).items():
+            self.check_finite(f"{path}.{name}", value)
+
+    def check_finite(self, path: str, value: mx.array) -> None:
+        """Raise ValueError if a value of a parameter is not finite, naming the tensor that it comes from."""
+        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+            name = self.names.origins.get(path) or self._expert(path, value)
+            where = f"tensor {name} holds" if name else f"the tensors that make {path} hold"
+            raise ValueError(f"{self.source.path}: {where} values that are not finite")
+
+    def _expert(self, path: str, value: mx.array) -> str | None:
+        """The checkpoint's tensor of the first expert in a stack that is not finite, if it has one of its own."""
+        for layer in self.paths:
+            for block, names in self.names.experts(layer).items():
+                part, _, leaf = path.removeprefix(f"{layer}.{block}.").rpartition(".")
+                if part in names.parts:
+                    e = next(e for e in range(len(value)) if not mx.isfinite(value[e]).all().item())
+                    single = f"{names.prefix}.{e}.{names.parts[part]}.{leaf}"
+                    return single if single in self.source.tensors else names.sources[0]
+        return None
 
     def unload(self, index: int) -> None:
         """Let go of a layer's weights."""
@@ -227,30 +254,40 @@ class LayeredModel:
 
     def run(self, index: int, hidden: list[np.ndarray]) -> list[np.ndarray]:
         """A layer's output for each batch."""
+        recorder = self.recorders[index]
         result = []
-        for x, (_, args, kwargs) in zip(hidden, self.calls[index]):
-            result.append(np.array(self.layers[index](mx.array(x), *args, **kwargs)))
+        for x, (args, kwargs) in zip(hidden, recorder.calls):
+            y = self.layers[index](mx.array(x), *args, **kwargs)
+            result.append(np.array(y[0] if recorder.returns_tuple else y))
         return result
 
-    def head_inputs(self, hidden: list[np.ndarray]) -> list[np.ndarray]:
-        """What the output projection sees, float32, given the hidden states after the last layer."""
-        seen = []
+    def head_module(self) -> nn.Module:
+        """The module that makes the logits."""
+        return dict(self.model.named_modules())[self.head]
 
-        def note(x: mx.array) -> mx.array:
-            seen.append(np.array(x.astype(mx.float32)))
+    def head_inputs(self, hidden: list[np.ndarray], note: Callable[[np.ndarray], None]) -> None:
+        """Show what the output projection sees, given the hidden states after the last layer.
+
+        Args:
+            hidden: The states, one array per batch.
+            note: Called with float32 ``[rows, features]`` for each batch.
+        """
+        module = self.head_module()
+
+        def show(x: mx.array) -> mx.array:
+            note(np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1]))
             return x
 
-        untie = self._tap_head(note)
         self._feed(hidden)
+        self._tap(self.head, module, show)
         for tokens in self.batches:
             self.model(tokens)
-        untie()
-        return seen
+        self._untap(self.head, module)
 
     def _feed(self, hidden: list[np.ndarray]) -> None:
         """Let the layers give these states, one per call of the model."""
-        for i, (name, layer) in enumerate(zip(self.names, self.layers)):
-            _replace(self.model, name, _Feed(layer, None if i else iter(hidden)))
+        for i, (path, recorder) in enumerate(zip(self.paths, self.recorders)):
+            replace_module(self.model, path, _Feed(recorder, None if i else iter(hidden)))
 
     def logits(self, hidden: list[np.ndarray]) -> Iterator[np.ndarray]:
         """The model's output, float32, for each of some states after the last layer, ``[windows, length, hidden]``."""
@@ -258,58 +295,42 @@ class LayeredModel:
         for h in hidden:
             yield np.array(self.model(self.batches[0][: h.shape[0], : h.shape[1]]).astype(mx.float32))
 
-    def _tap_head(self, note: Callable[[mx.array], mx.array]) -> Callable[[], None]:
-        if getattr(self.model, "lm_head", None) is not None:
-            self.model.lm_head = note
-            return lambda: None
-        for module in self.model.modules():
-            if isinstance(module, nn.Embedding):
-                method = "as_linear"  # the instance's, in place of the class's
-                setattr(module, method, note)
-                return lambda: delattr(module, method)
-        raise ValueError(f"{type(self.model).__name__} has neither lm_head nor an embedding to tie it to")
 
+def _load_weights(model: nn.Module, source: Source, layers: int) -> dict[str, str]:
+    """Give a model the checkpoint's tensors, lazily.
 
-class Taps:
-    """The taps of one layer, in place for the length of a ``with`` block.
+    Returns:
+        Of the parameters that are tensors of the checkpoint as they are: path -> name.
 
-    Attributes:
-        linears: By dotted path inside the layer.
-        experts: By dotted path inside the layer.
+    Raises:
+        ValueError: If they do not fit.
     """
+    from ..lm.mapping import MODEL_ERRORS  # needs mlx-lm
 
-    def __init__(self, layer: nn.Module, wanted: Callable[[str], bool]):
-        self.layer = layer
-        self.linears: dict[str, LinearTap] = {}
-        self.experts: dict[str, ExpertsTap] = {}
-        self._originals: list[tuple[str, nn.Module, LinearTap | ExpertsTap | BlockTap]] = []
-        modules = dict(layer.named_modules())
-        for path, module in modules.items():
-            if is_experts(module):
-                tap = self.experts[path] = ExpertsTap(module, path)
-                tap.load()
-        inside = tuple(f"{path}." for path in self.experts)
-        for path, module in modules.items():
-            if type(module) is nn.Linear and wanted(path) and not path.startswith(inside):
-                self.linears[path] = LinearTap(module, path)
-        for path in (*self.experts, *self.linears):
-            self._originals.append((path, modules[path], self.experts.get(path) or self.linears[path]))
-        for path, experts in self.experts.items():
-            block = path.rpartition(".")[0]
-            if block:
-                self._originals.append((block, modules[block], BlockTap(modules[block], experts)))
-
-    def __enter__(self) -> Taps:
-        for path, _, tap in self._originals:
-            _replace(self.layer, path, tap)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        for path, original, _ in reversed(self._originals):
-            _replace(self.layer, path, original)
-
-    def record(self, on: bool) -> None:
-        """Whether the taps note what they see."""
-        taps: list[LinearTap | ExpertsTap] = [*self.linears.values(), *self.experts.values()]
-        for tap in taps:
-            tap.recording = on
+    arrays = source.arrays()
+    known = {id(array): name for name, array in arrays.items()}
+    model_name = type(model).__module__
+    try:
+        weights = model.sanitize(dict(arrays)) if hasattr(model, "sanitize") else dict(arrays)
+    except KeyError as error:
+        raise ValueError(
+            f"{source.path}: {model_name} looks for {error}, which the checkpoint does not have"
+        ) from error
+    except MODEL_ERRORS as error:
+        raise ValueError(
+            f"{source.path}: {model_name} cannot take these tensors: {type(error).__name__}: {error}"
+        ) from error
+    parameters = dict(tree_flatten(model.parameters()))
+    left_out = parts_of((*weights, *arrays), layers)
+    origins = {}
+    for path in list(weights):
+        name = known.get(id(weights[path]))
+        if path not in parameters and (path in left_out or name in left_out):
+            del weights[path]
+        elif name is not None:
+            origins[path] = name
+    try:
+        model.load_weights(list(weights.items()))
+    except ValueError as error:
+        raise ValueError(f"{source.path}: these are not the tensors of {model_name}: {error}") from error
+    return origins

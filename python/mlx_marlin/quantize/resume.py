@@ -78,7 +78,7 @@ def _tensor_digest(tensor: TensorInfo) -> str:
 def identity(source: Source, settings: Settings, tokens: np.ndarray) -> dict[str, dict]:
     """Everything that a conversion's result depends on, as a JSON value."""
     with ThreadPoolExecutor(kernels.cpu_threads()) as pool:
-        tensors = dict(zip(source.tensors, pool.map(_tensor_digest, source.tensors.values())))
+        tensors = dict(zip(source.stored, pool.map(_tensor_digest, source.stored.values())))
     calibration = hashlib.sha256(f"{tokens.dtype} {tokens.shape}\n".encode() + tokens.tobytes()).hexdigest()
     found = {
         "settings": vars(settings),

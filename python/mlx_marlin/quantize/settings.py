@@ -8,6 +8,9 @@ from .. import codec
 from .allocate import MODES
 from .embedding import check_embed_bits
 
+KEPT, LEFT_OUT = 16, 0
+"""Instead of a width: what the checkpoint has stays as it is, or is left out."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -16,6 +19,8 @@ class Settings:
     bits: float
     head_bits: float
     embed_bits: int | None
+    mtp_bits: float
+    vision_bits: int
     codebook: str
     half_rates: bool
     mixed: str
@@ -27,27 +32,36 @@ class Settings:
         half_rates = self.half_rates and self.codebook == "mul1"
         return tuple(k for k in codec.WIDTHS if half_rates or not codec.is_half_rate(k))
 
+    def check_width(self, key: str, wanted: float, others: str, more: tuple[int, ...]) -> None:
+        """See that a single width is one that these settings allow, or one of some numbers that mean something else.
 
-def check_settings(
-    bits: float, head_bits: float, embed_bits: int | None, codebook: str, half_rates: bool, mixed: str, seed: int
-) -> Settings:
-    """The settings of a conversion; the arguments are those of :func:`convert`.
+        Raises:
+            ValueError: If it is not.
+        """
+        if isinstance(wanted, bool) or wanted not in (*self.widths, *more):
+            listed = ", ".join(map(str, self.widths))
+            kind = f"codebook {self.codebook}" if self.half_rates else "half_rates=False"
+            raise ValueError(f"{key} must be one of {listed} ({kind}), {others}, got {wanted}")
+
+
+def check_settings(settings: Settings) -> Settings:
+    """The same settings.
 
     Raises:
         ValueError: If one of them cannot be.
     """
-    codec.check_codebook(codebook)
-    if mixed not in MODES:
-        raise ValueError(f"mixed must be one of {', '.join(MODES)}, got {mixed!r}")
-    settings = Settings(
-        float(bits), head_bits, check_embed_bits(embed_bits), codebook, bool(half_rates), mixed, int(seed)
-    )
-    if not 1 <= bits <= codec.MAX_BITS:
-        raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {bits}")
-    if head_bits not in (*settings.widths, 16):
-        listed = ", ".join(map(str, settings.widths))
-        kind = f"codebook {codebook}" if half_rates else "half_rates=False"
+    codec.check_codebook(settings.codebook)
+    if settings.mixed not in MODES:
+        raise ValueError(f"mixed must be one of {', '.join(MODES)}, got {settings.mixed!r}")
+    check_embed_bits(settings.embed_bits)
+    if not 1 <= settings.bits <= codec.MAX_BITS:
+        raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {settings.bits}")
+    settings.check_width("head_bits", settings.head_bits, "or 16 to leave the head in half precision", (KEPT,))
+    kept = "16 to keep {} as they are, or 0 to leave them out"
+    settings.check_width("mtp_bits", settings.mtp_bits, kept.format("prediction layers"), (KEPT, LEFT_OUT))
+    if settings.vision_bits not in (*range(1, codec.MAX_BITS + 1), KEPT, LEFT_OUT):
         raise ValueError(
-            f"head_bits must be one of {listed} ({kind}), or 16 to leave the head in half precision, got {head_bits}"
+            f"vision_bits must be a whole number from 1 to {codec.MAX_BITS}, {kept.format('towers')}, "
+            f"got {settings.vision_bits}"
         )
     return settings

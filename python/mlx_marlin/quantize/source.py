@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
-from ..storage.safetensors import Tensor, TensorInfo, read_header
+from ..loader.directory import read_tensors
+from ..loader.scaling import without_folded_scales
+from ..storage.safetensors import Tensor, TensorInfo
 from ..storage.untrusted import read_json
+from .packed import PackedTensor, unpacked
 
 # Linears that EXL3 leaves alone: routers, gates of shared experts, MLA's kv_b (its two halves are used apart), and
 # the narrow projections of state-space layers.
@@ -15,91 +21,164 @@ KEPT_LINEARS = frozenset({
     "gate", "router", "shared_expert_gate", "kv_b_proj", "embed_q", "unembed_out",
     "in_proj_ba", "in_proj_a", "in_proj_b", "x_proj", "dt_proj",
 })  # fmt: skip
-_HALF_SUFFIXES = (
-    ".gate.weight", ".router.weight", ".shared_expert_gate.weight", ".e_score_correction_bias", ".kv_b_proj.weight",
-)  # fmt: skip
-# The extra files that a converted model needs to run.
-SIDE_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+_HALF_SUFFIXES = (".gate.weight", ".router.weight", ".shared_expert_gate.weight", ".kv_b_proj.weight")
+# What is added to the scores that choose experts: a choice is discrete, and half precision loses the differences.
+_CHOOSING_BIAS = re.compile(r"(?:e_score_correction_bias|expert_bias|router_bias|\.(?:gate|router)\.bias)$")
+# Files of weights in any format, and what describes those of the source: all else is copied.
+_WEIGHT_SUFFIXES = frozenset({
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".npz", ".tmp",
+})  # fmt: skip
+_DESCRIBING = frozenset({"config.json", "quantization_config.json", "hf_quant_config.json"})
 
 
 class Source:
-    """An unquantized Hugging Face checkpoint.
+    """An unquantized Hugging Face checkpoint, or one whose weights are fp8 in blocks or mxfp4.
 
     Args:
         path: Its directory.
 
     Raises:
-        ValueError: If it is missing, damaged, or already quantized.
+        ValueError: If it or a file that its index names is missing, damaged, or quantized in another way.
+
+    Attributes:
+        path: The directory.
+        config: config.json.
+        quantization: What config.json says of how the weights are stored, or ``None``.
+        tensors: Where each tensor lies; packed ones by the names that they have unpacked.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        if not path.is_dir():
+            found = "a file" if path.exists() else "not there"
+            raise ValueError(f"{path} is {found}; the directory of a Hugging Face checkpoint is wanted")
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} holds no config.json; a Hugging Face checkpoint directory is wanted")
         self.config = read_json(path / "config.json", finite=False)
-        if self.config.get("quantization") or self.config.get("quantization_config"):
-            raise ValueError(f"{path} is already quantized; convert the original fp16, bf16 or fp32 checkpoint")
-        files = sorted(path.glob("model*.safetensors"))
-        if not files:
-            raise ValueError(f"{path} holds no model*.safetensors")
-        self.tensors: dict[str, TensorInfo] = {}
-        for file in files:
-            self.tensors.update(read_header(file))
+        self.quantization = self._quantization()
+        model_type = self.config.get("model_type")
+        if not isinstance(model_type, str) or "model_file" in self.config:
+            raise ValueError(
+                f"{path / 'config.json'}: model_type must name an architecture of mlx-lm, and code inside of the "
+                f"checkpoint (model_file) is not run; got {model_type!r}"
+            )
+        try:
+            self.stored: dict[str, TensorInfo] = read_tensors(path)
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from None
+        if not self.stored:
+            raise ValueError(f"{path} holds no tensors")
+        try:
+            self.tensors = unpacked(self.stored, self.quantization)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if without_folded_scales(self.config) is not self.config:
+            raise ValueError(
+                f"{path}: {self.config.get('model_type')} models with attention_value_scale are not converted: EXL3 "
+                "keeps that scale inside of o_proj"
+            )
 
-    def base(self, path: str) -> str | None:
-        """The checkpoint's name of the linear at an mlx-lm module path, without ``.weight``."""
-        for spelling in _spellings(path):
-            if f"{spelling}.weight" in self.tensors:
-                return spelling
-        ends = [n for n in self.tensors if n.endswith(f".{path}.weight")]
-        return ends[0][: -len(".weight")] if len(ends) == 1 else None
+    def _quantization(self) -> dict | None:
+        """``quantization_config``; mlx's own key is refused."""
+        if self.config.get("quantization"):
+            raise ValueError(f"{self.path} is already quantized by MLX; convert the original fp16 or bf16 checkpoint")
+        parts = (self.config, self.config.get("text_config"))
+        found = next(
+            (p["quantization_config"] for p in parts if isinstance(p, dict) and p.get("quantization_config")), None
+        )
+        if found is not None and not isinstance(found, dict):
+            raise ValueError(f"{self.path / 'config.json'}: quantization_config must be an object, got {found!r}")
+        return found
 
-    def expert_names(self, block: str) -> tuple[str, dict[str, str]]:
-        """Prefix of a block's experts, and the names of its gate, up and down projections.
+    @property
+    def model_config(self) -> dict:
+        """The config of the model with its weights unpacked."""
+        config = {key: value for key, value in self.config.items() if key != "quantization_config"}
+        text = config.get("text_config")
+        if isinstance(text, dict):
+            config["text_config"] = {key: value for key, value in text.items() if key != "quantization_config"}
+        return config
 
-        Raises:
-            ValueError: If the checkpoint has no experts there.
-        """
-        for spelling in _spellings(block):
-            for prefix in {n[: n.index(f"{spelling}.experts.")] for n in self.tensors if f"{spelling}.experts." in n}:
-                full = f"{prefix}{spelling}.experts"
-                if f"{full}.0.w1.weight" in self.tensors:
-                    return full, {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-                return full, {part: part for part in ("gate_proj", "up_proj", "down_proj")}
-        raise ValueError(f"{self.path} holds no tensors {block}.experts.*, which the model's experts should come from")
+    def arrays(self) -> dict[str, mx.array]:
+        """All tensors, lazily: each is read, and unpacked, when it is first evaluated."""
+        stored: dict[str, mx.array] = {}
+        for file in sorted({info.file for info in self.stored.values()}):
+            loaded = mx.load(str(file), format="safetensors")
+            assert isinstance(loaded, dict)  # as of every file of this format
+            stored.update({name: loaded[name] for name, info in self.stored.items() if info.file == file})
+        places = {info: name for name, info in self.stored.items()}
+        result = {}
+        for name, info in self.tensors.items():
+            if isinstance(info, PackedTensor):
+                result[name] = info.array(stored[places[info.codes]], stored[places[info.scales]])
+            else:
+                result[name] = stored[name]
+        return result
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same matrix."""
+        a, b = self.tensors[one], self.tensors[other]
+        return a.shape == b.shape and a.dtype == b.dtype and a.read() == b.read()
 
     def kept(self, name: str) -> Tensor:
-        """A tensor that is not quantized, in the dtype that EXL3 stores it in."""
+        """A tensor that is not quantized, in the dtype that EXL3 stores it in.
+
+        Raises:
+            ValueError: If a value is not finite, or beyond half precision where it is stored so.
+        """
         stored = self.tensors[name]
-        if self.kept_dtype(name) == stored.dtype:
+        dtype = self.kept_dtype(name)
+        if dtype == stored.dtype:
             return Tensor(stored.dtype, stored.shape, stored.read())
-        return half(name, stored.floats())
+        values = stored.floats()
+        return Tensor.of(values.astype(np.float32)) if dtype == "F32" else half(name, values)
 
     def kept_dtype(self, name: str) -> str:
         """The dtype of :meth:`kept`."""
         dtype = self.tensors[name].dtype
+        if _CHOOSING_BIAS.search(name):
+            return "F32" if dtype == "BF16" else dtype
         if dtype == "F32" or (dtype == "BF16" and name.endswith(_HALF_SUFFIXES)):
             return "F16"
         return dtype
 
+    def side_files(self, output: Path) -> list[Path]:
+        """Every file that is no weight, relative to the directory: tokenizers, templates, code, ...
 
-def _spellings(path: str) -> list[str]:
-    """A module path, and as checkpoints have it that say ``model.language_model`` for ``language_model.model``."""
-    head, layers, tail = path.partition(".layers.")
-    return [path, ".".join(reversed(head.split("."))) + layers + tail]
+        Args:
+            output: A directory that is left out, should it lie inside.
+
+        Raises:
+            ValueError: If one is a link that leads nowhere.
+        """
+        inside = os.path.relpath(os.path.realpath(output), os.path.realpath(self.path))
+        names = []
+        for file in sorted(self.path.rglob("*")):
+            name = file.relative_to(self.path)
+            hidden = any(part.startswith(".") for part in name.parts)
+            if not hidden and file.is_symlink() and not file.exists():
+                raise ValueError(f"{file} is a link to {file.readlink()}, which is not there; download the model again")
+            if hidden or not file.is_file() or Path(inside) in name.parents:
+                continue
+            is_weights = file.suffix in _WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+            if not is_weights and str(name) not in _DESCRIBING:
+                names.append(name)
+        return names
 
 
 def half(name: str, values: np.ndarray) -> Tensor:
     """A tensor as float16.
 
     Raises:
-        ValueError: If a value is beyond half precision.
+        ValueError: If a value is beyond half precision, or not finite.
     """
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         rounded = values.astype(np.float16)
     if not np.isfinite(rounded).all():
-        raise ValueError(f"{name} holds values that EXL3's half precision cannot: up to {np.abs(values).max():g}")
+        raise beyond_half(name, float(np.abs(values).max()))
     return Tensor.of(rounded)
+
+
+def beyond_half(name: str, largest: float) -> ValueError:
+    """The error for a tensor that half precision cannot hold."""
+    return ValueError(f"{name} holds values that EXL3's half precision cannot: up to {largest:g}")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Collection
 from pathlib import Path
-
-import numpy as np
 
 from .. import codec
 from ..loader.exl3 import MARKERS
 from ..storage import atomic, safetensors
-from ..storage.safetensors import ITEM_BYTES, Tensor, TensorInfo, read_header
+from ..storage.safetensors import ITEM_BYTES, TensorInfo, read_header
 from .embedding import PART as EMBEDDING
-from .source import SIDE_FILES, Source
-from .weight import Codes
+from .extras import EXTRA, Extras
+from .settings import Settings
+from .source import Source
 
 # The layout that is written is that of this version.
 _FORMAT_VERSION = "1.6.5"
@@ -28,64 +28,16 @@ _TORCH_NAMES = {
 }  # fmt: skip
 
 
-# Of a divisor, so much goes into svh, the rest into suh: suh is near 1 and svh near 0.01, and both stay normal numbers.
-_SVH_SHARE = 8
-
-
-def stored_tensors(name: str, codes: Codes, bias: np.ndarray | None, divisor: int = 1) -> dict[str, Tensor]:
-    """A quantized linear as EXL3 stores it.
-
-    Args:
-        name: Its name.
-        codes: Its weight.
-        bias: float32 ``[out_features]`` or ``None``.
-        divisor: What its outputs are divided by, a power of two; see ``loader.scaling``. Default: ``1``.
-    """
-    svh_divisor = min(divisor, _SVH_SHARE)
-    tensors = {
-        f"{name}.trellis": Tensor.of(codes.trellis),
-        f"{name}.suh": Tensor.of(codes.suh / np.float16(divisor / svh_divisor)),
-        f"{name}.svh": Tensor.of(codes.svh / np.float16(svh_divisor)),
-    }
-    if codes.codebook in MARKERS:
-        tensors[f"{name}.{codes.codebook}"] = Tensor.of(np.array(MARKERS[codes.codebook], np.uint32).view(np.int32))
-    if bias is not None:
-        tensors[f"{name}.bias"] = Tensor.of(np.pad(bias / divisor, (0, len(codes.svh) - len(bias))).astype(np.float16))
-    return tensors
-
-
-def stored_codes(
-    name: str, stored: dict[str, TensorInfo], codebook: str, shape: tuple[int, int], divisor: int = 1
-) -> Codes:
-    """Inverse of :func:`stored_tensors`.
-
-    Args:
-        name: The linear's name.
-        stored: Where its tensors lie, by name.
-        codebook: Its codebook.
-        shape: Its logical ``(in_features, out_features)``.
-        divisor: As for :func:`stored_tensors`. Default: ``1``.
-    """
-    trellis, suh, svh = (stored[f"{name}.{suffix}"] for suffix in ("trellis", "suh", "svh"))
-    values = np.frombuffer(trellis.read(), np.int16).reshape(trellis.shape)
-    svh_divisor = min(divisor, _SVH_SHARE)
-    return Codes(
-        values,
-        suh.floats() * np.float16(divisor / svh_divisor),
-        svh.floats() * np.float16(svh_divisor),
-        codebook,
-        *shape,
-    )
-
-
 def assemble(
     source: Source,
     output: Path,
     work: Path,
     layers: int,
     *,
-    head_bits: float,
-    codebook: str,
+    head: str,
+    replaced: Collection[str],
+    extras: Extras,
+    settings: Settings,
     calibration: tuple[int, int],
 ) -> None:
     """Put the finished parts together, then remove the work directory.
@@ -95,18 +47,22 @@ def assemble(
         output: Where the model goes.
         work: Directory of the finished parts.
         layers: Number of layers.
-        head_bits: Width of the output projection; 16 where it is in half precision.
-        codebook: The codebook.
+        head: Name of the output projection.
+        replaced: Tensors of the checkpoint that quantized ones stand for, beside weights and biases of their names.
+        extras: What is done with prediction layers and towers.
+        settings: Of the conversion.
         calibration: Shape of the calibration tokens, ``(windows, length)``.
     """
     parts: dict[str, TensorInfo] = {}
     files = [*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / HEAD]
     if (work / EMBEDDING).exists():
         files.append(work / EMBEDDING)
+    files += sorted(work.glob(f"{EXTRA}*.safetensors"))
     for file in files:
         parts.update(read_header(file))
     quantized = {name.rpartition(".")[0] for name in parts if name.endswith(".trellis")}
-    kept = [name for name in source.tensors if not _replaced(name, quantized) and name not in parts]
+    gone = {*parts, *replaced, *extras.replaced, *extras.dropped}
+    kept = [name for name in source.tensors if not _replaced(name, quantized) and name not in gone]
     dtypes = {**{n: t.dtype for n, t in parts.items()}, **{n: source.kept_dtype(n) for n in kept}}
     shapes = {**{n: t.shape for n, t in parts.items()}, **{n: source.tensors[n].shape for n in kept}}
     sizes = {n: math.prod(shapes[n]) * ITEM_BYTES[dtypes[n]] for n in dtypes}
@@ -120,24 +76,29 @@ def assemble(
             "weight_map": {n: f for f, ns in shards.items() for n in ns},
         }
         atomic.write_text(output / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True))
-    for name in SIDE_FILES:
-        if (source.path / name).is_file():
-            atomic.write_text(output / name, (source.path / name).read_text(encoding="utf-8"))
+    for name in source.side_files(output):
+        atomic.write_bytes(output / name, (source.path / name).read_bytes())
+    others = extras.others(dtypes)
+    text = {n: t for n, t in parts.items() if n not in others}
     summary = {
         "quant_method": "exl3",
         "version": _FORMAT_VERSION,
-        "bits": _average_bits({n: t.shape for n, t in parts.items() if n != "lm_head.trellis"}),
-        "head_bits": head_bits,
+        "bits": _average_bits({n: t.shape for n, t in text.items() if n != f"{head}.trellis"}),
+        "head_bits": settings.head_bits,
+        **extras.bits,
         "calibration": {"rows": calibration[0], "cols": calibration[1]},
         "out_scales": "always",
-        "codebook": codebook,
+        "codebook": settings.codebook,
     }
-    storage = _tensor_storage(dtypes, shapes, sizes, codebook)
+    if source.quantization is not None:
+        summary["original_quantization_config"] = source.quantization
+    stored = {n: dtype for n, dtype in dtypes.items() if n not in others}
+    storage = _tensor_storage(stored, shapes, sizes, settings.codebook)
     atomic.write_text(output / "quantization_config.json", json.dumps({**summary, "tensor_storage": storage}, indent=2))
     atomic.write_text(output / "plan.txt", (work / "plan.txt").read_text())
     # The head is written even where it is tied, and may differ from the embeddings; ExLlamaV3 says so since 1.6.1.
     untied = {"tie_word_embeddings": False} if "tie_word_embeddings" in source.config else {}
-    config = {**source.config, **untied, "quantization_config": summary}
+    config = {**source.model_config, **untied, "quantization_config": summary}
     atomic.write_text(output / "config.json", json.dumps(config, indent=2))
     # Renamed first: a kill from here on leaves a complete model and no half-removed state to resume from.
     finished = work.rename(work.with_name(FINISHED))
@@ -152,14 +113,8 @@ def _average_bits(shapes: dict[str, tuple[int, ...]]) -> float:
 
 
 def _replaced(name: str, quantized: set[str]) -> bool:
-    """Whether a source tensor is one that quantized ones stand for, fused expert stacks included."""
-    base = name.rpartition(".")[0]
-    if base in quantized and name.endswith((".weight", ".bias")):
-        return True
-    stem = base if name.endswith((".weight", ".bias")) else name
-    block, found, part = stem.rpartition(".experts.")
-    fused = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-    return bool(found) and part in fused and any(q.startswith(f"{block}.experts.") for q in quantized)
+    """Whether a source tensor is the weight or bias of a quantized linear."""
+    return name.rpartition(".")[0] in quantized and name.endswith((".weight", ".bias"))
 
 
 def _shards(sizes: dict[str, int]) -> dict[str, list[str]]:

@@ -1,0 +1,224 @@
+"""Taps on the inputs of a layer's linears and experts. What they stand in for is computed in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .hessian import Hessian
+from .names import PARTS
+
+
+def _child(module: Any, key: str) -> Any:
+    return module[int(key)] if isinstance(module, (list, tuple)) else getattr(module, key)
+
+
+def replace_module(root: nn.Module, path: str, value: object) -> None:
+    """Put ``value`` at a dotted path below ``root``."""
+    *parents, last = path.split(".")
+    parent = root
+    for key in parents:
+        parent = _child(parent, key)
+    if isinstance(parent, list):
+        parent[int(last)] = value
+    else:
+        setattr(parent, last, value)
+
+
+class LinearTap:
+    """Stands in for an ``nn.Linear``: accumulates the Hessian of its input, optionally disturbs its output.
+
+    It multiplies in NumPy, where its rows are needed anyway: MLX's matmul on the CPU is a reference BLAS.
+    """
+
+    def __init__(self, linear: nn.Linear, name: str):
+        self.linear, self.name = linear, name
+        self.hessian: Hessian | None = None
+        self.noise: Callable[[mx.array], mx.array] | None = None
+        self.recording = False
+        self.weight = np.ascontiguousarray(np.array(linear.weight).T)
+        self.bias = np.array(linear.bias) if "bias" in linear else None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+        if self.recording:
+            if self.hessian is None:
+                self.hessian = Hessian(x.shape[-1])
+            self.hessian.add(rows)
+        y = rows @ self.weight
+        if self.bias is not None:
+            y += self.bias
+        y = mx.array(y.reshape(*x.shape[:-1], -1)).astype(x.dtype)
+        return y if self.noise is None else y + self.noise(y)
+
+
+@dataclass
+class ExpertRows:
+    """What the experts of one block saw: float32 ``x [tokens, hidden]``, ``indices [tokens, k]``, ``scores``."""
+
+    x: list[np.ndarray] = field(default_factory=list)
+    indices: list[np.ndarray] = field(default_factory=list)
+    scores: list[np.ndarray] = field(default_factory=list)
+
+    def joined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All of them. The single ones are given up as they are copied, so that they are not held twice."""
+        x = np.empty((sum(map(len, self.x)), self.x[0].shape[1]), np.float32)
+        end = len(x)
+        while self.x:
+            rows = self.x.pop()
+            x[end - len(rows) : end] = rows
+            end -= len(rows)
+        return x, np.concatenate(self.indices), np.concatenate(self.scores)
+
+
+class ExpertWeights:
+    """The weights of one projection of all experts, as stored; each is float32 only while it is used.
+
+    Args:
+        module: The stack, ``weight [experts, out, in]`` and maybe ``bias [experts, out]``.
+    """
+
+    def __init__(self, module: nn.Module):
+        mx.eval(module.weight)
+        self._is_bfloat = module.weight.dtype == mx.bfloat16
+        stored = module.weight.view(mx.uint16) if self._is_bfloat else module.weight
+        self._stored = np.array(stored, copy=False)
+        self._installed: dict[int, np.ndarray] = {}
+        self.bias = np.array(module.bias.astype(mx.float32)) if "bias" in module else None
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(in, out)`` of each."""
+        return self._stored.shape[2], self._stored.shape[1]
+
+    def weight(self, expert: int) -> np.ndarray:
+        """float32 ``[in, out]``."""
+        if expert in self._installed:
+            return self._installed[expert].astype(np.float32)
+        stored = self._stored[expert]
+        values = (stored.astype(np.uint32) << 16).view(np.float32) if self._is_bfloat else stored.astype(np.float32)
+        return values.T
+
+    def install(self, expert: int, weight: np.ndarray, bias: np.ndarray | None) -> None:
+        """Replace one. It is held in half precision, as ExLlamaV3 decodes weights, where that is enough."""
+        half = weight.astype(np.float16)
+        self._installed[expert] = half if np.isfinite(half).all() else weight
+        if bias is not None and self.bias is not None:
+            self.bias[expert] = bias
+
+
+class ExpertsTap:
+    """Stands in for a ``SwitchGLU``: notes its rows, and computes it in NumPy, expert by expert."""
+
+    def __init__(self, experts: nn.Module, name: str):
+        self.experts, self.name, self.rows = experts, name, ExpertRows()
+        self.recording = False
+        self.probe: np.ndarray | None = None
+        self.weights = {part: ExpertWeights(getattr(experts, part)) for part in PARTS}
+
+    def project(self, part: str, expert: int, x: np.ndarray) -> np.ndarray:
+        weights = self.weights[part]
+        y = x @ weights.weight(expert)
+        return y if weights.bias is None else y + weights.bias[expert]
+
+    def hidden(self, expert: int, x: np.ndarray) -> np.ndarray:
+        """What goes into ``down_proj``."""
+        return self.activate(self.project("up_proj", expert, x), self.project("gate_proj", expert, x))
+
+    def activate(self, up: np.ndarray, gate: np.ndarray) -> np.ndarray:
+        return np.array(self.experts.activation(mx.array(up), mx.array(gate)))
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        if self.probe is not None:
+            shape = (*indices.shape, x.shape[-1])
+            return mx.broadcast_to(mx.array(self.probe[: indices.shape[-1], : x.shape[-1]]), shape)
+        rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+        chosen = np.array(indices).reshape(len(rows), -1)
+        if self.recording:
+            self.rows.x.append(rows)
+            self.rows.indices.append(chosen)
+        out = np.empty((*chosen.shape, rows.shape[1]), np.float32)
+        for expert in np.unique(chosen):
+            token, slot = np.nonzero(chosen == expert)
+            out[token, slot] = self.project("down_proj", expert, self.hidden(expert, rows[token]))
+        return mx.array(out.reshape(*indices.shape, -1)).astype(x.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.experts, name)
+
+
+class BlockTap:
+    """Stands in for the block around the experts: finds the routing scores.
+
+    The block's output is linear in what the experts return, so experts that return unit vectors, minus experts that
+    return zeros, show each slot's score in the first k channels.
+    """
+
+    def __init__(self, block: nn.Module, experts: ExpertsTap):
+        self.block, self.experts = block, experts
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        out = self.block(x, *args, **kwargs)
+        if self.experts.recording:
+            width = x.shape[-1]
+            self.experts.probe = np.zeros((width, width), np.float32)
+            without = self.block(x, *args, **kwargs)
+            self.experts.probe = np.eye(width, dtype=np.float32)
+            shown = np.array((self.block(x, *args, **kwargs) - without).astype(mx.float32))
+            self.experts.probe = None
+            k = self.experts.rows.indices[-1].shape[1]
+            self.experts.rows.scores.append(np.abs(shown.reshape(-1, width)[:, :k]))
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+
+class Taps:
+    """The taps of one layer, in place for the length of a ``with`` block.
+
+    Args:
+        layer: The layer, loaded.
+        linears: Paths of its linears to be tapped.
+        experts: Paths of its experts.
+
+    Attributes:
+        linears: By dotted path inside the layer.
+        experts: By dotted path inside the layer.
+    """
+
+    def __init__(self, layer: nn.Module, linears: Iterable[str], experts: Iterable[str]):
+        self.layer = layer
+        modules = dict(layer.named_modules())
+        self.experts = {path: ExpertsTap(modules[path], path) for path in experts}
+        self.linears = {path: LinearTap(modules[path], path) for path in linears}
+        self._originals: list[tuple[str, nn.Module, LinearTap | ExpertsTap | BlockTap]] = []
+        for path in (*self.experts, *self.linears):
+            self._originals.append((path, modules[path], self.experts.get(path) or self.linears[path]))
+        for path, tap in self.experts.items():
+            block = path.rpartition(".")[0]
+            if block:
+                self._originals.append((block, modules[block], BlockTap(modules[block], tap)))
+
+    def __enter__(self) -> Taps:
+        for path, _, tap in self._originals:
+            replace_module(self.layer, path, tap)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for path, original, _ in reversed(self._originals):
+            replace_module(self.layer, path, original)
+
+    def record(self, on: bool) -> None:
+        """Whether the taps note what they see."""
+        taps: list[LinearTap | ExpertsTap] = [*self.linears.values(), *self.experts.values()]
+        for tap in taps:
+            tap.recording = on

@@ -1,0 +1,418 @@
+"""What a conversion makes of the files, dtypes and names of its source, and what it says before it begins."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import utils as mlx_lm_utils
+
+from mlx_marlin import TrellisModelLoader, codec
+from mlx_marlin.lm.model import load_exl3_model
+from mlx_marlin.quantize import conversion, convert
+from mlx_marlin.quantize.packed import PackedTensor, unpacked
+from mlx_marlin.quantize.source import Source
+from mlx_marlin.storage.safetensors import read_header
+from tests.support.checkpoints import write_directory
+from tests.support.generic_checkpoints import logits
+from tests.support.small_conversions import SMALL, add_tokenizer, correlation, quick_conversions, small, write_text  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quick_conversions")
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path / "calibration.txt")
+
+
+def source_of(tmp_path, name="llama", change=lambda checkpoint: None):
+    checkpoint = small(name)
+    change(checkpoint)
+    return add_tokenizer(checkpoint.write_dense(tmp_path / "source")), checkpoint
+
+
+def values(info):
+    raw = np.array(info.array())
+    return (raw.astype(np.uint32) << 16).view(np.float32) if info.dtype == "BF16" else raw.astype(np.float32)
+
+
+def header(directory):
+    return read_header(directory / "model.safetensors")
+
+
+def test_every_file_that_is_no_weight_is_copied_as_it_is(tmp_path, text):
+    source, _ = source_of(tmp_path)
+    noise = bytes(range(256)) * 3
+    files = ("tokenizer.model", "tiktoken.model", "preprocessor_config.json", "chat_template.jinja", "code/modeling.py")
+    for name in files:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(b"{{ text }}\r\n" if name.endswith("jinja") else noise + name.encode())
+    for name in ("consolidated.00.pth", "original/model.bin", ".gitattributes", "hf_quant_config.json"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(noise)
+    convert(source, source / "exl3", bits=8, calibration=text)  # inside of the source: not copied into itself
+    found = {str(p.relative_to(source / "exl3")) for p in (source / "exl3").rglob("*") if p.is_file()}
+    made = {"config.json", "quantization_config.json", "model.safetensors", "plan.txt"}
+    assert found == {*files, *made, "tokenizer.json", "tokenizer_config.json"}
+    for name in files:
+        assert (source / "exl3" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_link_that_leads_nowhere_is_told_first(tmp_path, text):
+    source, _ = source_of(tmp_path)
+    (source / "chat_template.jinja").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="chat_template.jinja is a link"):
+        convert(source, tmp_path / "exl3", bits=8, calibration=text)
+    assert not (tmp_path / "exl3").exists()
+
+
+def test_biases_that_choose_experts_stay_float32(tmp_path, text):
+    """As large as they are published, with differences that half precision loses."""
+    name, bias = "model.layers.1.mlp.gate.e_score_correction_bias", np.array([34.5001, 34.5002], np.float32)
+
+    def change(checkpoint):
+        checkpoint.dense[name] = mx.array(bias)
+
+    source, _ = source_of(tmp_path, "deepseek_v3", change)
+    convert(source, tmp_path / "exl3", bits=8, calibration=text)
+    found = header(tmp_path / "exl3")[name]
+    assert found.dtype == "F32" and np.array_equal(values(found), bias)
+    model, _ = load_exl3_model(tmp_path / "exl3", dtype=mx.float16)
+    assert np.array_equal(np.array(model.layers[1].mlp.gate.e_score_correction_bias), bias)
+
+
+def test_bfloat16_biases_of_routers_become_float32(tmp_path, text):
+    source, checkpoint = source_of(tmp_path, "gpt_oss")
+    convert(source, tmp_path / "exl3", bits=8, calibration=text)
+    name = "model.layers.0.mlp.router.bias"
+    assert header(tmp_path / "exl3")[name].dtype == "F32" and header(source)[name].dtype == "BF16"
+    assert np.array_equal(values(header(tmp_path / "exl3")[name]), values(header(source)[name]))
+
+
+@pytest.mark.parametrize(
+    "name, tensor",
+    [("qwen2_moe", "model.layers.0.self_attn.q_proj.bias"), ("llama", "model.layers.1.input_layernorm.weight")],
+)
+def test_values_beyond_half_precision_are_named(tmp_path, text, name, tensor):
+    def change(checkpoint):
+        large = np.array(checkpoint.dense[tensor].astype(mx.float32))
+        large[3] = 1e5
+        checkpoint.dense[tensor] = mx.array(large)
+
+    source, _ = source_of(tmp_path, name, change)
+    with pytest.raises(ValueError, match=f"{tensor} holds values that EXL3's half precision cannot: up to 100000"):
+        convert(source, tmp_path / "exl3", bits=8, calibration=text)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "model.layers.1.self_attn.o_proj.weight",
+        "model.layers.0.block_sparse_moe.experts.1.w2.weight",
+        "lm_head.weight",
+    ],
+)
+def test_values_that_are_not_finite_are_named(tmp_path, text, tensor):
+    def change(checkpoint):
+        damaged = np.array(checkpoint.dense[tensor].astype(mx.float32))
+        damaged[5, 7] = np.nan
+        checkpoint.dense[tensor] = mx.array(damaged)
+
+    source, _ = source_of(tmp_path, "mixtral" if "experts" in tensor else "llama", change)
+    with pytest.raises(ValueError, match=f"tensor {tensor} holds values that are not finite"):
+        convert(source, tmp_path / "exl3", bits=8, calibration=text)
+
+
+def own_names(source, target):
+    """The checkpoint as mlx-lm saves it."""
+    model, config = mlx_lm_utils.load_model(source)
+    mlx_lm_utils.save_model(target, model)
+    mlx_lm_utils.save_config(config, target / "config.json")
+    return add_tokenizer(target)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe", "gpt_oss"])
+def test_the_names_of_mlx_lm_convert_too(tmp_path, text, name):
+    source, _ = source_of(tmp_path, name)
+    own = own_names(source, tmp_path / "own")
+    convert(own, tmp_path / "exl3", bits=8, calibration=text)
+    dense, _ = mlx_lm_utils.load_model(source)
+    dense.set_dtype(mx.float32)
+    assert not [tensor for tensor in header(tmp_path / "exl3") if "switch_mlp" in tensor]
+    assert correlation(logits(load_exl3_model(tmp_path / "exl3")[0]), logits(dense)) > 0.8
+
+
+def to_fp8(tensors, block):
+    """Block-scaled, as DeepSeek and Qwen publish: linears and experts, but not heads and routers."""
+    result = {}
+    for name, value in tensors.items():
+        if not name.endswith("_proj.weight"):
+            result[name] = value
+            continue
+        w = np.array(value.astype(mx.float32))
+        rows, columns = (-(-n // block) for n in w.shape)
+        padded = np.pad(w, [(0, rows * block - w.shape[0]), (0, columns * block - w.shape[1])])
+        scale = np.abs(padded.reshape(rows, block, columns, block)).max(axis=(1, 3)) / 448
+        wide = np.repeat(np.repeat(scale, block, 0), block, 1)[: w.shape[0], : w.shape[1]]
+        result[name] = mx.to_fp8(mx.array(w / wide))
+        result[f"{name}_scale_inv"] = mx.array(scale.astype(np.float32))
+    return result
+
+
+def mark_fp8(file):
+    """MLX saves fp8 as U8."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + length].decode().replace('"U8"', '"F8_E4M3"')
+    text += " " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + data[8 + length :])
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_fp8_in_blocks_is_read_directly(tmp_path, text, name):
+    source, checkpoint = source_of(tmp_path, name)
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 64]}
+    config = {**json.loads((source / "config.json").read_text()), "quantization_config": quantization}
+    packed = write_directory(tmp_path / "fp8", config, to_fp8(checkpoint.dense, 64), 1)
+    mark_fp8(packed / "model.safetensors")
+    convert(add_tokenizer(packed), tmp_path / "exl3", bits=8, calibration=text)
+    dense, _ = mlx_lm_utils.load_model(source)
+    dense.set_dtype(mx.float32)
+    assert correlation(logits(load_exl3_model(tmp_path / "exl3")[0]), logits(dense)) > 0.8
+    found = json.loads((tmp_path / "exl3/config.json").read_text())["quantization_config"]
+    assert found["quant_method"] == "exl3" and found["original_quantization_config"] == quantization
+    assert not [tensor for tensor in header(tmp_path / "exl3") if "scale_inv" in tensor]
+
+
+def test_fp8_decodes_exactly(tmp_path):
+    """Against arithmetic on the bits, partial blocks included."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 127, (100, 72), np.uint8) | rng.integers(0, 2, (100, 72), np.uint8) << 7
+    scales = rng.uniform(0.5, 2, (2, 2)).astype(np.float32)
+    mx.save_safetensors(str(tmp_path / "m.safetensors"), {"w": mx.array(codes), "w_scale_inv": mx.array(scales)})
+    mark_fp8(tmp_path / "m.safetensors")
+    tensors = unpacked(read_header(tmp_path / "m.safetensors"), {"quant_method": "fp8", "weight_block_size": [64, 64]})
+    exponent, mantissa = (codes >> 3 & 15).astype(int), (codes & 7).astype(float)
+    magnitude = np.where(exponent > 0, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa / 8 * 2.0**-6)
+    wide = np.repeat(np.repeat(scales, 64, 0), 64, 1)[:100, :72]
+    wanted = np.where(codes >> 7, -1, 1) * magnitude * wide
+    assert isinstance(tensors["w"], PackedTensor) and tensors["w"].shape == (100, 72)
+    np.testing.assert_allclose(tensors["w"].floats(), wanted, rtol=2**-8)
+
+
+def test_mxfp4_is_read_directly(tmp_path, text):
+    """gpt-oss: blocks and scales of its experts; the values are those of MLX's own mxfp4."""
+    source, checkpoint = source_of(tmp_path, "gpt_oss")
+    packed, restored = {}, {}
+    for name, value in checkpoint.dense.items():
+        if not name.endswith("proj.weight") or "experts" not in name:
+            packed[name] = restored[name] = value
+            continue
+        words, scales = mx.quantize(value, group_size=32, bits=4, mode="mxfp4")
+        stem = name.removesuffix(".weight")
+        packed[f"{stem}_blocks"] = words.view(mx.uint8).reshape(*scales.shape, 16)
+        packed[f"{stem}_scales"] = scales
+        restored[name] = mx.dequantize(words, scales, group_size=32, bits=4, mode="mxfp4", dtype=mx.bfloat16)
+    config = json.loads((source / "config.json").read_text())
+    dense, _ = mlx_lm_utils.load_model(write_directory(tmp_path / "restored", config, restored, 1))
+    dense.set_dtype(mx.float32)
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    add_tokenizer(write_directory(tmp_path / "mxfp4", config, packed, 1))
+    read = Source(tmp_path / "mxfp4").tensors
+    for name, value in restored.items():
+        assert np.array_equal(read[name].floats(), np.array(value.astype(mx.float32))), name
+    convert(tmp_path / "mxfp4", tmp_path / "exl3", bits=8, calibration=text)
+    assert correlation(logits(load_exl3_model(tmp_path / "exl3")[0]), logits(dense)) > 0.8
+
+
+@pytest.mark.parametrize("bits", [4, 2.5, 16, 0])
+def test_prediction_layers(tmp_path, text, bits):
+    """Qwen3.5's: quantized with fused experts split, kept, or left out; said, and counted."""
+
+    def change(c):
+        c.norm("mtp.norm", SMALL.hidden)
+        c.block_norms("mtp.layers.0")
+        c.attention("mtp.layers.0", norms="head", gated=True)
+        c.experts("mtp.layers.0.mlp")
+        c.fuse_experts("mtp.layers.0.mlp", interleaved=False)
+
+    source, checkpoint = source_of(tmp_path, "qwen3_5_moe", change)
+    convert(source, tmp_path / "exl3", bits=6, mtp_bits=bits, calibration=text)
+    config = json.loads((tmp_path / "exl3/config.json").read_text())["quantization_config"]
+    extra = json.loads((tmp_path / "exl3/quantization_config.json").read_text())
+    found = {name for name in header(tmp_path / "exl3") if name.startswith("mtp.")}
+    original = {name for name in checkpoint.dense if name.startswith("mtp.")}
+    assert config.get("mtp_bits") == (bits or None) and not [n for n in extra["tensor_storage"] if n.startswith("mtp.")]
+    note = "left out" if not bits else "kept as they are" if bits == 16 else f"linears at {bits} bits"
+    assert note in (tmp_path / "exl3/plan.txt").read_text()
+    load_exl3_model(tmp_path / "exl3")
+    if bits in (0, 16):
+        assert found == (original if bits else set())
+        return
+    loader = TrellisModelLoader(tmp_path / "exl3")
+    names = {name for name in checkpoint.bits if name.startswith("mtp.")}
+    assert {name for name in loader.names if name.startswith("mtp.")} == names
+    assert found & original == {n for n in original if "norm" in n or n.endswith("mlp.gate.weight")}
+    for name in ("mtp.fc", "mtp.layers.0.mlp.experts.1.up_proj", "mtp.layers.0.mlp.experts.0.down_proj"):
+        w = loader.load_weight(name)
+        wanted = codec.dequantize(TrellisModelLoader(checkpoint.write(tmp_path / "twin")).load_weight(name))
+        decoded = codec.dequantize(w)
+        assert w.bits == bits and np.sum(wanted * decoded) / np.linalg.norm(wanted) / np.linalg.norm(decoded) > 0.75
+
+
+@pytest.mark.parametrize("bits", [6, 16, 0])
+def test_vision_towers(tmp_path, text, bits):
+    def change(c):
+        block = "model.visual.blocks.0"
+        for name, n, k in (("attn.qkv", 384, 128), ("attn.proj", 128, 128), ("mlp.linear_fc1", 160, 128)):
+            c.plain(f"{block}.{name}.weight", n, k, spread=0.1)
+            c.plain(f"{block}.{name}.bias", n, spread=0.1)
+
+    source, checkpoint = source_of(tmp_path, "qwen3_5_moe", change)
+    convert(source, tmp_path / "exl3", bits=6, vision_bits=bits, calibration=text)
+    config = json.loads((tmp_path / "exl3/config.json").read_text())["quantization_config"]
+    assert config.get("vision_bits") == (6 if bits == 6 else None)
+    original = {name for name in checkpoint.dense if "visual" in name}
+    found = {name for name in header(tmp_path / "exl3") if "visual" in name}
+    loader = TrellisModelLoader(tmp_path / "exl3")
+    block = "model.visual.blocks.0"
+    linears = [f"{block}.attn.{n}" for n in ("q_proj", "k_proj", "v_proj", "proj")] + [f"{block}.mlp.linear_fc1"]
+    assert [n for n in loader.names if "visual" in n] == (sorted(linears) if bits == 6 else [])
+    if bits != 6:
+        assert found == (original if bits else set())
+        return
+    assert f"{block}.attn.qkv.weight" in found  # as ExLlamaV3 leaves it
+    w = loader.load_weight(f"{block}.attn.k_proj")
+    wanted = np.array(checkpoint.dense[f"{block}.attn.qkv.weight"].astype(mx.float32))[128:256].T
+    decoded = codec.dequantize(w)
+    assert np.sum(wanted * decoded) / np.linalg.norm(wanted) / np.linalg.norm(decoded) > 0.8
+    bias = np.array(checkpoint.dense[f"{block}.attn.qkv.bias"].astype(mx.float32))[128:256]
+    np.testing.assert_allclose(np.array(w.bias), bias, rtol=1e-3)
+    assert loader.load_weight(f"{block}.mlp.linear_fc1").padded_shape == (128, 256)
+
+
+def refused(source, output, match, **arguments):
+    with pytest.raises(ValueError, match=match):
+        convert(source, output, **{"bits": 6, **arguments})
+    assert not output.exists()
+
+
+def test_what_can_be_known_is_told_before_the_work(tmp_path, text):
+    source, _ = source_of(tmp_path)
+    output = tmp_path / "exl3"
+    refused(source, output, "calibration text .* is a directory", calibration=tmp_path)
+    refused(source, output, "calibration text .* is not there", calibration=tmp_path / "none.txt")
+    (tmp_path / "empty.txt").write_text("")
+    refused(source, output, "has 0 tokens", calibration=tmp_path / "empty.txt")
+    refused(source, output, r"1.0 bits per weight cannot be met: .* take 1\.\d+", bits=1, calibration=text)
+    refused(source / "config.json", output, "is a file; the directory", calibration=text)
+    refused(source, output, "mtp_bits must be one of .* got 9", mtp_bits=9, calibration=text)
+    refused(source, output, "vision_bits must be a whole number .* got 2.5", vision_bits=2.5, calibration=text)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    refused(source, output, "has no tokenizer that loads", calibration=text)
+
+
+def test_code_of_a_tokenizer_runs_only_when_it_may(tmp_path, text):
+    source, _ = source_of(tmp_path)
+    add_tokenizer(source, auto_map={"AutoTokenizer": [None, "own.Own"]}, tokenizer_class="Own")
+    (source / "own.py").write_text("from transformers import PreTrainedTokenizerFast as Own\n")
+    refused(source, tmp_path / "exl3", "trust_remote_code", calibration=text)
+    convert(source, tmp_path / "exl3", bits=8, calibration=text, trust_remote_code=True)
+    assert (tmp_path / "exl3/own.py").is_file()
+
+
+def test_only_files_of_the_index_are_read(tmp_path, text):
+    source, checkpoint = source_of(tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    sharded = add_tokenizer(write_directory(tmp_path / "sharded", config, checkpoint.dense, 2))
+    stray = {name: mx.zeros(value.shape) for name, value in checkpoint.dense.items()}
+    mx.save_safetensors(str(sharded / "model-old.safetensors"), stray)
+    convert(sharded, tmp_path / "exl3", bits=8, calibration=text)
+    norm = "model.norm.weight"
+    assert np.array_equal(values(header(tmp_path / "exl3")[norm]), values(header(source)[norm]))
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    refused(sharded, tmp_path / "other", "model-00002-of-00002.safetensors is missing", calibration=text)
+
+
+def remove_expert(c):
+    del c.dense["model.layers.0.block_sparse_moe.experts.1.w2.weight"]
+
+
+def test_a_missing_tensor_is_named(tmp_path, text):
+    source, _ = source_of(tmp_path, "mixtral", remove_expert)
+    refused(source, tmp_path / "exl3", r"experts\.1\.w2", calibration=text)
+
+
+def test_a_head_that_is_no_tensor_of_the_checkpoint_is_refused(tmp_path, text, monkeypatch):
+    """What model code makes of several tensors, or of a changed one."""
+    source, _ = source_of(tmp_path)
+    from mlx_lm.models import llama
+
+    plain = llama.Model.sanitize
+    monkeypatch.setattr(
+        llama.Model, "sanitize", lambda self, w: plain(self, {**w, "lm_head.weight": w["lm_head.weight"] * 2})
+    )
+    refused(source, tmp_path / "exl3", "made by lm_head, whose weight is no tensor of the checkpoint", calibration=text)
+
+
+def test_logits_that_no_module_makes_are_refused(tmp_path, text, monkeypatch):
+    source, _ = source_of(tmp_path)
+    from mlx_lm.models import llama
+
+    call = llama.Model.__call__
+    monkeypatch.setattr(llama.Model, "__call__", lambda self, *a, **k: mx.concatenate([call(self, *a, **k)] * 2, -1))
+    refused(source, tmp_path / "exl3", "the module that makes the logits .* is not found", calibration=text)
+
+
+def test_a_second_head_beside_tied_embeddings_is_refused(tmp_path, text):
+    source, checkpoint = source_of(tmp_path)
+    config = {**json.loads((source / "config.json").read_text()), "tie_word_embeddings": True}
+    (source / "config.json").write_text(json.dumps(config))
+    refused(source, tmp_path / "exl3", "lm_head.weight is another matrix", calibration=text)
+
+
+def test_layers_that_hand_on_more_than_the_hidden_state_are_refused(tmp_path, text):
+    def share(c):
+        text_config = c.config["text_config"]
+        text_config.update(num_kv_shared_layers=2, num_hidden_layers=4, enable_moe_block=False)
+        text_config["layer_types"] = ["sliding_attention", "full_attention"] * 2
+        for key in [key for key in c.dense if "experts" in key or "router" in key or "layernorm_" in key]:
+            del c.dense[key]
+        for key in [key for key in c.dense if ".layers." in key]:
+            for old, new in ((0, 2), (1, 3)):
+                if f".layers.{old}." in key:
+                    c.dense[key.replace(f".layers.{old}.", f".layers.{new}.")] = c.dense[key]
+
+    source, _ = source_of(tmp_path, "gemma4", share)
+    refused(source, tmp_path / "exl3", "uses more of .*layers.0 than its hidden state", calibration=text)
+
+
+def test_a_linear_that_is_made_of_others_is_told(tmp_path, text, monkeypatch):
+    source, _ = source_of(tmp_path)
+    from mlx_lm.models import llama
+
+    name, plain = "model.layers.0.self_attn.q_proj.weight", llama.Model.sanitize
+    monkeypatch.setattr(llama.Model, "sanitize", lambda self, w: plain(self, {**w, name: w[name] * 1}))
+    with pytest.warns(UserWarning, match="model.layers.0.self_attn.q_proj is not quantized"):
+        convert(source, tmp_path / "exl3", bits=8, calibration=text)
+    assert header(tmp_path / "exl3")[name].dtype == "F32" or name in header(tmp_path / "exl3")
+
+
+def test_an_interrupted_conversion_of_few_bytes_resumes(tmp_path, text, monkeypatch):
+    """After the head, with prediction layers to come: their files are made again or taken as they are."""
+    source, _ = source_of(tmp_path, "qwen3_5_moe")
+    convert(source, tmp_path / "whole", bits=6, calibration=text)
+
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "assemble", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "exl3", bits=6, calibration=text)
+    convert(source, tmp_path / "exl3", bits=6, calibration=text, resume=True)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "exl3" / file.name).read_bytes() == file.read_bytes(), file.name
+    shutil.rmtree(tmp_path / "exl3")
