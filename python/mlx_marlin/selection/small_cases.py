@@ -34,9 +34,10 @@ _SIZES = (128, 256, 384, 512, 640, 768, 1024, 1280, 2048, 3072, 4096, 5120, 6144
 _MOST = 2048 * 2048
 _EXPERTS = 3
 # route.metal has 512 threads: with 127 experts four of them scan for each, with 1100 each has several experts. As many
-# slots, most of one expert, so that there are more slots and more unused row tiles than threads.
+# slots, most of one expert, so that there are more slots and more unused row tiles than threads. A quarter of them is
+# one less than a multiple of the eight that a thread looks at together.
 _ROUTED_EXPERTS = (127, 1100)
-_ROUTED_SLOTS = 1102
+_ROUTED_SLOTS = 4 * 279 - 2
 # MarlinProductArgs in kernels/args.h.
 _PRODUCT_ARGS = struct.Struct("<13I2f")
 
