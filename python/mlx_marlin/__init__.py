@@ -114,4 +114,4 @@ if not TYPE_CHECKING:  # a type checker takes every name for one that it gives
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted([*__all__, "__version__"])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import signal
 import sys
+import threading
+from types import FrameType
 from typing import NoReturn
 
 import msgspec
@@ -15,12 +19,15 @@ from .lm import require_mlx_lm
 _USAGE = """usage: mlx_marlin COMMAND [ARGUMENTS]
 
 The commands of mlx-lm (generate, chat, server, benchmark, perplexity, evaluate, lora, ...) with its arguments.
---model also takes EXL3 directories and repositories. mlx_marlin COMMAND --help shows the arguments.
+--model also takes EXL3 directories and repositories, and --revision a branch of a repository: EXL3 repositories keep
+one bit rate per branch. mlx_marlin COMMAND --help shows the other arguments.
 Commands that write quantized weights (fuse, awq, dwq, dynamic_quant, gptq) refuse EXL3 models.
 
 mlx_marlin info DIR [--context N] [--json] says what an EXL3 directory is, and whether it fits into this machine.
 
 See also: mlx_marlin-tune (measure kernels), mlx_marlin-convert (quantize a model to EXL3)."""
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 _BAR = 30  # characters
 
@@ -68,7 +75,23 @@ def _info(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Run ``sys.argv``."""
+    """Run ``sys.argv``. Exit status: 2 for what is refused, 130 if interrupted."""
+    interrupted = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.append(number)  # some of mlx-lm's commands end on it as if they were done
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, interrupt)
+    with contextlib.suppress(KeyboardInterrupt):
+        _main()
+    if interrupted:
+        print("\nmlx_marlin: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help"):
         print(_USAGE)
@@ -97,5 +120,5 @@ def main() -> None:
         _show_what_is_left_out()
     try:
         commands.run(command, progress)
-    except commands.CheckpointError as error:
+    except (commands.CheckpointError, ModuleNotFoundError) as error:
         _fail(str(error))

@@ -1,21 +1,25 @@
 """Every architecture: logits of the EXL3 checkpoint against the same mlx-lm model with the dequantized weights."""
 
 import logging
+import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
-from mlx_lm.models.switch_layers import SwitchGLU
+from mlx_lm.models import switch_layers
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 import mlx_marlin
 from mlx_marlin import TrellisEmbedding, TrellisLinear, TrellisSwitchGLU, codec
 from mlx_marlin.layers.experts import TrellisExperts
 from mlx_marlin.lm.model import load_exl3_model
 from tests.support import architectures, architectures_gemma, generic_checkpoints
-from tests.support.checkpoints import HALF_RATES, SIZES
+from tests.support.checkpoints import HALF_RATES, SIZES, Checkpoint
 from tests.support.generic_checkpoints import logits
 from tests.support.left_out_parts import PARTS, extend
 from tests.support.paths import MODELS
@@ -92,8 +96,9 @@ def test_the_head_of_a_model_that_mlx_lm_always_ties(tmp_path):
 
 def of_further_architectures() -> list:
     """Their names; one cannot be built without what newer configs leave out."""
-    lacks = {"phimoe": architectures.needs_new_mlx_lm("cannot build phimoe without rope_scaling")}
-    return [pytest.param(name, marks=lacks.get(name, ())) for name in generic_checkpoints.CONFIGS]
+    values = architectures.known_to_mlx_lm(generic_checkpoints.CONFIGS)
+    lacks = architectures.needs_new_mlx_lm("cannot build phimoe without rope_scaling")
+    return [pytest.param("phimoe", marks=lacks) if value.values == ("phimoe",) else value for value in values]
 
 
 @pytest.mark.parametrize("name", of_further_architectures())
@@ -112,3 +117,68 @@ def test_experts_without_a_fused_kernel_keep_their_activation(tmp_path):
     glu = model.layers[1].mlp.switch_mlp
     assert isinstance(glu, SwitchGLU) and type(glu.activation).__name__ == "ClampedSwiGLU"
     assert {type(glu[name]) for name in generic_checkpoints.PROJECTIONS} == {TrellisExperts}
+
+
+# Experts of two matrices: mlx-lm's SwitchMLP. Config, and the names of the first expert's matrices in the original.
+REFUSED = {
+    "nemotron_h": (
+        {
+            "hybrid_override_pattern": ["*", "E"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 32,
+            "mamba_proj_bias": False,
+            "ssm_state_size": 16,
+            "conv_kernel": 4,
+            "n_groups": 1,
+            "mlp_bias": False,
+            "layer_norm_epsilon": 1e-5,
+            "use_bias": False,
+            "use_conv_bias": True,
+            "moe_intermediate_size": SIZES.width,
+            "moe_shared_expert_intermediate_size": 128,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_routed_experts": SIZES.experts,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.5,
+        },
+        "backbone.layers.1.mixer.experts.{}",
+        ("up_proj", "down_proj"),
+    ),
+    "phixtral": (
+        {"num_vocab": SIZES.vocab, "model_dim": SIZES.hidden, "num_heads": 3, "num_layers": 1, "rotary_dim": 32},
+        "transformer.h.0.moe.mlp.{}",
+        ("fc1", "fc2"),
+    ),
+}
+# Its attention is a Metal kernel: nothing can be compared without a GPU.
+GPU_ONLY = {"muse_spark"}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_experts_of_two_matrices_are_refused(name, tmp_path):
+    config, expert, leaves = REFUSED[name]
+    checkpoint = Checkpoint(SIZES, {"model_type": name, **config}, dense=False)
+    model = generic_checkpoints.new_model(checkpoint.config)
+    (experts,) = [module for _, module in model.named_modules() if isinstance(module, SwitchMLP)]
+    for e in range(SIZES.experts):
+        for leaf, part in zip(leaves, (experts.fc1, experts.fc2)):
+            checkpoint.linear(f"{expert.format(e)}.{leaf}", *reversed(part.weight.shape[1:]))
+    for key, value in tree_flatten(model.parameters()):
+        if "switch_mlp" not in key:
+            checkpoint.plain(key, *value.shape)
+    first = expert.format(0).replace(".", r"\.")
+    with pytest.raises(ValueError, match=rf"{first}\.\w+ is quantized.* in a SwitchGLU only, not in a SwitchMLP"):
+        load_exl3_model(checkpoint.write(tmp_path / "model"))
+
+
+def test_every_module_of_mlx_lm_with_experts_is_tested_or_refused():
+    """A new version of mlx-lm shows here what is new in it."""
+    folder = Path(switch_layers.__file__).parent
+    modules = {file.stem for file in folder.glob("*.py") if re.search(r"\bSwitch(GLU|MLP)\b", file.read_text("utf-8"))}
+    # gemma4's text model is a module of its own.
+    tested = {*architectures.ARCHITECTURES, *generic_checkpoints.CONFIGS, "gemma4_text"}
+    assert modules - tested - {"switch_layers"} <= {*REFUSED, *GPU_ONLY}
+    assert not tested & {*REFUSED, *GPU_ONLY}

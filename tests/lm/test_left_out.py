@@ -240,7 +240,7 @@ def test_zero_scales_in_padded_columns(tmp_path, monkeypatch):
     assert close(got, logits(wanted))
 
 
-@pytest.mark.parametrize("name", generic_checkpoints.UP_DIVISORS)
+@pytest.mark.parametrize("name", architectures.known_to_mlx_lm(generic_checkpoints.UP_DIVISORS))
 def test_an_unquantized_up_is_stored_divided_too(tmp_path, name):
     """The dense twin has the weights of the original model."""
     checkpoint, dense = generic_checkpoints.make(name)

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(metal_
 LOOP = re.compile(r"for \(([^;{}]*);([^;{}]*);([^;{}]*)\) \{")
 
 LAYER = Problem.swiglu(2048, 768, experts=128, top_k=8, bits=3, codebooks="mcg", device="gpu", combine=True)
-HALF = Problem.linear(2048, 768, bits=2.5, codebooks="mul1", device="gpu")
-EIGHT = Problem.linear(2048, 768, bits=7, codebooks="mcg", device="gpu")
+HALF = Problem.linear(2048, 768, bits=2.5, codebooks="mul1", device="gpu", accuracy="half")
+EIGHT = Problem.linear(2048, 768, bits=7, codebooks="mcg", device="gpu", accuracy="half")
 # Between them they run every loop: fused and separate prologues and epilogues, rows and matrices, floats and halves.
 PROBES = {
     "fused": (LAYER, config("decode", 3, 128, 4)),

@@ -44,7 +44,9 @@ def test_every_source_is_accepted(name):
 
 def test_every_file_and_template_is_among_them():
     assert {stem for stem, _, _ in SOURCES.values()} == set(shaders.sources(ops.SHADERS))
-    assert len({k for _, _, kernels in SOURCES.values() for k in kernels if "linear" in k}) >= 18
+    for half in (False, True):
+        found = [ks for _, constants, ks in SOURCES.values() if bool(dict(constants).get("half_operands")) == half]
+        assert len({k for kernels in found for k in kernels if "linear" in k}) >= 18
 
 
 @pytest.mark.parametrize("path", sorted(metal_executor.SHADERS.glob("*.metal")), ids=lambda path: path.stem)

@@ -9,8 +9,8 @@ from mlx_marlin import TrellisModelLoader, codec
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.quantize import convert
 from mlx_marlin.quantize.calibration import BUNDLED
+from mlx_marlin.quantize.stored import stored_tensors
 from mlx_marlin.quantize.weight import Codes
-from mlx_marlin.quantize.writer import stored_tensors
 from mlx_marlin.weights.trellis import TrellisWeight
 from tests.support import architectures, generic_checkpoints
 from tests.support.checkpoints import SIZES
@@ -34,7 +34,7 @@ def test_every_linear_is_quantized_and_the_model_runs(name, tmp_path):
         (source / file).write_bytes((DOCS_MOE / file).read_bytes())
     text = tmp_path / "calibration.txt"
     text.write_text(BUNDLED.read_text()[20000:24000])
-    allocation = convert(source, tmp_path / "exl3", bits=4.5, head_bits=16, calibration=text)
+    allocation = convert(source, tmp_path / "exl3", bits=4.5, head_bits=16, mtp_bits=16, calibration=text)
     wanted = {n for n in checkpoint.bits if n != "lm_head" and not n.startswith("mtp.")}
     assert set(allocation.widths) == wanted
     original, loader = (

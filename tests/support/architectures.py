@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterable
 from importlib import metadata
 
 import mlx.core as mx
@@ -334,6 +336,13 @@ ARCHITECTURES = {
         gemma4,
     )
 }
+
+
+def known_to_mlx_lm(names: Iterable[str]) -> list:
+    """Names of architectures as values of a test, which is skipped for those that this mlx-lm does not have."""
+    lacking = pytest.mark.skip(reason=f"mlx-lm {metadata.version('mlx-lm')} does not have this architecture")
+    is_there = lambda name: importlib.util.find_spec(f"mlx_lm.models.{name}") is not None
+    return [pytest.param(name, marks=[] if is_there(name) else [lacking]) for name in names]
 
 
 def needs_new_mlx_lm(lacks: str):

@@ -60,6 +60,12 @@ PARTS: dict[str, dict[str, Add]] = {
     "bailing_moe": {DRAFT: draft_behind},
     "exaone_moe": {DRAFT: draft_in_front},
     "step3p5": {DRAFT: draft_behind},
+    "bailing_hybrid": {DRAFT: draft_behind},
+    "bailing_moe_v3": {DRAFT: draft_behind},
+    "deepseek_v32": {DRAFT: draft_behind},
+    "glm_moe_dsa": {DRAFT: draft_behind},
+    "llama4": {VISION: tower("vision_model")},
+    "minimax_m3_vl": {VISION: tower("vision_tower")},
     "gemma3": {VISION: tower("vision_tower")},
     "gemma4": {VISION: tower("model.vision_tower")},
 }

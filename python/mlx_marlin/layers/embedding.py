@@ -42,6 +42,11 @@ class TrellisEmbedding(nn.Module):
         return codec.embedding_bits(self.trellis.shape, self.signs.shape[0])
 
     @property
+    def weight_count(self) -> int:
+        """Elements of the table."""
+        return self.trellis.shape[0] * self._features
+
+    @property
     def weight(self) -> mx.array:
         """The whole table, decoded at each look, for model code that multiplies with it: ``[rows, features]``."""
         return self(mx.arange(self.trellis.shape[0]))

@@ -143,6 +143,13 @@ class StackedModule(TrellisModule):
         pass
 
     @property
+    def weight_count(self) -> int:
+        """Weights that the words stand for, in logical sizes, and biases."""
+        in_features, out_features = self._sizes
+        bias = self.get("bias")
+        return self._formats().size * in_features * out_features + (0 if bias is None else bias.size)
+
+    @property
     def stack(self) -> ops.Stack:
         """The parameters as the kernels take them; collected and checked again when one was replaced."""
         get = self.get  # attribute access to a parameter costs a microsecond each

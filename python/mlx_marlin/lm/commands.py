@@ -8,6 +8,7 @@ go to the functions that were there.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,8 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..loader.directory import INDEX_NAME, Kind, kind_of
-from .hub import DESCRIPTION_FILES, fetch
+from . import command_repairs
+from .hub import DESCRIPTION_FILES, fetch, pin
 from .model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
 from .sharding import open_sharded, sharded_load
 from .tokenizer import check_tokenizer, load_tokenizer
@@ -115,7 +117,9 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
         **keywords: Any,
     ) -> tuple[nn.Module, dict]:
         if not _is_ours(Path(model_path)):
-            return load_others(model_path, lazy, strict, model_config, **keywords)
+            model, config = load_others(model_path, lazy, strict, model_config, **keywords)
+            command_repairs.run_experts_here(model)
+            return model, config
         if refuse is not None:
             raise CheckpointError(refuse)
         _guarded(_check_tokenizer_early, Path(model_path))
@@ -146,19 +150,73 @@ def _check_served(arguments: argparse.Namespace) -> None:
             check(repo, pipeline=getattr(arguments, "pipeline", False))
 
 
+def _value_of(option: str) -> str | None:
+    """What an option of ``sys.argv`` is given, ``--option value`` or ``--option=value``."""
+    for at, argument in enumerate(sys.argv):
+        if argument == option and at + 1 < len(sys.argv):
+            return sys.argv[at + 1]
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _take_revision() -> None:
+    """Take ``--revision``, which mlx-lm's commands do not have, off ``sys.argv``: it is of the ``--model``."""
+    revision, model = _value_of("--revision"), _value_of("--model")
+    if revision is None:
+        return
+    if model is None:
+        raise CheckpointError("--revision is the branch, tag or commit of a --model, and there is none")
+    if Path(model).exists():
+        raise CheckpointError(f"--revision is of repositories of the Hugging Face Hub, and {model} is a directory here")
+    at = next(i for i, argument in enumerate(sys.argv) if argument.partition("=")[0] == "--revision")
+    del sys.argv[at : at + (1 if "=" in sys.argv[at] else 2)]
+    pin(model, revision)
+
+
+# What mlx-lm itself installs for a command.
+_EXTRAS = {"perplexity": "train", "lora": "train", "evaluate": "evaluate"}
+
+
 def run(command: str, progress: LayerProgress | None = None) -> None:
     """Run the mlx-lm command that ``sys.argv`` asks for.
 
     Args:
         command: Its name, ``sys.argv[1]``.
         progress: See :func:`install`.
+
+    Raises:
+        CheckpointError: If a checkpoint or an argument is wrong.
+        ModuleNotFoundError: If the command needs what is not installed; the message says how to get it.
     """
+    _take_revision()
     refuse = None
     if command in CONVERTERS:
         refuse = f"mlx_lm {command} cannot work on EXL3 weights; give it the model that they were made from"
+        for option in ("--model", "--quantized-model"):
+            repo = _value_of(option)
+            if repo is not None and _is_our_repo(repo):  # before anything large is downloaded
+                raise CheckpointError(refuse)
     install(progress, refuse=refuse)
-    if command == "server":
-        from .serving import guard, take_option  # imports mlx-lm's server, which other commands do without
+    command_repairs.count_weights()
+    # argparse calls a subcommand by the program's name.
+    sys.argv[0] = f"mlx_marlin {command}"
+    try:
+        if command == "server":
+            from .serving import guard, take_option  # imports mlx-lm's server, which other commands do without
 
-        guard(_check_served, take_option())
-    mlx_lm_cli.main()
+            guard(_check_served, take_option())
+            command_repairs.server()
+        elif command in ("chat", "generate", "perplexity"):
+            getattr(command_repairs, command)()
+        mlx_lm_cli.main()
+    except command_repairs.ArgumentError as error:
+        raise CheckpointError(str(error)) from error
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(command)
+        if extra is None or (error.name or "").partition(".")[0] in ("mlx_lm", "mlx_marlin"):
+            raise
+        raise ModuleNotFoundError(
+            f"mlx_lm {command} needs {error.name}, which mlx-lm's extra brings: pip install 'mlx-lm[{extra}]'",
+            name=error.name,
+        ) from error

@@ -24,12 +24,22 @@ DESCRIPTION_FILES = [
 ]
 
 
+# The revision that is meant where none is said, by repository.
+_pinned: dict[str, str] = {}
+
+
+def pin(repo: str, revision: str) -> None:
+    """Mean a branch, tag or commit wherever a repository is fetched without one, for the rest of the process."""
+    _pinned[repo] = revision
+
+
 def fetch(path_or_hf_repo: str | Path, revision: str | None = None, allow_patterns: list[str] | None = None) -> Path:
     """The directory of a checkpoint; one of the Hub is downloaded as mlx-lm does it.
 
     Args:
         path_or_hf_repo: Directory, or repository on the Hugging Face Hub.
-        revision: Branch, tag or commit of the repository. Default: ``None``, its main branch.
+        revision: Branch, tag or commit of the repository. Default: ``None``, what :func:`pin` said, or its main
+            branch.
         allow_patterns: Files to download. Default: ``None``, those that mlx-lm wants.
 
     Raises:
@@ -37,6 +47,7 @@ def fetch(path_or_hf_repo: str | Path, revision: str | None = None, allow_patter
     """
     if Path(path_or_hf_repo).is_file():
         raise FileNotFoundError(f"{path_or_hf_repo} is a file; give the directory of the model, with config.json")
+    revision = revision or _pinned.get(str(path_or_hf_repo))
     try:
         return Path(_download(str(path_or_hf_repo), revision=revision, allow_patterns=allow_patterns))
     except _HUB_ERRORS as error:

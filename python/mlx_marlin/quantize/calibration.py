@@ -11,7 +11,7 @@ BUNDLED = Path(__file__).with_name("calibration.txt")
 
 
 def calibration_tokens(
-    model: Path, file: str | Path | None, windows: int, length: int, *, trust_remote_code: bool = False
+    model: Path, file: str | Path | None, windows: int, length: int, trust_remote_code: bool = False
 ) -> np.ndarray:
     """Windows of tokens, spread evenly over the text.
 

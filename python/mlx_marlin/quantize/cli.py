@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import codec
 
 if TYPE_CHECKING:
     from .progress import Progress
+
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def _head_bits(text: str) -> int | float:
@@ -92,25 +97,39 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min {int(seconds) % 60:02} s"
 
 
+def _begun(output: str) -> bool:
+    """Whether a conversion has begun in a directory, so that there is something to resume."""
+    from .resume import WORK
+
+    return (Path(output) / WORK / "job.json").is_file()
+
+
 def _convert(options: dict) -> int:
     """Run a conversion; returns the exit status."""
     from . import convert
 
     logging.getLogger("mlx_marlin.quantize").addHandler(logging.NullHandler())  # progress tells it too
+    model, output = options.pop("model"), options.pop("output")
     try:
-        plan = convert(options.pop("model"), options.pop("output"), progress=_show, **options)
+        plan = convert(model, output, progress=_show, **options)
     except (ValueError, FileExistsError) as error:
         print(f"mlx_marlin-convert: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            advice = "make room and run again with --resume; every finished layer is kept"
-        else:
-            advice = "mend this and run again with --resume; every finished layer is kept"
-        print(f"mlx_marlin-convert: {error}; {advice}", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        kept = " with --resume; every finished layer is kept" if _begun(output) else ""
+        advice = "make room" if full else "mend this"
+        print(f"mlx_marlin-convert: {error}; {advice} and run again{kept}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        kept = "; the same command with --resume continues, every finished layer is kept" if _begun(output) else ""
+        print(f"\nmlx_marlin-convert: interrupted{kept}", file=sys.stderr)
+        return INTERRUPTED
     gap = 100 * (plan.loss / plan.bound - 1) if plan.bound > 0 else 0.0
     print(f"{plan.bits:.4f} bits per weight, allocation within {gap:.3g} % of the best possible; see plan.txt")
+    print(
+        f"Next: mlx_marlin generate --model {shlex.quote(output)} --prompt ... (or chat, server; info tells its sizes)"
+    )
     return 0
 
 

@@ -121,9 +121,7 @@ def convert(
         )
     )
     source, target = Source(Path(model)), Path(output)
-    tokens = calibration_tokens(
-        source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH, trust_remote_code=trust_remote_code
-    )
+    tokens = calibration_tokens(source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH, trust_remote_code)
     asked = _check(source, target, settings, tokens)
     clock = Clock(progress)
 

@@ -11,6 +11,7 @@ import numpy as np
 from ..loader.contents import AUDIO, DRAFT, VISION, parts_of
 from .job_state import JobState
 from .jobs import seed_of
+from .packed import PackedTensor
 from .settings import KEPT, LEFT_OUT, Settings
 from .source import KEPT_LINEARS, Source
 from .stored import stored_tensors
@@ -24,9 +25,6 @@ _TOWER_MODELS = frozenset({"qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"}
 _TOWER_LINEAR = re.compile(
     r"(?:^|\.)visual\.(?:blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.linear_fc[12])|merger\.linear_fc[12])$"
 )
-EXTRA = "extra-"
-"""What the names of their files in the work directory begin with."""
-
 # Linears of one file in the work directory, which is as much as an interruption costs.
 _FILE_LINEARS = 64
 
@@ -69,6 +67,11 @@ class Extras:
     dropped: frozenset[str]
     notes: list[str]
     bits: dict[str, float]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files in the work directory, each of the next :data:`_FILE_LINEARS` linears."""
+        return [f"extra-{start:06}.safetensors" for start in range(0, len(self.linears), _FILE_LINEARS)]
 
     def others(self, names: Iterable[str]) -> set[str]:
         """Those names of a converted checkpoint that belong to these parts."""
@@ -166,11 +169,19 @@ def _tower_linears(source: Source, names: list[str], bits: float) -> list[Extra]
     return linears
 
 
+def _read(source: Source, tensor: str, rows: tuple[int | slice, ...]) -> np.ndarray:
+    """float32. Of a stack only the expert that is wanted is read, unless the stack is packed."""
+    info = source.tensors[tensor]
+    if isinstance(info, PackedTensor) or not rows or not isinstance(rows[0], int):
+        return info.floats()[rows].astype(np.float32)
+    (expert,) = info.rows(rows[0], rows[0] + 1)
+    values = (expert.astype(np.uint32) << 16).view(np.float32) if info.dtype == "BF16" else expert.astype(np.float32)
+    return values[rows[1:]]
+
+
 def _quantize(extra: Extra, source: Source, settings: Settings, threads: int) -> tuple[Codes, np.ndarray | None]:
-    weight = source.tensors[extra.tensor].floats()[extra.rows].astype(np.float32)
-    bias = None
-    if extra.bias is not None:
-        bias = source.tensors[extra.bias].floats()[extra.rows].astype(np.float32)
+    weight = _read(source, extra.tensor, extra.rows)
+    bias = None if extra.bias is None else _read(source, extra.bias, extra.rows)
     for name, values in ((extra.tensor, weight), (extra.bias, bias)):
         if values is not None and not np.isfinite(values).all():
             raise ValueError(f"{source.path}: tensor {name} holds values that are not finite")
@@ -194,10 +205,9 @@ def write_extras(
         settings: Of the conversion.
         parallel: Runs a task, given its number of threads, for each of a list.
     """
-    for start in range(0, len(extras.linears), _FILE_LINEARS):
-        part = f"{EXTRA}{start:06}.safetensors"
+    for i, part in enumerate(extras.files):
         if state.seal(part) is None:
-            some = extras.linears[start : start + _FILE_LINEARS]
+            some = extras.linears[i * _FILE_LINEARS : (i + 1) * _FILE_LINEARS]
             results = parallel(lambda extra, threads: _quantize(extra, source, settings, threads), some)
             tensors = {}
             for extra, (codes, bias) in zip(some, results):

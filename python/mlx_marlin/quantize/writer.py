@@ -13,7 +13,7 @@ from ..loader.exl3 import MARKERS
 from ..storage import atomic, safetensors
 from ..storage.safetensors import ITEM_BYTES, TensorInfo, read_header
 from .embedding import PART as EMBEDDING
-from .extras import EXTRA, Extras
+from .extras import Extras
 from .settings import Settings
 from .source import Source
 
@@ -55,9 +55,9 @@ def assemble(
     """
     parts: dict[str, TensorInfo] = {}
     files = [*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / HEAD]
-    if (work / EMBEDDING).exists():
+    if settings.embed_bits is not None:
         files.append(work / EMBEDDING)
-    files += sorted(work.glob(f"{EXTRA}*.safetensors"))
+    files += [work / name for name in extras.files]
     for file in files:
         parts.update(read_header(file))
     quantized = {name.rpartition(".")[0] for name in parts if name.endswith(".trellis")}
