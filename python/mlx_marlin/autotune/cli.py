@@ -139,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--accuracy",
         choices=kernels.ACCURACIES,
-        help="of the products; default half on cpu, float32 on gpu, as in load",
+        help="of the products; default that of load for --model, else float32",
     )
     p.add_argument("--json", action="store_true", help="results as JSON on stdout")
     p.add_argument("--verbose", action="store_true", help="log rejected configs with their reasons")
@@ -149,11 +149,11 @@ def parser() -> argparse.ArgumentParser:
 def layers(args: argparse.Namespace, device: str) -> list[Problem]:
     """The problems that the arguments name, at one row."""
     dtype = args.dtype or kernels.USUAL_DTYPE[device]
-    accuracy = args.accuracy or kernels.USUAL_ACCURACY[device]
+    accuracy = args.accuracy or "float32"  # as layers have it that no model is made of
     if args.model:
         from ..lm.problems import model_problems
 
-        return list(model_problems(args.model, dtype, device, accuracy))
+        return list(model_problems(args.model, dtype, device, args.accuracy))
     hidden, inter, experts, top_k = args.shape or DEFAULT_SHAPE
     mixes = ((args.bits or ((4, 4, 4),)),) if args.shape else DEFAULT_MIXES
     problems = [

@@ -159,7 +159,7 @@ def worth_timing(problem: Problem, hardware: Hardware | None) -> Iterator[Kernel
     for rows, columns, workers in product(panels, reversed(TILE_COLUMNS), threads):
         variant = _variant_of(rows)
         for exact in (False, True) if problem.accuracy == "half" else (True,):
-            # Integers were faster at every number of rows (bench/NOTES.md): floats compete with the usual columns only.
+            # Integers are faster up to 64 rows (bench/NOTES.md): floats compete with the usual columns only.
             if not exact or problem.accuracy == "float32" or (columns, workers) == (_DEFAULT_COLUMNS, cores):
                 yield KernelConfig(make_name(variant), rows, columns, min(workers, cpu_threads()), exact, variant)
 
