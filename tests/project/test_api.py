@@ -78,8 +78,8 @@ SIGNATURES = {
     "get_expert_bits": "expert_ids, expert_bit_metadata",
     "analyze_expert_activation_pattern": "expert_ids, num_experts",
     "adapt": "model, exploration=0.05, *, max_overhead=0.02, seed=None",
-    "load": "path_or_hf_repo, dtype=None, *, tokenizer_config=None, model_config=None, adapter_path=None, lazy=False, "
-    "return_config=False, revision=None, trust_remote_code=False, progress=None",
+    "load": "path_or_hf_repo, dtype=None, accuracy=None, *, tokenizer_config=None, model_config=None, "
+    "adapter_path=None, lazy=False, return_config=False, revision=None, trust_remote_code=False, progress=None",
     "convert": "model, output, *, bits, head_bits=6, embed_bits=None, mtp_bits=4, vision_bits=6, codebook='mul1', "
     "half_rates=True, calibration=None, mixed='per-expert', resume=False, seed=0, trust_remote_code=False, "
     "progress=None",
