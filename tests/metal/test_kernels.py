@@ -52,6 +52,11 @@ def check(backend, case: cases.Case, config: KernelConfig | None, **options) -> 
     return y
 
 
+def problem_of(case: cases.Case, config: KernelConfig) -> kernels.Problem:
+    """The case with the accuracy that the config is for."""
+    return replace(case.problem("gpu"), accuracy="float32" if config.use_fp32_acc else "half")
+
+
 @pytest.mark.parametrize("bits, codebook", cases.FORMATS)
 def test_decode_is_bit_exact(backend, bits, codebook):
     w, inner = cases.every_state(bits, codebook)
@@ -63,7 +68,7 @@ def test_decode_is_bit_exact(backend, bits, codebook):
     "case, config", [pytest.param(*pair, id=f"{pair[1].kernel_variant}-{pair[0]}") for pair in selection()]
 )
 def test_selection(backend, case, config):
-    assert kernels.feasible(case.problem("gpu"), config) is None
+    assert kernels.feasible(problem_of(case, config), config) is None
     check(backend, case, config)
 
 
@@ -138,7 +143,7 @@ UNIFORM = replace(SMALL, mix="uniform")
 @pytest.mark.parametrize("tiles", [(v, *t) for v in kernels.VARIANTS for t in metal.legal_tiles(v)], ids=str)
 def test_every_tile(backend, tiles, fp32_acc):
     chosen = config(*tiles, fp32_acc)
-    reason = kernels.feasible(SMALL.problem("gpu"), chosen)
+    reason = kernels.feasible(problem_of(SMALL, chosen), chosen)
     if reason is not None:
         pytest.skip(f"not feasible: {reason}")
     check(backend, SMALL, chosen)

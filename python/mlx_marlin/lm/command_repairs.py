@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,8 +52,8 @@ def count_weights() -> None:
         return count_others(parent)
 
     def count(model: nn.Module) -> int:
-        leaves = tree_flatten(model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module))
-        return sum(getattr(m, "weight_count", None) or count_one(m) for _, m in leaves)
+        leaves = [m for _, m in tree_flatten(model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module))]
+        return sum(int(getattr(m, "weight_count", 0)) or count_one(m) for m in leaves if isinstance(m, nn.Module))
 
     vars(mlx_lm_utils)["get_total_parameters"] = count
 
@@ -117,8 +116,9 @@ def perplexity() -> None:
                 f"--data-path {path} has {len(tokens)} tokens, fewer than one sequence of {sequence_length}; give a "
                 "longer text or a smaller --sequence-length"
             )
-        rows = min(rows, num_samples if num_samples > 0 else math.inf)
-        return mx.array(tokens[: int(rows) * sequence_length]).reshape(int(rows), sequence_length)
+        if num_samples > 0:
+            rows = min(rows, num_samples)
+        return mx.array(tokens[: rows * sequence_length]).reshape(rows, sequence_length)
 
     vars(perplexity)["load_data"] = load_text
 
