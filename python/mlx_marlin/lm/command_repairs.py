@@ -52,8 +52,8 @@ def count_weights() -> None:
         return count_others(parent)
 
     def count(model: nn.Module) -> int:
-        leaves = [m for _, m in tree_flatten(model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module))]
-        return sum(int(getattr(m, "weight_count", 0)) or count_one(m) for m in leaves if isinstance(m, nn.Module))
+        leaves = dict(tree_flatten(model.leaf_modules(), is_leaf=lambda m: isinstance(m, nn.Module))).values()
+        return sum(int(getattr(m, "weight_count", 0)) or count_one(m) for m in leaves)
 
     vars(mlx_lm_utils)["get_total_parameters"] = count
 
