@@ -27,11 +27,20 @@ WRONG = [(np.int64, bad) for bad in (cases.EXPERTS, -1, 1 << 31, (1 << 32) - 1, 
     (np.int32, -1),
 ]
 WRONG += [(np.uint64, (1 << 64) - 1), (np.uint64, 1 << 32)]
+# Now and then MLX loses count of its tasks when an evaluation fails, and waits for ever once it has lost eleven: few
+# evaluations may fail in one process.
+FAILING = [("op", np.int64, 1 << 32), ("layer", np.int64, -1), ("op", np.uint64, 1 << 32), ("layer", np.uint8, 255)]
 
 
-@pytest.mark.parametrize("dtype, bad", WRONG)
-@pytest.mark.parametrize("known", ("numpy", "evaluated", "strided", "lazy"))
-@pytest.mark.parametrize("door", ("op", "layer"))
+def refusals():
+    for door in ("op", "layer"):
+        for dtype, bad in WRONG:
+            yield from ((door, known, dtype, bad) for known in ("numpy", "evaluated", "strided"))
+    for door, dtype, bad in FAILING:
+        yield door, "lazy", dtype, bad
+
+
+@pytest.mark.parametrize("door, known, dtype, bad", list(refusals()))
 def test_an_index_out_of_range_is_refused(door, known, dtype, bad):
     """By the call where the index is known, whatever its layout; else by the evaluation."""
     case = make("silu", scores=False)
@@ -69,7 +78,7 @@ def test_known_indices_are_refused_inside_transforms_too():
             transform(lambda x: layer(x, wrong).sum())(x)
 
 
-def read_after_refusal(case: cases.Case, attempts: int = 20) -> np.ndarray:
+def read_after_refusal(case: cases.Case, attempts: int = 3) -> np.ndarray:
     """What the result of a refused evaluation holds, where MLX gives it out: once the error was raised elsewhere."""
     x, indices, scores = case.inputs()
     stream = mx.default_stream(mx.cpu)
