@@ -146,7 +146,7 @@ def test_no_right_kernel_is_an_error(tmp_path, few_candidates):
 
 
 # Many rows, so that the default is a matrix kernel.
-MANY = replace(SWIGLU, rows=32)
+MANY = replace(SWIGLU, rows=64)
 
 
 def variants_tried(tmp_path, problem, is_wrong, spoil) -> list:
