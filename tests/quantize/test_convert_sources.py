@@ -140,7 +140,7 @@ def test_the_names_of_mlx_lm_convert_too(tmp_path, text, name):
     dense, _ = mlx_lm_utils.load_model(source)
     dense.set_dtype(mx.float32)
     assert not [tensor for tensor in header(tmp_path / "exl3") if "switch_mlp" in tensor]
-    assert correlation(logits(load_exl3_model(tmp_path / "exl3")[0]), logits(dense)) > 0.6
+    assert correlation(logits(load_exl3_model(tmp_path / "exl3")[0]), logits(dense)) > 0.8
 
 
 def to_fp8(tensors, block):
@@ -179,7 +179,7 @@ def test_fp8_in_blocks_is_read_directly(tmp_path, text, name):
     convert(add_tokenizer(packed), tmp_path / "exl3", bits=8, calibration=text)
     dense, _ = mlx_lm_utils.load_model(source)
     dense.set_dtype(mx.float32)
-    assert correlation(logits(load_exl3_model(tmp_path / "exl3")[0]), logits(dense)) > 0.6
+    assert correlation(logits(load_exl3_model(tmp_path / "exl3")[0]), logits(dense)) > 0.8
     found = json.loads((tmp_path / "exl3/config.json").read_text())["quantization_config"]
     assert found["quant_method"] == "exl3" and found["original_quantization_config"] == quantization
     assert not [tensor for tensor in header(tmp_path / "exl3") if "scale_inv" in tensor]
@@ -223,7 +223,7 @@ def test_mxfp4_is_read_directly(tmp_path, text):
     for name, value in restored.items():
         assert np.array_equal(read[name].floats(), np.array(value.astype(mx.float32))), name
     convert(tmp_path / "mxfp4", tmp_path / "exl3", bits=8, calibration=text)
-    assert correlation(logits(load_exl3_model(tmp_path / "exl3")[0]), logits(dense)) > 0.6
+    assert correlation(logits(load_exl3_model(tmp_path / "exl3")[0]), logits(dense)) > 0.8
 
 
 @pytest.mark.parametrize("bits", [4, 2.5, 16, 0])
