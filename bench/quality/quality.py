@@ -26,6 +26,7 @@ from mlx_marlin import TrellisModelLoader, codec
 from mlx_marlin.quantize import convert, quantize_weight
 from mlx_marlin.quantize.budget import stored_bits
 from mlx_marlin.quantize.layered import LayeredModel
+from mlx_marlin.quantize.resume import WORK
 from mlx_marlin.quantize.source import Source
 from mlx_marlin.quantize.taps import Taps
 from mlx_marlin.storage import atomic
@@ -161,7 +162,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def convert_to(directory: Path, bits: float, mode: str, half_rates: bool) -> None:
     """Convert the model, or what an interrupted conversion left; a finished one stays."""
-    if (directory / "config.json").exists() and not (directory / ".convert").exists():
+    if (directory / "config.json").exists() and not (directory / WORK).exists():
         return
     show = lambda p: print(f"{directory.name}: {100 * p.done:.0f} % {p.stage}", file=sys.stderr)  # noqa: E731
     convert(MODEL, directory, bits=bits, mixed=mode, half_rates=half_rates, resume=directory.exists(), progress=show)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -152,6 +153,16 @@ def read_tensors(directory: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def lazy_arrays(tensors: Mapping[str, TensorInfo]) -> dict[str, mx.array]:
+    """Tensors by name, each read when it is first evaluated."""
+    arrays: dict[str, mx.array] = {}
+    for file in sorted({info.file for info in tensors.values()}):
+        loaded = mx.load(str(file), format="safetensors")
+        assert isinstance(loaded, dict)  # as of every file of this format
+        arrays.update({name: loaded[name] for name, info in tensors.items() if info.file == file})
+    return arrays
+
+
 class TrellisModelLoader:
     """Single weights of an EXL3 checkpoint, or of an older metal-marlin directory, without a model.
 
@@ -261,12 +272,7 @@ class TrellisModelLoader:
 
     def load_unquantized(self) -> dict[str, mx.array]:
         """All other tensors, lazily: each is read when it is first evaluated."""
-        arrays: dict[str, mx.array] = {}
-        for file in sorted({info.file for info in self.unquantized.values()}):
-            loaded = mx.load(str(file), format="safetensors")
-            assert isinstance(loaded, dict)  # as of every file of this format
-            arrays.update({name: loaded[name] for name, info in self.unquantized.items() if info.file == file})
-        return arrays
+        return lazy_arrays(self.unquantized)
 
 
 def _natural_key(name: str) -> list:

@@ -17,7 +17,7 @@ _BELOW, _ABOVE = 2, 3
 
 def stored_bits(shape: tuple[int, int], k: float, codebook: str, bias: bool) -> int:
     """Everything that EXL3 stores for a linear, in bits: codes, scales, marker, bias."""
-    rows, columns = (-(-n // codec.HADAMARD_SIZE) * codec.HADAMARD_SIZE for n in shape)
+    rows, columns = map(codec.padded, shape)
     marker = 32 if codebook in MARKERS else 0
     return rows * columns * codec.half_bits(k) // 2 + 16 * (rows + columns) + marker + (16 * columns if bias else 0)
 

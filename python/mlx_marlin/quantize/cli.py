@@ -7,6 +7,7 @@ import errno
 import logging
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,18 +20,16 @@ if TYPE_CHECKING:
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
-def _head_bits(text: str) -> int | float:
-    try:
-        return 16 if text == "16" else codec.as_width(float(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; 16 leaves the head in half precision") from None
+def _width_or(others: tuple[str, ...], meaning: str) -> Callable[[str], int | float]:
+    """The type of an option that is a width, or one of some numbers that mean something else."""
 
+    def parse(text: str) -> int | float:
+        try:
+            return int(text) if text in others else codec.as_width(float(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}; {meaning}") from None
 
-def _mtp_bits(text: str) -> int | float:
-    try:
-        return int(text) if text in ("0", "16") else codec.as_width(float(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; 16 keeps the layers, 0 leaves them out") from None
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,14 +47,17 @@ def _parser() -> argparse.ArgumentParser:
         "--bits", type=float, required=True, help="stored bits per weight of the quantized layers, scales included"
     )
     parser.add_argument(
-        "--head-bits", type=_head_bits, default=6, help="K of lm_head, or 16 for half precision (default: 6)"
+        "--head-bits",
+        type=_width_or(("16",), "16 leaves the head in half precision"),
+        default=6,
+        help="K of lm_head, or 16 for half precision (default: 6)",
     )
     parser.add_argument(
         "--embed-bits", type=int, help="K of the token embedding, 1 to 8 (default: it stays unquantized)"
     )
     parser.add_argument(
         "--mtp-bits",
-        type=_mtp_bits,
+        type=_width_or(("0", "16"), "16 keeps the layers, 0 leaves them out"),
         default=4,
         help="K of prediction layers; 16 keeps them as they are, 0 leaves them out (default: 4)",
     )
@@ -99,9 +101,10 @@ def _duration(seconds: float) -> str:
 
 def _begun(output: str) -> bool:
     """Whether a conversion has begun in a directory, so that there is something to resume."""
+    from .job_state import JOB
     from .resume import WORK
 
-    return (Path(output) / WORK / "job.json").is_file()
+    return (Path(output) / WORK / JOB).is_file()
 
 
 def _convert(options: dict) -> int:

@@ -6,7 +6,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import codec, ops
-from ..storage.safetensors import Tensor, TensorInfo
+from ..storage.safetensors import Tensor, TensorInfo, widened
 from .jobs import seed_of
 from .layered import LayeredModel
 from .regularise import expected_scale, random_signs
@@ -112,7 +112,7 @@ def quantize_table(table: TensorInfo, signs: np.ndarray, bits: int, threads: int
     blocks = []
     for first in range(0, table.shape[0], height):
         rows = table.rows(first, min(first + height, table.shape[0]))
-        floats = (rows.astype(np.uint32) << 16).view(np.float32) if table.dtype == "BF16" else rows.astype(np.float32)
+        floats = widened(rows, table.dtype).astype(np.float32)
         if not np.isfinite(floats).all():
             raise ValueError(f"{table.file}: the embedding holds values that are not finite, near row {first}")
         blocks.append(quantize_rows(floats, signs, bits, threads))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..loader.contents import AUDIO, DRAFT, VISION, parts_of
+from ..storage.safetensors import widened
 from .job_state import JobState
 from .jobs import seed_of
 from .packed import PackedTensor
@@ -175,8 +176,7 @@ def _read(source: Source, tensor: str, rows: tuple[int | slice, ...]) -> np.ndar
     if isinstance(info, PackedTensor) or not rows or not isinstance(rows[0], int):
         return info.floats()[rows].astype(np.float32)
     (expert,) = info.rows(rows[0], rows[0] + 1)
-    values = (expert.astype(np.uint32) << 16).view(np.float32) if info.dtype == "BF16" else expert.astype(np.float32)
-    return values[rows[1:]]
+    return widened(expert, info.dtype).astype(np.float32)[rows[1:]]
 
 
 def _quantize(extra: Extra, source: Source, settings: Settings, threads: int) -> tuple[Codes, np.ndarray | None]:

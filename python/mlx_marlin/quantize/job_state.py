@@ -49,6 +49,17 @@ def states_digest(states: Sequence[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def hash_bytes(file: BinaryIO, size: int, digest: Any) -> bool:
+    """Let a digest take the next bytes of a file, a few at a time; whether there were so many."""
+    while size:
+        data = file.read(min(size, _CHUNK_BYTES))
+        if not data:
+            return False
+        digest.update(data)
+        size -= len(data)
+    return True
+
+
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Keep other conversions out of a directory; a killed process lets go of it.
@@ -109,13 +120,9 @@ def _read_seal(path: Path) -> Seal:
         if magic != _MAGIC:
             raise _Damaged("is truncated, or no file of a conversion")
         file.seek(0)
-        digest, left = hashlib.sha256(), covered
-        while left:
-            data = file.read(min(left, _CHUNK_BYTES))
-            if not data:
-                raise _Damaged("became shorter while it was read")
-            digest.update(data)
-            left -= len(data)
+        digest = hashlib.sha256()
+        if not hash_bytes(file, covered, digest):
+            raise _Damaged("became shorter while it was read")
         if digest.digest() != expected:
             raise _Damaged("was changed")
         file.seek(covered - _LENGTH.size)

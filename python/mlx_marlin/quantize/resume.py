@@ -17,7 +17,7 @@ import numpy as np
 from .. import kernels
 from ..storage import atomic
 from ..storage.safetensors import TensorInfo
-from .job_state import JOB, LOCK, JobState, digest_of, locked, told_job
+from .job_state import JOB, LOCK, JobState, digest_of, hash_bytes, locked, told_job
 from .settings import Settings
 from .source import Source
 from .writer import FINISHED
@@ -34,7 +34,6 @@ _LOOKED_AT = frozenset({
     "architectures", "model_type", "model_file", "text_config", "vision_config", "quantization", "quantization_config",
     "tie_word_embeddings", "num_nextn_predict_layers", "mtp_num_hidden_layers",
 })  # fmt: skip
-_CHUNK_BYTES = 1 << 24
 _SHOWN = 3  # of the differences of a kind
 _SHOWN_LETTERS = 40  # of a value
 
@@ -63,15 +62,10 @@ def related_config(config: dict) -> dict:
 def _tensor_digest(tensor: TensorInfo) -> str:
     """SHA-256 of a tensor; read rather than mapped, as a file that becomes shorter must not end the process."""
     digest = hashlib.sha256(f"{tensor.dtype} {tensor.shape}\n".encode())
-    left = tensor.nbytes
     with open(tensor.file, "rb") as file:
         file.seek(tensor.start)
-        while left:
-            data = file.read(min(left, _CHUNK_BYTES))
-            if not data:
-                raise ValueError(f"{tensor.file} became shorter while it was read")
-            digest.update(data)
-            left -= len(data)
+        if not hash_bytes(file, tensor.nbytes, digest):
+            raise ValueError(f"{tensor.file} became shorter while it was read")
     return digest.hexdigest()
 
 

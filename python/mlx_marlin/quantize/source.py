@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..loader.directory import read_tensors
+from ..loader.directory import lazy_arrays, read_tensors
 from ..loader.scaling import without_folded_scales
 from ..storage.safetensors import Tensor, TensorInfo
 from ..storage.untrusted import read_json
@@ -101,11 +101,7 @@ class Source:
 
     def arrays(self) -> dict[str, mx.array]:
         """All tensors, lazily: each is read, and unpacked, when it is first evaluated."""
-        stored: dict[str, mx.array] = {}
-        for file in sorted({info.file for info in self.stored.values()}):
-            loaded = mx.load(str(file), format="safetensors")
-            assert isinstance(loaded, dict)  # as of every file of this format
-            stored.update({name: loaded[name] for name, info in self.stored.items() if info.file == file})
+        stored = lazy_arrays(self.stored)
         places = {info: name for name, info in self.stored.items()}
         result = {}
         for name, info in self.tensors.items():

@@ -117,7 +117,7 @@ def routing_problems(problem: Problem, config: KernelConfig) -> Iterator[Problem
     if config.tile_size_m == 1 or (problem.kind == "linear" and problem.experts == 1):
         return
     top_k = min(problem.top_k, 2)
-    size = -(-config.tile_size_n // codec.HADAMARD_SIZE) * codec.HADAMARD_SIZE
+    size = codec.padded(config.tile_size_n)
     for experts in _ROUTED_EXPERTS:
         rows = _ROUTED_SLOTS // top_k
         yield replace(problem, rows=rows, top_k=top_k, hidden=size, intermediate=size, experts=experts)

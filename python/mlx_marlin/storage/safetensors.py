@@ -108,8 +108,12 @@ class TensorInfo(NamedTuple):
         """
         if self.dtype not in ("F16", "BF16", "F32"):
             raise ValueError(f"{self.file}: a tensor is {self.dtype}; F16, BF16 or F32 is wanted")
-        values = np.frombuffer(self.read(), NUMPY_DTYPES[self.dtype]).reshape(self.shape)
-        return (values.astype(np.uint32) << 16).view(np.float32) if self.dtype == "BF16" else values
+        return widened(self.array(), self.dtype)
+
+
+def widened(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values as NumPy has them: those of BF16, stored as words, become float32; others stay."""
+    return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values
 
 
 @dataclass(frozen=True)
