@@ -126,13 +126,9 @@ def run_header(seed: int, originals, file: Path) -> None:
     (length,) = struct.unpack("<Q", content[:8])
     data = mutations.of_safetensors(rng, content[: 8 + length] + bytes(64) if rng.random() < 0.1 else content)
     file.write_bytes(data)
-    try:
+    tensors = {}
+    with mutations.refusals(seed, ValueError, file):
         tensors = read_header(file)
-    except ValueError as error:
-        assert str(file) in str(error), seed
-        return
-    except Exception as error:
-        raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
     assert sum(info.nbytes for info in tensors.values()) <= len(data), seed
     for info in tensors.values():
         assert info.array().nbytes == info.nbytes, seed
@@ -159,12 +155,8 @@ def run_tokenizer(seed: int, directory: Path) -> None:
     files[name] = mutations.of_json_file(rng, files[name])
     for path, content in files.items():
         (directory / path).write_bytes(content)
-    try:
+    with mutations.refusals(seed, ValueError, directory / name):
         check_tokenizer(directory)
-    except ValueError as error:
-        assert str(directory / name) in str(error), seed
-    except Exception as error:
-        raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
 
 
 def test_tokenizers(tmp_path):

@@ -6,7 +6,22 @@ import copy
 import json
 import random
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def refusals(seed: int, error: type[Exception], path: Path) -> Iterator[None]:
+    """What is done with a mutation may be refused with an error that names the path; all else fails, with the seed."""
+    try:
+        yield
+    except error as refusal:
+        assert str(path) in str(refusal), seed
+    except Exception as other:
+        raise AssertionError(f"seed {seed}: {type(other).__name__}: {other}") from other
+
 
 # What a field is not expected to be, and what is only just too much.
 _VALUES = (

@@ -162,11 +162,7 @@ struct Decoder {
   static constexpr uint32_t kMultiplier = kMul1 ? MARLIN_MUL1_MULTIPLIER : kHalvesMultiplier<CODEBOOK>;
 
   explicit Decoder(const Codes& codes)
-      : pair_bytes(4 * codes.half_bits),
-        last(
-            codes.tiles +
-            (static_cast<int64_t>(codes.k) / MARLIN_TILE * (codes.n / MARLIN_TILE) - 1) * tile_bytes(codes.half_bits)),
-        windows{kByteWindows.by_width[codes.half_bits][0], kByteWindows.by_width[codes.half_bits][1]} {}
+      : tiles(codes), windows{kByteWindows.by_width[codes.half_bits][0], kByteWindows.by_width[codes.half_bits][1]} {}
 
   template <bool FIRST>
   MARLIN_INLINE void pack(const uint8_t* tile, int group, Packed<CODEBOOK>& packed) const {
@@ -195,19 +191,16 @@ struct Decoder {
   }
 
   int bytes() const {  // of a tile
-    return 4 * pair_bytes;
+    return tiles.bytes();
   }
 
  private:
   // visit(pair, the states of the tile's lanes 2 * pair and 2 * pair + 1 of a group) for both pairs.
   template <bool FIRST, typename Visit>
   MARLIN_INLINE void states_of(const uint8_t* tile, int group, Visit&& visit) const {
-    alignas(32) uint8_t copy[MARLIN_TILE_WORDS(MARLIN_MAX_BITS) * 4 + 16];
-    if (__builtin_expect(tile == last, 0)) {  // loads reach up to 12 bytes beyond a tile
-      std::memcpy(copy, tile, bytes());
-      tile = copy;
-    }
-    const uint8_t* begin = tile + group / 2 * pair_bytes;
+    ByteTiles::Copy copy;
+    tile = tiles.readable(tile, copy);
+    const uint8_t* begin = tile + group / 2 * tiles.pair_bytes;
     const uint8_t* wrapped = tile + bytes() - 4;
     const ByteWindows& of_group = windows[group % 2];
     unroll<2>([&](auto pair) MARLIN_LAMBDA {
@@ -278,8 +271,7 @@ struct Decoder {
     }
   }
 
-  int pair_bytes;          // of two groups
-  const uint8_t* last;     // tile of the matrix
+  ByteTiles tiles;
   ByteWindows windows[2];  // of even and of odd groups
 };
 

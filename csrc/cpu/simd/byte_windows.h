@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/simd/tile.h"
+#include "cpu/tier.h"
 
 namespace mlx_marlin::cpu {
 
@@ -42,5 +44,36 @@ struct alignas(32) ByteWindows {
 };
 
 inline constexpr WindowTable<ByteWindows> kByteWindows;
+
+// The tiles of a weight as these sets read them: loads reach up to 12 bytes beyond a tile, so that the last is read from
+// a copy.
+struct ByteTiles {
+  struct alignas(32) Copy {
+    uint8_t bytes[MARLIN_TILE_WORDS(MARLIN_MAX_BITS) * 4 + 16];
+  };
+
+  MARLIN_INLINE explicit ByteTiles(const Codes& codes)
+      : pair_bytes(4 * codes.half_bits),
+        last(
+            codes.tiles +
+            (static_cast<int64_t>(codes.k) / MARLIN_TILE * (codes.n / MARLIN_TILE) - 1) * tile_bytes(codes.half_bits)) {
+  }
+
+  MARLIN_INLINE int bytes() const {  // of a tile
+    return 4 * pair_bytes;
+  }
+
+  // A tile, or `copy` of it.
+  MARLIN_INLINE const uint8_t* readable(const uint8_t* tile, Copy& copy) const {
+    if (__builtin_expect(tile == last, 0)) {
+      std::memcpy(copy.bytes, tile, bytes());
+      return copy.bytes;
+    }
+    return tile;
+  }
+
+  int pair_bytes;  // of two groups
+  const uint8_t* last;
+};
 
 }  // namespace mlx_marlin::cpu

@@ -144,11 +144,7 @@ struct Decoder {
   static constexpr bool kMul1 = CODEBOOK == MARLIN_CODEBOOK_MUL1;
 
   explicit Decoder(const Codes& codes)
-      : pair_bytes(4 * codes.half_bits),
-        last(
-            codes.tiles +
-            (static_cast<int64_t>(codes.k) / MARLIN_TILE * (codes.n / MARLIN_TILE) - 1) * tile_bytes(codes.half_bits)),
-        windows{kByteWindows.by_width[codes.half_bits][0], kByteWindows.by_width[codes.half_bits][1]} {
+      : tiles(codes), windows{kByteWindows.by_width[codes.half_bits][0], kByteWindows.by_width[codes.half_bits][1]} {
     for (int odd = 0; odd < 2; ++odd) {
       uint16x8_t factor = vld1q_u16(windows[0].left + 8 * odd);
       // left is 2^f: the shift counts are f and f - 8.
@@ -176,19 +172,16 @@ struct Decoder {
   }
 
   int bytes() const {  // of a tile
-    return 4 * pair_bytes;
+    return tiles.bytes();
   }
 
  private:
   // visit(lane, its states) for each of the tile's lanes of a group.
   template <bool FIRST, typename Visit>
   MARLIN_INLINE void states_of(const uint8_t* tile, int group, Visit&& visit) const {
-    uint8_t copy[MARLIN_TILE_WORDS(MARLIN_MAX_BITS) * 4 + 16];
-    if (__builtin_expect(tile == last, 0)) {  // loads reach up to 12 bytes beyond a tile
-      std::memcpy(copy, tile, bytes());
-      tile = copy;
-    }
-    const uint8_t* begin = tile + group / 2 * pair_bytes;
+    ByteTiles::Copy copy;
+    tile = tiles.readable(tile, copy);
+    const uint8_t* begin = tile + group / 2 * tiles.pair_bytes;
     const uint8_t* wrapped = tile + bytes() - 4;
     const ByteWindows& of_group = windows[group % 2];
     unroll<4>([&](auto lane) MARLIN_LAMBDA {
@@ -270,8 +263,7 @@ struct Decoder {
     }
   }
 
-  int pair_bytes;               // of two groups
-  const uint8_t* last;          // tile of the matrix
+  ByteTiles tiles;
   ByteWindows windows[2];       // of even and of odd groups, which differ in whole bytes
   int16x8_t left[2], right[2];  // of even and of odd lanes
 };

@@ -25,7 +25,7 @@ from ..layers.state import TrellisModule
 from ..loader.directory import Kind, TrellisModelLoader
 from ..loader.scaling import up_divisor, without_folded_scales
 from ..ops import DTYPE_NAMES
-from ..storage.untrusted import is_listed, stamps
+from ..storage.untrusted import is_listed, stamp
 from .embedding import EmbeddingWithHead, make_embedding
 from .experts import make_head, whole_experts, whole_linear
 from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap, map_weights
@@ -106,16 +106,20 @@ def activation_dtype(dtype: mx.Dtype | str | None) -> mx.Dtype | None:
     return named[dtype]
 
 
-def product_accuracy(accuracy: str | None) -> str:
+def product_accuracy(accuracy: str | None, device: str | None = None) -> str:
     """What the products of a loaded model may round: one of ``kernels.ACCURACIES``.
 
-    ``None``: ``"half"`` on the CPU, where every other program for quantized models rounds the activations;
-    ``"float32"`` on a GPU.
+    Args:
+        accuracy: What the caller asks for. ``None``: ``"half"`` on the CPU, where every other program for quantized
+            models rounds the activations; ``"float32"`` on a GPU.
+        device: Where the model runs. Default: ``None``, on MLX's default device.
 
     Raises:
         ValueError: If there is no such accuracy.
     """
-    return kernels.USUAL_ACCURACY[ops.device_of(None)] if accuracy is None else kernels.checked_accuracy(accuracy)
+    if accuracy is None:
+        return kernels.USUAL_ACCURACY[device or ops.device_of(None)]
+    return kernels.checked_accuracy(accuracy)
 
 
 # What is added to the scores that choose experts: mlx-lm's names. A choice is discrete, so the last bits matter.
@@ -208,7 +212,7 @@ def fill(
     model: nn.Module,
     mapping: WeightMap,
     dtype: mx.Dtype | None,
-    accuracy: str | None = None,
+    accuracy: str,
     *,
     lazy: bool = False,
     progress: LayerProgress | None = None,
@@ -221,7 +225,7 @@ def fill(
         model: The model that ``mapping`` was made for.
         mapping: Where everything goes. Its dense arrays are taken out, so that nothing holds on to them.
         dtype: See :func:`cast_dense`.
-        accuracy: See :func:`product_accuracy`. Default: ``None``.
+        accuracy: Of the products, one of ``kernels.ACCURACIES``.
         lazy: Leave the unquantized parameters unevaluated.
         progress: Called with (layers done, layers) after each layer.
         make_linear: Called with the path, the module to replace and its source.
@@ -252,7 +256,6 @@ def fill(
         mx.clear_cache()  # the buffers that this layer was read into are of no use to the next
         if progress is not None:
             progress(done, len(groups))
-    accuracy = product_accuracy(accuracy)
     for module in model.modules():
         if isinstance(module, TrellisModule):
             module.accuracy = accuracy
@@ -295,9 +298,9 @@ def report(model: nn.Module, mapping: WeightMap) -> None:
 
 
 def _check_unchanged(before: dict[Path, tuple[int, ...]], cause: Exception | None = None) -> None:
-    for file, stamp in before.items():
+    for file, was in before.items():
         try:
-            same = stamps([file])[file] == stamp
+            same = stamp(file) == was
         except FileNotFoundError:
             same = False
         if not same:
@@ -330,9 +333,8 @@ def load_exl3_model(
         FileNotFoundError: If a file is missing.
         ValueError: If the directory cannot be loaded; the message names file and tensor.
     """
-    dtype = activation_dtype(dtype)
-    files = [file for file in Path(model_path).glob("*.safetensors") if file.exists()]
-    before = stamps(files)
+    dtype, accuracy = activation_dtype(dtype), kernels.checked_accuracy(accuracy)
+    before = {file: stamp(file) for file in Path(model_path).glob("*.safetensors") if file.exists()}
     model, config, mapping = open_checkpoint(Path(model_path), model_config)
     try:
         fill(model, mapping, dtype, accuracy, lazy=lazy, progress=progress)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..kernels import USUAL_ACCURACY, Problem
+from ..kernels import Problem
 from .experts import activation_of, unquantized_experts
 from .mapping import PROJECTIONS
-from .model import module_at, open_checkpoint
+from .model import module_at, open_checkpoint, product_accuracy
 
 # How mlx-lm's model configs call the experts per token.
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k", "experts_per_token")
@@ -36,7 +36,7 @@ def model_problems(
         FileNotFoundError: If a file is missing.
         ValueError: If the directory is not an EXL3 model.
     """
-    accuracy = accuracy or USUAL_ACCURACY[device]
+    accuracy = product_accuracy(accuracy, device)
     model, config, mapping = open_checkpoint(Path(model_path))
     problems: dict[Problem, list[str]] = {}
     for path, sources in mapping.experts.items():

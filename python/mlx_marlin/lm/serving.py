@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_lm import server
 
-from ..storage.untrusted import parse_json
+from ..storage.untrusted import is_flag_or_null, is_text_or_null, is_whole, parse_json
 
 ALLOW_OTHERS = "--allow-other-models"
 """Option of the server: clients may name models, draft models and adapters that it was not started with."""
@@ -40,19 +40,19 @@ class _Refused(Exception):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return (isinstance(value, float) or is_whole(value)) and math.isfinite(value)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_INT
+    return is_whole(value) and 0 <= value <= _MAX_INT
 
 
 def _is_seed(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64)
+    return value is None or (is_whole(value) and 0 <= value < 2**64)
 
 
 def _is_stop(value: Any) -> bool:
-    return value is None or isinstance(value, str) or _is_texts(value)
+    return is_text_or_null(value) or _is_texts(value)
 
 
 def _is_texts(value: Any) -> bool:
@@ -62,7 +62,7 @@ def _is_texts(value: Any) -> bool:
 def _is_content(value: Any) -> bool:
     if isinstance(value, list):
         return all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in value)
-    return value is None or isinstance(value, str)
+    return is_text_or_null(value)
 
 
 def _is_messages(value: Any) -> bool:
@@ -92,14 +92,6 @@ def _is_biases(value: Any) -> bool:
     )
 
 
-def _is_name(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
 _NUMBER = ("a finite number", _is_number)
 _COUNT = (f"a whole number from 0 to {_MAX_INT}", _is_count)
 _ANY = ("anything", lambda value: True)
@@ -120,8 +112,8 @@ _READ: dict[str, tuple[str, Check]] = {
     ),
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), ("a whole number", lambda v: v is None or _is_count(v))),
     "top_logprobs": ("a whole number", lambda v: v == -1 or _is_count(v)),
-    **dict.fromkeys(("model", "draft_model", "adapters"), ("a string", _is_name)),
-    **dict.fromkeys(("stream", "logprobs"), ("true or false", _is_flag)),
+    **dict.fromkeys(("model", "draft_model", "adapters"), ("a string", is_text_or_null)),
+    **dict.fromkeys(("stream", "logprobs"), ("true or false", is_flag_or_null)),
     **dict.fromkeys(("stream_options", "chat_template_kwargs", "role_mapping"), ("an object", _is_object)),
     "seed": ("a whole number from 0 to 2^64 - 1", _is_seed),
     "stop": ("a string or a list of strings", _is_stop),

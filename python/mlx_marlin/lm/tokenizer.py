@@ -10,7 +10,7 @@ from typing import Any
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..storage.untrusted import check_genuine, is_listed, read_json
+from ..storage.untrusted import check_genuine, is_flag_or_null, is_listed, is_text_or_null, is_whole, read_json
 
 # A directory with none of these has no tokenizer: what transformers reads vocabularies from.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken")
@@ -21,30 +21,22 @@ Check = Callable[[Any], bool]
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value <= _MAX_ID
+    return is_whole(value) and -1 <= value <= _MAX_ID
 
 
 def _is_ids(value: Any) -> bool:
     return value is None or _is_id(value) or (isinstance(value, list) and all(map(_is_id, value)))
 
 
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
 def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    return value is None or isinstance(value, float) or is_whole(value)
 
 
 def _is_token(value: Any) -> bool:
     flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
     if isinstance(value, dict):
-        return isinstance(value.get("content"), str) and all(_is_flag(value.get(flag)) for flag in flags)
-    return _is_text(value)
+        return isinstance(value.get("content"), str) and all(is_flag_or_null(value.get(flag)) for flag in flags)
+    return is_text_or_null(value)
 
 
 def _is_tokens(value: Any) -> bool:
@@ -65,7 +57,7 @@ def _is_decoder(value: Any) -> bool:
 def _is_template(value: Any) -> bool:
     if isinstance(value, list):
         return all(isinstance(v, dict) and all(isinstance(v.get(k), str) for k in ("name", "template")) for v in value)
-    return _is_text(value) or (isinstance(value, dict) and all(isinstance(v, str) for v in value.values()))
+    return is_text_or_null(value) or (isinstance(value, dict) and all(isinstance(v, str) for v in value.values()))
 
 
 def _is_texts(value: Any) -> bool:
@@ -79,8 +71,8 @@ def _is_module(value: Any) -> bool:
 
 _TOKEN = ("a token: a string, or an object with its content", _is_token)
 _TOKENS = ("a list or an object of tokens", _is_tokens)
-_FLAG = ("true or false", _is_flag)
-_TEXT = ("a string", _is_text)
+_FLAG = ("true or false", is_flag_or_null)
+_TEXT = ("a string", is_text_or_null)
 _MODULE = ("a name", _is_module)
 _IDS = (f"a token's number up to {_MAX_ID}, or a list of them", _is_ids)
 

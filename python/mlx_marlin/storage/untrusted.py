@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 # As many bytes of a file tell whether it is what its name says.
 _START_BYTES = 512
@@ -67,13 +66,25 @@ def check_genuine(path: Path) -> None:
         )
 
 
-def stamps(files: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
-    """What changes when a file is replaced or written to, by file."""
-    found: dict[Path, tuple[int, ...]] = {}
-    for file in files:
-        status = file.stat()
-        found[file] = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    return found
+def stamp(file: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    status = file.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a JSON value is a whole number: true and false are none, which Python counts among them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_text_or_null(value: object) -> bool:
+    """Whether a JSON value is a string or null."""
+    return value is None or isinstance(value, str)
+
+
+def is_flag_or_null(value: object) -> bool:
+    """Whether a JSON value is true, false or null."""
+    return value is None or isinstance(value, bool)
 
 
 def _check_depth(value: object, source: str) -> None:
