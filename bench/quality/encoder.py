@@ -1,6 +1,6 @@
 """Speed of the encoder's tile search, per thread, against the core's arithmetic peak.
 
-Usage: python -m bench.quality.encoder [--bits 1 2 3 4 5 6 7 8] [--output FILE]
+Usage: python -m bench.quality.encoder [--bits 1 1.5 2 2.5 ...] [--output FILE]
 
 The clock is the process's CPU time, so that a shared machine shows the same. A weight costs two passes over 2^16 states
 with a subtraction, a fused multiply-add and a minimum each; the peak is the rate of vector instructions that BLAS
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from mlx_marlin import ops
+from mlx_marlin import codec, ops
 from mlx_marlin.storage import atomic
 
 OPERATIONS = 2 * 3 * 65536  # per weight, in scalar terms
@@ -41,7 +41,7 @@ def best_rate(work: float, call) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bits", type=int, nargs="*", default=list(range(1, 9)))
+    parser.add_argument("--bits", type=float, nargs="*", default=[1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     tiles = np.random.default_rng(0).standard_normal((16, 256))
@@ -54,7 +54,7 @@ def main() -> None:
         "| K | weights/s per thread | fraction of peak | 30B on 2 cores, h (predicted) | on 16 cores, h (predicted) |"
     )
     print("|---|---|---|---|---|")
-    for bits in options.bits:
+    for bits in map(codec.as_width, options.bits):
         rate = best_rate(tiles.size, partial(ops.viterbi_search, tiles, bits, "mul1", threads=1))
         hours = 1.1 * MODEL_WEIGHTS / rate / 3600
         rows.append({"bits": bits, "weights_per_second": rate, "fraction_of_peak": rate * OPERATIONS / peak})

@@ -3,6 +3,8 @@
 Standalone programs, without Python and MLX. Arrays have exactly the sizes that the package hands over.
 """
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -153,8 +155,10 @@ def test_plan_of_every_config(tmp_path):
     program = build.program("plan", "address", dict.fromkeys([*build.PLAN, "tests/sanitize/plan_driver.cpp"], []))
     calls, expected = [], []
     for problem in test_plan.PROBLEMS:
-        for tiles in test_plan.ALL_TILES:
-            for floats in (True, False):
+        for floats in (True, False):
+            # Which accuracy asks for which sums is no question to the plan.
+            problem = replace(problem, accuracy="float32" if floats else "half")
+            for tiles in test_plan.ALL_TILES:
                 config = test_plan.config(*tiles, floats)
                 calls.append(call_numbers(problem, config))
                 if kernels.feasible(problem, config) is None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,9 +91,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show(progress: Progress) -> None:
-    left = "" if progress.seconds_left is None else f", {_duration(progress.seconds_left)} left"
-    print(f"{100 * progress.done:5.1f} %  {progress.stage}{left}", file=sys.stderr, flush=True)
+# Between lines about work under way where lines stay: a conversion of a day leaves 1500.
+_LINE_SECONDS = 60.0
+
+
+class _Screen:
+    """Progress on stderr: one line that moves on a terminal, else a line for what is done and one a minute."""
+
+    def __init__(self) -> None:
+        self._moves = sys.stderr.isatty()
+        self._last = -_LINE_SECONDS
+        self._open = False
+
+    def __call__(self, progress: Progress) -> None:
+        """Show it."""
+        left = "" if progress.seconds_left is None else f", {_duration(progress.seconds_left)} left"
+        line = f"{100 * progress.done:5.1f} %  {progress.stage}{left}"
+        if progress.under_way and not self._moves:
+            if time.monotonic() - self._last < _LINE_SECONDS:
+                return
+        self._last = time.monotonic()
+        self._open = progress.under_way and self._moves
+        start = "\r\x1b[K" if self._moves else ""  # back to the start of the line, and erase it
+        print(f"{start}{line}", end="" if self._open else "\n", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the line that moves."""
+        if self._open:
+            print(file=sys.stderr, flush=True)
+            self._open = False
 
 
 def _duration(seconds: float) -> str:
@@ -109,12 +137,15 @@ def _begun(output: str) -> bool:
 
 def _convert(options: dict) -> int:
     """Run a conversion; returns the exit status."""
-    from . import convert
+    model, output = options.pop("model"), options.pop("output")
+    print(f"mlx_marlin-convert: {model} to {output}, {options['bits']:g} bits", file=sys.stderr, flush=True)
+    from . import convert  # takes seconds
 
     logging.getLogger("mlx_marlin.quantize").addHandler(logging.NullHandler())  # progress tells it too
-    model, output = options.pop("model"), options.pop("output")
+    screen = _Screen()
     try:
-        plan = convert(model, output, progress=_show, **options)
+        with contextlib.closing(screen):
+            plan = convert(model, output, progress=screen, **options)
     except (ValueError, FileExistsError) as error:
         print(f"mlx_marlin-convert: {error}", file=sys.stderr)
         return 2

@@ -120,10 +120,11 @@ def convert(
             seed=int(seed),
         )
     )
+    clock = Clock(progress)
+    clock.tick(f"reading {model}")
     source, target = Source(Path(model)), Path(output)
     tokens = calibration_tokens(source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH, trust_remote_code)
     asked = _check(source, target, settings, tokens)
-    clock = Clock(progress)
 
     def tell(message: str) -> None:
         _log.warning(message)
@@ -131,7 +132,7 @@ def convert(
 
     with (
         threadpool_limits(1, "blas"),  # sums must not depend on the machine's cores; experts run side by side
-        opened(target, resume, source, settings, tokens, tell) as state,
+        opened(target, resume, source, settings, tokens, tell, clock.tick) as state,
     ):
         return _Conversion(source, target, state, settings, tokens, asked, clock).run()
 
@@ -264,24 +265,32 @@ class _Conversion:
         self._load(index)
         with self._taps(index) as taps:
             taps.record(not known)
-            after = self.model.run(index, hidden)
+            after = self._run(index, hidden)
             taps.record(False)
             if not known:
                 # Of no more use to the caller either; they are half a GB at 65536 tokens and 2048 channels.
                 states.clear()
                 del hidden[1:]
                 jobs = layer_jobs(self.model, index, taps, hidden, self.settings.seed)
-                found = self._parallel(self._measure_job, jobs)
+                found = self._parallel(self._measure_job, jobs, f"measuring {self._of(index)}")
                 del jobs
             streams = [self.model.run(index, [s])[0] for s in streams]
         self._unload(index)
         stream, energy = disturbed(hidden[0], after[0], [self.settings.seed, index])
         return [*after, *streams, stream], items_value(found, energy)
 
+    def _run(self, index: int, hidden: States) -> States:
+        """The layer's output for the calibration's windows."""
+        stage = f"calibrating {self._of(index)}"
+        return self.model.run(index, hidden, lambda n: self.clock.tick(f"{stage}: {n} of {len(hidden)} batches"))
+
+    def _of(self, index: int) -> str:
+        return f"layer {index + 1} of {len(self.model.layers)}"
+
     def _done(self, verb: str) -> Callable[[int, int, bool], None]:
         def report(first: int, last: int, made: bool) -> None:
             if made:
-                self.clock.advance(f"{verb} layer {last} of {len(self.model.layers)}", last - first)
+                self.clock.advance(f"{verb} {self._of(last - 1)}", last - first)
             else:
                 self.clock.skip(last - first)
 
@@ -312,7 +321,7 @@ class _Conversion:
         self._load(index)
         with self._taps(index) as taps:
             taps.record(True)
-            self.model.run(index, hidden)
+            self._run(index, hidden)
             taps.record(False)
             jobs = layer_jobs(self.model, index, taps, hidden, None)
             divisors = [up_divisor(self.source.config, index) if _EXPERT_UP.search(job.name) else 1 for job in jobs]
@@ -323,7 +332,8 @@ class _Conversion:
                     for job, divisor in zip(jobs, divisors)
                 ]
             else:
-                results = self._parallel(lambda job, n: self._quantize_job(job, allocation.widths[job.name], n), jobs)
+                quantize = lambda job, n: self._quantize_job(job, allocation.widths[job.name], n)  # noqa: E731
+                results = self._parallel(quantize, jobs, f"quantizing {self._of(index)}")
             tensors: dict[str, Tensor] = {}
             for job, codes, divisor in zip(jobs, results, divisors):
                 tensors.update(stored_tensors(job.name, codes, job.bias, divisor))
@@ -340,6 +350,7 @@ class _Conversion:
 
     def _head(self, hidden: States, at: str) -> None:
         if self.state.seal(HEAD, {"before": at}) is None:
+            self.clock.tick("quantizing the head")
             tensors = head_tensors(
                 self.model,
                 self.head_name,
@@ -361,11 +372,15 @@ class _Conversion:
         path, names = self.model.paths[index], self.model.names
         return Taps(self.model.layers[index], names.linears(path), names.experts(path))
 
-    def _parallel(self, task: Callable[[Task, int], Result], jobs: list[Task]) -> list[Result]:
+    def _parallel(self, task: Callable[[Task, int], Result], jobs: list[Task], stage: str) -> list[Result]:
         """Run a task for every job, the cores shared among them; results in the order of the jobs."""
         threads = max(1, self.workers // max(1, len(jobs)))
+        results: list[Result] = []
         with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(lambda job: task(job, threads), jobs))
+            for result in pool.map(lambda job: task(job, threads), jobs):
+                results.append(result)
+                self.clock.tick(f"{stage}: {len(results)} of {len(jobs)} linears", len(results) / len(jobs))
+        return results
 
 
 def half_round(values: np.ndarray) -> np.ndarray:

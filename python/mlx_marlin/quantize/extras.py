@@ -194,7 +194,7 @@ def write_extras(
     extras: Extras,
     source: Source,
     settings: Settings,
-    parallel: Callable[[Callable[[Extra, int], tuple[Codes, np.ndarray | None]], list[Extra]], list],
+    parallel: Callable[[Callable[[Extra, int], tuple[Codes, np.ndarray | None]], list[Extra], str], list],
 ) -> None:
     """Quantize them, unless an earlier run did.
 
@@ -203,12 +203,15 @@ def write_extras(
         extras: What is to be done.
         source: The checkpoint.
         settings: Of the conversion.
-        parallel: Runs a task, given its number of threads, for each of a list.
+        parallel: Runs a task, given its number of threads, for each of a list, and tells what that is.
     """
     for i, part in enumerate(extras.files):
         if state.seal(part) is None:
             some = extras.linears[i * _FILE_LINEARS : (i + 1) * _FILE_LINEARS]
-            results = parallel(lambda extra, threads: _quantize(extra, source, settings, threads), some)
+            quantize = lambda extra, threads: _quantize(extra, source, settings, threads)  # noqa: E731
+            results = parallel(
+                quantize, some, f"quantizing what is beside the text model, {i + 1} of {len(extras.files)}"
+            )
             tensors = {}
             for extra, (codes, bias) in zip(some, results):
                 tensors.update(stored_tensors(extra.name, codes, bias))

@@ -252,13 +252,16 @@ class LayeredModel:
         layer.update(tree_map(lambda p: mx.zeros((), p.dtype), layer.parameters()))
         mx.clear_cache()
 
-    def run(self, index: int, hidden: list[np.ndarray]) -> list[np.ndarray]:
-        """A layer's output for each batch."""
+    def run(
+        self, index: int, hidden: list[np.ndarray], done: Callable[[int], None] = lambda batches: None
+    ) -> list[np.ndarray]:
+        """A layer's output for each batch; ``done`` is told how many there are so far."""
         recorder = self.recorders[index]
         result = []
         for x, (args, kwargs) in zip(hidden, recorder.calls):
             y = self.layers[index](mx.array(x), *args, **kwargs)
             result.append(np.array(y[0] if recorder.returns_tuple else y))
+            done(len(result))
         return result
 
     def head_module(self) -> nn.Module:

@@ -15,11 +15,17 @@ class Progress:
         stage: What is being done.
         done: Work done in all stages, as a share of the whole, 0 to 1.
         seconds_left: Expected, from the speed so far in this run; ``None`` at the start.
+        under_way: Whether the stage has only begun: told every few seconds, so that something moves.
     """
 
     stage: str
     done: float
     seconds_left: float | None
+    under_way: bool = False
+
+
+# Who sees nothing move for longer wonders whether it hangs.
+_TICK_SECONDS = 2.0
 
 
 class Clock:
@@ -30,6 +36,7 @@ class Clock:
         self.total = 1.0  # until it is known
         self.done = self.begun_with = 0.0
         self.start = time.monotonic()
+        self._told = -_TICK_SECONDS  # the first thing is told at once
 
     def skip(self, work: float) -> None:
         """Work that an earlier run did."""
@@ -41,9 +48,27 @@ class Clock:
         if self.report is not None:
             self.report(Progress(message, min(1.0, self.done / self.total), None))
 
+    def tick(self, stage: str, work: float = 0.0) -> None:
+        """Something is under way; told if nothing else was for :data:`_TICK_SECONDS`.
+
+        Args:
+            stage: What is being done.
+            work: How much of it is done, which :meth:`advance` will count when all is.
+        """
+        if time.monotonic() - self._told >= _TICK_SECONDS:
+            self._tell(stage, work, under_way=True)
+
     def advance(self, stage: str, work: float) -> None:
+        """Something is done."""
         self.done += work
-        fresh = self.done - self.begun_with
-        left = (time.monotonic() - self.start) * (self.total - self.done) / fresh if fresh else None
+        self._tell(stage)
+
+    def _tell(self, stage: str, begun: float = 0.0, under_way: bool = False) -> None:
+        self._told = time.monotonic()
+        done = self.done + begun
+        fresh = done - self.begun_with
+        # The first linears of a run tell nothing about the rest.
+        known = self.done > self.begun_with
+        left = (self._told - self.start) * (self.total - done) / fresh if known else None
         if self.report is not None:
-            self.report(Progress(stage, min(1.0, self.done / self.total), left))
+            self.report(Progress(stage, min(1.0, done / self.total), left, under_way))

@@ -69,18 +69,25 @@ def _tensor_digest(tensor: TensorInfo) -> str:
     return digest.hexdigest()
 
 
-def identity(source: Source, settings: Settings, tokens: np.ndarray) -> dict[str, dict]:
-    """Everything that a conversion's result depends on, as a JSON value."""
+def identity(
+    source: Source, settings: Settings, tokens: np.ndarray, tick: Callable[[str], None] = lambda stage: None
+) -> dict[str, dict]:
+    """Everything that a conversion's result depends on, as a JSON value; ``tick`` is told how far that is."""
+    total = sum(t.nbytes for t in source.stored.values())
+    tensors, read = {}, 0
     with ThreadPoolExecutor(kernels.cpu_threads()) as pool:
-        tensors = dict(zip(source.stored, pool.map(_tensor_digest, source.stored.values())))
+        for (name, tensor), found in zip(source.stored.items(), pool.map(_tensor_digest, source.stored.values())):
+            tensors[name] = found
+            read += tensor.nbytes
+            tick(f"reading the checkpoint once, to know it again: {read / 1e9:.1f} of {total / 1e9:.1f} GB")
     calibration = hashlib.sha256(f"{tokens.dtype} {tokens.shape}\n".encode() + tokens.tobytes()).hexdigest()
-    found = {
+    value = {
         "settings": vars(settings),
         "config.json": related_config(source.config),
         "calibration": {"tokens": calibration},
         "tensors": tensors,
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(value))
 
 
 def _short(value: object) -> str:
@@ -138,6 +145,7 @@ def opened(
     settings: Settings,
     tokens: np.ndarray,
     tell: Callable[[str], None],
+    tick: Callable[[str], None],
 ) -> Iterator[JobState]:
     """The work directory, for the length of a ``with`` block; no other conversion enters it.
 
@@ -148,6 +156,7 @@ def opened(
         settings: The settings.
         tokens: The calibration tokens.
         tell: Called with what is found damaged or foreign, and made again.
+        tick: Called with how much of the checkpoint has been read, at each tensor.
 
     Raises:
         FileExistsError: If there are files and ``resume`` is not set, or files of something else.
@@ -160,7 +169,7 @@ def opened(
         shutil.rmtree(output / FINISHED, ignore_errors=True)
         for directory in (output, work):
             atomic.remove_leftovers(directory)
-        now = identity(source, settings, tokens)
+        now = identity(source, settings, tokens, tick)
         state = JobState(work, digest_of(now), tell)
         begun = told_job(work)
         if begun is None and any(path.name != LOCK for path in work.iterdir()):
