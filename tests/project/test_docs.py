@@ -1,7 +1,9 @@
-"""Every example of docs/tuning.md and the tuning notebook, executed."""
+"""Every example of docs/tuning.md and the tuning notebook, executed; the commands of bench/README.md, parsed."""
 
+import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -34,21 +36,41 @@ def place(tmp_path, monkeypatch):
 def test_python_examples(place):
     """All blocks in one namespace, in order, as a reader would."""
     blocks, namespace = examples("python"), {}
-    assert len(blocks) >= 8
+    assert len(blocks) == 5
     for i, block in enumerate(blocks):
         exec(compile(block, f"docs/tuning.md, example {i + 1}", "exec"), namespace)
 
 
 def test_shell_examples(place):
-    """No outcome may depend on how fast the machine is today: a check is free to find something slower."""
+    """No outcome may depend on how fast the machine is today: a check is free to find something slower.
+
+    One batch size and few samples, which take seconds: what the full command adds are more problems like these.
+    """
     commands = [line for block in examples("bash") for line in block.splitlines()]
-    assert len(commands) >= 4
+    assert len(commands) == 2
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in commands:
+        command += " --batch-sizes 1 --iterations 2 --warmup 1"
         done = subprocess.run(command, shell=True, capture_output=True, text=True, env=os.environ | {"PATH": path})
         allowed = (0, 1) if "--check" in command else (0,)
         assert done.returncode in allowed, f"{command}\n{done.stdout}\n{done.stderr}"
         assert "slower than" in done.stdout if done.returncode else done.stdout, command
+
+
+BENCH_COMMANDS = re.findall(r"^    python -m (bench\..*)$", (ROOT / "bench/README.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", BENCH_COMMANDS)
+def test_bench_commands_are_understood(command, monkeypatch, capsys):
+    """Values are parsed before --help ends it; options that it does not have are left to the text that it prints."""
+    module, *arguments = shlex.split(command.replace("<machine>", "machine"))
+    monkeypatch.setattr(sys, "argv", [module, *arguments, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(module).main()
+    told = capsys.readouterr()
+    assert ended.value.code == 0, told.err
+    unknown = [a for a in arguments if a.startswith("--") and not re.search(rf"{a}\b", told.out)]
+    assert not unknown, f"{module} has no {', '.join(unknown)}"
 
 
 def test_notebook(place):
