@@ -103,7 +103,8 @@ def configs_by_rows(entries: Mapping[int, Entry], ax: Axes | None = None) -> Axe
                 if m.config.kernel_variant == variant:
                     points.append((x, m.timing.median_ms / default))
         if points:
-            ax.scatter(*zip(*points), s=26, alpha=0.75, color=_COLOURS[variant], label=variant)
+            places, ratios = zip(*points)
+            ax.scatter(places, ratios, s=26, alpha=0.75, color=_COLOURS[variant], label=variant)
     ax.axhline(1.0, color="black", linewidth=1, label="the default")
     _rows_on_x(ax, sizes)
     ax.set_ylabel("time over that of the default")
