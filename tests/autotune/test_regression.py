@@ -100,7 +100,7 @@ def test_nothing_has_changed(tuned, capsys):
     code, rows, _ = check(capsys)
     assert code == 0 and set(rows) == {16, 64} and not any(r["regression"] or r["note"] for r in rows.values())
     assert rows[64]["now_ms"] == pytest.approx(0.8, rel=0.05) and rows[64]["default_ms"] == pytest.approx(1.0, rel=0.05)
-    assert rows[64]["stored_ratio"] == pytest.approx(0.8, rel=0.05)
+    assert rows[64]["stored_saved_percent"] == pytest.approx(20, abs=4)
 
 
 @pytest.mark.parametrize("speed", [0.3, 3.0])

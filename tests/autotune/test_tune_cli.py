@@ -23,8 +23,12 @@ pytestmark = pytest.mark.usefixtures("tuning_sandbox")
 def test_writes_the_profile_that_layers_find(capsys):
     assert tune("--batch-sizes", "1,4") == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[0].split()[:2] == ["problem", "rows"] and len(out.splitlines()) == 3
-    assert "swiglu 256x128 4/2 2,3" in out and "[2/2]" in err and "s left" in err
+    assert out.splitlines()[0].split()[:2] == ["problem", "rows"] and out.splitlines()[3] == ""
+    assert out.count("swiglu 256x128 4/2 2,3 ") == 2
+    said = err.splitlines()
+    assert said[0] == "mlx_marlin-tune: times 2 problems (1, 4 rows) on the cpu: a layer of experts"
+    assert said[1].startswith("[1/2] swiglu 256x128 4/2 2,3, 1 row: ") and said[1].endswith(" s left")
+    assert said[2] == "[2/2] swiglu 256x128 4/2 2,3, 4 rows: 0 s left" and "continues" not in err
     stored = profile.load(profile.default_path("cpu"))
     problem = Problem.swiglu(256, 128, rows=4, experts=4, top_k=2, bits=((2, 2, 2), (3, 3, 3)))
     assert profile.find(problem).config == stored.problems[problem].config
@@ -49,7 +53,8 @@ def test_json_and_output(tmp_path, capsys, monkeypatch):
     assert row["rows"] == 4 and row["label"] == "swiglu 256x128 4/2 2,3"
     assert row["problem"] == json.loads(json.dumps(asdict(problem)))
     assert row["config"] == asdict(entry.config) and row["default"] == asdict(entry.default)
-    assert (row["ratio"], *row["interval"]) == entry.ratio and row["decision"] == entry.decision
+    saved = [100 * (1 - ratio) for ratio in (entry.ratio[0], entry.ratio[2], entry.ratio[1])]
+    assert [row["saved_percent"], *row["saved_percent_interval"]] == saved and row["decision"] == entry.decision
     assert (row["best_ms"], row["default_ms"]) == (entry.samples.median_ms, entry.baseline.median_ms)
     assert row["objective"] == {"latency": 1.0, "throughput": 0.0, "memory": 0.0} and row["verdict"] == "correct"
     assert row["measured"] == len(entry.timings)
@@ -60,10 +65,33 @@ def test_json_and_output(tmp_path, capsys, monkeypatch):
 
 def test_model(capsys):
     assert tune_cli.main(["--model", str(MODELS / "docs-moe-exl3-mixed"), *SMALL[4:], "--batch-sizes", "1"]) == 0
-    assert capsys.readouterr().out.count("linear") == 3  # lm_head, k and v, q and o
+    out, err = capsys.readouterr()
+    assert out.count("linear") == 3  # lm_head, k and v, q and o
+    assert "times 4 problems (1 row) on the cpu: the layers of" in err
+    lines = [line.partition("]")[2].partition(":")[0] for line in err.splitlines() if line.startswith("[")]
+    assert sorted(lines) == [
+        " linear 256x128 4, 1 row",
+        " linear 256x2048 6, 1 row",
+        " linear 256x256 4, 1 row",
+        " swiglu 256x128 16/4 2..4, 1 row",
+    ]
     problems = profile.load(profile.default_path("cpu")).problems
     assert {p.bits for p in problems if p.kind == "swiglu"} == {((2, 2, 2), (2, 3, 3), (3, 3, 4))}
     assert {p.top_k for p in problems if p.kind == "swiglu"} == {4}
+
+
+def test_without_arguments_it_says_what_it_is_about_to_tune(monkeypatch, capsys):
+    """Before it starts."""
+
+    def start(self, problems, *rest):
+        assert len(problems) == 18 and {p.rows for p in problems} == {1, 4, 8, 16, 32, 64}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning_run.Run, "tune", start)
+    assert tune_cli.main(["--device", "cpu"]) == 130
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith("mlx_marlin-tune: times 18 problems (1, 4, 8, 16, 32, 64 rows) on the cpu: the experts of ")
+    assert "Qwen3-30B-A3B" in said and said.endswith("add --model DIR")
 
 
 def test_model_problems_are_those_of_the_loaded_model():
@@ -113,7 +141,7 @@ def test_triple():
     [
         (["--model", "no/such/dir"], "no/such/dir"),
         (["--check"], "there is no profile"),
-        ([*SMALL, "--memory-limit", "1e-9"], "could not tune swiglu 256x128 4/2 2,3, 1 rows: MemoryError: the weights"),
+        ([*SMALL, "--memory-limit", "1e-9"], "could not tune swiglu 256x128 4/2 2,3, 1 row: MemoryError: the weights"),
     ],
 )
 def test_errors_exit_with_2(arguments, message, capsys):

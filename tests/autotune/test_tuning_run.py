@@ -50,9 +50,11 @@ def test_interrupted_and_continued(monkeypatch, capsys):
     assert tune("--batch-sizes", "1,2,4") == 0
     assert second == [4]
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 4 and "[3/3]" in err  # the table has all three
+    assert out.count("swiglu") == 3 and "[3/3]" in err  # the table has all three
+    assert "continues an earlier run: 2 of 3 problems were done\n" in err
     assert tune("--batch-sizes", "1,2,4") == 0
     assert second == [4, 1, 2, 4]  # a finished run is not continued
+    assert "continues" not in capsys.readouterr().err
 
 
 def test_another_plan_is_not_continued(monkeypatch):

@@ -1,5 +1,6 @@
 """Which config a layer's call runs: shared per problem, from shapes only, and explained."""
 
+import copy
 import json
 
 import mlx.core as mx
@@ -87,6 +88,35 @@ def test_explain_follows_the_latest_kind_of_call(glu):
     assert (problem.rows, problem.top_k, problem.dtype, problem.combine) == (8, 2, "bfloat16", False)
     problem = glu.explain(8, mx.float16, top_k=4, combine=True).problem
     assert (problem.top_k, problem.dtype, problem.combine) == (4, "float16", True)
+
+
+def test_explain_takes_the_top_k_of_the_model_until_a_call_shows_another(glu):
+    glu.top_k = 3
+    assert glu.explain(1).problem.top_k == 3 and "for 1 row and top-k 3" in str(glu.explain(1))
+    assert glu.explain(1, top_k=1).problem.top_k == 1
+    assert copy.deepcopy(glu).explain(1).problem.top_k == 3
+    glu(*rows_of(1))
+    assert glu.explain(1).problem.top_k == 2
+    for wrong in (0, 6):
+        with pytest.raises(ValueError, match=rf"top_k must be in \[1, 5\].* got {wrong}"):
+            glu.top_k = wrong
+
+
+def test_the_kernel_of_a_linear_is_not_called_swiglu(glu):
+    layer = TrellisLinear(random_weight(np.random.default_rng(1), 128, 128, 3))
+    choice = layer.explain(64, mx.float32)
+    text = str(choice)
+    assert "swiglu" not in text and text.startswith("linear large_batch (variant large_batch, tile ")
+    choices.refuse(choice.problem, choice.config, "planted")
+    try:
+        text = str(layer.explain(64, mx.float32))
+        assert "swiglu" not in text and "linear large_batch is refused here: planted" in text
+    finally:
+        choices._choices.refused.pop(choice.problem)
+        choices._choices.table.pop(choice.problem, None)
+    assert str(glu.explain(1)).startswith("moe_trellis_swiglu_decode (variant decode, ")
+    workers = "threads" if choice.problem.device == "cpu" else "simdgroups"
+    assert f"{workers} {choice.config.simdgroups}, " in str(choice)
 
 
 def test_explain_takes_names_of_dtypes_and_refuses_others(glu):

@@ -51,6 +51,12 @@ def load(directory):
     return mlx_marlin.load(directory, accuracy="float32")[0]
 
 
+def assert_top_k_is_known(model) -> None:
+    """The top-k that layers took from the config is the one that the model's router gave them."""
+    layers = [module for _, module in model.named_modules() if isinstance(module, TrellisSwitchGLU)]
+    assert [layer.top_k for layer in layers] == [layer.explain(1).problem.top_k for layer in layers]
+
+
 def kinds_of(model) -> Counter:
     return Counter(type(module) for _, module in model.named_modules())
 
@@ -83,6 +89,7 @@ def test_logits_equal_those_of_the_dequantized_weights(name, tmp_path, caplog):
     kinds = kinds_of(model)
     assert kinds[TrellisLinear] == len(used) - len(experts) and kinds[TrellisEmbedding] == 1
     assert kinds[TrellisSwitchGLU] == len(experts) // (3 * SIZES.experts)
+    assert_top_k_is_known(model)
 
 
 def test_the_head_of_a_model_that_mlx_lm_always_ties(tmp_path):
@@ -107,6 +114,7 @@ def test_logits_of_further_architectures(name, tmp_path):
     added = {part: extend(checkpoint, add) for part, add in PARTS.get(name, {}).items()}
     model, _ = load_exl3_model(checkpoint.write(tmp_path / "exl3", shards=2))
     assert_same(logits(model), logits(dense))
+    assert_top_k_is_known(model)
     assert {part: set(sizes) for part, sizes in model.left_out.tensors.items()} == added
     assert set(HALF_RATES) <= set(checkpoint.bits.values()) and kinds_of(model)[TrellisEmbedding] == 1
 

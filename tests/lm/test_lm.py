@@ -66,6 +66,12 @@ def test_load_takes_the_keywords_of_mlx_lm():
     assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
 
 
+def test_explain_knows_the_top_k_of_the_model_before_the_first_call():
+    model, config = load_exl3_model(EXL3)
+    layers = [module for module in model.modules() if isinstance(module, TrellisSwitchGLU)]
+    assert layers and {layer.explain(1).problem.top_k for layer in layers} == {config["num_experts_per_tok"]} == {4}
+
+
 def test_the_quantized_head_of_a_tied_model_is_used():
     model, _ = load_exl3_model(EXL3)
     assert json.loads((EXL3 / "config.json").read_text())["tie_word_embeddings"]

@@ -1,5 +1,7 @@
 """Layers that learn from their own latencies, against a planted clock."""
 
+import re
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -69,7 +71,9 @@ def test_a_faster_config_takes_over_and_gives_way_again(model, clock):
         for _ in range(400):
             y = model(x)
         choice = model.experts.explain(20)
-        assert choice.config.kernel_variant == "prefill4" and "measured in use" in str(choice)
+        assert choice.config.kernel_variant == "prefill4"
+        (saved,) = re.findall(r"measured in use: saved (\d+)% of the time of moe_trellis_swiglu ", str(choice))
+        assert 15 <= int(saved) <= 25
         assert model.out.explain(20).config.kernel_variant == "prefill4"
         report = adaptation.report()
         assert report["switches"] == len(report["changed"]) == report["problems"] == 2

@@ -19,7 +19,7 @@ from ..kernels import KernelConfig, Problem
 from ..measure.race import RaceSettings
 from ..measure.stats import holm, p_faster, p_slower_than, without_drift
 from ..profile.schema import AutotuneConfig, Entry
-from .labels import name_of
+from .labels import names, rows_label
 from .progress import ProgressBar
 from .trial import Objective
 from .workload import ConfigClock, Workload, release
@@ -113,12 +113,13 @@ class Check:
             One finding per entry that was reached.
         """
         entries = [item for item in profile.problems.items() if wanted(item[0])]
+        known = names(profile.problems)
         bar.total(len(entries), 0)
         looked: list[_Sampled | Finding] = []
         for problem, entry in entries:
             if time.perf_counter() > deadline:
                 break
-            bar.begin(name_of(problem))
+            bar.begin(f"{known[problem]}, {rows_label(problem.rows)}")
             looked.append(self._look(problem, entry))
             bar.end()
         suspects = self._significant({i: s for i, s in enumerate(looked) if isinstance(s, _Sampled)}, None)

@@ -25,7 +25,7 @@ from ..profile import files as profile_files
 from ..profile.schema import ProfileError
 from ..storage import atomic
 from . import check as regression
-from . import report
+from . import labels, report
 from . import run as tuning_run
 from .progress import ProgressBar
 
@@ -217,6 +217,8 @@ def _tune(args: argparse.Namespace, device: str, limit: int, settings: RaceSetti
     sizes = args.batch_sizes or (QUICK_BATCH_SIZES if args.quick else BATCH_SIZES)
     problems = tuning_run.at_rows(layers(args, device), sizes)
     group = mx.distributed.init()
+    if not group.rank():
+        print(_announcement(args, device, problems), file=sys.stderr)
     with ProgressBar(0, enabled=True, lines=True) as bar:
         outcome = run.tune(problems, group, deadline, bar)
     if group.rank():
@@ -225,10 +227,12 @@ def _tune(args: argparse.Namespace, device: str, limit: int, settings: RaceSetti
     if outcome.left:
         left = f"{outcome.left} problem{'s' * (outcome.left > 1)} early"
         print(f"mlx_marlin-tune: the budget ended {left}; the same command continues", file=sys.stderr)
+    names = labels.names(problems)
     for problem, reason in outcome.failed.items():
-        where = f"{report.problem_label(problem)}, {problem.rows} rows"
+        where = f"{names[problem]}, {labels.rows_label(problem.rows)}"
         print(f"mlx_marlin-tune: could not tune {where}: {reason}", file=sys.stderr)
-    _print(args, report.tuned_json(outcome.entries, outcome.failed), report.tuned_table(outcome.entries))
+    found, failed = outcome.entries, outcome.failed
+    _print(args, report.tuned_json(found, failed, names), report.tuned_text(found, names) if found else "")
     return 2 if outcome.failed and not outcome.entries else 0
 
 
@@ -243,7 +247,8 @@ def _check(args: argparse.Namespace, device: str, limit: int, settings: RaceSett
     with ProgressBar(0, enabled=True, lines=True) as bar:
         findings = check.run(stored, _wanted(args, device), deadline, bar)
     print(f"mlx_marlin-tune: profile {path}", file=sys.stderr)
-    _print(args, report.checked_json(findings), report.checked_table(findings))
+    names = labels.names(stored.problems)
+    _print(args, report.checked_json(findings, names), report.checked_text(findings, names) if findings else "")
     if not any(f.measured for f in findings):
         raise ProfileError(
             f"nothing was measured: of the {len(stored.problems)} entries of {path} none was asked for, reached in "
@@ -258,10 +263,26 @@ def _wanted(args: argparse.Namespace, device: str) -> Callable[[Problem], bool]:
     return lambda p: (named is None or replace(p, rows=1) in named) and p.rows in (args.batch_sizes or (p.rows,))
 
 
-def _print(args: argparse.Namespace, full: list[dict], rows: list[dict]) -> None:
-    text = json.dumps(full, indent=2) if args.json else report.as_text(rows) if rows else "nothing was measured"
+def _announcement(args: argparse.Namespace, device: str, problems: list[Problem]) -> str:
+    """What is about to be tuned."""
+    if args.model:
+        what = f"the layers of {args.model}"
+    elif args.shape:
+        what = "a layer of experts"
+    else:
+        what = (
+            "the experts of Qwen3-30B-A3B, of 3 bits and of 2, 3 and 4 mixed, and its largest attention projection; "
+            "for the layers of a model of yours add --model DIR"
+        )
+    sizes = dict.fromkeys(p.rows for p in problems)
+    rows = labels.rows_label(*sizes) if len(sizes) == 1 else f"{', '.join(map(str, sizes))} rows"
+    return f"mlx_marlin-tune: times {len(problems)} problems ({rows}) on the {device}: {what}"
+
+
+def _print(args: argparse.Namespace, full: list[dict], text: str) -> None:
+    """Results on stdout: all of them as JSON, or a table where there are any."""
     with contextlib.suppress(BrokenPipeError):
-        print(text)
+        print(json.dumps(full, indent=2) if args.json else text or "nothing was measured")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,13 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.update(self._task, description=label)
 
+    def say(self, text: str) -> None:
+        """A line beside the progress."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        elif self._lines:
+            print(text, file=sys.stderr, flush=True)
+
     def round(self, active: int, left: int) -> None:
         """A round of the race is over."""
         if self._bar is not None:

@@ -1,49 +1,74 @@
-"""What the tuning command says about its results: rows of a table, and the same in full for programs."""
+"""What the tuning command says about its results: a table with what it needs to be read, and the same in full for
+programs.
+
+Gains are time saved everywhere: in percent of the default config's time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
 from ..kernels import Problem
 from ..profile.schema import Entry
 from .check import Finding
-from .labels import config_label, problem_label
+from .labels import config_label, rows_label
+
+UNDECIDED = "undecided: another config looked faster within the noise; the default stays; try more --iterations"
+_SAVED = "time saved: of the default's, with its 95 % interval; nothing: no other config was faster"
 
 
-def tuned_table(entries: Mapping[Problem, Entry]) -> list[dict]:
-    """A row per entry: best and default config, and the gain with its 95 % interval."""
-    rows = []
-    for problem, e in entries.items():
-        gain, low, high = (100 * (1 / r - 1) for r in (e.ratio[0], e.ratio[2], e.ratio[1]))
-        rows.append(
-            {
-                "problem": problem_label(problem),
-                "rows": problem.rows,
-                "best": config_label(e.config),
-                "default": config_label(e.default),
-                "best_ms": e.samples.median_ms,
-                "default_ms": e.baseline.median_ms,
-                "gain": f"{gain:+.1f} % ({low:+.1f} to {high:+.1f})" if e.decision == "faster" else "0",
-                "decision": e.decision,
-                "measured": len(e.timings),
-                "rejected": len(e.rejected),
-            }
-        )
-    return rows
+def saved_percent(ratio: float) -> float:
+    """Time saved, in percent of the default's, by a config that takes ``ratio`` of it."""
+    return 100 * (1 - ratio)
 
 
-def tuned_json(entries: Mapping[Problem, Entry], failed: Mapping[Problem, str]) -> list[dict]:
+def _saved(entry: Entry) -> tuple[float, float, float]:
+    """Time that an entry's config saves, with its 95 % interval."""
+    ratio, low, high = entry.ratio
+    return saved_percent(ratio), saved_percent(high), saved_percent(low)
+
+
+def tuned_text(entries: Mapping[Problem, Entry], names: Mapping[Problem, str]) -> str:
+    """A line per entry, at most 100 columns: what runs, how long it takes and what that saves.
+
+    Args:
+        entries: What tuning found.
+        names: Of the problems.
+    """
+    rows = [
+        {
+            "problem": names[problem],
+            "rows": problem.rows,
+            "ms": e.samples.median_ms,
+            "time saved": _gain(e),
+            "config": config_label(e.config),
+        }
+        for problem, e in entries.items()
+    ]
+    legend = [UNDECIDED] if any(e.decision == "undecided" for e in entries.values()) else []
+    return "\n".join([_aligned(rows), "", _SAVED, *legend])
+
+
+def _gain(entry: Entry) -> str:
+    if entry.decision != "faster":
+        return "nothing" if entry.decision == "default" else entry.decision
+    return "{:.1f} % ({:.1f} to {:.1f})".format(*_saved(entry))
+
+
+def tuned_json(
+    entries: Mapping[Problem, Entry], failed: Mapping[Problem, str], names: Mapping[Problem, str]
+) -> list[dict]:
     """Every figure of every entry; problems that could not be tuned with the reason."""
     rows = [
         {
-            **_identified(problem),
+            **_identified(problem, names),
             "config": asdict(e.config),
             "default": asdict(e.default),
             "best_ms": e.samples.median_ms,
             "default_ms": e.baseline.median_ms,
-            "ratio": e.ratio[0],
-            "interval": list(e.ratio[1:]),
+            "saved_percent": _saved(e)[0],
+            "saved_percent_interval": list(_saved(e)[1:]),
             "decision": e.decision,
             "verdict": e.verdict,
             "objective": dict(zip(("latency", "throughput", "memory"), e.objective)),
@@ -52,36 +77,51 @@ def tuned_json(entries: Mapping[Problem, Entry], failed: Mapping[Problem, str]) 
         }
         for problem, e in entries.items()
     ]
-    return rows + [{**_identified(problem), "failed": reason} for problem, reason in failed.items()]
+    return rows + [{**_identified(problem, names), "failed": reason} for problem, reason in failed.items()]
 
 
-def checked_table(findings: list[Finding]) -> list[dict]:
-    """A row per finding."""
-    return [
-        {
-            "problem": problem_label(f.problem),
-            "rows": f.problem.rows,
-            "config": config_label(f.entry.config),
-            "stored_ms": f.entry.samples.median_ms,
-            "now_ms": f.now_ms,
-            "default_ms": f.default_ms,
-            "regression": f.regression or f.note,
-        }
-        for f in findings
-    ]
+def checked_text(findings: Iterable[Finding], names: Mapping[Problem, str]) -> str:
+    """A line per finding, at most 100 columns, and below them what was found."""
+    rows, details = [], []
+    for f in findings:
+        is_default, now = f.entry.config == f.entry.default, _saved_now(f)
+        rows.append(
+            {
+                "problem": names[f.problem],
+                "rows": f.problem.rows,
+                "result": _result(f),
+                "ms": f.now_ms,
+                "time saved": "" if now is None else "is the default" if is_default else f"{now:.1f} %",
+                "when tuned": "is the default" if is_default else f"{_saved(f.entry)[0]:.1f} %",
+            }
+        )
+        if f.regression or f.note:
+            details.append(f"{names[f.problem]}, {rows_label(f.problem.rows)}: {f.regression or f.note}")
+    return "\n".join([_aligned(rows), *([""] if details else []), *details])
 
 
-def checked_json(findings: list[Finding]) -> list[dict]:
+def _result(f: Finding) -> str:
+    if f.regression:
+        return "slower" if f.now_ms is not None else "fails"
+    return "ok" if not f.note else "not measured" if f.now_ms is None else "not compared"
+
+
+def _saved_now(f: Finding) -> float | None:
+    return None if f.now_ms is None or not f.default_ms else saved_percent(f.now_ms / f.default_ms)
+
+
+def checked_json(findings: Iterable[Finding], names: Mapping[Problem, str]) -> list[dict]:
     """Every figure of every finding."""
     return [
         {
-            **_identified(f.problem),
+            **_identified(f.problem, names),
             "config": asdict(f.entry.config),
             "default": asdict(f.entry.default),
             "stored_ms": f.entry.samples.median_ms,
-            "stored_ratio": f.entry.ratio[0],
+            "stored_saved_percent": _saved(f.entry)[0],
             "now_ms": f.now_ms,
             "default_ms": f.default_ms,
+            "saved_percent": _saved_now(f),
             "regression": f.regression,
             "note": f.note,
         }
@@ -89,16 +129,20 @@ def checked_json(findings: list[Finding]) -> list[dict]:
     ]
 
 
-def _identified(problem: Problem) -> dict:
-    return {"label": problem_label(problem), "rows": problem.rows, "problem": asdict(problem)}
+def _identified(problem: Problem, names: Mapping[Problem, str]) -> dict:
+    return {"label": names[problem], "rows": problem.rows, "problem": asdict(problem)}
 
 
-def as_text(rows: list[dict]) -> str:
+def _aligned(rows: list[dict]) -> str:
     """Aligned columns; numbers to the right."""
-    cells = [list(rows[0])] + [
-        ["" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows
-    ]
+    cells = [list(rows[0])] + [[_cell(v) for v in row.values()] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     numeric = [not isinstance(v, str) for v in rows[0].values()]
     lines = ("  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric)) for row in cells)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return "" if value is None else str(value)
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"

@@ -26,7 +26,7 @@ from ..measure.race import Limits, RaceSettings
 from ..profile import files as profile_files
 from ..profile import json as profile_json
 from ..profile.schema import Entry, merge, same_origin
-from .labels import name_of
+from .labels import names, rows_label
 from .progress import ProgressBar
 from .session import Session
 from .trial import steps
@@ -119,11 +119,15 @@ class Run:
         waiting = sorted((p for p in problems if p not in tuned), key=session.failed.__contains__)
         mine = waiting[peers.rank :: peers.size]
         before = (len(problems) - len(waiting)) // peers.size
+        if tuned or session.failed or session.verdicts:
+            done = len(problems) - len(waiting)
+            bar.say(f"mlx_marlin-tune: continues an earlier run: {done} of {len(problems)} problems were done")
+        known = names(problems)
         bar.total(before + len(mine), before)
         for i, problem in enumerate(mine):
             if time.perf_counter() > deadline:
                 break
-            bar.begin(name_of(problem))
+            bar.begin(f"{known[problem]}, {rows_label(problem.rows)}")
             self._tune_one(problem, session, deadline, (len(mine) - i) * peers.neighbours, bar)
             bar.end()
         self._exchange(peers, session)

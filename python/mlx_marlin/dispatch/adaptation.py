@@ -86,8 +86,9 @@ class _Contest:
         self.leader = self.ledger.leader(self.base, self.candidates)
         if self.leader == before:
             return False
-        gain = 1.0 - means[self.leader] / means[before]
-        reason = f"measured in use: {gain:.0%} faster than {before.kernel_name} when it took over"
+        saved = 1.0 - means[self.leader] / means[before]
+        of = choices.shown_name(self.problem, before)
+        reason = f"measured in use: saved {saved:.0%} of the time of {of} when it took over"
         untaught = self.leader == choices.from_profile(self.problem).config
         choices.set_feedback(self.problem, None if untaught else self.leader, reason)
         return True

@@ -119,6 +119,7 @@ class TrellisSwitchGLU(TrellisModule):
     ):
         super().__init__()
         self._activation = Activation.checked(activation, alpha, limit)
+        self._top_k: int | None = None
         if bank is None and gate is not None and up is not None and down is not None:
             bank = ExpertBank(gate, up, down)
         elif bank is None or not gate is up is down is None:
@@ -145,6 +146,20 @@ class TrellisSwitchGLU(TrellisModule):
         return self["_activation"]
 
     @property
+    def top_k(self) -> int | None:
+        """Experts per token of the model around the layer, ``None`` where unknown: what :meth:`explain` assumes
+        before the first call. Calls take the k of their indices.
+        """
+        return self._top_k
+
+    @top_k.setter
+    def top_k(self, top_k: int | None) -> None:
+        experts = self["gate_proj"].num_experts
+        if top_k is not None and not 1 <= top_k <= experts:
+            raise ValueError(f"top_k must be in [1, {experts}], the number of experts, or None; got {top_k}")
+        self._top_k = top_k
+
+    @property
     def expert_bits(self) -> tuple[tuple[float, float, float], ...]:
         """(gate, up, down) bits of each expert."""
         return tuple(zip(*(stack.source.bits for stack in self.stacks)))
@@ -152,8 +167,10 @@ class TrellisSwitchGLU(TrellisModule):
     def problem(
         self, rows: int, dtype: mx.Dtype | str, device: str, *, combine: bool = False, top_k: int | None = None
     ) -> Problem:
-        """What a call with this many rows asks for. top_k: that of the latest new kind of call by default, or 1."""
-        top_k = self._derived.configs.top_k if top_k is None else top_k
+        """What a call with this many rows asks for. top_k: by default as in the latest new kind of call, else the
+        model's, else 1.
+        """
+        top_k = (self._derived.configs.top_k or self._top_k or 1) if top_k is None else top_k
         gate, up, down = (stack.source for stack in self.stacks)
         return ops.swiglu_problem(
             gate, up, down, rows, top_k, self.activation.name, dtype, device, combine, self._accuracy
@@ -195,7 +212,8 @@ class TrellisSwitchGLU(TrellisModule):
         Args:
             rows: Tokens, before top-k.
             dtype: Dtype of x. Default: ``None``, as in the latest new kind of call, or float32.
-            top_k: Experts per token. Default: ``None``, as in the latest new kind of call, or 1.
+            top_k: Experts per token. Default: ``None``, as in the latest new kind of call, else as the model that
+                :func:`load` made says, else 1.
             combine: Whether scores are given. Default: ``None``, as in the latest new kind of call, or ``False``.
 
         Returns:

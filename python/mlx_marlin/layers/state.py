@@ -33,13 +33,15 @@ class LayerConfigs:
     Valid for one state of the world: made anew where the weights, the profile or the feedback changed.
 
     Attributes:
-        top_k, combine, dtype: Of the latest new kind of call: what explain() assumes where it is not told.
+        top_k, combine, dtype: Of the latest new kind of call: what explain() assumes where it is not told. Before the
+            first call top_k is ``None``.
     """
 
     __slots__ = ("_resolved", "combine", "dtype", "top_k")
 
     def __init__(self) -> None:
-        self.top_k, self.combine, self.dtype = 1, False, mx.float32
+        self.top_k: int | None = None
+        self.combine, self.dtype = False, mx.float32
         # The generation of the choices, the weights, and the configs; one tuple, so that threads see all or none.
         self._resolved: tuple[int, tuple[ops.Stack, ...], dict[tuple, ops.NativeConfig]] = (-1, (), {})
 

@@ -31,6 +31,26 @@ _ACTIVATIONS = {
     "mlx_lm.models.gpt_oss.SwiGLU": "swiglu_oai",  # mlx-lm 0.31, the last one for Python 3.10: alpha 1.702, limit 7
 }
 
+TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "top_k_experts",
+    "moe_top_k",
+    "experts_per_token",
+    "moe_k",
+)
+"""How mlx-lm's model configs call the experts per token."""
+
+
+def experts_per_token(config: dict, experts: int) -> int | None:
+    """The top-k that a model's config names, if one in [1, experts]."""
+    for part in (config, config.get("text_config") or {}):
+        for key in TOP_K_KEYS:
+            if isinstance(part.get(key), int) and 1 <= part[key] <= experts:
+                return part[key]
+    return None
+
 
 def activation_of(module: nn.Module) -> Activation | None:
     """The activation of a ``SwitchGLU`` as the fused kernels know it; ``None`` if they do not."""

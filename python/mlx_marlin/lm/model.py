@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 
 from .. import kernels, ops
+from ..layers.experts import TrellisSwitchGLU
 from ..layers.partial import PartlyQuantizedSwitchGLU
 from ..layers.state import TrellisModule
 from ..loader.directory import Kind, TrellisModelLoader
@@ -27,7 +28,7 @@ from ..loader.scaling import up_divisor, without_folded_scales
 from ..ops import DTYPE_NAMES
 from ..storage.untrusted import is_listed, stamp
 from .embedding import EmbeddingWithHead, make_embedding
-from .experts import make_head, whole_experts, whole_linear
+from .experts import experts_per_token, make_head, whole_experts, whole_linear
 from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap, map_weights
 from .placeholders import LinearSource
 from .shapes import check_call
@@ -211,6 +212,7 @@ def _fill_embeddings(model: nn.Module, mapping: WeightMap, dtype: mx.Dtype | Non
 def fill(
     model: nn.Module,
     mapping: WeightMap,
+    config: dict,
     dtype: mx.Dtype | None,
     accuracy: str,
     *,
@@ -224,6 +226,7 @@ def fill(
     Args:
         model: The model that ``mapping`` was made for.
         mapping: Where everything goes. Its dense arrays are taken out, so that nothing holds on to them.
+        config: Of the model; says how many experts a token takes.
         dtype: See :func:`cast_dense`.
         accuracy: Of the products, one of ``kernels.ACCURACIES``.
         lazy: Leave the unquantized parameters unevaluated.
@@ -259,6 +262,8 @@ def fill(
     for module in model.modules():
         if isinstance(module, TrellisModule):
             module.accuracy = accuracy
+        if isinstance(module, TrellisSwitchGLU):
+            module.top_k = experts_per_token(config, module.gate_proj.num_experts)
     model.eval()
 
 
@@ -337,7 +342,7 @@ def load_exl3_model(
     before = {file: stamp(file) for file in Path(model_path).glob("*.safetensors") if file.exists()}
     model, config, mapping = open_checkpoint(Path(model_path), model_config)
     try:
-        fill(model, mapping, dtype, accuracy, lazy=lazy, progress=progress)
+        fill(model, mapping, config, dtype, accuracy, lazy=lazy, progress=progress)
     except (FileNotFoundError, RuntimeError) as error:  # MLX's reader raises the latter
         _check_unchanged(before, error)
         raise

@@ -5,20 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..kernels import Problem
-from .experts import activation_of, unquantized_experts
+from .experts import TOP_K_KEYS, activation_of, experts_per_token, unquantized_experts
 from .mapping import PROJECTIONS
 from .model import module_at, open_checkpoint, product_accuracy
-
-# How mlx-lm's model configs call the experts per token.
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_top_k", "experts_per_token")
-
-
-def _top_k(config: dict, experts: int) -> int:
-    for part in (config, config.get("text_config") or {}):
-        for name in _TOP_K:
-            if isinstance(part.get(name), int) and 1 <= part[name] <= experts:
-                return part[name]
-    raise ValueError(f"config.json does not say how many experts a token takes; looked for {', '.join(_TOP_K)}")
 
 
 def model_problems(
@@ -48,11 +37,15 @@ def model_problems(
         if not stacks[0]:
             continue
         experts = len(stacks[0])
+        top_k = experts_per_token(config, experts)
+        if top_k is None:
+            keys = ", ".join(TOP_K_KEYS)
+            raise ValueError(f"config.json does not say how many experts a token takes; looked for {keys}")
         problem = Problem.swiglu(
             module_at(model, path)[PROJECTIONS[0]].weight.shape[2],
             stacks[0][0].padded_shape[1],
             experts=experts,
-            top_k=_top_k(config, experts),
+            top_k=top_k,
             bits=zip(*([w.bits for w in stack] for stack in stacks)),
             codebooks=[w.codebook for stack in stacks for w in stack],
             activation=activation.name,

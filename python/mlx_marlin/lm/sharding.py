@@ -309,7 +309,7 @@ def sharded_load(
         tokenizer_config or {"trust_remote_code": trust_remote_code},
         eos_token_ids=config.get("eos_token_id"),
     )
-    fill(model, mapping, dtype, accuracy, progress=progress, **makers)
+    fill(model, mapping, config, dtype, accuracy, progress=progress, **makers)
     report(model, mapping)
     # All ranks wait for the slowest here, so that the first message of one does not time out.
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))

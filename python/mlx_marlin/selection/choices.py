@@ -33,11 +33,19 @@ class Choice:
 
     def __str__(self) -> str:
         c = self.config
+        workers = "threads" if self.problem.device == "cpu" else "simdgroups"
         return (
-            f"{c.kernel_name} (variant {c.kernel_variant}, tile {c.tile_size_m} x {c.tile_size_n}, "
-            f"simdgroups {c.simdgroups}, fp32 accumulation {'on' if c.use_fp32_acc else 'off'}): "
+            f"{shown_name(self.problem, c)} (variant {c.kernel_variant}, tile {c.tile_size_m} x {c.tile_size_n}, "
+            f"{workers} {c.simdgroups}, fp32 accumulation {'on' if c.use_fp32_acc else 'off'}): "
             f"{self.reason}"
         )
+
+
+def shown_name(problem: Problem, config: KernelConfig) -> str:
+    """What a config's kernel is called where it is shown: the names are those of SwiGLU kernels, which a linear does
+    not run.
+    """
+    return config.kernel_name if problem.kind == "swiglu" else f"linear {config.kernel_variant}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class _Choices:
                 f"every kernel for {problem} is refused on this {problem.device}, the last because: "
                 f"{refused[choice.config].reason}. {_WHAT_TO_DO}"
             )
-        reason = f"{choice.config.kernel_name} is refused here: {refused[choice.config].reason}"
+        reason = f"{shown_name(problem, choice.config)} is refused here: {refused[choice.config].reason}"
         return Choice(problem, following, reason, tuned=False)
 
 
@@ -116,7 +124,7 @@ _choices = _Choices()
 def from_profile(problem: Problem) -> Choice:
     """The choice without feedback: the tuned or predicted profile's, else the default."""
     found = profile.find(problem)
-    # A layer that has not been called knows no top-k and says 1: the reason shows what was assumed.
+    # A layer that is no loaded model's and has not been called says 1: the reason shows what was assumed.
     top_k = f" and top-k {problem.top_k}" if problem.kind == "swiglu" else ""
     asked = f"{problem.rows} row{'' if problem.rows == 1 else 's'}{top_k}"
     if found is not None:
