@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from . import atomic
+from .reads import Read, read_all
 from .untrusted import check_genuine, is_whole, parse_json
 
 # The header limit of the reference implementation (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
@@ -60,31 +61,25 @@ class TensorInfo(NamedTuple):
     def array(self) -> np.ndarray:
         """The tensor in the dtype of :data:`NUMPY_DTYPES`; see :meth:`rows`."""
         values = np.empty(self.shape, NUMPY_DTYPES[self.dtype])
-        self._fill(values, self.start)
+        read_all([Read(self.file, self.start, values)])
         return values
+
+    def into(self, values: np.ndarray) -> Read:
+        """What reads the tensor into an array of its size."""
+        if values.nbytes != self.nbytes:
+            raise ValueError(f"{self.file}: {self.nbytes} bytes of a tensor do not fit into {values.nbytes}")
+        return Read(self.file, self.start, values)
 
     def rows(self, first: int, stop: int) -> np.ndarray:
         """A range along the first axis, of which alone the bytes are read.
-
-        Read, not mapped: a file that becomes shorter is an error, where a map would end the process.
 
         Raises:
             ValueError: If the file ends early.
             OSError: If it cannot be read.
         """
         values = np.empty((stop - first, *self.shape[1:]), NUMPY_DTYPES[self.dtype])
-        self._fill(values, self.start + first * (self.nbytes // max(1, self.shape[0])))
+        read_all([Read(self.file, self.start + first * (self.nbytes // max(1, self.shape[0])), values)])
         return values
-
-    def _fill(self, values: np.ndarray, start: int) -> None:
-        if not values.nbytes:
-            return
-        wanted = values.reshape(-1).view(np.uint8).data
-        with open(self.file, "rb") as stream:
-            stream.seek(start)
-            there = stream.readinto(wanted)
-        if there != len(wanted):
-            raise ValueError(f"{self.file} ends early: {len(wanted)} bytes wanted at {start}, {there} there")
 
     def read(self) -> bytes:
         """The tensor's bytes.
