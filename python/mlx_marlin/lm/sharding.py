@@ -197,6 +197,7 @@ def split(model: nn.Module, probe: nn.Module, mapping: WeightMap, group: mx.dist
         cuts[path] = cut
     _check_experts(mapping, cuts)
     mapping.dense.update({key: module_at(model, key) for key in mapping.dense})
+    mapping.stored.clear()  # parts of tensors
     return cuts
 
 
