@@ -227,7 +227,7 @@ def test_what_one_of_several_processes_had_done_is_known_to_all_and_then_forgott
     """One file for all processes of a plan: whoever finishes it removes it, and the next run measures all again."""
     path = tmp_path / "p.json"
     arguments = [*SMALL, "--batch-sizes", "1,2,4", "--output", str(path)]
-    assert launch(*arguments).returncode == 0
+    assert tune_cli.main(arguments) == 0
 
     def stamps():
         return {p: e.timestamp for p, e in profile.load(path).problems.items()}

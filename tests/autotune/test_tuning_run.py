@@ -143,12 +143,14 @@ def test_whoever_finishes_the_plan_takes_nothing_from_the_other(tmp_path):
 # Real signals
 
 
-MANY = ",".join(map(str, range(1, 25)))
+MANY = ",".join(map(str, range(1, 11)))
 
 
 def started(path):
     """A run of its own process that has stored something, but not yet all."""
-    code = "from mlx_marlin.autotune.cli import main; raise SystemExit(main())"
+    # Whoever runs the tests in a shell's background gave us SIGINT ignored, which a child inherits.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from mlx_marlin.autotune.cli import main; raise SystemExit(main())"
     run = subprocess.Popen(
         [sys.executable, "-c", code, *SMALL, "--batch-sizes", MANY, "--output", str(path)],
         stderr=subprocess.PIPE,
@@ -167,7 +169,7 @@ def test_an_interrupted_process_keeps_what_it_measured(tmp_path, number):
     run.send_signal(number)
     error = run.stderr.read()
     assert run.wait() == 130 and "interrupted" in error and "Traceback" not in error
-    assert 1 <= len(profile.load(path).problems) <= 24 and not list(tmp_path.glob("*.tmp"))
+    assert 1 <= len(profile.load(path).problems) <= 10 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_killed_process_is_continued_where_it_was(tmp_path):
@@ -180,7 +182,7 @@ def test_a_killed_process_is_continued_where_it_was(tmp_path):
     assert before
     assert tune("--batch-sizes", MANY, "--output", str(path)) == 0
     after = {p: e.timestamp for p, e in profile.load(path).problems.items()}
-    assert {p.rows for p in after} == set(range(1, 25))
+    assert {p.rows for p in after} == set(range(1, 11))
     again = [p for p in before if after[p] != before[p]]
     assert len(again) <= 1  # the last one may have been stored and not yet noted
     assert not list(tmp_path.glob("*.session*"))

@@ -20,6 +20,7 @@ from mlx_marlin.quantize.calibration import BUNDLED
 from mlx_marlin.storage.safetensors import Tensor, read_header, write_tensors
 from tests.support.generic_checkpoints import logits
 from tests.support.paths import MODELS
+from tests.support.small_conversions import quick_conversions  # noqa: F401
 
 HIDDEN, WIDTH, EXPERTS, VOCABULARY = 128, 128, 4, 2048
 
@@ -231,7 +232,7 @@ def test_logits_equal_those_of_the_dequantized_weights(converted, tmp_path):
     np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
 
 
-def test_whole_widths_only(moe, calibration, tmp_path):
+def test_whole_widths_only(moe, calibration, tmp_path, quick_conversions):  # noqa: F811
     """For readers older than half rates."""
     allocation = convert(
         moe, tmp_path / "exl3", bits=2.5, head_bits=16, half_rates=False, calibration=calibration, mixed="uniform"
@@ -241,7 +242,7 @@ def test_whole_widths_only(moe, calibration, tmp_path):
     assert {loader.load_weight(name).bits for name in allocation.widths} == {2, 3}
 
 
-def test_a_head_of_a_half_rate(moe, calibration, tmp_path):
+def test_a_head_of_a_half_rate(moe, calibration, tmp_path, quick_conversions):  # noqa: F811
     allocation = convert(moe, tmp_path / "exl3", bits=2.6, head_bits=3.5, calibration=calibration, mixed="uniform")
     assert 2.5 in allocation.widths.values() and set(allocation.widths.values()) <= {2, 2.5, 3}
     assert TrellisModelLoader(tmp_path / "exl3").load_weight("lm_head").bits == 3.5

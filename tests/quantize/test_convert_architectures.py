@@ -16,6 +16,7 @@ from tests.support import architectures, generic_checkpoints
 from tests.support.checkpoints import SIZES
 from tests.support.generic_checkpoints import logits
 from tests.support.paths import MODELS
+from tests.support.small_conversions import quick_conversions  # noqa: F401
 
 DOCS_MOE = MODELS / "docs-moe"
 VOCABULARY = 2048  # of the tokenizer
@@ -25,7 +26,7 @@ NAMES = ["mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in SLO
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_linear_is_quantized_and_the_model_runs(name, tmp_path):
+def test_every_linear_is_quantized_and_the_model_runs(name, tmp_path, quick_conversions):  # noqa: F811
     layers = 1 if name == "mixtral" else 2  # the others' first layer is unlike the second
     sizes = replace(SIZES, vocab=VOCABULARY, experts=3, layers=layers)
     checkpoint = architectures.ARCHITECTURES[name](sizes)
