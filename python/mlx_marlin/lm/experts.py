@@ -79,22 +79,22 @@ def load_stack(sources: Sequence[LinearSource], in_features: int, out_features: 
     tiles = k // codec.TILE, n // codec.TILE
     sizes = [tiles[0] * tiles[1] * codec.words_per_tile(linear.bits) for linear in linears]
     codes = ops.uninitialized((sum(sizes) // 2,), mx.uint32)  # a tile has an even number of words
-    scales = [ops.uninitialized((experts, size), mx.float16) for size in (k, n)]
-    words, suh, svh = (np.array(array, copy=False) for array in (codes, *scales))
+    inputs, outputs = (ops.uninitialized((experts, size), mx.float16) for size in (k, n))
+    words, suh, svh = (np.array(array, copy=False) for array in (codes, inputs, outputs))
     reads, start = [], 0
     for e, (source, linear, size) in enumerate(zip(sources, linears, sizes)):
         trellis = words.view(np.int16)[start : start + size].reshape(*tiles, -1)
         reads += linear.fill(trellis, suh[e], svh[e], columns=source.blocks)
         start += size
     read_all(reads)
-    for source, outputs in zip(sources, svh):
+    for source, scales in zip(sources, svh):
         if source.factor != 1:
-            outputs *= np.float16(source.factor)
-            _check_finite(source, bool(np.isfinite(outputs).all()))
-    formats = [codec.format_word(linear.bits, linear.codebook) for linear in linears]
-    return ExpertStack(
-        codes, mx.array(formats, mx.uint32), *scales, _stacked_biases(sources, n), in_features, out_features
-    )
+            with np.errstate(over="ignore"):  # told below
+                scales *= np.float16(source.factor)
+            _check_finite(source, bool(np.isfinite(scales).all()))
+    formats = mx.array([codec.format_word(linear.bits, linear.codebook) for linear in linears], mx.uint32)
+    biases = _stacked_biases(sources, n)
+    return ExpertStack(codes, formats, inputs, outputs, biases, in_features, out_features)
 
 
 def _stacked_biases(sources: Sequence[LinearSource], n: int) -> mx.array | None:
