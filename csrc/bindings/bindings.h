@@ -5,6 +5,7 @@
 
 namespace mlx_marlin {
 
+void bind_buffers(nanobind::module_& m);
 void bind_primitives(nanobind::module_& m);
 void bind_plan(nanobind::module_& m);
 void bind_viterbi(nanobind::module_& m);

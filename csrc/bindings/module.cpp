@@ -44,6 +44,7 @@ NB_MODULE(_ext, m) {
   // Registers mx.array and the stream types first, so that signatures name them.
   nb::module_::import_("mlx.core");
   m.doc() = "The C++ extension of mlx_marlin. Use it through mlx_marlin.ops.";
+  mlx_marlin::bind_buffers(m);
   mlx_marlin::bind_primitives(m);
   mlx_marlin::bind_plan(m);
   mlx_marlin::bind_runtime(m);

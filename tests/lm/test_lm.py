@@ -19,6 +19,7 @@ from mlx_marlin.lm.placeholders import LinearSource, Placeholders
 from mlx_marlin.lm.problems import model_problems
 from mlx_marlin.loader.directory import TrellisModelLoader
 from mlx_marlin.ops import Activation
+from mlx_marlin.weights.experts import ExpertStack
 from tests.support import architectures, generic_checkpoints
 from tests.support.cases import expert_formats, random_experts, row_error
 from tests.support.checkpoints import Sizes
@@ -229,7 +230,7 @@ def test_experts_with_any_activation(rows, activation):
     x = mx.array(rng.standard_normal((1, rows, 192)).astype(np.float32))
     indices = mx.array(rng.integers(0, 4, (1, rows, 2)).astype(np.uint32))
     expected = np.array(glu(x, indices)).astype(np.float64)
-    made = make_glu(glu, **experts)
+    made = make_glu(glu, **{name: ExpertStack.of(name, weights) for name, weights in experts.items()})
     assert isinstance(made, SwitchGLU if type(activation) is Clamped else TrellisSwitchGLU)
     assert row_error(made(x, indices), expected) < 1e-5
     assert made(x.astype(mx.bfloat16), indices).dtype == mx.bfloat16

@@ -134,3 +134,18 @@ def test_the_first_run_has_its_tests_and_whole_compile_errors():
     errors = [f"linear.metal:{i}:1: error: {'x' * 500}\n  y\n  ^" for i in range(10)]
     assert first_run.told("\n".join(errors)) == "\n".join(errors)
     assert len(first_run.told("E" * 5000)) == 1000
+
+
+def test_whole_models_are_written_loaded_and_run(tmp_path):
+    """Both formats of a random checkpoint, in this process; main() gives each a process of its own."""
+    from bench.cpu import model
+
+    arguments = model._parse(["--shape", "tiny", "--layers", "1", "--bits", "3", "--threads", "2"])
+    directories = model.write_shape(tmp_path, arguments)
+    results = [model.measure(directory, [5, 9], generated=2, threads=2) for directory in directories]
+    assert [result["kind"] for result in results] == ["EXL3", "mlx-lm"]
+    for result in results:
+        assert result["weight_bytes"] > 2048 * 256 * 4 and result["load"]["wall_s"] > 0
+        assert [run["context"] for run in result["runs"]] == [5, 9]
+        assert all(run["prompt"]["tokens_per_s"] > 0 and run["generation"]["cpu_s"] >= 0 for run in result["runs"])
+    model.print_table(results)

@@ -6,7 +6,6 @@ when the model is unfrozen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from operator import is_
 
 import mlx.core as mx
@@ -17,8 +16,7 @@ from ..kernels import KernelConfig, Problem
 from ..ops import Activation
 from ..selection import choices
 from ..selection.choices import Choice
-from ..weights.experts import ExpertBank, ExpertStack, check_projections
-from ..weights.trellis import TrellisWeight
+from ..weights.experts import ExpertBank, Experts, ExpertStack, check_projections
 from .state import StackArrays, StackedModule, TrellisModule
 
 
@@ -97,7 +95,7 @@ class TrellisSwitchGLU(TrellisModule):
     """The experts of a mixture-of-experts layer, fused. A drop-in for mlx-lm's ``SwitchGLU``.
 
     Args:
-        gate: One :class:`TrellisWeight` per expert.
+        gate: One :class:`TrellisWeight` per expert; or an :class:`ExpertStack` of all.
         up: The same.
         down: The same.
         activation: ``"silu"``, ``"gelu_tanh"`` or ``"swiglu_oai"``. Default: ``"silu"``.
@@ -108,9 +106,9 @@ class TrellisSwitchGLU(TrellisModule):
 
     def __init__(
         self,
-        gate: Iterable[TrellisWeight] | None = None,
-        up: Iterable[TrellisWeight] | None = None,
-        down: Iterable[TrellisWeight] | None = None,
+        gate: Experts | None = None,
+        up: Experts | None = None,
+        down: Experts | None = None,
         activation: str = "silu",
         alpha: float = 1.702,
         limit: float = 7.0,

@@ -6,17 +6,19 @@ Experts whose activation has no fused kernel keep mlx-lm's ``SwitchGLU``, over o
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import codec
+from .. import codec, ops
 from ..layers.experts import TrellisExperts, TrellisSwitchGLU
 from ..layers.linear import TrellisLinear
 from ..layers.partial import PartlyQuantizedSwitchGLU
 from ..loader.exl3 import PlainLinear
 from ..ops import Activation
+from ..storage.reads import read_all
 from ..weights.experts import ExpertStack
 from ..weights.trellis import TrellisWeight
 from .mapping import PROJECTIONS
@@ -63,22 +65,69 @@ def activation_of(module: nn.Module) -> Activation | None:
     return Activation(name)
 
 
-def make_glu(module: nn.Module, gate: list, up: list, down: list) -> nn.Module:
+def make_glu(module: nn.Module, gate: ExpertStack, up: ExpertStack, down: ExpertStack) -> nn.Module:
     """What stands for a ``SwitchGLU``: a fused layer, or the module itself over trellis projections.
 
     Args:
         module: The ``SwitchGLU``.
-        gate, up, down: One :class:`TrellisWeight` per expert.
+        gate, up, down: The experts' weights.
     """
     activation = activation_of(module)
     if activation is not None:
         return TrellisSwitchGLU(gate, up, down, *activation)
     # As in the fused kernels, the padded width flows from gate and up into down.
-    wide = [[TrellisWeight(w.trellis, w.suh, w.svh, w.codebook, w.bias, w.in_features) for w in p] for p in (gate, up)]
-    narrow = [TrellisWeight(w.trellis, w.suh, w.svh, w.codebook, w.bias, None, w.out_features) for w in down]
-    for name, weights in zip(PROJECTIONS, (*wide, narrow)):
-        module[name] = TrellisExperts(ExpertStack.of(name, weights))
+    for name, stack in zip(PROJECTIONS, (gate, up, down)):
+        in_features, out_features = (None, stack.out_features) if stack is down else (stack.in_features, None)
+        arrays = stack.codes, stack.formats, stack.suh, stack.svh, stack.bias
+        module[name] = TrellisExperts(ExpertStack(*arrays, in_features, out_features))
     return module
+
+
+def load_stack(sources: Sequence[LinearSource], in_features: int, out_features: int) -> ExpertStack:
+    """Read the weights of a projection of experts, each to its place among the others.
+
+    Args:
+        sources: One for each expert, all quantized.
+        in_features: Logical inputs of each.
+        out_features: Logical outputs of each.
+
+    Raises:
+        ValueError: If a source was left unquantized, or its outputs times its factor are beyond half precision.
+    """
+    linears, experts = [source.quantized for source in sources], len(sources)
+    k, n = codec.padded(in_features), codec.padded(out_features)
+    tiles = k // codec.TILE, n // codec.TILE
+    sizes = [tiles[0] * tiles[1] * codec.words_per_tile(linear.bits) for linear in linears]
+    codes = ops.uninitialized((sum(sizes) // 2,), mx.uint32)  # a tile has an even number of words
+    inputs, outputs = (ops.uninitialized((experts, size), mx.float16) for size in (k, n))
+    words, suh, svh = (np.array(array, copy=False) for array in (codes, inputs, outputs))
+    reads, start = [], 0
+    for e, (source, linear, size) in enumerate(zip(sources, linears, sizes)):
+        trellis = words.view(np.int16)[start : start + size].reshape(*tiles, -1)
+        reads += linear.fill(trellis, suh[e], svh[e], columns=source.blocks)
+        start += size
+    read_all(reads)
+    for source, scales in zip(sources, svh):
+        if source.factor != 1:
+            with np.errstate(over="ignore"):  # told below
+                scales *= np.float16(source.factor)
+            _check_finite(source, bool(np.isfinite(scales).all()))
+    formats = mx.array([codec.format_word(linear.bits, linear.codebook) for linear in linears], mx.uint32)
+    biases = _stacked_biases(sources, n)
+    return ExpertStack(codes, formats, inputs, outputs, biases, in_features, out_features)
+
+
+def _stacked_biases(sources: Sequence[LinearSource], n: int) -> mx.array | None:
+    """float32 ``[experts, n]``, zero where an expert has none; ``None`` if none has."""
+    biases = [source.quantized.load_bias(source.blocks) for source in sources]
+    if all(bias is None for bias in biases):
+        return None
+    return mx.stack([mx.zeros((n,), mx.float32) if b is None else b.astype(mx.float32) for b in biases])
+
+
+def _check_finite(source: LinearSource, finite: bool) -> None:
+    if not finite:
+        raise ValueError(f"{source.linear.name}.svh times {source.factor} is beyond half precision")
 
 
 def load_source(
@@ -94,8 +143,7 @@ def load_source(
     w = source.quantized.load(rows, columns, in_features=in_features, out_features=out_features)
     if source.factor != 1:
         w.svh = w.svh * source.factor
-        if not mx.isfinite(w.svh).all().item():
-            raise ValueError(f"{source.linear.name}.svh times {source.factor} is beyond half precision")
+        _check_finite(source, bool(mx.isfinite(w.svh).all().item()))
     return w
 
 
@@ -146,11 +194,10 @@ def whole_experts(_path: str, module: nn.Module, sources: dict[str, list[LinearS
                 dense[projection].bias = mx.stack([bias[:out_features] for bias in biases])
     if dense is not None and all(is_dense):
         return dense
-    weights = [
-        [load_source(s, *reversed(shapes[projection])) for s, kind in zip(sources[projection], is_dense) if not kind]
-        for projection in PROJECTIONS
-    ]
-    quantized = make_glu(module, *weights)
+    gate, up, down = (
+        load_stack([s for s, kind in zip(sources[p], is_dense) if not kind], *reversed(shapes[p])) for p in PROJECTIONS
+    )
+    quantized = make_glu(module, gate, up, down)
     return quantized if dense is None else PartlyQuantizedSwitchGLU(quantized, dense, is_dense)
 
 

@@ -23,6 +23,7 @@ from ..loader.contents import NGRAM, OTHER, LeftOut, parts_of, seems_to_be
 from ..loader.directory import TrellisModelLoader
 from ..loader.embedding import QuantizedEmbedding
 from ..loader.exl3 import PlainLinear, QuantizedLinear
+from ..storage.safetensors import TensorInfo
 from .embedding import make_placeholders, take_embeddings
 from .placeholders import EXPERT, LinearSource, Placeholders
 
@@ -54,6 +55,7 @@ class WeightMap:
         heads: Source of the output head, by the path of the embeddings that the model would use instead.
         embeddings: Each quantized token embedding, by its path in the model.
         dense: All other parameters of the model, lazy, by path.
+        stored: Where those of the dense parameters lie that the model takes as the checkpoint has them.
         left_out: What of the checkpoint the model does not use.
     """
 
@@ -62,6 +64,7 @@ class WeightMap:
     heads: dict[str, LinearSource] = field(default_factory=dict)
     embeddings: dict[str, QuantizedEmbedding] = field(default_factory=dict)
     dense: dict[str, mx.array] = field(default_factory=dict)
+    stored: dict[str, TensorInfo] = field(default_factory=dict)
     left_out: LeftOut = LeftOut({})
 
 
@@ -174,6 +177,9 @@ def map_weights(model: nn.Module, loader: TrellisModelLoader) -> WeightMap:
             mapping.dense[key] = value
     _place_head(mapping, checkpoint)
     _check_complete(model, checkpoint, mapping)
+    names = {id(value): name for name, value in unquantized.items()}
+    taken = {key: names[id(value)] for key, value in mapping.dense.items() if id(value) in names}
+    mapping.stored = {key: loader.unquantized[name] for key, name in taken.items()}
     mapping.left_out = _left_out(mapping, checkpoint, unquantized)
     return mapping
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm import utils as mlx_lm_utils
 
 from .. import kernels, ops
@@ -26,6 +27,8 @@ from ..layers.state import TrellisModule
 from ..loader.directory import Kind, TrellisModelLoader
 from ..loader.scaling import up_divisor, without_folded_scales
 from ..ops import DTYPE_NAMES
+from ..storage.reads import read_all
+from ..storage.safetensors import TensorInfo
 from ..storage.untrusted import is_listed, stamp
 from .embedding import EmbeddingWithHead, make_embedding
 from .experts import experts_per_token, make_head, whole_experts, whole_linear
@@ -44,6 +47,7 @@ MakeExperts = Callable[[str, nn.Module, dict[str, list[LinearSource]]], nn.Modul
 """Makes what stands for the ``SwitchGLU`` at a path, from the module there and its projections' sources."""
 
 _log = logging.getLogger("mlx_marlin.lm")
+_DTYPES = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 _LAYER = re.compile(r"(?:^|.*?\.)layers\.\d+(?=\.)")
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
@@ -165,6 +169,28 @@ def cast_dense(model: nn.Module, dense: dict[str, mx.array], dtype: mx.Dtype | N
     return {key: cast(key, value) for key, value in dense.items()}
 
 
+def read_dense(stored: dict[str, TensorInfo], dense: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Dense parameters read straight into the dtype that they run in, where that loses nothing.
+
+    MLX would hold a tensor twice to cast it, on one thread: a quarter of the time that a model takes to load.
+
+    Args:
+        stored: Where they lie in the checkpoint.
+        dense: The same, lazy, in the dtype that they run in.
+    """
+    read, reads = {}, []
+    for path, info in stored.items():
+        dtype, stored_dtype = dense[path].dtype, _DTYPES.get(info.dtype)
+        if stored_dtype is None or (dtype != stored_dtype and dtype != mx.float32):
+            continue
+        read[path] = ops.uninitialized(info.shape, dtype)
+        # NumPy has no bfloat16; bytes do for what is not widened.
+        shared = read[path] if dtype == mx.float32 else read[path].view(mx.uint16)
+        reads.append(info.into(np.array(shared, copy=False)))
+    read_all(reads)
+    return read
+
+
 def module_at(model: nn.Module, path: str) -> Any:
     """The module at a path, or None where it is gone (layers of other pipeline ranks)."""
     module: Any = model
@@ -241,6 +267,7 @@ def fill(
     del present
     model.load_weights(list(dense.items()), strict=False)
     _fill_embeddings(model, mapping, target)
+    stored = {} if lazy else {key: info for key, info in mapping.stored.items() if key in dense}
     groups = groups_of((*dense, *mapping.linears, *mapping.experts))
     for done, group in enumerate(groups, 1):
         for path in group:
@@ -255,6 +282,9 @@ def fill(
                     made.dense.set_dtype(target)
                 replace_module(model, path, made)
         if not lazy:
+            read = read_dense({path: stored[path] for path in group if path in stored}, dense)
+            model.load_weights(list(read.items()), strict=False)
+            dense.update(read)
             mx.eval([dense[path] for path in group if path in dense])
         mx.clear_cache()  # the buffers that this layer was read into are of no use to the next
         if progress is not None:

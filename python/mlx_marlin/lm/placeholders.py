@@ -54,17 +54,18 @@ class Placeholders:
         self.linears: list[QuantizedLinear | PlainLinear] = [*loader.linears.values(), *self.plain]
 
     def make(self) -> dict[str, mx.array]:
-        weights = {}
-        for number, linear in enumerate(self.linears):
-            rows = mx.arange(linear.padded_shape[1], dtype=mx.uint64)
-            weights[f"{linear.name}.weight"] = (rows + mx.array(number << 32, mx.uint64))[:, None]
-        return weights
+        rows = {n: mx.arange(n, dtype=mx.uint64)[:, None] for n in {linear.padded_shape[1] for linear in self.linears}}
+        mx.eval(list(rows.values()))
+        return {
+            f"{linear.name}.weight": rows[linear.padded_shape[1]] + mx.array(number << 32, mx.uint64)
+            for number, linear in enumerate(self.linears)
+        }
 
     def read(self, path: str, codes: np.ndarray, logical: int) -> LinearSource:
         """The source of a weight with these codes that has ``logical`` rows in the model."""
         numbers, rows = codes >> 32, (codes & 0xFFFFFFFF).astype(np.int64)
-        names = [self.linears[n].name for n in np.unique(numbers)]
-        if len(names) > 1:
+        if (numbers != numbers[0]).any():
+            names = [self.linears[n].name for n in np.unique(numbers)]
             raise ValueError(
                 f"{self.directory}: mlx-lm joins {names[0]} and {names[1]} into {path}; linears that are quantized "
                 "separately cannot be joined"

@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..codec import HADAMARD_SIZE
 from ..layers.linear import TrellisLinear
+from ..weights.experts import ExpertStack
 from ..weights.trellis import TrellisWeight
 from .experts import load_source, make_glu, unquantized_experts
 from .hub import fetch
@@ -196,6 +197,7 @@ def split(model: nn.Module, probe: nn.Module, mapping: WeightMap, group: mx.dist
         cuts[path] = cut
     _check_experts(mapping, cuts)
     mapping.dense.update({key: module_at(model, key) for key in mapping.dense})
+    mapping.stored.clear()  # parts of tensors
     return cuts
 
 
@@ -237,11 +239,12 @@ def _make_linear(cuts: dict[str, Cut], group: mx.distributed.Group) -> MakeLinea
 
 def _make_experts(cuts: dict[str, Cut]) -> MakeExperts:
     def make(path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> nn.Module:
-        weights: list[list[TrellisWeight]] = []
+        stacks: list[ExpertStack] = []
         for projection in PROJECTIONS:
             cut, bias = cuts[f"{path}.{projection}"], module[projection].get("bias")
-            weights.append([cut.load(s, None if bias is None else bias[e]) for e, s in enumerate(sources[projection])])
-        return make_glu(module, *weights)
+            weights = [cut.load(s, None if bias is None else bias[e]) for e, s in enumerate(sources[projection])]
+            stacks.append(ExpertStack.of(projection, weights))
+        return make_glu(module, *stacks)
 
     return make
 

@@ -6,8 +6,10 @@ import re
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
-from .. import codec
+from .. import codec, ops
+from ..storage.reads import read_all
 from ..storage.safetensors import TensorInfo
 from ..weights.embedding import EmbeddingWeight
 
@@ -113,8 +115,10 @@ class QuantizedEmbedding:
         Raises:
             ValueError: If the file has other values than +1 and -1 for signs, or a row cannot have so many elements.
         """
-        tables = [mx.array(table.array()) for table in self.tables]
-        trellis = tables[0] if len(tables) == 1 else mx.concatenate(tables)
+        trellis = ops.uninitialized((self.rows, self.tables[0].shape[1]), mx.int16)
+        values = np.array(trellis, copy=False)
+        ends = np.cumsum([table.shape[0] for table in self.tables])
+        read_all([t.into(values[end - t.shape[0] : end]) for t, end in zip(self.tables, ends)])
         try:
             return EmbeddingWeight(trellis, mx.array(self.parts["signs"].array()), features)
         except ValueError as error:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from .. import codec, ops
+from ..storage.reads import Read, read_all
 from ..storage.safetensors import TensorInfo
 from ..weights.trellis import TrellisWeight
 
@@ -123,38 +125,71 @@ class QuantizedLinear:
             in_features: Logical number of inputs of the result. Default: the padded one.
             out_features: Logical number of outputs of the result. Default: the padded one.
         """
-        tiles, first = codec.HADAMARD_SIZE // codec.TILE, 0
-        if rows:
-            first = min(rows)
-            trellis = self.parts["trellis"].rows(first * tiles, (max(rows) + 1) * tiles)
-        else:
-            trellis = self.parts["trellis"].array()
-        if rows is not None or columns is not None:
-            blocks = trellis.reshape(trellis.shape[0] // tiles, tiles, trellis.shape[1] // tiles, tiles, -1)
-            blocks = blocks if rows is None else blocks[[row - first for row in rows]]
-            blocks = blocks if columns is None else blocks[:, :, list(columns)]
-            trellis = blocks.reshape(blocks.shape[0] * tiles, blocks.shape[2] * tiles, -1)
         k, n = self.padded_shape
+        k = k if rows is None else codec.HADAMARD_SIZE * len(rows)
+        n = n if columns is None else codec.HADAMARD_SIZE * len(columns)
+        words = self.parts["trellis"].shape[2]
+        trellis = ops.uninitialized((k // codec.TILE, n // codec.TILE, words), mx.int16)
+        suh, svh = np.empty(k, np.float16), np.empty(n, np.float16)
+        read_all(self.fill(np.array(trellis, copy=False), suh, svh, rows, columns))
         return TrellisWeight(
-            mx.array(np.ascontiguousarray(trellis)),
-            _take_blocks(self._scales("suh", "su"), k, rows),
-            _take_blocks(self._scales("svh", "sv"), n, columns),
+            trellis,
+            suh,
+            svh,
             self.codebook,
             bias=self.load_bias(columns),
             in_features=in_features,
             out_features=out_features,
         )
 
+    def fill(
+        self,
+        trellis: np.ndarray,
+        suh: np.ndarray,
+        svh: np.ndarray,
+        rows: Sequence[int] | None = None,
+        columns: Sequence[int] | None = None,
+    ) -> list[Read]:
+        """Fill the arrays of a weight, but for the whole tensors among them, which the reads that are returned bring.
+
+        Args:
+            trellis: int16, contiguous, of the size of the blocks.
+            suh, svh: float16, contiguous, of the size of the blocks.
+            rows, columns: As for :meth:`load`.
+        """
+        reads = []
+        if rows is None and columns is None:
+            reads.append(self.parts["trellis"].into(trellis))
+        else:
+            trellis[...] = self._blocks(rows, columns)
+        for (full, packed), values, blocks in ((("suh", "su"), suh, rows), (("svh", "sv"), svh, columns)):
+            if blocks is None and full in self.parts:
+                reads.append(self.parts[full].into(values))
+                continue
+            is_full = full in self.parts
+            stored = self.parts[full].array() if is_full else codec.unpack_signs(self.parts[packed].array())
+            values[...] = stored if blocks is None else _grouped(stored)[list(blocks)].reshape(-1)
+        return reads
+
+    def _blocks(self, rows: Sequence[int] | None, columns: Sequence[int] | None) -> np.ndarray:
+        """128-blocks of the trellis."""
+        tiles, first = codec.HADAMARD_SIZE // codec.TILE, 0
+        if rows:
+            first = min(rows)
+            trellis = self.parts["trellis"].rows(first * tiles, (max(rows) + 1) * tiles)
+        else:
+            trellis = self.parts["trellis"].array()
+        blocks = trellis.reshape(trellis.shape[0] // tiles, tiles, trellis.shape[1] // tiles, tiles, -1)
+        blocks = blocks if rows is None else blocks[[row - first for row in rows]]
+        blocks = blocks if columns is None else blocks[:, :, list(columns)]
+        return blocks.reshape(blocks.shape[0] * tiles, blocks.shape[2] * tiles, -1)
+
     def load_bias(self, columns: Sequence[int] | None = None) -> mx.array | None:
         """The bias, padded as stored, or blocks of 128 of it."""
         if "bias" not in self.parts:
             return None
-        return _take_blocks(_read_floats(self.parts["bias"]), self.padded_shape[1], columns)
-
-    def _scales(self, full: str, packed: str) -> mx.array:
-        if full in self.parts:
-            return _read_floats(self.parts[full])
-        return mx.array(codec.unpack_signs(self.parts[packed].array()))
+        bias = _read_floats(self.parts["bias"])
+        return bias if columns is None else _grouped(bias)[mx.array(list(columns))].reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -225,8 +260,9 @@ def _read_floats(info: TensorInfo) -> mx.array:
     return values.view(mx.bfloat16) if info.dtype == "BF16" else values
 
 
-def _take_blocks(values: mx.array, size: int, blocks: Sequence[int] | None) -> mx.array:
-    if blocks is None:
-        return values
-    grouped = values.reshape(size // codec.HADAMARD_SIZE, codec.HADAMARD_SIZE)
-    return grouped[mx.array(list(blocks))].reshape(-1)
+Values = TypeVar("Values", mx.array, np.ndarray)
+
+
+def _grouped(values: Values) -> Values:
+    """``[blocks, 128]``."""
+    return values.reshape(-1, codec.HADAMARD_SIZE)

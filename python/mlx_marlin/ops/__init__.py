@@ -9,7 +9,7 @@
 - ``search``: the encoder's search.
 - ``shaders``: the Metal sources, made self-contained.
 - ``reference``: what a call must give, by the codec, for checks at run time.
-- ``runtime``: threads, instruction set, digests.
+- ``runtime``: threads, memory, instruction set, digests.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ from .problems import (
     swiglu_problem,
 )
 from .products import is_traced, trellis_decode, trellis_linear, trellis_swiglu
-from .runtime import cpu_digest, instruction_set, plan_digest, set_num_threads
+from .runtime import cpu_digest, instruction_set, plan_digest, set_num_threads, uninitialized
 from .search import CODEBOOK_MULTIPLIERS, viterbi_search
 from .stacks import BUILD_LOCK, Stack, half_scales, prepare, prepare_weight, with_parameters
 
@@ -68,6 +68,7 @@ __all__ = [
     "trellis_embedding",
     "trellis_linear",
     "trellis_swiglu",
+    "uninitialized",
     "viterbi_search",
     "with_parameters",
 ]

@@ -1,7 +1,10 @@
-"""The extension as it runs here: threads, instruction set, and the digests of what it was built from."""
+"""The extension as it runs here: threads, memory, instruction set, and the digests of what it was built from."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import mlx.core as mx
 import numpy as np
 
 from .. import _ext
@@ -31,3 +34,11 @@ def set_num_threads(n: int) -> None:
     if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1:
         raise ValueError(f"the number of threads must be an integer >= 1, got {n!r}")
     _ext.set_num_threads(int(n))
+
+
+def uninitialized(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
+    """An array for data that is read into it: ``np.array(it, copy=False)`` shares its memory and can be written.
+
+    Write all of it before anything is computed from it: MLX takes arrays for constant.
+    """
+    return _ext.uninitialized(list(shape), dtype)

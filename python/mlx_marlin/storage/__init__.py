@@ -1,1 +1,3 @@
-"""Files: whole or not at all (``atomic``), JSON from anyone (``untrusted``), and safetensors (``safetensors``)."""
+"""Files: written whole or not at all (``atomic``), read in many pieces at once (``reads``), JSON from anyone
+(``untrusted``), and safetensors (``safetensors``).
+"""

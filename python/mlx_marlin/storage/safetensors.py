@@ -18,7 +18,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from . import atomic
-from .untrusted import check_genuine, is_whole, parse_json
+from .reads import Read, read_all
+from .untrusted import check_genuine, parse_json
 
 # The header limit of the reference implementation (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
@@ -60,31 +61,31 @@ class TensorInfo(NamedTuple):
     def array(self) -> np.ndarray:
         """The tensor in the dtype of :data:`NUMPY_DTYPES`; see :meth:`rows`."""
         values = np.empty(self.shape, NUMPY_DTYPES[self.dtype])
-        self._fill(values, self.start)
+        read_all([Read(self.file, self.start, values)])
         return values
+
+    def into(self, values: np.ndarray) -> Read:
+        """What reads the tensor into an array of its size, halves as float32 where the array is that.
+
+        Raises:
+            ValueError: If the array has another size or dtype.
+        """
+        if self.dtype in ("F16", "BF16") and values.dtype == np.float32 and 2 * self.nbytes == values.nbytes:
+            return Read(self.file, self.start, values, self.dtype)
+        if values.nbytes != self.nbytes:
+            raise ValueError(f"{self.file}: {self.nbytes} bytes of a tensor do not fit into {values.nbytes}")
+        return Read(self.file, self.start, values)
 
     def rows(self, first: int, stop: int) -> np.ndarray:
         """A range along the first axis, of which alone the bytes are read.
-
-        Read, not mapped: a file that becomes shorter is an error, where a map would end the process.
 
         Raises:
             ValueError: If the file ends early.
             OSError: If it cannot be read.
         """
         values = np.empty((stop - first, *self.shape[1:]), NUMPY_DTYPES[self.dtype])
-        self._fill(values, self.start + first * (self.nbytes // max(1, self.shape[0])))
+        read_all([Read(self.file, self.start + first * (self.nbytes // max(1, self.shape[0])), values)])
         return values
-
-    def _fill(self, values: np.ndarray, start: int) -> None:
-        if not values.nbytes:
-            return
-        wanted = values.reshape(-1).view(np.uint8).data
-        with open(self.file, "rb") as stream:
-            stream.seek(start)
-            there = stream.readinto(wanted)
-        if there != len(wanted):
-            raise ValueError(f"{self.file} ends early: {len(wanted)} bytes wanted at {start}, {there} there")
 
     def read(self) -> bytes:
         """The tensor's bytes.
@@ -130,8 +131,11 @@ class Tensor:
         return cls(DTYPE_NAMES[array.dtype], array.shape, array.tobytes())
 
 
-def _is_size(value: object) -> bool:
-    return is_whole(value) and value >= 0
+# Headers of models have a hundred thousand entries: the checks of each are plain loops.
+
+
+def _are_sizes(values: object, limit: float = math.inf) -> bool:
+    return isinstance(values, list) and not [v for v in values if type(v) is not int or not 0 <= v <= limit]
 
 
 def _read_entry(file: Path, name: str, entry: object, data_start: int, data_bytes: int) -> TensorInfo:
@@ -145,9 +149,9 @@ def _read_entry(file: Path, name: str, entry: object, data_start: int, data_byte
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise wrong(f"has dtype {dtype!r}; supported are {', '.join(ITEM_BYTES)}")
-    if not isinstance(shape, list) or not all(_is_size(d) and d <= MAX_DIMENSION for d in shape):
+    if not _are_sizes(shape, MAX_DIMENSION):
         raise wrong(f"has shape {shape!r}; dimensions must be integers from 0 to {MAX_DIMENSION}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+    if not _are_sizes(offsets) or len(offsets) != 2:
         raise wrong(f"has data_offsets {offsets!r}; wanted are two integers from 0 up")
     begin, end = offsets
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]

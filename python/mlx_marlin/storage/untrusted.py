@@ -89,10 +89,10 @@ def is_flag_or_null(value: object) -> bool:
 
 def _check_depth(value: object, source: str) -> None:
     """See that nothing that walks this value, one call a level, comes near the interpreter's limit."""
-    level = [value]
+    level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(MAX_DEPTH):
-        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
-        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+        inner = (v.values() if type(v) is dict else v for v in level)
+        level = [v for values in inner for v in values if type(v) is dict or type(v) is list]
         if not level:
             return
     raise ValueError(f"{source} nests too deeply: more than {MAX_DEPTH} levels")

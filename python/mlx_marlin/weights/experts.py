@@ -167,11 +167,15 @@ def _same_sizes(name: str, weights: Sequence[TrellisWeight]) -> TrellisWeight:
     return weights[0]
 
 
+Experts = ExpertStack | Iterable[TrellisWeight]
+"""One projection of all experts: a weight for each, or stacked already."""
+
+
 class ExpertBank:
     """The gate, up and down weights of all experts of a layer. Bits and codebook may differ per expert and projection.
 
     Args:
-        gate: One :class:`TrellisWeight` per expert, hidden to intermediate.
+        gate: One :class:`TrellisWeight` per expert, hidden to intermediate; or all of them, stacked.
         up: The same.
         down: The same, intermediate to hidden.
 
@@ -179,14 +183,14 @@ class ExpertBank:
         ValueError: If the numbers of experts or the sizes do not fit together.
     """
 
-    def __init__(self, gate: Iterable[TrellisWeight], up: Iterable[TrellisWeight], down: Iterable[TrellisWeight]):
-        gate, up, down = (_listed(*item) for item in (("gate", gate), ("up", up), ("down", down)))
-        if not len(gate) == len(up) == len(down):
-            raise ValueError(
-                f"gate, up and down must have one weight per expert, got {len(gate)}, {len(up)}, {len(down)}"
-            )
+    def __init__(self, gate: Experts, up: Experts, down: Experts):
+        given = {"gate": gate, "up": up, "down": down}
+        listed = {name: w if isinstance(w, ExpertStack) else _listed(name, w) for name, w in given.items()}
+        counts = [len(w.bits if isinstance(w, ExpertStack) else w) for w in listed.values()]
+        if len(set(counts)) > 1:
+            raise ValueError(f"gate, up and down must have one weight per expert, got {', '.join(map(str, counts))}")
         self.gate, self.up, self.down = (
-            ExpertStack.of(name, weights) for name, weights in (("gate", gate), ("up", up), ("down", down))
+            w if isinstance(w, ExpertStack) else ExpertStack.of(name, w) for name, w in listed.items()
         )
         check_projections(self.gate, self.up, self.down)
 

@@ -1,0 +1,193 @@
+"""Whole models: loading, prompts and generation, beside MLX's affine format.
+
+Every model is measured in a process of its own, one after the other: its peak of memory is that process's. Loading is
+from a warm page cache: the files are read once before. With --shape the checkpoints are written first, of random words,
+EXL3 and affine with the same dense tensors, and deleted at the end.
+
+    python -m bench.cpu.model models/docs-moe-exl3-3.0bpw
+    python -m bench.cpu.model --shape qwen3-30b-a3b --layers 4 --bits 3 --output model.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from bench.cpu import checkpoint
+from mlx_marlin import device, set_num_threads
+from mlx_marlin.loader.directory import Kind, kind_of
+from mlx_marlin.storage import atomic
+
+PROMPTS = (128, 512, 2048)
+GENERATED = 16
+# What ru_maxrss counts in: kilobytes, on macOS bytes.
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+def timed(run: Callable[[], object]) -> dict[str, float]:
+    """Wall and CPU seconds of a call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+
+
+def _load(directory: Path):
+    """The model; one of MLX's affine format with float32 activations: MLX's CPU backend converts halves in software."""
+    if kind_of(directory) is Kind.EXL3:
+        import mlx_marlin
+
+        return mlx_marlin.load(str(directory))[0]
+    import mlx_lm
+
+    model = mlx_lm.load(str(directory))[0]
+    if mx.default_device().type == mx.cpu:
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+    return model
+
+
+def _run(model, prompt: np.ndarray, following: np.ndarray) -> dict:
+    """A prompt, and single tokens behind it: random ones, as a model of random words would repeat its likeliest."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+
+    def generate() -> None:
+        for token in following.tolist():
+            mx.eval(model(mx.array([[token]]), cache=cache))
+
+    prefill = timed(lambda: mx.eval(model(mx.array(prompt), cache=cache)[:, -1], [c.state for c in cache]))
+    generation = timed(generate)
+    prefill["tokens_per_s"] = prompt.size / prefill["wall_s"]
+    generation["tokens_per_s"] = following.size / generation["wall_s"]
+    return {"prompt": prefill, "generation": generation}
+
+
+def measure(directory: Path, prompts: list[int], generated: int, threads: int) -> dict:
+    """Load one model in this process and run it.
+
+    Args:
+        directory: An EXL3 directory, or one that mlx-lm loads.
+        prompts: Tokens of the prompts; behind each, generation is measured at that context.
+        generated: Tokens of the generation.
+        threads: Of the CPU kernels of ours; MLX's own have one.
+    """
+    import mlx_lm  # noqa: F401  imports are no part of loading
+
+    set_num_threads(threads)
+    for file in directory.glob("*.safetensors"):
+        with open(file, "rb", buffering=0) as stream:
+            while stream.read(16 << 20):
+                pass
+    before, models = _peak_bytes(), []
+    load = timed(lambda: models.append(_load(directory)))
+    (model,) = models
+    weights = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    load.update(gb_per_s=weights / 1e9 / load["wall_s"], peak_over_weights=(_peak_bytes() - before) / weights)
+    vocabulary, rng = model.args.vocab_size, np.random.default_rng(0)
+    mx.eval(model(mx.array([[1, 2]])))  # what happens once: configs, buffers
+    runs = []
+    for tokens in prompts:
+        run = _run(model, rng.integers(0, vocabulary, (1, tokens)), rng.integers(0, vocabulary, generated))
+        runs.append({"context": tokens, **run})
+    kind = "EXL3" if kind_of(directory) is Kind.EXL3 else "mlx-lm"
+    return {"model": directory.name, "kind": kind, "weight_bytes": weights, "load": load, "runs": runs}
+
+
+def _in_a_process(directory: Path, arguments: argparse.Namespace) -> dict:
+    command = [sys.executable, "-m", "bench.cpu.model", str(directory), "--single", "--threads", str(arguments.threads)]
+    command += ["--generated", str(arguments.generated), "--prompts", *map(str, arguments.prompts)]
+    run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def print_table(results: list[dict]) -> None:
+    """One block for each model."""
+    for result in results:
+        load = result["load"]
+        print(
+            f"\n{result['model']} ({result['kind']}), {result['weight_bytes'] / 1e9:.2f} GB: loaded in "
+            f"{load['wall_s']:.2f} s ({load['cpu_s']:.2f} CPU s), {load['gb_per_s']:.2f} GB/s, "
+            f"peak {load['peak_over_weights']:.3f} of the weights"
+        )
+        print(f"{'context':>8} {'prompt tok/s':>13} {'CPU s':>8} {'generation tok/s':>17} {'CPU s':>8}")
+        for run in result["runs"]:
+            prompt, generation = run["prompt"], run["generation"]
+            print(
+                f"{run['context']:8} {prompt['tokens_per_s']:13.2f} {prompt['cpu_s']:8.2f} "
+                f"{generation['tokens_per_s']:17.2f} {generation['cpu_s']:8.2f}"
+            )
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directories", type=Path, nargs="*", help="EXL3, or what mlx-lm loads")
+    parser.add_argument("--shape", choices=checkpoint.SHAPES, help="write random checkpoints of this shape")
+    parser.add_argument("--layers", type=int, help="of --shape; default: the model's own")
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 6, 8), default=3, help="of --shape, both formats")
+    parser.add_argument("--peers", nargs="*", choices=("affine",), default=["affine"], help="default: %(default)s")
+    parser.add_argument("--prompts", type=int, nargs="*", default=list(PROMPTS), help="default: %(default)s")
+    parser.add_argument("--generated", type=int, default=GENERATED, help="tokens at each context; default: %(default)s")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--where", type=Path, help="directory for --shape's checkpoints; default: the system's")
+    parser.add_argument("--output", type=Path, help="JSON")
+    parser.add_argument("--single", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if not arguments.directories and not arguments.shape:
+        parser.error("give directories or --shape")
+    return arguments
+
+
+def write_shape(where: Path, arguments: argparse.Namespace) -> list[Path]:
+    """The random checkpoints that are asked for: EXL3 first."""
+    config = checkpoint.config_of(arguments.shape, arguments.layers)
+    forms = {"exl3": checkpoint.Exl3, **({"affine": checkpoint.Affine} if "affine" in arguments.peers else {})}
+    directories = []
+    for name, form in forms.items():
+        directories.append(where / f"{arguments.shape}-{name}-{arguments.bits}bit")
+        rng = np.random.default_rng(0)
+        checkpoint.write(directories[-1], config, form(rng, arguments.bits), rng)
+    return directories
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = _parse(argv)
+    if arguments.single:
+        (directory,) = arguments.directories
+        print(json.dumps(measure(directory, arguments.prompts, arguments.generated, arguments.threads)))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.where) as where:
+        written = write_shape(Path(where), arguments) if arguments.shape else []
+        results = [_in_a_process(directory, arguments) for directory in (*arguments.directories, *written)]
+    print_table(results)
+    if importlib.util.find_spec("xllamacpp") is None:
+        print("\nllama.cpp's CPU backend is not measured: xllamacpp is not installed (pip install '.[bench]')")
+    if arguments.output:
+        chip = device.fingerprint("cpu").chip
+        machine = {"chip": chip, "cores": os.cpu_count(), "python": platform.python_version()}
+        versions = {name: version(name) for name in ("mlx_marlin", "mlx", "mlx_lm")}
+        stored = {"machine": machine, "versions": versions, "threads": arguments.threads, "results": results}
+        atomic.write_text(arguments.output, json.dumps(stored, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Many pieces of files read to where they are wanted, by a few threads.
+
+Read, not mapped: a file that becomes shorter is an error, where a map would end the process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+# A system call's worth: Linux reads at most 2 GiB at once, and threads share what is larger than this.
+_PIECE = 8 << 20
+# What a thread widens at once: it stays in the core's cache between the file and the memory.
+_WIDENED = 512 << 10
+# Copying out of the page cache is bound by memory, which this many cores use up.
+_MAX_THREADS = 4
+
+
+class Read(NamedTuple):
+    """Bytes of a file and where they go.
+
+    Attributes:
+        file: The file.
+        start: First byte, from the beginning of the file.
+        into: Contiguous memory that is filled.
+        halves: ``"F16"`` or ``"BF16"`` where those become float32 on the way. Default: ``""``, bytes as they are.
+    """
+
+    file: Path
+    start: int
+    into: np.ndarray
+    halves: str = ""
+
+
+def read_all(reads: Iterable[Read]) -> None:
+    """Do all reads; what they go into must not overlap.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file ends early.
+        OSError: If one cannot be read.
+    """
+    batches = list(_batches(sorted((read for read in reads if read.into.nbytes), key=_place)))
+    if len(batches) <= 1:
+        for batch in batches:
+            _read_batch(batch)
+        return
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1, len(batches))) as pool:
+        for _ in pool.map(_read_batch, batches):  # raises what a thread raised
+            pass
+
+
+def _place(read: Read) -> tuple[Path, int]:
+    return read.file, read.start
+
+
+def _pieces(read: Read) -> Iterator[Read]:
+    """A read in pieces of at most :data:`_PIECE` bytes of the file."""
+    flat = read.into.reshape(-1) if read.halves else read.into.reshape(-1).view(np.uint8)
+    size = 2 if read.halves else 1  # of an element in the file
+    step = max(1, _PIECE // size)
+    for first in range(0, flat.size, step):
+        yield read._replace(start=read.start + first * size, into=flat[first : first + step])
+
+
+def _batches(reads: Iterable[Read]) -> Iterator[list[Read]]:
+    """Pieces of one file each, as many as make a few system calls' work."""
+    batch: list[Read] = []
+    size = 0
+    for read in reads:
+        for piece in _pieces(read):
+            if batch and (piece.file != batch[0].file or size + piece.into.nbytes > _PIECE):
+                yield batch
+                batch, size = [], 0
+            batch.append(piece)
+            size += piece.into.nbytes
+    if batch:
+        yield batch
+
+
+def _read_batch(batch: list[Read]) -> None:
+    with open(batch[0].file, "rb", buffering=0) as stream:
+        for read in batch:
+            if read.halves:
+                _widen(stream, read)
+            else:
+                _fill(stream, read.start, read.into.data)
+
+
+def _fill(stream: FileIO, start: int, wanted: memoryview) -> None:
+    there = 0
+    while there < len(wanted):
+        count = os.preadv(stream.fileno(), [wanted[there:]], start + there)
+        if not count:
+            raise ValueError(f"{stream.name} ends early: {len(wanted)} bytes wanted at {start}, {there} there")
+        there += count
+
+
+def _widen(stream: FileIO, read: Read) -> None:
+    """Read halves through a small buffer, out of which they go as float32."""
+    bits = read.into.view(np.uint32)
+    buffer = np.empty(min(read.into.size, _WIDENED // 2), np.uint16)
+    for first in range(0, read.into.size, buffer.size):
+        stop = min(first + buffer.size, read.into.size)
+        halves = buffer[: stop - first]
+        _fill(stream, read.start + 2 * first, halves.view(np.uint8).data)
+        if read.halves == "BF16":
+            np.left_shift(halves, 16, out=bits[first:stop], dtype=np.uint32)
+        else:
+            read.into[first:stop] = halves.view(np.float16)
