@@ -107,6 +107,8 @@ def test_it_listens_on_loopback_only(server):
         ({**GOOD, "seed": 2**64}, "seed must be"),
         ({**GOOD, "temperature": "hot"}, "temperature must be a finite number"),
         (b'{"prompt": "a", "temperature": 1e999}', "temperature must be a finite number"),
+        (b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}", "temperature must be a finite number"),
+        ({**GOOD, "logit_bias": {"5": 10**400}}, "logit_bias must be"),
         ({**GOOD, "temperature": -1}, "temperature must be at least 0"),
         ({**GOOD, "max_tokens": 2**40}, "max_tokens must be a whole number"),
         ({**GOOD, "top_logprobs": 50}, "top_logprobs must be at most"),

@@ -252,7 +252,8 @@ def test_a_head_of_a_half_rate(moe, calibration, tmp_path, quick_conversions):  
 def test_progress(converted):
     reports = converted[2]
     assert [r.done for r in reports] == sorted(r.done for r in reports) and reports[-1].done == 1
-    assert all(r.seconds_left >= 0 for r in reports)
+    first = next(i for i, r in enumerate(reports) if not r.under_way)
+    assert all(r.seconds_left is None for r in reports[:first]) and all(r.seconds_left >= 0 for r in reports[first:])
 
 
 class Interrupted(Exception):

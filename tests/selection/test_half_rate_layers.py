@@ -163,7 +163,7 @@ def test_the_command_and_its_check(capsys):
     quick = ["--device", "cpu", "--iterations", "2", "--warmup", "1", "--quick", "--batch-sizes", "1"]
     assert tune_cli.main([*shape, *quick, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert row["label"] == "swiglu 256x128 4/2 1.5,2.5_2_3,3.5" and row["verdict"] == "correct"
+    assert row["label"] == "swiglu 256x128 4/2 1.5..3.5" and row["verdict"] == "correct"
     problem = Problem.swiglu(
         HIDDEN, WIDTH, experts=4, top_k=TOP_K, bits=((1.5, 1.5, 1.5), (2.5, 2, 3), (3.5, 3.5, 3.5))
     )
@@ -174,4 +174,4 @@ def test_the_command_and_its_check(capsys):
     ]  # fmt: skip
     assert tune_cli.main(["--check", *shape, *quick]) in (0, 1)  # what it says of the time is the machine's
     out = capsys.readouterr().out
-    assert "1.5,2.5_2_3,3.5" in out and not any(word in out for word in ("infeasible", "wrong", "crash"))
+    assert "1.5..3.5" in out and not any(word in out for word in ("infeasible", "wrong", "crash"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -40,7 +39,8 @@ class _Refused(Exception):
 
 
 def _is_number(value: Any) -> bool:
-    return (isinstance(value, float) or is_whole(value)) and math.isfinite(value)
+    # A whole number of any length is JSON, and more than a float holds.
+    return (isinstance(value, float) or is_whole(value)) and abs(value) <= sys.float_info.max
 
 
 def _is_count(value: Any) -> bool:
