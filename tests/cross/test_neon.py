@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,6 +19,7 @@ from mlx_marlin.kernels import ACTIVATIONS, DTYPES
 from mlx_marlin.ops import reference
 from mlx_marlin.weights.experts import ExpertStack
 from mlx_marlin.weights.synthetic import random_weight
+from tests.metal_sim.toolchain import CACHE, building, digest
 from tests.support import golden
 from tests.support.cases import (
     FORMATS,
@@ -40,30 +44,46 @@ pytestmark = [
 
 
 class Build:
-    """Sources to a static aarch64 program."""
+    """Sources to a static aarch64 program, kept in the user's cache by the content of all of csrc."""
 
-    def __init__(self, directory: Path):
-        self.directory, self.objects, self.running = directory, [], []
-        self.pool = ThreadPoolExecutor(2)
+    def __init__(self, name: str):
+        self.name, self.wanted = name, []
         self.compiler = [COMPILER, "-std=c++20", f"-I{ROOT / 'csrc'}"]
 
     def compile(self, source: Path, name: str, flags: list[str]) -> None:
-        self.objects.append(str(self.directory / f"{name}.o"))
-        command = [*self.compiler, *flags, "-c", str(source), "-o", self.objects[-1]]
-        self.running.append(self.pool.submit(subprocess.run, command, check=True))
+        self.wanted.append((source, name, flags))
 
     def link(self) -> Path:
-        for done in self.running:
-            done.result()
-        program = self.directory / "driver"
-        subprocess.run([*self.compiler, "-static", "-s", *self.objects, "-o", str(program)], check=True)
+        """The program, compiled unless the cache has it."""
+        version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
+        files = sorted({*(ROOT / "csrc").rglob("*.*"), *(source for source, _, _ in self.wanted)})
+        commands = [f"{source.name} {name} {flags}" for source, name, flags in self.wanted]
+        contents = [part for file in files for part in (file.name, file.read_bytes())]
+        program = CACHE / f"{self.name}-{digest(version, *commands, *contents)}"
+        with building(program) as needed:
+            if needed:
+                self._make(program)
         return program
+
+    def _make(self, program: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+            objects = [f"{folder}/{name}.o" for _, name, _ in self.wanted]
+            commands = [
+                [*self.compiler, *flags, "-c", str(source), "-o", made]
+                for (source, _, flags), made in zip(self.wanted, objects)
+            ]
+            for _ in pool.map(partial(subprocess.run, check=True), commands):  # raises what a compilation raised
+                pass
+            linked = f"{folder}/linked"
+            subprocess.run([*self.compiler, "-static", "-s", *objects, "-o", linked], check=True)
+            shutil.copy(linked, beside := program.with_name(f"{program.name}.{os.getpid()}"))
+            beside.replace(program)
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
+def driver():
     """The kernels and their driver as a static aarch64 program."""
-    build = Build(tmp_path_factory.mktemp("neon"))
+    build = Build("neon")
     kernels = ROOT / "csrc" / "cpu"
     for name, flags in {"baseline": ["-DMARLIN_PORTABLE"], **SETS}.items():
         build.compile(kernels / "tier/table.cpp", name, ["-O1", "-ffp-contract=off", f"-DMARLIN_TIER={name}", *flags])
@@ -74,9 +94,9 @@ def driver(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def search_driver(tmp_path_factory):
+def search_driver():
     """The encoder's search and its driver."""
-    build = Build(tmp_path_factory.mktemp("viterbi"))
+    build = Build("neon-viterbi")
     for name in ("cpu/instruction_set", "cpu/pool", "viterbi/search", "viterbi/baseline", "viterbi/neon"):
         build.compile(ROOT / f"csrc/{name}.cpp", name.replace("/", "_"), ["-O2"])
     build.compile(Path(__file__).with_name("viterbi_driver.cpp"), "driver", ["-O1"])
