@@ -15,9 +15,11 @@ import mlx_marlin
 from mlx_marlin import TrellisModelLoader
 from mlx_marlin.lm.model import build, load_exl3_model
 from mlx_marlin.lm.shapes import check_call
+from mlx_marlin.lm.sharding import sharded_load
 from mlx_marlin.lm.tokenizer import check_tokenizer
 from tests.support import architectures
 from tests.support.paths import MODELS
+from tests.support.small_conversions import add_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -127,14 +129,16 @@ def overwrite(file: Path) -> None:
         stream.write(b"changed")
 
 
+@pytest.mark.parametrize("load", [load_exl3_model, sharded_load])
 @pytest.mark.parametrize("harm", [shorten, replace, overwrite, Path.unlink])
-def test_a_file_that_changes_while_a_model_is_loaded(directory, harm):
+def test_a_file_that_changes_while_a_model_is_loaded(directory, harm, load):
     def progress(done, total):
         if done == 1:
             harm(directory / WEIGHTS)
 
+    add_tokenizer(directory)
     with pytest.raises(ValueError, match=rf"{WEIGHTS} ends early|changed while it was read"):
-        load_exl3_model(directory, progress=progress)
+        load(directory, progress=progress)
 
 
 # Paths.

@@ -29,7 +29,7 @@ from ..loader.scaling import up_divisor, without_folded_scales
 from ..ops import DTYPE_NAMES
 from ..storage.reads import read_all
 from ..storage.safetensors import TensorInfo
-from ..storage.untrusted import is_listed, stamp
+from ..storage.untrusted import is_listed, unchanged
 from .embedding import EmbeddingWithHead, make_embedding
 from .experts import experts_per_token, make_head, whole_experts, whole_linear
 from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap, map_weights
@@ -332,16 +332,6 @@ def report(model: nn.Module, mapping: WeightMap) -> None:
         _log.log(level, "the model leaves out of the checkpoint: %s", mapping.left_out)
 
 
-def _check_unchanged(before: dict[Path, tuple[int, ...]], cause: Exception | None = None) -> None:
-    for file, was in before.items():
-        try:
-            same = stamp(file) == was
-        except FileNotFoundError:
-            same = False
-        if not same:
-            raise ValueError(f"{file} changed while it was read; load the model again") from cause
-
-
 def load_exl3_model(
     model_path: Path,
     lazy: bool = False,
@@ -369,13 +359,8 @@ def load_exl3_model(
         ValueError: If the directory cannot be loaded; the message names file and tensor.
     """
     dtype, accuracy = activation_dtype(dtype), kernels.checked_accuracy(accuracy)
-    before = {file: stamp(file) for file in Path(model_path).glob("*.safetensors") if file.exists()}
-    model, config, mapping = open_checkpoint(Path(model_path), model_config)
-    try:
+    with unchanged(Path(model_path)):
+        model, config, mapping = open_checkpoint(Path(model_path), model_config)
         fill(model, mapping, config, dtype, accuracy, lazy=lazy, progress=progress)
-    except (FileNotFoundError, RuntimeError) as error:  # MLX's reader raises the latter
-        _check_unchanged(before, error)
-        raise
-    _check_unchanged(before)
     report(model, mapping)
     return model, config

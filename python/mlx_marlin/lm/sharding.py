@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..codec import HADAMARD_SIZE
 from ..layers.linear import TrellisLinear
+from ..storage.untrusted import unchanged
 from ..weights.experts import ExpertStack
 from ..weights.trellis import TrellisWeight
 from .experts import load_source, make_glu, unquantized_experts
@@ -305,14 +306,15 @@ def sharded_load(
     """
     accuracy = product_accuracy(accuracy)
     model_path = fetch(repo)
-    model, config, mapping, makers = open_sharded(model_path, pipeline_group, tensor_group)
-    check_tokenizer(model_path)
-    tokenizer = load_tokenizer(
-        model_path,
-        tokenizer_config or {"trust_remote_code": trust_remote_code},
-        eos_token_ids=config.get("eos_token_id"),
-    )
-    fill(model, mapping, config, dtype, accuracy, progress=progress, **makers)
+    with unchanged(model_path):
+        model, config, mapping, makers = open_sharded(model_path, pipeline_group, tensor_group)
+        check_tokenizer(model_path)
+        tokenizer = load_tokenizer(
+            model_path,
+            tokenizer_config or {"trust_remote_code": trust_remote_code},
+            eos_token_ids=config.get("eos_token_id"),
+        )
+        fill(model, mapping, config, dtype, accuracy, progress=progress, **makers)
     report(model, mapping)
     # All ranks wait for the slowest here, so that the first message of one does not time out.
     mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))

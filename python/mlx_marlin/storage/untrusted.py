@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeGuard
 
@@ -66,10 +68,35 @@ def check_genuine(path: Path) -> None:
         )
 
 
-def stamp(file: Path) -> tuple[int, ...]:
-    """What changes when a file is replaced or written to."""
-    status = file.stat()
+def _stamp(file: Path) -> tuple[int, ...] | None:
+    """What changes when a file is replaced or written to; ``None`` where it cannot be reached."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def unchanged(directory: Path) -> Iterator[None]:
+    """Weight files of a directory that are read in a ``with`` block must be the same at its end.
+
+    Raises:
+        ValueError: If one was replaced, written to or removed; whatever the block raised for that is its cause.
+    """
+    before = {file: _stamp(file) for file in directory.glob("*.safetensors")}
+
+    def check(cause: Exception | None = None) -> None:
+        for file, was in before.items():
+            if _stamp(file) != was:
+                raise ValueError(f"{file} changed while it was read; load the model again") from cause
+
+    try:
+        yield
+    except (FileNotFoundError, RuntimeError) as error:  # MLX's reader raises the latter
+        check(error)
+        raise
+    check()
 
 
 def is_whole(value: object) -> TypeGuard[int]:
