@@ -227,8 +227,11 @@ def test_mxfp4_is_read_directly(tmp_path, text):
 
 
 @pytest.mark.parametrize("bits", [4, 2.5, 16, 0])
-def test_prediction_layers(tmp_path, text, bits):
+def test_prediction_layers(tmp_path, text, bits, monkeypatch):
     """Qwen3.5's: quantized with fused experts split, kept, or left out; said, and counted."""
+    monkeypatch.setattr("mlx_marlin.quantize.progress._TICK_SECONDS", 0.0)
+    monkeypatch.setattr("mlx_marlin.quantize.extras._FILE_LINEARS", 3)  # several parts
+    reports = []
 
     def change(c):
         c.norm("mtp.norm", SMALL.hidden)
@@ -238,7 +241,8 @@ def test_prediction_layers(tmp_path, text, bits):
         c.fuse_experts("mtp.layers.0.mlp", interleaved=False)
 
     source, checkpoint = source_of(tmp_path, "qwen3_5_moe", change)
-    convert(source, tmp_path / "exl3", bits=6, mtp_bits=bits, calibration=text)
+    convert(source, tmp_path / "exl3", bits=6, mtp_bits=bits, calibration=text, progress=reports.append)
+    assert [r.done for r in reports] == sorted(r.done for r in reports) and reports[-1].done == 1
     config = json.loads((tmp_path / "exl3/config.json").read_text())["quantization_config"]
     extra = json.loads((tmp_path / "exl3/quantization_config.json").read_text())
     found = {name for name in header(tmp_path / "exl3") if name.startswith("mtp.")}

@@ -272,7 +272,7 @@ class _Conversion:
                 states.clear()
                 del hidden[1:]
                 jobs = layer_jobs(self.model, index, taps, hidden, self.settings.seed)
-                found = self._parallel(self._measure_job, jobs, f"measuring {self._of(index)}")
+                found = self._parallel(self._measure_job, jobs, f"measuring {self._of(index)}", 1.0)
                 del jobs
             streams = [self.model.run(index, [s])[0] for s in streams]
         self._unload(index)
@@ -332,8 +332,12 @@ class _Conversion:
                     for job, divisor in zip(jobs, divisors)
                 ]
             else:
-                quantize = lambda job, n: self._quantize_job(job, allocation.widths[job.name], n)  # noqa: E731
-                results = self._parallel(quantize, jobs, f"quantizing {self._of(index)}")
+                results = self._parallel(
+                    lambda job, n: self._quantize_job(job, allocation.widths[job.name], n),
+                    jobs,
+                    f"quantizing {self._of(index)}",
+                    1.0,
+                )
             tensors: dict[str, Tensor] = {}
             for job, codes, divisor in zip(jobs, results, divisors):
                 tensors.update(stored_tensors(job.name, codes, job.bias, divisor))
@@ -372,14 +376,23 @@ class _Conversion:
         path, names = self.model.paths[index], self.model.names
         return Taps(self.model.layers[index], names.linears(path), names.experts(path))
 
-    def _parallel(self, task: Callable[[Task, int], Result], jobs: list[Task], stage: str) -> list[Result]:
-        """Run a task for every job, the cores shared among them; results in the order of the jobs."""
+    def _parallel(
+        self, task: Callable[[Task, int], Result], jobs: list[Task], stage: str, work: float = 0.0
+    ) -> list[Result]:
+        """Run a task for every job, the cores shared among them; results in the order of the jobs.
+
+        Args:
+            task: Given a job and its number of threads.
+            jobs: The jobs.
+            stage: What they are, for the progress.
+            work: What they are together of the clock's total. Default: ``0.0``, not counted.
+        """
         threads = max(1, self.workers // max(1, len(jobs)))
         results: list[Result] = []
         with ThreadPoolExecutor(self.workers) as pool:
             for result in pool.map(lambda job: task(job, threads), jobs):
                 results.append(result)
-                self.clock.tick(f"{stage}: {len(results)} of {len(jobs)} linears", len(results) / len(jobs))
+                self.clock.tick(f"{stage}: {len(results)} of {len(jobs)} linears", work * len(results) / len(jobs))
         return results
 
 

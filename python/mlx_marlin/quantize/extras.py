@@ -208,9 +208,10 @@ def write_extras(
     for i, part in enumerate(extras.files):
         if state.seal(part) is None:
             some = extras.linears[i * _FILE_LINEARS : (i + 1) * _FILE_LINEARS]
-            quantize = lambda extra, threads: _quantize(extra, source, settings, threads)  # noqa: E731
             results = parallel(
-                quantize, some, f"quantizing what is beside the text model, {i + 1} of {len(extras.files)}"
+                lambda extra, threads: _quantize(extra, source, settings, threads),
+                some,
+                f"quantizing prediction layers and towers, part {i + 1} of {len(extras.files)}",
             )
             tensors = {}
             for extra, (codes, bias) in zip(some, results):
