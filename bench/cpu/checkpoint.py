@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from mlx_marlin import codec
-from mlx_marlin.codec import format_word
 from mlx_marlin.loader.exl3 import MARKERS
 from mlx_marlin.storage import safetensors
 
@@ -111,7 +110,7 @@ class Exl3:
 
     def __init__(self, rng: np.random.Generator, bits: float):
         self._rng, self._bits = rng, bits
-        format_word(bits, "mul1")  # raises for what is no width
+        codec.format_word(bits, "mul1")  # raises for what is no width
 
     def config(self) -> dict:
         """What config.json holds besides the shape."""
@@ -245,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--affine", action="store_true", help="MLX's affine format instead of EXL3")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    bits = int(arguments.bits) if arguments.bits == int(arguments.bits) else arguments.bits
+    bits = codec.as_width(arguments.bits)
     rng = np.random.default_rng(arguments.seed)
     form = Affine(rng, bits) if arguments.affine else Exl3(rng, bits)
     total = write(arguments.directory, config_of(arguments.shape, arguments.layers), form, rng)

@@ -38,7 +38,7 @@ def test_names_tell_problems_apart():
         "swiglu 7168x2048 256/8 2..6 #2",
     ]
     assert labels.names([LINEAR]) == {LINEAR: "linear 7168x16384 3"}
-    assert (labels.rows_label(1), labels.rows_label(4)) == ("1 row", "4 rows")
+    assert (kernels.rows_label(1), kernels.rows_label(4)) == ("1 row", "4 rows")
 
 
 def test_the_table_says_what_is_saved_and_what_undecided_means():

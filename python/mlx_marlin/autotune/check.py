@@ -15,11 +15,11 @@ from functools import partial
 from filelock import FileLock
 
 from .. import kernels, measure
-from ..kernels import KernelConfig, Problem
+from ..kernels import KernelConfig, Problem, rows_label
 from ..measure.race import RaceSettings
 from ..measure.stats import holm, p_faster, p_slower_than, without_drift
 from ..profile.schema import AutotuneConfig, Entry
-from .labels import names, rows_label
+from .labels import names
 from .progress import ProgressBar
 from .trial import Objective
 from .workload import ConfigClock, Workload, release

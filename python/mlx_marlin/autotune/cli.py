@@ -229,7 +229,7 @@ def _tune(args: argparse.Namespace, device: str, limit: int, settings: RaceSetti
         print(f"mlx_marlin-tune: the budget ended {left}; the same command continues", file=sys.stderr)
     names = labels.names(problems)
     for problem, reason in outcome.failed.items():
-        where = f"{names[problem]}, {labels.rows_label(problem.rows)}"
+        where = f"{names[problem]}, {kernels.rows_label(problem.rows)}"
         print(f"mlx_marlin-tune: could not tune {where}: {reason}", file=sys.stderr)
     found, failed = outcome.entries, outcome.failed
     _print(args, report.tuned_json(found, failed, names), report.tuned_text(found, names) if found else "")
@@ -275,7 +275,7 @@ def _announcement(args: argparse.Namespace, device: str, problems: list[Problem]
             "for the layers of a model of yours add --model DIR"
         )
     sizes = dict.fromkeys(p.rows for p in problems)
-    rows = labels.rows_label(*sizes) if len(sizes) == 1 else f"{', '.join(map(str, sizes))} rows"
+    rows = kernels.rows_label(*sizes) if len(sizes) == 1 else f"{', '.join(map(str, sizes))} rows"
     return f"mlx_marlin-tune: times {len(problems)} problems ({rows}) on the {device}: {what}"
 
 

@@ -42,11 +42,6 @@ def names(problems: Iterable[Problem]) -> dict[Problem, str]:
     return {p: f"{name} #{i}" if (i := numbers.get(replace(p, rows=1))) else name for p, name in short.items()}
 
 
-def rows_label(rows: int) -> str:
-    """Such as "1 row"."""
-    return f"{rows} row{'' if rows == 1 else 's'}"
-
-
 def config_label(c: KernelConfig) -> str:
     """A config in a few characters: variant, rows x columns, simdgroups (threads on the CPU)."""
     return f"{c.kernel_variant} {c.tile_size_m}x{c.tile_size_n} s{c.simdgroups}{'' if c.use_fp32_acc else ' half'}"

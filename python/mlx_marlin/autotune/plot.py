@@ -9,9 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgba
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from ..kernels import VARIANTS
+from ..kernels import VARIANTS, rows_label
 from ..profile.schema import Entry
-from .labels import rows_label
 from .report import saved_percent
 from .tuner import BenchmarkResult
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
-from ..kernels import Problem
+from ..kernels import Problem, rows_label
 from ..profile.schema import Entry
 from .check import Finding
-from .labels import config_label, rows_label
+from .labels import config_label
 
 UNDECIDED = "undecided: another config looked faster within the noise; the default stays; try more --iterations"
 _SAVED = "time saved: of the default's, with its 95 % interval; nothing: no other config was faster"

@@ -26,7 +26,7 @@ from ..measure.race import Limits, RaceSettings
 from ..profile import files as profile_files
 from ..profile import json as profile_json
 from ..profile.schema import Entry, merge, same_origin
-from .labels import names, rows_label
+from .labels import names
 from .progress import ProgressBar
 from .session import Session
 from .trial import steps
@@ -127,7 +127,7 @@ class Run:
         for i, problem in enumerate(mine):
             if time.perf_counter() > deadline:
                 break
-            bar.begin(f"{known[problem]}, {rows_label(problem.rows)}")
+            bar.begin(f"{known[problem]}, {kernels.rows_label(problem.rows)}")
             self._tune_one(problem, session, deadline, (len(mine) - i) * peers.neighbours, bar)
             bar.end()
         self._exchange(peers, session)

@@ -17,7 +17,17 @@ from .catalogue import (
 )
 from .config import VARIANTS, KernelConfig, KernelName, Triple, default_variant, make_name, parse_name
 from .cpu import cpu_threads
-from .problem import ACCURACIES, ACTIVATIONS, DEVICES, DTYPES, USUAL_ACCURACY, USUAL_DTYPE, Problem, checked_accuracy
+from .problem import (
+    ACCURACIES,
+    ACTIVATIONS,
+    DEVICES,
+    DTYPES,
+    USUAL_ACCURACY,
+    USUAL_DTYPE,
+    Problem,
+    checked_accuracy,
+    rows_label,
+)
 from .search_space import Hardware
 
 __all__ = [
@@ -46,5 +56,6 @@ __all__ = [
     "fitted",
     "make_name",
     "parse_name",
+    "rows_label",
     "rules_of",
 ]

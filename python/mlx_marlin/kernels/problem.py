@@ -51,6 +51,11 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 _Width = Annotated[int, msgspec.Meta(ge=1, le=codec.MAX_BITS)] | Annotated[float, msgspec.Meta(ge=1, le=codec.MAX_BITS)]
 
 
+def rows_label(rows: int) -> str:
+    """Such as "1 row"."""
+    return f"{rows} row{'' if rows == 1 else 's'}"
+
+
 def checked_accuracy(accuracy: str) -> str:
     """An accuracy from a caller: itself.
 

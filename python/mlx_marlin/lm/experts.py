@@ -19,7 +19,7 @@ from ..layers.partial import PartlyQuantizedSwitchGLU
 from ..loader.exl3 import PlainLinear
 from ..ops import Activation
 from ..storage.reads import read_all
-from ..weights.experts import ExpertStack
+from ..weights.experts import ExpertStack, stacked_biases
 from ..weights.trellis import TrellisWeight
 from .mapping import PROJECTIONS
 from .placeholders import LinearSource
@@ -113,16 +113,8 @@ def load_stack(sources: Sequence[LinearSource], in_features: int, out_features: 
                 scales *= np.float16(source.factor)
             _check_finite(source, bool(np.isfinite(scales).all()))
     formats = mx.array([codec.format_word(linear.bits, linear.codebook) for linear in linears], mx.uint32)
-    biases = _stacked_biases(sources, n)
+    biases = stacked_biases([linear.load_bias(source.blocks) for source, linear in zip(sources, linears)], n)
     return ExpertStack(codes, formats, inputs, outputs, biases, in_features, out_features)
-
-
-def _stacked_biases(sources: Sequence[LinearSource], n: int) -> mx.array | None:
-    """float32 ``[experts, n]``, zero where an expert has none; ``None`` if none has."""
-    biases = [source.quantized.load_bias(source.blocks) for source in sources]
-    if all(bias is None for bias in biases):
-        return None
-    return mx.stack([mx.zeros((n,), mx.float32) if b is None else b.astype(mx.float32) for b in biases])
 
 
 def _check_finite(source: LinearSource, finite: bool) -> None:

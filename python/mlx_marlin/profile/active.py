@@ -177,7 +177,7 @@ def _unlikeness(a: Problem, b: Problem) -> tuple[bool, bool]:
 
 def _described(found: Problem, asked: Problem) -> str:
     """The entry that answers, and in what it differs from what was asked."""
-    text = f"entry for {found.rows} row{'' if found.rows == 1 else 's'}"
+    text = f"entry for {kernels.rows_label(found.rows)}"
     if found.dtype != asked.dtype:
         text += f" of {found.dtype}"
     if found.combine != asked.combine:

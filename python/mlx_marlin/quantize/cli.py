@@ -107,9 +107,8 @@ class _Screen:
         """Show it."""
         left = "" if progress.seconds_left is None else f", {_duration(progress.seconds_left)} left"
         line = f"{100 * progress.done:5.1f} %  {progress.stage}{left}"
-        if progress.under_way and not self._moves:
-            if time.monotonic() - self._last < _LINE_SECONDS:
-                return
+        if progress.under_way and not self._moves and time.monotonic() - self._last < _LINE_SECONDS:
+            return
         self._last = time.monotonic()
         self._open = progress.under_way and self._moves
         start = "\r\x1b[K" if self._moves else ""  # back to the start of the line, and erase it

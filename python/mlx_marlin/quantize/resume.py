@@ -69,9 +69,7 @@ def _tensor_digest(tensor: TensorInfo) -> str:
     return digest.hexdigest()
 
 
-def identity(
-    source: Source, settings: Settings, tokens: np.ndarray, tick: Callable[[str], None] = lambda stage: None
-) -> dict[str, dict]:
+def identity(source: Source, settings: Settings, tokens: np.ndarray, tick: Callable[[str], None]) -> dict[str, dict]:
     """Everything that a conversion's result depends on, as a JSON value; ``tick`` is told how far that is."""
     total = sum(t.nbytes for t in source.stored.values())
     tensors, read = {}, 0

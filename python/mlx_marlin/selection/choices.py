@@ -126,7 +126,7 @@ def from_profile(problem: Problem) -> Choice:
     found = profile.find(problem)
     # A layer that is no loaded model's and has not been called says 1: the reason shows what was assumed.
     top_k = f" and top-k {problem.top_k}" if problem.kind == "swiglu" else ""
-    asked = f"{problem.rows} row{'' if problem.rows == 1 else 's'}{top_k}"
+    asked = f"{kernels.rows_label(problem.rows)}{top_k}"
     if found is not None:
         return Choice(problem, found.config, f"for {asked}: {found.origin}")
     reason = f"the default for {asked}, because no profile knows this problem"

@@ -88,16 +88,12 @@ class ExpertStack:
         """Stack one weight per expert; ``name`` is used in errors."""
         first = _same_sizes(name, weights)
         formats = [codec.format_word(w.bits, w.codebook) for w in weights]
-        bias = None
-        if any(w.bias is not None for w in weights):
-            zeros = mx.zeros((first.padded_shape[1],), mx.float32)
-            bias = mx.stack([zeros if w.bias is None else w.bias.astype(mx.float32) for w in weights])
         return cls(
             mx.concatenate([w.trellis.reshape(-1).view(mx.uint32) for w in weights]),
             mx.array(np.array(formats, np.uint32)),
             mx.stack([w.suh for w in weights]),
             mx.stack([w.svh for w in weights]),
-            bias,
+            stacked_biases([w.bias for w in weights], first.padded_shape[1]),
             first.in_features,
             first.out_features,
         )
@@ -121,6 +117,13 @@ class ExpertStack:
     def __getstate__(self) -> dict:
         """Without what ops keep here, which a copy makes again."""
         return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+
+
+def stacked_biases(biases: Sequence[mx.array | None], n: int) -> mx.array | None:
+    """float32 ``[experts, n]``, zero where an expert has none; ``None`` if none has."""
+    if all(bias is None for bias in biases):
+        return None
+    return mx.stack([mx.zeros((n,), mx.float32) if b is None else b.astype(mx.float32) for b in biases])
 
 
 def _code_words(bits: float, k: int, n: int) -> int:
