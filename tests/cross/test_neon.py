@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,7 +16,6 @@ from mlx_marlin.kernels import ACTIVATIONS, DTYPES
 from mlx_marlin.ops import reference
 from mlx_marlin.weights.experts import ExpertStack
 from mlx_marlin.weights.synthetic import random_weight
-from tests.metal_sim.toolchain import CACHE, building, digest
 from tests.support import golden
 from tests.support.cases import (
     FORMATS,
@@ -30,11 +26,13 @@ from tests.support.cases import (
     reference_swiglu,
     row_error,
 )
+from tests.support.objects import compiled
 from tests.support.paths import ROOT
 
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 # Not zig: it would first build a C++ library, which takes longer than all other tests of a folder together.
 COMPILER = shutil.which("aarch64-linux-gnu-g++")
+OBJECTS = ROOT / "build" / "neon"
 SETS = {"neon": ["-march=armv8-a"], "neonfp16": ["-march=armv8.2-a+fp16"]}
 
 pytestmark = [
@@ -44,62 +42,43 @@ pytestmark = [
 
 
 class Build:
-    """Sources to a static aarch64 program, kept in the user's cache by the content of all of csrc."""
+    """Sources to a static aarch64 program."""
 
-    def __init__(self, name: str):
-        self.name, self.wanted = name, []
-        self.compiler = [COMPILER, "-std=c++20", f"-I{ROOT / 'csrc'}"]
+    def __init__(self, directory: Path):
+        self.directory, self.objects = directory, []
+        self.pool = ThreadPoolExecutor(2)
 
-    def compile(self, source: Path, name: str, flags: list[str]) -> None:
-        self.wanted.append((source, name, flags))
+    def compile(self, source: Path, flags: list[str]) -> None:
+        common = ["-std=c++20", f"-I{ROOT / 'csrc'}"]
+        self.objects.append(self.pool.submit(compiled, [COMPILER], [*common, *flags], source, OBJECTS))
 
     def link(self) -> Path:
-        """The program, compiled unless the cache has it."""
-        version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
-        files = sorted({*(ROOT / "csrc").rglob("*.*"), *(source for source, _, _ in self.wanted)})
-        commands = [f"{source.name} {name} {flags}" for source, name, flags in self.wanted]
-        contents = [part for file in files for part in (file.name, file.read_bytes())]
-        program = CACHE / f"{self.name}-{digest(version, *commands, *contents)}"
-        with building(program) as needed:
-            if needed:
-                self._make(program)
+        program = self.directory / "driver"
+        objects = [str(done.result()) for done in self.objects]
+        subprocess.run([COMPILER, "-static", "-s", *objects, "-o", str(program)], check=True)
         return program
-
-    def _make(self, program: Path) -> None:
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-            objects = [f"{folder}/{name}.o" for _, name, _ in self.wanted]
-            commands = [
-                [*self.compiler, *flags, "-c", str(source), "-o", made]
-                for (source, _, flags), made in zip(self.wanted, objects)
-            ]
-            for _ in pool.map(partial(subprocess.run, check=True), commands):  # raises what a compilation raised
-                pass
-            linked = f"{folder}/linked"
-            subprocess.run([*self.compiler, "-static", "-s", *objects, "-o", linked], check=True)
-            shutil.copy(linked, beside := program.with_name(f"{program.name}.{os.getpid()}"))
-            beside.replace(program)
 
 
 @pytest.fixture(scope="module")
-def driver():
+def driver(tmp_path_factory):
     """The kernels and their driver as a static aarch64 program."""
-    build = Build("neon")
+    build = Build(tmp_path_factory.mktemp("neon"))
     kernels = ROOT / "csrc" / "cpu"
     for name, flags in {"baseline": ["-DMARLIN_PORTABLE"], **SETS}.items():
-        build.compile(kernels / "tier/table.cpp", name, ["-O1", "-ffp-contract=off", f"-DMARLIN_TIER={name}", *flags])
+        build.compile(kernels / "tier/table.cpp", ["-O1", "-ffp-contract=off", f"-DMARLIN_TIER={name}", *flags])
     for source in sorted(kernels.glob("*.cpp")):
-        build.compile(source, source.stem, ["-O1"])
-    build.compile(Path(__file__).with_name("kernels_driver.cpp"), "driver", ["-O1"])
+        build.compile(source, ["-O1"])
+    build.compile(Path(__file__).with_name("kernels_driver.cpp"), ["-O1"])
     return build.link()
 
 
 @pytest.fixture(scope="module")
-def search_driver():
+def search_driver(tmp_path_factory):
     """The encoder's search and its driver."""
-    build = Build("neon-viterbi")
+    build = Build(tmp_path_factory.mktemp("viterbi"))
     for name in ("cpu/instruction_set", "cpu/pool", "viterbi/search", "viterbi/baseline", "viterbi/neon"):
-        build.compile(ROOT / f"csrc/{name}.cpp", name.replace("/", "_"), ["-O2"])
-    build.compile(Path(__file__).with_name("viterbi_driver.cpp"), "driver", ["-O1"])
+        build.compile(ROOT / f"csrc/{name}.cpp", ["-O2"])
+    build.compile(Path(__file__).with_name("viterbi_driver.cpp"), ["-O1"])
     return build.link()
 
 

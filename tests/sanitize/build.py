@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 import shlex
@@ -13,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mlx_marlin import _ext
+from tests.support.objects import compiled
 from tests.support.paths import ROOT
 
 OBJECTS = ROOT / "build" / "sanitize"
@@ -91,17 +91,8 @@ def search_sources() -> dict[str, list[str]]:
 
 
 def _object(source: str, flags: list[str]) -> Path:
-    """Compile, unless what the preprocessor makes of the source and the flags are as they were."""
-    command = [*COMPILER, "-std=c++20", "-g1", "-fno-omit-frame-pointer", "-Wno-psabi", *INCLUDES, *flags]
-    text = subprocess.run([*command, "-E", str(ROOT / source)], check=True, capture_output=True).stdout
-    version = subprocess.run([*COMPILER, "--version"], check=True, capture_output=True).stdout
-    key = hashlib.sha256(b"\0".join([text, version, *map(str.encode, command)])).hexdigest()[:24]
-    made = OBJECTS / f"{Path(source).stem}_{key}.o"
-    if not made.exists():
-        beside = made.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-c", str(ROOT / source), "-o", str(beside)], check=True)
-        beside.replace(made)
-    return made
+    common = ["-std=c++20", "-g1", "-fno-omit-frame-pointer", "-Wno-psabi", *INCLUDES]
+    return compiled(COMPILER, [*common, *flags], ROOT / source, OBJECTS)
 
 
 def program(
@@ -115,7 +106,6 @@ def program(
         sources: Flags by source.
         tiers: Flags by instruction set of the CPU kernels that are linked in.
     """
-    OBJECTS.mkdir(parents=True, exist_ok=True)
     flags = ["-O1", *SANITIZERS[sanitizer]]
     if sanitizer == "address":
         flags += _calls_not_inlined()
