@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_marlin import codec, ops
-from mlx_marlin.quantize import conversion, regularise
+from mlx_marlin.quantize import calibration, regularise
 from mlx_marlin.quantize.calibration import BUNDLED
 from tests.support import architectures
 from tests.support.checkpoints import SIZES, Checkpoint
@@ -85,7 +85,7 @@ def stepping_search(tiles: np.ndarray, bits: float, codebook: str, *, threads: i
 def quick_conversions(monkeypatch):
     """Conversions with :func:`stepping_search`, windows of :data:`LENGTH` tokens."""
     monkeypatch.setattr(ops, "viterbi_search", stepping_search)
-    monkeypatch.setattr(conversion, "CALIBRATION_LENGTH", LENGTH)
+    monkeypatch.setattr(calibration, "LENGTH", LENGTH)
     # What one search measured must not serve the other.
     regularise._log_errors.cache_clear()
     yield

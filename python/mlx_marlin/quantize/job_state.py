@@ -61,8 +61,12 @@ def hash_bytes(file: BinaryIO, size: int, digest: Any) -> bool:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, shown: Path) -> Iterator[None]:
     """Keep other conversions out of a directory; a killed process lets go of it.
+
+    Args:
+        directory: The directory.
+        shown: What the error calls it.
 
     Raises:
         ValueError: If another conversion is at work there.
@@ -72,7 +76,7 @@ def locked(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"another conversion is writing to {directory.parent}; wait until it ends, or choose another directory"
+                f"another conversion is writing to {shown}; wait until it ends, or choose another directory"
             ) from None
         yield
 

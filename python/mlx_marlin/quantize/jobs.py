@@ -187,10 +187,10 @@ def _expert_effect(tap: ExpertsTap, part: str, e: int, x: np.ndarray, seed: list
 
 
 def _expert_job(names: ExpertNames, block: _Block, part: str, e: int, effect: float) -> Job:
-    weights, stored = block.tap.weights[part], names.parts[part]
+    weights = block.tap.weights[part]
     return Job(
-        name=f"{names.prefix}.{e}.{stored}",
-        group=f"{names.prefix}.{stored}",
+        name=names.name(e, part),
+        group=names.group(part),
         weight=lambda: weights.weight(e),
         bias=None if weights.bias is None else weights.bias[e],
         shape=weights.shape,

@@ -242,7 +242,7 @@ class LayeredModel:
                 part, _, leaf = path.removeprefix(f"{layer}.{block}.").rpartition(".")
                 if part in names.parts:
                     e = next(e for e in range(len(value)) if not mx.isfinite(value[e]).all().item())
-                    single = f"{names.prefix}.{e}.{names.parts[part]}.{leaf}"
+                    single = f"{names.name(e, part)}.{leaf}"
                     return single if single in self.source.tensors else names.sources[0]
         return None
 
