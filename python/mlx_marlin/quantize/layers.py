@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from .. import codec
 from ..loader.scaling import up_divisor
-from ..storage.safetensors import Tensor, read_header
+from ..storage.safetensors import Tensor, TensorInfo, read_header
 from .allocation import Allocation
 from .embedding import embedding_tensors
 from .embedding import part_of as embedding_part
 from .extras import Extras, write_extras
 from .head import head_tensors
-from .job_state import JobState, Pass, States, digest_of, follow
-from .jobs import Job, layer_jobs, seed_of
+from .job_state import JobState, Pass, digest_of, follow
+from .jobs import Job, job_bytes, layer_jobs, seed_of
 from .runner import Runner
 from .searched import searched
 from .settings import Settings
+from .spill import Spill, States, StoredTensor
 from .stored import stored_codes, stored_tensors
-from .weight import Codes, prepare, quantize_prepared
+from .weight import prepare, quantize_prepared
 
 _EXPERT_UP = re.compile(r"\.experts\.\d+\.(?:up_proj|w3)$")
 _HEAD = "head.safetensors"
@@ -52,6 +53,7 @@ class LayerQuantizer:
         self.runner, self.work, self.measured = runner, work, measured
         self.settings, self.widths, self.of = settings, allocation.widths, of
         self.hidden: States = []
+        runner.directory = work.directory
         self.at = ""
 
     def layers(self, names: Sequence[Sequence[str]]) -> list[Path]:
@@ -68,12 +70,12 @@ class LayerQuantizer:
             return {"widths": digest_of({name: self.widths[name] for name in names[index]})}
 
         self.runner.reopen()
-        start, finished = self.runner.model.embeddings, self.runner.finished("quantized", self.of)
+        start, finished = self.runner.embeddings, self.runner.finished("quantized", self.of)
         steps = Pass("layer", "safetensors", len(names), start, self._layer, widths, finished)
         self.hidden, self.at = follow(self.work, steps)
         return [self.work.directory / steps.part(i) for i in range(len(names))]
 
-    def _layer(self, index: int, hidden: States, known: bool) -> tuple[States, dict[str, Tensor]]:
+    def _layer(self, index: int, hidden: States, known: bool) -> tuple[States, Mapping[str, Tensor | StoredTensor]]:
         runner = self.runner
         runner.load(index)
         with runner.taps(index) as taps:
@@ -81,34 +83,40 @@ class LayerQuantizer:
             runner.run(index, hidden)
             taps.record(False)
             jobs = layer_jobs(runner.model, index, taps, hidden, None)
-            divisors = [up_divisor(runner.source.config, index) if _EXPERT_UP.search(job.name) else 1 for job in jobs]
+            divisors = {job.name: self._divisor(index, job) for job in jobs}
+            stored: Mapping[str, TensorInfo | StoredTensor]
             if known:
                 stored = read_header(self.work.directory / f"layer-{index:04}.safetensors")
-                results = [
-                    stored_codes(job.name, stored, self.settings.codebook, job.shape, divisor)
-                    for job, divisor in zip(jobs, divisors)
-                ]
             else:
-                results = self._codes(index, jobs, hidden)
-            tensors: dict[str, Tensor] = {}
-            for job, codes, divisor in zip(jobs, results, divisors):
-                tensors.update(stored_tensors(job.name, codes, job.bias, divisor))
+                stored = tensors = self._tensors(index, jobs, divisors, hidden)
+            for job in jobs:
+                codes = stored_codes(job.name, stored, self.settings.codebook, job.shape, divisors[job.name])
                 job.install(codec.dequantize(codes), None if job.bias is None else half_round(job.bias))
-            hidden = runner.model.run(index, hidden)
+            after = runner.run(index, hidden, 1.0)
         runner.unload(index)
-        return hidden, tensors
+        return after, {} if known else tensors
 
-    def _codes(self, index: int, jobs: list[Job], hidden: States) -> list[Codes]:
-        def search(some: list[Job]) -> list[Codes]:
-            return self.runner.parallel(self._job, some, f"quantizing {self.runner.of(index)}{self.of}", 1.0)
+    def _divisor(self, index: int, job: Job) -> int:
+        return up_divisor(self.runner.source.config, index) if _EXPERT_UP.search(job.name) else 1
 
-        if index:
-            return search(jobs)
-        return searched(self.measured, jobs, self.widths, self.settings.codebook, hidden, search)
+    def _tensors(
+        self, index: int, jobs: list[Job], divisors: Mapping[str, int], hidden: States
+    ) -> dict[str, StoredTensor]:
+        """What is stored of a layer's linears, on the disk: a layer of many experts does not fit into memory."""
+        spill = Spill(self.work.directory)
 
-    def _job(self, job: Job, threads: int) -> Codes:
-        prepared = prepare(job.weight(), job.hessian(), seed_of(self.settings.seed, job.name))
-        return quantize_prepared(prepared, self.widths[job.name], self.settings.codebook, threads)
+        def task(job: Job, threads: int) -> dict[str, StoredTensor]:
+            prepared = prepare(job.weight(), job.hessian(), seed_of(self.settings.seed, job.name))
+            codes = quantize_prepared(prepared, self.widths[job.name], self.settings.codebook, threads)
+            made = stored_tensors(job.name, codes, job.bias, divisors[job.name])
+            return {name: spill.tensor(tensor) for name, tensor in made.items()}
+
+        def search(some: list[Job]) -> dict[str, StoredTensor]:
+            stage = f"quantizing {self.runner.of(index)}{self.of}"
+            found = self.runner.parallel(task, some, stage, 1.0, job_bytes)
+            return {name: tensor for part in found for name, tensor in part.items()}
+
+        return search(jobs) if index else searched(self.measured, jobs, self.widths, hidden, search)
 
     def head(self, name: str) -> Path:
         """Quantize the output projection of this name, after the layers."""

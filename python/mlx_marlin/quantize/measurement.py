@@ -13,8 +13,8 @@ from ..storage import atomic
 from . import calibration as texts
 from .allocation import MODES, Allocation, Item, least_loss
 from .budget import candidate_widths, measured_sizes, model_sizes, stored_bits
-from .job_state import JobState, Pass, States, follow
-from .jobs import Job, layer_jobs, seed_of
+from .job_state import JobState, Pass, follow
+from .jobs import Job, job_bytes, layer_jobs, seed_of
 from .layered import LayeredModel
 from .plan import items_from, items_value, plan_table
 from .progress import Clock, Progress
@@ -23,6 +23,7 @@ from .runner import BATCH, Runner
 from .sensitivity import disturbed, sensitivities
 from .settings import all_widths
 from .source import Source
+from .spill import States
 from .weight import expected_loss, prepare
 
 _SENSITIVITY = "sensitivity.json"
@@ -210,9 +211,10 @@ class Measurement:
 
     def _measure(self) -> None:
         runner, count = self.runner, self.runner.count
+        runner.directory = self.state.directory
         runner.reopen()
         finished = runner.finished("measured")
-        work = Pass("measured", "json", count, runner.model.embeddings, self._layer, lambda i: {}, finished)
+        work = Pass("measured", "json", count, runner.embeddings, self._layer, lambda i: {}, finished)
         states, at = follow(self.state, work)
         if self.state.seal(_SENSITIVITY, {"before": at}) is None:
             batches = len(runner.model.batches)
@@ -233,16 +235,14 @@ class Measurement:
             after = runner.run(index, hidden)
             taps.record(False)
             if not known:
-                # Of no more use to the caller either; they are half a GB at 65536 tokens and 2048 channels.
-                states.clear()
-                del hidden[1:]
                 jobs = layer_jobs(runner.model, index, taps, hidden, self.seed)
-                found = runner.parallel(self._job, jobs, f"measuring {runner.of(index)}", 1.0)
+                found = runner.parallel(self._job, jobs, f"measuring {runner.of(index)}", 1.0, job_bytes)
                 del jobs
-            streams = [runner.model.run(index, [s])[0] for s in streams]
+            stream, energy = disturbed(hidden[0], after[0], [self.seed, index])
+            runner.model.run(index, streams, into=after)
+            after.append(stream)
         runner.unload(index)
-        stream, energy = disturbed(hidden[0], after[0], [self.seed, index])
-        return [*after, *streams, stream], items_value(found, energy)
+        return after, items_value(found, energy)
 
     def _job(self, job: Job, threads: int) -> Item:
         prepared = prepare(job.weight(), job.hessian(), seed_of(self.seed, job.name))

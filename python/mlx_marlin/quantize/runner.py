@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Condition
 from typing import TypeVar
 
 import numpy as np
 
 from .. import kernels
-from .job_state import States
 from .layered import LayeredModel
 from .progress import Clock
 from .source import Source
+from .spill import SpilledArrays, States
 from .taps import Taps
 
 BATCH = 8
 """Windows per call of a layer."""
+# Of the linears at work together: with what else a conversion holds, 8 GB.
+_JOB_BYTES = 6 << 30
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -33,11 +38,13 @@ class Runner:
 
     Attributes:
         workers: Worker threads.
+        directory: On which disk things are kept that need not be in memory.
     """
 
     def __init__(self, source: Source, tokens: np.ndarray, model: LayeredModel, clock: Clock):
         self.source, self.tokens, self.model, self.clock = source, tokens, model, clock
         self.workers = kernels.cpu_threads()
+        self.directory: Path | None = None
         self._unloaded: set[int] = set()  # layers that the model let go of
         self._is_fresh = True
 
@@ -67,12 +74,25 @@ class Runner:
     def taps(self, index: int) -> Taps:
         """Taps on a layer's linears and experts."""
         path, names = self.model.paths[index], self.model.names
-        return Taps(self.model.layers[index], names.linears(path), names.experts(path))
+        layer, tensors = self.model.layers[index], self.model.experts(index)
+        return Taps(layer, names.linears(path), names.experts(path), tensors, self.directory)
 
-    def run(self, index: int, hidden: States) -> States:
-        """The layer's output for the calibration's windows."""
-        stage = f"calibrating {self.of(index)}"
-        return self.model.run(index, hidden, lambda n: self.clock.tick(f"{stage}: {n} of {len(hidden)} batches"))
+    def embeddings(self) -> States:
+        """Hidden states before the first layer."""
+        return self.model.embeddings(SpilledArrays(self.directory))
+
+    def run(self, index: int, hidden: States, work: float = 0.0) -> SpilledArrays:
+        """The layer's output for the calibration's windows.
+
+        Args:
+            index: The layer.
+            hidden: Its inputs.
+            work: What is done of the layer before this, of the clock's total. Default: ``0.0``.
+        """
+        stage, after = f"calibrating {self.of(index)}", SpilledArrays(self.directory)
+        tick = self.clock.tick
+        self.model.run(index, hidden, lambda n: tick(f"{stage}: {n} of {len(hidden)} batches", work), after)
+        return after
 
     def of(self, index: int) -> str:
         """A layer in words."""
@@ -95,7 +115,12 @@ class Runner:
         return report
 
     def parallel(
-        self, task: Callable[[Task, int], Result], jobs: list[Task], stage: str, work: float = 0.0
+        self,
+        task: Callable[[Task, int], Result],
+        jobs: list[Task],
+        stage: str,
+        work: float = 0.0,
+        size: Callable[[Task], int] = lambda job: 0,
     ) -> list[Result]:
         """Run a task for every job, the cores shared among them; results in the order of the jobs.
 
@@ -104,11 +129,39 @@ class Runner:
             jobs: The jobs.
             stage: What they are, for the progress.
             work: What they are together of the clock's total. Default: ``0.0``, not counted.
+            size: Bytes that a job holds at most; fewer run at a time where they are many. Default: none.
         """
-        threads = max(1, self.workers // max(1, len(jobs)))
         results: list[Result] = []
+        budget = _Budget()
+
+        def run(job: Task) -> Result:
+            with budget.taken(size(job)):
+                beside = min(self.workers, len(jobs), max(1, _JOB_BYTES // max(1, size(job))))
+                return task(job, max(1, self.workers // beside))
+
         with ThreadPoolExecutor(self.workers) as pool:
-            for result in pool.map(lambda job: task(job, threads), jobs):
+            for result in pool.map(run, jobs):
                 results.append(result)
                 self.clock.tick(f"{stage}: {len(results)} of {len(jobs)} linears", work * len(results) / len(jobs))
         return results
+
+
+class _Budget:
+    """Lets jobs run while they fit into :data:`_JOB_BYTES` together; one alone always may."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+        self._freed = Condition()
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """Wait until there is room, and hold it for the length of a ``with`` block."""
+        with self._freed:
+            self._freed.wait_for(lambda: not self._taken or self._taken + size <= _JOB_BYTES)
+            self._taken += size
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._taken -= size
+                self._freed.notify_all()

@@ -8,53 +8,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ..storage.safetensors import Tensor, read_header
-from .job_state import JobState, States, states_digest
+from ..storage.safetensors import read_header
+from .job_state import JobState, states_digest
 from .jobs import Job
-from .stored import stored_codes, stored_tensors
-from .weight import Codes
+from .spill import States, StoredTensor
 
 PART = "searched-0000.safetensors"
-
-
-def _stored_name(name: str, k: float) -> str:
-    return f"{k}:{name}"
 
 
 def searched(
     state: JobState,
     jobs: Sequence[Job],
     widths: Mapping[str, float],
-    codebook: str,
     before: States,
-    search: Callable[[list[Job]], list[Codes]],
-) -> list[Codes]:
-    """The codes of the first layer's linears: those of earlier sizes, and what is found now for this and later ones.
+    search: Callable[[list[Job]], dict[str, StoredTensor]],
+) -> dict[str, StoredTensor]:
+    """What is stored of the first layer's linears: of earlier sizes, or found now for this and later ones.
 
     Args:
         state: The measurement, beside which they are kept.
         jobs: The linears.
         widths: K of each, by name.
-        codebook: Their codebook.
         before: Hidden states before the layer.
-        search: Finds the codes of some of the linears.
+        search: Finds what is stored of some of the linears.
     """
     made_from = {"before": states_digest(before)}
-    stored = read_header(state.directory / PART) if state.seal(PART, made_from) is not None else {}
+    stored = _stored(state) if state.seal(PART, made_from) is not None else {}
 
-    def is_known(job: Job) -> bool:
-        return f"{_stored_name(job.name, widths[job.name])}.trellis" in stored
+    def kept_name(name: str) -> str:
+        """A tensor's name here, with the width of its linear."""
+        return f"{widths[name.rpartition('.')[0]]}:{name}"
 
-    found = iter(search([job for job in jobs if not is_known(job)]))
-    result, fresh = [], {}
-    for job in jobs:
-        name = _stored_name(job.name, widths[job.name])
-        if is_known(job):
-            result.append(stored_codes(name, stored, codebook, job.shape))
-        else:
-            result.append(next(found))
-            fresh.update(stored_tensors(name, result[-1], None))
+    fresh = search([job for job in jobs if kept_name(f"{job.name}.trellis") not in stored])
     if fresh:
-        kept = {name: Tensor(info.dtype, info.shape, info.read()) for name, info in stored.items()}
-        state.write_tensors(PART, {**kept, **fresh}, made_from)
-    return result
+        state.write_tensors(PART, {**stored, **{kept_name(name): t for name, t in fresh.items()}}, made_from)
+        stored = _stored(state)  # the old file is gone
+    names = {kept: kept.partition(":")[2] for kept in stored}
+    return {name: stored[kept] for kept, name in names.items() if kept_name(name) == kept}
+
+
+def _stored(state: JobState) -> dict[str, StoredTensor]:
+    infos = read_header(state.directory / PART)
+    return {name: StoredTensor(info.dtype, info.shape, info.read) for name, info in infos.items()}
