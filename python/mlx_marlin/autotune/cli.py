@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from .. import codec, kernels
+from .. import codec, kernels, ops
 from ..device.machine import default_device, is_present, memory_bytes, mlx_device
 from ..kernels import Problem, Triple
 from ..measure.race import RaceSettings
@@ -156,14 +156,13 @@ def layers(args: argparse.Namespace, device: str) -> list[Problem]:
         return list(model_problems(args.model, dtype, device, args.accuracy))
     hidden, inter, experts, top_k = args.shape or DEFAULT_SHAPE
     mixes = ((args.bits or ((4, 4, 4),)),) if args.shape else DEFAULT_MIXES
+    machine = {"device": device, "accelerators": ops.has_accelerators(device)}
     problems = [
-        Problem.swiglu(
-            hidden, inter, experts=experts, top_k=top_k, bits=bits, dtype=dtype, device=device, accuracy=accuracy
-        )
-        for bits in mixes
+        Problem.swiglu(hidden, inter, experts=experts, top_k=top_k, bits=b, dtype=dtype, accuracy=accuracy, **machine)
+        for b in mixes
     ]
     if not args.shape:
-        problems.append(Problem.linear(*DEFAULT_LINEAR, dtype=dtype, device=device, accuracy=accuracy))
+        problems.append(Problem.linear(*DEFAULT_LINEAR, dtype=dtype, accuracy=accuracy, **machine))
     return problems
 
 
