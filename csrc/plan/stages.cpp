@@ -84,8 +84,11 @@ void add_rotate(Plan& plan, const Pass& pass, const Weights* only, const Weights
   const uint64_t projections = up ? 2 : 1;
   const uint64_t units = pass.position_rows() / (pass.fragments ? 8 : 1);
   const uint64_t bytes = projections * pass.rotated_bytes(k);
-  Builder b("rotate", kStageSimdgroups);
-  b.grid(ceil_div(units * projections * (k / MARLIN_HADAMARD_SIZE), kStageSimdgroups))
+  // Threadgroups of equal parts of a row's blocks.
+  const uint32_t blocks = static_cast<uint32_t>(k / MARLIN_HADAMARD_SIZE);
+  const uint32_t simdgroups = ceil_div(blocks, ceil_div(blocks, kStageSimdgroups));
+  Builder b("rotate", simdgroups);
+  b.grid(static_cast<uint32_t>(units), ceil_div(blocks, simdgroups), static_cast<uint32_t>(projections))
       .args(args)
       .constant("dtype", pass.dtype)
       .constant("routed", pass.routed)
