@@ -156,14 +156,15 @@ def layers(args: argparse.Namespace, device: str) -> list[Problem]:
         return list(model_problems(args.model, dtype, device, args.accuracy))
     hidden, inter, experts, top_k = args.shape or DEFAULT_SHAPE
     mixes = ((args.bits or ((4, 4, 4),)),) if args.shape else DEFAULT_MIXES
-    machine = {"device": device, "accelerators": ops.has_accelerators(device)}
     problems = [
-        Problem.swiglu(hidden, inter, experts=experts, top_k=top_k, bits=b, dtype=dtype, accuracy=accuracy, **machine)
-        for b in mixes
+        Problem.swiglu(
+            hidden, inter, experts=experts, top_k=top_k, bits=bits, dtype=dtype, device=device, accuracy=accuracy
+        )
+        for bits in mixes
     ]
     if not args.shape:
-        problems.append(Problem.linear(*DEFAULT_LINEAR, dtype=dtype, accuracy=accuracy, **machine))
-    return problems
+        problems.append(Problem.linear(*DEFAULT_LINEAR, dtype=dtype, device=device, accuracy=accuracy))
+    return [replace(problem, accelerators=ops.has_accelerators(device)) for problem in problems]
 
 
 def main(argv: list[str] | None = None) -> int:
