@@ -91,11 +91,12 @@ struct AcceleratorProduct {
     constexpr auto descriptor = mpp::tensor_ops::matmul2d_descriptor(
         16, 32, 16, false, true, false, mpp::tensor_ops::matmul2d_descriptor::mode::multiply_accumulate);
     mpp::tensor_ops::matmul2d<descriptor, metal::execution_simdgroup> op;
-    auto a = op.template get_left_input_cooperative_tensor<half, half, float>();
-    auto b = op.template get_right_input_cooperative_tensor<half, half, float>();
-    // On macOS 27 the type of a variable has an address space, which is no part of a template's argument.
-    auto c = op.template get_destination_cooperative_tensor<
-        metal::remove_addrspace_t<decltype(a)>, metal::remove_addrspace_t<decltype(b)>, float>();
+    // The type of what is returned: that of a variable has an address space on macOS 27, where no operand may have one.
+    typedef decltype(op.template get_left_input_cooperative_tensor<half, half, float>()) Left;
+    typedef decltype(op.template get_right_input_cooperative_tensor<half, half, float>()) Right;
+    Left a = op.template get_left_input_cooperative_tensor<half, half, float>();
+    Right b = op.template get_right_input_cooperative_tensor<half, half, float>();
+    auto c = op.template get_destination_cooperative_tensor<Left, Right, float>();
     MARLIN_UNROLL
     for (ushort i = 0; i < kLaneWeights; ++i) {
       a[i] = rows[i / 4][i % 4];

@@ -126,7 +126,8 @@ def self_tests(where: str, small: bool) -> dict:
         for dtype in kernels.DTYPES:
             for variant, rows in zip(kernels.VARIANTS, (1, 4, 17, 64)):
                 problem = replace(_problem(bits, rows, "gpu", codebook), dtype=dtype, combine=rows == 1)
-                calls.append((problem, kernels.config_for(problem, kernels.make_name(variant))))
+                for machine in dict.fromkeys((problem, replace(problem, accelerators=False))):
+                    calls.append((machine, kernels.config_for(machine, kernels.make_name(variant))))
     wrong = {}
     with tempfile.TemporaryDirectory() as folder:
         execute = selftest.run_on_gpu if where == "gpu" else _run_on_cpu
