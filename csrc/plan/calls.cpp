@@ -44,6 +44,11 @@ void check_route(const Pass& pass) {
   }
 }
 
+// On the accelerators two halves stand for a float, except where the result keeps 8 bits: the 11 of one half are enough.
+bool takes_halves(const KernelConfig& config, const Tiling& tiling, int dtype) {
+  return !config.use_fp32_acc || (tiling.accelerator && dtype == MARLIN_DTYPE_BFLOAT16);
+}
+
 void check_sizes(int64_t rows, int slots_per_row, int experts) {
   if (rows < 0 || slots_per_row < 1 || experts < 1) {
     throw std::invalid_argument(
@@ -74,7 +79,7 @@ Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
   pass.routed = call.gathered && tiling.rows > 1;
   pass.fragments = tiling.matrix && !tiling.accelerator;
   pass.accelerator = tiling.accelerator;
-  pass.halves = !config.use_fp32_acc;
+  pass.halves = takes_halves(config, tiling, dtype);
   pass.tile_rows = static_cast<uint32_t>(tiling.rows);
   if (pass.routed) {
     check_route(pass);
@@ -115,7 +120,7 @@ Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
   pass.routed = routed;
   pass.fragments = tiling.matrix && !tiling.accelerator;
   pass.accelerator = tiling.accelerator;
-  pass.halves = !call.config.use_fp32_acc;
+  pass.halves = takes_halves(call.config, tiling, dtype);
   pass.tile_rows = static_cast<uint32_t>(tiling.rows);
   if (routed) {
     check_route(pass);

@@ -78,6 +78,20 @@ def test_candidates(problem):
     assert set(kernels.candidates(elsewhere)) == {c for c in every if not kernels.accelerated(problem, c)}
 
 
+@pytest.mark.parametrize("problem", [LAYER, DENSE])
+def test_bfloat16_needs_no_second_half(problem):
+    """The 11 bits of one round less than the 8 bits of the result: both ways to sum are the same code."""
+    chosen = kernels.default(problem)
+    halved = replace(chosen, use_fp32_acc=False)
+    for dtype, same in (("bfloat16", True), ("float16", False), ("float32", False)):
+        asked = replace(problem, dtype=dtype, accuracy="half")
+        kernels_of = [small_cases.code(ops.plan(asked, c)) for c in (chosen, halved)]
+        assert (kernels_of[0] == kernels_of[1]) == same
+        assert (kernels.effective(asked, halved) == chosen) == same
+        every = [c for c in kernels.candidates(asked) if kernels.accelerated(asked, c)]
+        assert len({replace(c, use_fp32_acc=True) for c in every}) == (len(every) if same else len(every) // 2)
+
+
 def test_the_cpu_has_none():
     problem = Problem.linear(256, 256, rows=64)
     assert not any(kernels.accelerated(problem, c) for c in kernels.candidates(problem))

@@ -6,6 +6,7 @@ The same limits as ``csrc/plan/tiling.cpp``, which throws where these functions 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import product
 
 from .. import codec
@@ -120,7 +121,8 @@ def refuses_triple(problem: Problem, triple: Triple) -> bool:
 def infeasible(problem: Problem, config: KernelConfig) -> str | None:
     """``use_fp32_acc=False`` is legal with all tiles: activations become halves of a power of two per 128-block, and
     sums inside one 16-deep tile are halves. Half the bytes of x, and on M5 more multiplications per clock. On neural
-    accelerators all sums are floats; there an activation is one half instead of the two that stand for a float.
+    accelerators all sums are floats; there an activation is one half instead of the two that stand for a float, which
+    it is for bfloat16 in any case.
     """
     variant, rows, columns = config.kernel_variant, config.tile_size_m, config.tile_size_n
     if rows not in TILE_ROWS[variant]:
@@ -160,7 +162,9 @@ def _matrix_infeasible(problem: Problem, config: KernelConfig) -> str | None:
 
 
 def effective(problem: Problem, config: KernelConfig) -> KernelConfig:
-    """No two configs run the same code."""
+    """On neural accelerators a result of bfloat16, which keeps 8 bits, takes one half per activation in any case."""
+    if accelerated(config) and problem.dtype == "bfloat16":
+        return replace(config, use_fp32_acc=True)
     return config
 
 
