@@ -30,6 +30,7 @@ from ..ops import DTYPE_NAMES
 from ..storage.reads import read_all
 from ..storage.safetensors import TensorInfo
 from ..storage.untrusted import is_listed, unchanged
+from . import dense_ops
 from .embedding import EmbeddingWithHead, make_embedding
 from .experts import experts_per_token, make_head, whole_experts, whole_linear
 from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap, map_weights
@@ -260,6 +261,7 @@ def fill(
         make_linear: Called with the path, the module to replace and its source.
         make_experts: Called with the path, the module to replace and its sources.
     """
+    dense_ops.install()
     present = {k: v for k, v in mapping.dense.items() if module_at(model, k) is not None}
     mapping.dense.clear()
     target = running_dtype(present, dtype)
