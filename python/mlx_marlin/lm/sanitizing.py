@@ -1,0 +1,98 @@
+"""What a host makes of a checkpoint's tensors, before any of them is read.
+
+Each model has its own ``sanitize`` that renames, drops, stacks and changes checkpoint tensors. It is shown a
+placeholder ``<name>.weight`` for every quantized linear and the unquantized tensors as they are, both lazy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .host import MODEL_ERRORS, Host
+from .placeholders import EXPERT, Placeholders
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""Children of gated experts, in every host."""
+
+# Mixtral's names for the projections.
+_PROJECTION_ALIASES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_ROUTER_BIAS = "e_score_correction_bias"
+
+
+def sanitize(
+    host: Host, model: nn.Module, directory: Path, unquantized: dict[str, mx.array], placeholders: Placeholders
+) -> dict[str, mx.array]:
+    """The checkpoint as the model's own ``sanitize`` leaves it, experts stacked and names adjusted."""
+    weights = {**unquantized, **placeholders.make()}
+    try:
+        weights = host.sanitize(model, weights)
+    except KeyError as error:
+        missing = str(error.args[0]) if error.args else "a tensor"
+        raise ValueError(f"{directory}: {host.name} looks for {missing}, which the checkpoint does not have") from error
+    except MODEL_ERRORS as error:
+        raise ValueError(
+            f"{directory}: {type(model).__module__} cannot take these tensors: {type(error).__name__}: {error}"
+        ) from error
+    return _move_leftovers(model, _join_attention(model, _stack_experts(host, model, weights)))
+
+
+def _stack_experts(host: Host, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Stack experts that ``sanitize`` left single, because it knows them only fused (gpt_oss, qwen3_5_moe)."""
+    banks = {path: module for path, module in model.named_modules() if isinstance(module, host.glu)}
+    result: dict[str, mx.array] = {}
+    stacks: dict[str, dict[int, mx.array]] = {}
+    for key, value in weights.items():
+        match = EXPERT.fullmatch(key.removesuffix(".weight"))
+        inside = [p for p in banks if match and p.startswith(f"{match['block']}.")]
+        if match and key.endswith(".weight") and len(inside) == 1:
+            projection = _PROJECTION_ALIASES.get(match["projection"], match["projection"])
+            stacks.setdefault(f"{inside[0]}.{projection}.weight", {})[int(match["expert"])] = value
+        else:
+            result[key] = value
+    for key, experts in stacks.items():
+        result[key] = mx.stack([experts[e] for e in sorted(experts)])
+    return result
+
+
+def _join_attention(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Join what ExLlamaV3 splits before it quantizes it: the ``qkv`` of vision towers.
+
+    It keeps the unquantized ``qkv`` as well, which is dropped here.
+    """
+    result = dict(weights)
+    for path, module in model.named_modules():
+        parent, _, leaf = path.rpartition(".")
+        parts = [f"{parent}.{name}_proj.weight" for name in "qkv"]
+        if leaf != "qkv" or type(module) is not nn.Linear or not all(part in weights for part in parts):
+            continue
+        rows = module.weight.shape[0] // len(parts)
+        # Padding belongs to each part.
+        result[f"{path}.weight"] = mx.concatenate([result.pop(part)[:rows] for part in parts])
+        result.pop(f"{path}.bias", None)
+    return result
+
+
+def _move_leftovers(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Rename what ExLlamaV3 calls otherwise.
+
+    It keeps the router's selection bias inside ``gate``, which some models (minimax) have beside it, and the head
+    outside of the language model (gemma4).
+    """
+    parameters = set(parameters_of(model))
+    heads = [key for key in parameters if key.endswith(".lm_head.weight")]
+    moved = {}
+    for key, value in weights.items():
+        other = key.replace(f".gate.{_ROUTER_BIAS}", f".{_ROUTER_BIAS}")
+        if key == "lm_head.weight" and len(heads) == 1:
+            other = heads[0]
+        moved[other if key not in parameters and other in parameters - weights.keys() else key] = value
+    return moved
+
+
+def parameters_of(model: nn.Module) -> dict[str, mx.array]:
+    """The parameters of a model by path."""
+    return dict(tree_flatten(model.parameters()))
