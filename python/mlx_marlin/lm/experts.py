@@ -131,10 +131,10 @@ def load_source(
     return w
 
 
-def whole_linear(_path: str, module: nn.Module, source: LinearSource) -> TrellisLinear:
+def whole_linear(host: Host, _path: str, module: nn.Module, source: LinearSource) -> TrellisLinear:
     """What stands for an ``nn.Linear``."""
     out_features, in_features = module.weight.shape
-    return TrellisLinear(load_source(source, in_features, out_features))
+    return host.linear(load_source(source, in_features, out_features))
 
 
 def make_head(embeddings: nn.Embedding, source: LinearSource, dtype: mx.Dtype | None) -> nn.Module:

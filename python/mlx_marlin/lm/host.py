@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..layers.experts import TrellisSwitchGLU
+from ..layers.linear import TrellisLinear
 from ..layers.partial import PartlyQuantizedSwitchGLU
 
 # What model code raises on a config or a set of tensors that it was not written for.
@@ -42,6 +43,7 @@ class Host(ABC):
         glu: Its class of gated experts, whose children are called gate_proj, up_proj and down_proj.
         projection: Its class of one projection of all experts.
         activations: Its classes of activations of experts, by their full names: what the fused kernels call them.
+        linear: What stands for quantized linears.
         fused: What stands for quantized experts, called as the host calls its own.
         partly: What stands for experts of which some were left unquantized, called the same way.
     """
@@ -52,6 +54,7 @@ class Host(ABC):
     glu: type[nn.Module]
     projection: type[nn.Module]
     activations: Mapping[str, str]
+    linear: type[TrellisLinear]
     fused: type[TrellisSwitchGLU]
     partly: type[PartlyQuantizedSwitchGLU]
 
@@ -89,3 +92,12 @@ class Host(ABC):
     @abstractmethod
     def layers(self, model: nn.Module) -> int:
         """Layers of its text model."""
+
+    @abstractmethod
+    def finish(self, model: nn.Module, dtype: mx.Dtype) -> None:
+        """What is left to do when a model has its weights.
+
+        Args:
+            model: The model.
+            dtype: What its activations are computed in.
+        """

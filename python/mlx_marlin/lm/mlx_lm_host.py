@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from ..layers.experts import TrellisSwitchGLU
+from ..layers.linear import TrellisLinear
 from ..layers.partial import PartlyQuantizedSwitchGLU
 from .host import Host, UnknownArchitecture
 
@@ -46,6 +47,7 @@ class MlxLm(Host):
         # mlx-lm 0.31, the last one for Python 3.10: alpha 1.702, limit 7.
         "mlx_lm.models.gpt_oss.SwiGLU": "swiglu_oai",
     }
+    linear = TrellisLinear
     fused = TrellisSwitchGLU
     partly = PartlyQuantizedSwitchGLU
 
@@ -82,6 +84,9 @@ class MlxLm(Host):
             return len(model.layers)
         numbers = (int(match[1]) for path, _ in model.named_modules() if (match := _LAYER.search(path)))
         return max(numbers, default=-1) + 1
+
+    def finish(self, model: nn.Module, dtype: mx.Dtype) -> None:
+        pass
 
 
 MLX_LM = MlxLm()

@@ -254,7 +254,7 @@ def fill(
     *,
     lazy: bool = False,
     progress: LayerProgress | None = None,
-    make_linear: MakeLinear = whole_linear,
+    make_linear: MakeLinear | None = None,
     make_experts: MakeExperts | None = None,
 ) -> None:
     """Read the weights into a model, layer by layer, so that at most one layer is held twice.
@@ -267,9 +267,10 @@ def fill(
         accuracy: Of the products, one of ``kernels.ACCURACIES``.
         lazy: Leave the unquantized parameters unevaluated.
         progress: Called with (layers done, layers) after each layer.
-        make_linear: Called with the path, the module to replace and its source.
+        make_linear: Called with the path, the module to replace and its source. Default: ``None``, whole ones.
         make_experts: Called with the path, the module to replace and its sources. Default: ``None``, whole ones.
     """
+    make_linear = make_linear or partial(whole_linear, mapping.host)
     make_experts = make_experts or partial(whole_experts, mapping.host)
     present = {k: v for k, v in mapping.dense.items() if module_at(model, k) is not None}
     mapping.dense.clear()
@@ -307,6 +308,7 @@ def fill(
             module.accuracy = accuracy
         if isinstance(module, TrellisSwitchGLU):
             module.top_k = experts_per_token(config, module.gate_proj.num_experts)
+    mapping.host.finish(model, target or next((v.dtype for v in dense.values() if v.dtype in DTYPE_NAMES), mx.float16))
     model.eval()
 
 
