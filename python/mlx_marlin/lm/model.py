@@ -53,6 +53,7 @@ MakeExperts = Callable[[str, nn.Module, dict[str, list[LinearSource]]], nn.Modul
 _log = logging.getLogger("mlx_marlin.lm")
 _DTYPES = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 _LAYER = re.compile(r"(?:^|.*?\.)layers\.\d+(?=\.)")
+_BLOCK = re.compile(r".*?\.blocks\.\d+(?=\.)")  # of vision towers
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 
@@ -229,7 +230,7 @@ def groups_of(paths: Iterable[str]) -> list[list[str]]:
     """Paths by layer, in the order of the model; what is in no layer comes first."""
     groups: dict[str, list[str]] = {"": []}
     for path in paths:
-        match = _LAYER.match(path)
+        match = _LAYER.match(path) or _BLOCK.match(path)
         groups.setdefault(match[0] if match else "", []).append(path)
     return [group for group in groups.values() if group]
 

@@ -31,18 +31,16 @@ def check_processor(directory: Path) -> None:
             read_json(directory / name, finite=False)
 
 
-def load_processor(model: nn.Module, directory: Path, **keywords: Any) -> ProcessorMixin:
-    """What ``mlx_vlm.load`` makes of a directory that :func:`check_processor` found good.
+def load_own_processor(directory: Path, *arguments: Any, **keywords: Any) -> ProcessorMixin:
+    """``mlx_vlm.utils.load_processor`` of a directory that :func:`check_processor` found good.
+
+    Checkpoints may bring code: asked for or not, it is not run.
 
     Raises:
         ValueError: If transformers cannot make a processor of its files.
     """
-    # Checkpoints may bring code: asked for or not, it is not run.
-    keywords["trust_remote_code"] = False
     try:
-        image_processor = mlx_vlm_utils.load_image_processor(directory, **keywords)
-        eos_token_ids = getattr(model.config, "eos_token_id", None)
-        processor = _make(directory, True, eos_token_ids=eos_token_ids, **keywords)
+        return _make(directory, *arguments, **{**keywords, "trust_remote_code": False})
     except (ImportError, MemoryError):  # a package that is missing is no fault of the files
         raise
     except Exception as error:  # the tokenizers package raises bare Exceptions
@@ -50,6 +48,17 @@ def load_processor(model: nn.Module, directory: Path, **keywords: Any) -> Proces
             f"{directory}: transformers cannot make a processor of its files: {type(error).__name__}: "
             f"{str(error).partition(chr(10))[0]}"
         ) from error
+
+
+def load_processor(model: nn.Module, directory: Path, **keywords: Any) -> ProcessorMixin:
+    """What ``mlx_vlm.load`` makes of a directory that :func:`check_processor` found good.
+
+    Raises:
+        ValueError: If transformers cannot make a processor of its files.
+    """
+    image_processor = mlx_vlm_utils.load_image_processor(directory)
+    eos_token_ids = getattr(model.config, "eos_token_id", None)
+    processor = load_own_processor(directory, True, eos_token_ids=eos_token_ids, **keywords)
     if image_processor is not None:
         processor.image_processor = image_processor
     return processor
