@@ -3,7 +3,8 @@
 - ``hub``: where a checkpoint is.
 - ``tokenizer``: its tokenizer, checked.
 - ``host``: what there is to know of a library of models; ``mlx_lm_host``: mlx-lm (``mlx_marlin.vlm`` has mlx-vlm's).
-- ``placeholders``: what stands for its linears while a host moves tensors about; ``sanitizing``: how it does.
+- ``placeholders``: what stands for its linears while a host moves tensors about; ``sanitizing``: how it does;
+  ``graphs``: what was computed meanwhile.
 - ``mapping``: where its tensors belong in a host's model.
 - ``shapes``: whether that model can be called, from shapes alone.
 - ``embedding``: its token embeddings there.

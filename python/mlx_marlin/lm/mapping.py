@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -18,6 +15,7 @@ from ..loader.embedding import QuantizedEmbedding
 from ..loader.exl3 import PlainLinear, QuantizedLinear
 from ..storage.safetensors import TensorInfo
 from .embedding import make_placeholders, take_embeddings
+from .graphs import changed, unread
 from .host import Host
 from .placeholders import LinearSource, Placeholders
 from .sanitizing import PROJECTIONS, parameters_of, sanitize
@@ -114,9 +112,9 @@ def map_weights(host: Host, model: nn.Module, loader: TrellisModelLoader) -> Wei
     _place_head(mapping, checkpoint)
     _check_complete(model, checkpoint, mapping)
     names = {id(value): name for name, value in unquantized.items()}
-    changed = _changed(unquantized)
+    touched = changed(unquantized)
     taken = {key: names[id(value)] for key, value in mapping.dense.items() if id(value) in names}
-    taken = {key: name for key, name in taken.items() if name not in changed}
+    taken = {key: name for key, name in taken.items() if name not in touched}
     mapping.stored = {key: loader.unquantized[name] for key, name in taken.items()}
     mapping.left_out = _left_out(mapping, checkpoint, unquantized)
     return mapping
@@ -133,7 +131,7 @@ def _left_out(mapping: WeightMap, checkpoint: _Checkpoint, unquantized: dict[str
         if module.name not in used:
             sizes = found.setdefault(checkpoint.parts.get(module.name, OTHER), {})
             sizes.update({f"{module.name}.{suffix}": info.nbytes for suffix, info in module.parts.items()})
-    for name in _unread(unquantized, mapping.dense.values()):
+    for name in unread(unquantized, mapping.dense.values()):
         if name.removesuffix(".weight") in used:
             continue
         part = checkpoint.parts.get(name, OTHER)
@@ -141,28 +139,6 @@ def _left_out(mapping: WeightMap, checkpoint: _Checkpoint, unquantized: dict[str
     if checkpoint.loader.tables:
         found[NGRAM] = {name: info.nbytes for name, info in checkpoint.loader.tables.items()}
     return LeftOut(found)
-
-
-def _changed(inputs: dict[str, mx.array]) -> set[str]:
-    """Names of the lazy arrays that are no longer what their file holds: some model code adds to an array in place."""
-    labels = {f"input{i}": name for i, name in enumerate(inputs)}
-    graph = io.StringIO()
-    mx.export_to_dot(graph, *inputs.values(), **dict(zip(labels, inputs.values())))
-    text = graph.getvalue()
-    loads = set(re.findall(r'(\d+) \[label ="Load"', text))
-    makers = re.findall(r'^(\d+) -> "(input\d+)"', text, re.MULTILINE)
-    return set(inputs) - {labels[label] for maker, label in makers if maker in loads}
-
-
-def _unread(inputs: dict[str, mx.array], outputs: Iterable[mx.array]) -> list[str]:
-    """Names of the lazy arrays that nothing in the outputs is computed from, by MLX's drawing of the graph."""
-    labels = {f"input{i}": name for i, name in enumerate(inputs)}
-    graph = io.StringIO()
-    # Another step behind each output, so that an array that is passed through has a reader as well.
-    ends = [mx.expand_dims(value, 0) for value in outputs]
-    mx.export_to_dot(graph, *ends, **dict(zip(labels, inputs.values())))
-    read = set(re.findall(r'^"(input\d+)" ->', graph.getvalue(), re.MULTILINE))
-    return [name for label, name in labels.items() if label not in read]
 
 
 def _place(mapping: WeightMap, checkpoint: _Checkpoint, key: str, codes: np.ndarray) -> None:
@@ -189,10 +165,8 @@ def _place(mapping: WeightMap, checkpoint: _Checkpoint, key: str, codes: np.ndar
         mapping.experts.setdefault(parent, {})[projection] = sources
     elif isinstance(module, nn.Linear) and codes.ndim == 2 and codes.shape[1] == 1:
         if (codes >> 32 != codes[0] >> 32).any():
-            mapping.joined[path] = placeholders.read_joined(key, codes[:, 0])
+            mapping.joined[path] = placeholders.read_joined(key, codes[:, 0], module.weight.shape[0])
             sources = [source for source, _ in mapping.joined[path]]
-            if len(codes) != module.weight.shape[0]:
-                raise ValueError(f"{where} with {len(codes)} outputs, where the model has {module.weight.shape[0]}")
         else:
             mapping.linears[path] = placeholders.read(key, codes[:, 0], module.weight.shape[0])
             sources = [mapping.linears[path]]

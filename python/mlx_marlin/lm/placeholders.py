@@ -67,11 +67,21 @@ class Placeholders:
             for number, linear in enumerate(self.linears)
         }
 
-    def read_joined(self, path: str, codes: np.ndarray) -> list[tuple[LinearSource, int]]:
-        """The sources of a weight that the host joins of several, in the order of its rows, and how many each has."""
-        ends = [*(np.flatnonzero(np.diff(codes >> 32)) + 1).tolist(), len(codes)]
-        starts = [0, *ends[:-1]]
-        return [(self.read(path, codes[start:end], end - start), end - start) for start, end in zip(starts, ends)]
+    def read_joined(self, path: str, codes: np.ndarray, logical: int) -> list[tuple[LinearSource, int]]:
+        """The sources of a weight that the host joins of several, in the order of its rows, and how many each has.
+
+        Args:
+            path: Of the weight.
+            codes: Its rows.
+            logical: How many it has in the model.
+        """
+        parts = np.split(codes, np.flatnonzero(np.diff(codes >> 32)) + 1)
+        if len(codes) != logical and len({len(part) for part in parts}) == 1:
+            parts = [part[: logical // len(parts)] for part in parts]  # the host joined them with their padding
+        if sum(map(len, parts)) != logical:
+            names = ", ".join(self.linears[int(part[0] >> 32)].name for part in parts)
+            raise ValueError(f"{self.directory}: {names} have {len(codes)} outputs, but {path} wants {logical}")
+        return [(self.read(path, part, len(part)), len(part)) for part in parts]
 
     def read(self, path: str, codes: np.ndarray, logical: int) -> LinearSource:
         """The source of a weight with these codes that has ``logical`` rows in the model."""

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .graphs import unread
 from .host import MODEL_ERRORS, Host
 from .placeholders import EXPERT, Placeholders
 
@@ -27,9 +28,10 @@ def sanitize(
     host: Host, model: nn.Module, directory: Path, unquantized: dict[str, mx.array], placeholders: Placeholders
 ) -> dict[str, mx.array]:
     """The checkpoint as the model's own ``sanitize`` leaves it, experts stacked and names adjusted."""
-    weights = {**unquantized, **placeholders.make()}
+    stand_ins = placeholders.make()
+    weights = {**unquantized, **stand_ins}
     try:
-        weights = host.sanitize(model, weights)
+        weights = host.sanitize(model, _split_convolutions(weights))
     except KeyError as error:
         missing = str(error.args[0]) if error.args else "a tensor"
         raise ValueError(f"{directory}: {host.name} looks for {missing}, which the checkpoint does not have") from error
@@ -37,7 +39,22 @@ def sanitize(
         raise ValueError(
             f"{directory}: {type(model).__module__} cannot take these tensors: {type(error).__name__}: {error}"
         ) from error
+    _check_untouched(host, directory, stand_ins, weights)
     return _move_leftovers(model, _join_attention(model, _stack_experts(host, model, weights)))
+
+
+def _check_untouched(host: Host, directory: Path, stand_ins: dict[str, mx.array], weights: dict[str, mx.array]) -> None:
+    """No model code has computed with what stands for a quantized linear.
+
+    MLX makes floats of a placeholder that is joined with some, and a weight that is none would follow.
+    """
+    floats = [v for v in weights.values() if isinstance(v, mx.array) and mx.issubdtype(v.dtype, mx.floating)]
+    read = stand_ins.keys() - set(unread(stand_ins, floats))
+    if read:
+        raise ValueError(
+            f"{directory}: {min(read).removesuffix('.weight')} is quantized, but {host.name} computes with its weight, "
+            "or joins it with one that is not quantized"
+        )
 
 
 def _stack_experts(host: Host, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -58,21 +75,38 @@ def _stack_experts(host: Host, model: nn.Module, weights: dict[str, mx.array]) -
     return result
 
 
-def _join_attention(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Join what ExLlamaV3 splits before it quantizes it: the ``qkv`` of vision towers.
+# How towers call what they have of ExLlamaV3's q_proj, k_proj and v_proj together.
+_FUSED_ATTENTION = ("qkv", "in_proj", "qkv_proj")
 
-    It keeps the unquantized ``qkv`` as well, which is dropped here.
+
+def _join_attention(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Join what ExLlamaV3 splits before it quantizes it: the attention of vision towers.
+
+    It keeps the unquantized weights as well, which are dropped here.
     """
     result = dict(weights)
     for path, module in model.named_modules():
         parent, _, leaf = path.rpartition(".")
-        parts = [f"{parent}.{name}_proj.weight" for name in "qkv"]
-        if leaf != "qkv" or type(module) is not nn.Linear or not all(part in weights for part in parts):
+        names = [f"{parent}.{name}_proj.weight" for name in "qkv"]
+        if leaf not in _FUSED_ATTENTION or type(module) is not nn.Linear or not all(n in weights for n in names):
             continue
-        rows = module.weight.shape[0] // len(parts)
-        # Padding belongs to each part.
-        result[f"{path}.weight"] = mx.concatenate([result.pop(part)[:rows] for part in parts])
+        parts = [result.pop(name) for name in names]
+        rows, total = [len(part) for part in parts], module.weight.shape[0]
+        if sum(rows) != total and len(set(rows)) == 1:
+            rows = [total // len(parts)] * len(parts)  # padding belongs to each part
+        result[f"{path}.weight"] = mx.concatenate([part[:count] for part, count in zip(parts, rows)])
         result.pop(f"{path}.bias", None)
+    return result
+
+
+def _split_convolutions(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Split what ExLlamaV3 joins: the convolutions of Kimi's delta attention, which it tells by its low-rank gates."""
+    result = dict(weights)
+    for key in [key for key in weights if key.endswith(".conv1d.weight")]:
+        layer = key.removesuffix(".conv1d.weight")
+        if f"{layer}.f_a_proj.weight" in weights:
+            parts = mx.split(result.pop(key), 3)
+            result.update({f"{layer}.{name}_conv1d.weight": part for name, part in zip("qkv", parts)})
     return result
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_vlm import utils as mlx_vlm_utils
 from mlx_vlm.models.cache import make_prompt_cache
 from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear
@@ -16,6 +19,8 @@ from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear
 from ..lm.host import Host
 from ..loader.contents import AUDIO, VISION
 from .layers import DescribedLinear, FusedExperts, PartlyQuantizedExperts
+
+_log = logging.getLogger("mlx_marlin.lm")
 
 # Parts of a model with a config of their own, and those with a sanitize of their own: in the order of mlx-vlm's loader.
 _CONFIGURED = ("text", "vision", "perceiver", "projector", "audio")
@@ -25,6 +30,21 @@ _SANITIZED = {"vision": "VisionModel", "text": "LanguageModel", "audio": "AudioM
 def _code_of(model: nn.Module) -> ModuleType:
     """The package of a model's code."""
     return importlib.import_module(type(model).__module__.rpartition(".")[0])
+
+
+def _drop_absent(model: nn.Module, weights: Collection[str]) -> None:
+    """Take towers, projectors and the like from a model, of which there are no weights; as mlx-vlm does, and lists of
+    modules too."""
+    present = {key.partition(".")[0] for key in weights}
+    absent = [
+        name
+        for name, child in model.children().items()
+        if name not in present and name != "language_model" and tree_flatten(child)
+    ]
+    for name in absent:
+        setattr(model, name, None)
+    if absent:
+        _log.info("the checkpoint has nothing of %s: the model is without", ", ".join(absent))
 
 
 class MlxVlm(Host):
@@ -66,7 +86,7 @@ class MlxVlm(Host):
             if hasattr(code, name) and hasattr(model.config, f"{part}_config"):
                 part_config = getattr(model.config, f"{part}_config")
                 weights = mlx_vlm_utils.sanitize_weights(getattr(code, name), weights, part_config)
-        mlx_vlm_utils._drop_modules_without_weights(model, weights)
+        _drop_absent(model, weights)
         return weights
 
     def uses(self, part: str) -> bool:
