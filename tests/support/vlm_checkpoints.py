@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,13 +101,24 @@ def logits(model: nn.Module, case: Case) -> np.ndarray:
     return np.array(mx.concatenate([first, second], axis=1).astype(mx.float32))
 
 
-def split_attention(c: Checkpoint, attn: str, hidden: int) -> None:
-    """``qkv`` as ExLlamaV3 writes it: split, and the fused source beside it."""
-    for name in "qkv":
-        c.linear(f"{attn}.{name}_proj", hidden, hidden, bias=True)
+def split_attention(
+    c: Checkpoint, attn: str, hidden: int, widths: Sequence[int] | None = None, name: str = "qkv.{}"
+) -> None:
+    """Fused attention as ExLlamaV3 writes it: split, and the source beside it.
+
+    Args:
+        c: The checkpoint.
+        attn: Where the parts are.
+        hidden: Their inputs.
+        widths: Their outputs. Default: ``None``, as many.
+        name: Of the source, for ``weight`` and ``bias``.
+    """
+    for letter, width in zip("qkv", widths or [hidden] * 3):
+        c.linear(f"{attn}.{letter}_proj", hidden, width, bias=True)
     for leaf in ("weight", "bias"):
-        parts = [c.dense.pop(f"{attn}.{name}_proj.{leaf}") for name in "qkv"]
-        c.dense[f"{attn}.qkv.{leaf}"] = c.exl3[f"{attn}.qkv.{leaf}"] = mx.concatenate(parts)
+        parts = [c.dense.pop(f"{attn}.{letter}_proj.{leaf}") for letter in "qkv"]
+        key = f"{attn}.{name.format(leaf)}"
+        c.dense[key] = c.exl3[key] = mx.concatenate(parts)
 
 
 def qwen_tower(c: Checkpoint, prefix: str, t: Tower = TOWER, *, deepstack: tuple[int, ...] = ()) -> dict:

@@ -7,7 +7,7 @@ from mlx_vlm import utils as mlx_vlm_utils
 
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.vlm.host import MLX_VLM
-from tests.support import vlm_checkpoints
+from tests.support import vlm_checkpoints, vlm_originals
 from tests.support.checkpoints import HALF_RATES
 from tests.support.vlm_checkpoints import logits
 
@@ -29,9 +29,12 @@ def load_dense(case, directory):
     return dense
 
 
-@pytest.mark.parametrize("name", vlm_checkpoints.CASES)
+CASES = {**vlm_checkpoints.CASES, **vlm_originals.CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_logits_equal_those_of_the_dequantized_weights(name, tmp_path):
-    case = vlm_checkpoints.CASES[name]()
+    case = CASES[name]()
     wanted = logits(load_dense(case, tmp_path / "dense"), case)
     model, _ = load_exl3_model(case.checkpoint.write(tmp_path / "exl3", shards=2), host=MLX_VLM)
     assert_same(logits(model, case), wanted)

@@ -6,6 +6,7 @@ placeholder ``<name>.weight`` for every quantized linear and the unquantized ten
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import mlx.core as mx
@@ -64,7 +65,7 @@ def _stack_experts(host: Host, model: nn.Module, weights: dict[str, mx.array]) -
     stacks: dict[str, dict[int, mx.array]] = {}
     for key, value in weights.items():
         match = EXPERT.fullmatch(key.removesuffix(".weight"))
-        inside = [p for p in banks if match and p.startswith(f"{match['block']}.")]
+        inside = _inside(banks, match["block"]) if match else []
         if match and key.endswith(".weight") and len(inside) == 1:
             projection = _PROJECTION_ALIASES.get(match["projection"], match["projection"])
             stacks.setdefault(f"{inside[0]}.{projection}.weight", {})[int(match["expert"])] = value
@@ -73,6 +74,13 @@ def _stack_experts(host: Host, model: nn.Module, weights: dict[str, mx.array]) -
     for key, experts in stacks.items():
         result[key] = mx.stack([experts[e] for e in sorted(experts)])
     return result
+
+
+def _inside(banks: Iterable[str], block: str) -> list[str]:
+    """Which of the experts' paths are those of a block of a checkpoint, which the host may call otherwise (step3p7)."""
+    banks = list(banks)
+    layer = block.rpartition(".")[0]
+    return [p for p in banks if p.startswith(f"{block}.")] or [p for p in banks if p.startswith(f"{layer}.")]
 
 
 # How towers call what they have of ExLlamaV3's q_proj, k_proj and v_proj together.

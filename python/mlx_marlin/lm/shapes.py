@@ -21,8 +21,8 @@ from .host import MODEL_ERRORS, Host
 # A prompt and a token after it: masks, caches and recurrent states of both kinds. No more, as recurrent layers are
 # followed token by token.
 _PROMPT = 3
-# What MLX says where model code looks at a value: that call cannot be followed.
-_LOOKS_AT_VALUES = "during function transformations"
+# What MLX says where model code looks at a value, or has one computed: that call cannot be followed.
+_LOOKS_AT_VALUES = ("during function transformations", "inside a graph transformation")
 
 
 def check_call(model: nn.Module, path: Path, config: dict, host: Host) -> None:
@@ -47,7 +47,7 @@ def check_call(model: nn.Module, path: Path, config: dict, host: Host) -> None:
         # Compiled, so that the parameters are tracers too: what would evaluate one raises.
         mx.compile(call, inputs=[model.state])(mx.zeros((1, _PROMPT), mx.int32))
     except (RecursionError, *MODEL_ERRORS) as error:
-        if _LOOKS_AT_VALUES in str(error):
+        if any(phrase in str(error) for phrase in _LOOKS_AT_VALUES):
             return
         keys = [f"{key} = {shown}" for key, shown in _keys(error.__traceback__, config, host.model_code)]
         named = f" ({', '.join(keys)})" if keys else ""
