@@ -218,9 +218,7 @@ def glm5_next(s: Sizes = SIZES, t: Tower = TOWER) -> Case:
         layer = f"{model}.layers.{i}"
         c.block_norms(layer)
         for site in ("attn", "ffn"):
-            c.plain(f"{layer}.hc_{site}_fn", 8, 2 * s.hidden, spread=0.05, dtype=mx.float32)
-            c.plain(f"{layer}.hc_{site}_base", 8, spread=0.1, dtype=mx.float32)
-            c.plain(f"{layer}.hc_{site}_scale", 3, mean=1.0, spread=0.1, dtype=mx.float32)
+            _streams(c, f"{layer}.hc_{site}", 8, 3)
         if i == 0:
             _delta_attention(c, f"{layer}.self_attn")
             c.gated_mlp(f"{layer}.mlp")
@@ -306,4 +304,86 @@ def _glm_tower(c: Checkpoint, t: Tower) -> dict:
     }
 
 
-CASES = {make.__name__: make for make in (mimo_v2, step3p7, glm5_next)}
+def deepseek_v4(s: Sizes = SIZES) -> Case:
+    """Every kind of attention, a router by hash, outputs in groups; a text model."""
+    config = {
+        "model_type": "deepseek_v4",
+        "moe_intermediate_size": s.width,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "n_shared_experts": 1,
+        "n_routed_experts": s.experts,
+        "num_experts_per_tok": 2,
+        "q_lora_rank": 128,
+        "qk_rope_head_dim": 32,
+        "head_dim": 64,
+        "compress_ratios": [0, 4, 128],
+        "hc_mult": 2,
+        "hc_sinkhorn_iters": 3,
+        "num_hash_layers": 1,
+        "swiglu_limit": 1.0,
+        "sliding_window": 8,
+        "o_groups": 2,
+        "o_lora_rank": 128,
+        "index_n_heads": 2,
+        "index_head_dim": 64,
+        "index_topk": 4,
+        "num_nextn_predict_layers": 0,
+    }
+    c = Checkpoint(s, config)
+    c.plain("embed.weight", s.vocab, s.hidden)
+    c.norm("norm", s.hidden)
+    c.linear("head", s.hidden, s.vocab, bits=6)
+    _streams(c, "hc_head", 2, 1)
+    for i, ratio in enumerate(config["compress_ratios"]):
+        layer = f"layers.{i}"
+        for site in ("attn", "ffn"):
+            c.norm(f"{layer}.{site}_norm", s.hidden)
+            _streams(c, f"{layer}.hc_{site}", 8, 3)
+        _grouped_attention(c, f"{layer}.attn", ratio)
+        c.experts(f"{layer}.ffn", ("w1", "w3", "w2"))
+        if i:
+            c.plain(f"{layer}.ffn.gate.bias", s.experts, spread=0.1, dtype=mx.float32)
+        else:
+            chosen = mx.array(np.argsort(c.rng.random((s.vocab, s.experts)))[:, :2].astype(np.int32))
+            c.exl3[f"{layer}.ffn.gate.tid2eid"] = c.dense[f"{layer}.ffn.gate.tid2eid"] = chosen
+        for name, k, n in (("w1", s.hidden, s.width), ("w3", s.hidden, s.width), ("w2", s.width, s.hidden)):
+            c.linear(f"{layer}.ffn.shared_experts.{name}", k, n, zero_padding=name != "w2")
+    return Case(c, {}, 0)
+
+
+def _streams(c: Checkpoint, name: str, mix: int, scales: int, streams: int = 2) -> None:
+    c.plain(f"{name}_fn", mix, streams * c.sizes.hidden, spread=0.05, dtype=mx.float32)
+    c.plain(f"{name}_base", mix, spread=0.1, dtype=mx.float32)
+    c.plain(f"{name}_scale", scales, mean=1.0, spread=0.1, dtype=mx.float32)
+
+
+def _grouped_attention(c: Checkpoint, attn: str, ratio: int) -> None:
+    s, groups, rank = c.sizes, 2, 128
+    c.linear(f"{attn}.wq_a", s.hidden, 128)
+    c.norm(f"{attn}.q_norm", 128)
+    c.linear(f"{attn}.wq_b", 128, s.heads * 64)
+    c.linear(f"{attn}.wkv", s.hidden, 64)
+    c.norm(f"{attn}.kv_norm", 64)
+    for g in range(groups):
+        c.linear(f"{attn}.wo_a.slice.{g}", s.heads * 64 // groups, rank)
+    parts = [c.dense.pop(f"{attn}.wo_a.slice.{g}.weight") for g in range(groups)]
+    c.dense[f"{attn}.wo_a.weight"] = mx.concatenate(parts)
+    c.linear(f"{attn}.wo_b", groups * rank, s.hidden)
+    c.plain(f"{attn}.attn_sink", s.heads, dtype=mx.float32)
+    if not ratio:
+        return
+    overlap = 2 if ratio == 4 else 1
+    compressors = {f"{attn}.compressor": 64}
+    if ratio == 4:
+        c.linear(f"{attn}.indexer.wq_b", 128, 2 * 64)
+        c.plain(f"{attn}.indexer.weights_proj.weight", 2, s.hidden, spread=0.1, dtype=mx.float16)
+        compressors[f"{attn}.indexer.compressor"] = 64
+    for name, width in compressors.items():
+        c.linear(f"{name}.wkv", s.hidden, overlap * width)
+        c.linear(f"{name}.wgate", s.hidden, overlap * width)
+        c.plain(f"{name}.ape", ratio, overlap * width, spread=0.1, dtype=mx.float32)
+        c.norm(f"{name}.norm", width)
+
+
+CASES = {make.__name__: make for make in (mimo_v2, step3p7, glm5_next, deepseek_v4)}

@@ -42,6 +42,7 @@ class Host(ABC):
         model_code: The package whose modules are model code, with a dot behind.
         glu: Its class of gated experts, whose children are called gate_proj, up_proj and down_proj.
         projection: Its class of one projection of all experts.
+        grouped: Its class of a linear for each group of inputs, if it has one.
         activations: Its classes of activations of experts, by their full names: what the fused kernels call them.
         linear: What stands for quantized linears.
         fused: What stands for quantized experts, called as the host calls its own.
@@ -53,6 +54,7 @@ class Host(ABC):
     model_code: str
     glu: type[nn.Module]
     projection: type[nn.Module]
+    grouped: type[nn.Module] | None
     activations: Mapping[str, str]
     linear: type[TrellisLinear]
     fused: type[TrellisSwitchGLU]

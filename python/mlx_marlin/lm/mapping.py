@@ -30,6 +30,7 @@ class WeightMap:
         linears: Source of each quantized ``nn.Linear``, by its path in the model.
         joined: Sources of each ``nn.Linear`` that is quantized in parts, in the order of its outputs, and how many
             outputs each has.
+        grouped: Sources of each quantized layer with a linear for each group of inputs.
         experts: Sources of each quantized block of experts: path -> projection -> one source per expert.
         heads: Source of the output head, by the path of the embeddings that the model would use instead.
         embeddings: Each quantized token embedding, by its path in the model.
@@ -41,6 +42,7 @@ class WeightMap:
     host: Host
     linears: dict[str, LinearSource] = field(default_factory=dict)
     joined: dict[str, list[tuple[LinearSource, int]]] = field(default_factory=dict)
+    grouped: dict[str, list[LinearSource]] = field(default_factory=dict)
     experts: dict[str, dict[str, list[LinearSource]]] = field(default_factory=dict)
     heads: dict[str, LinearSource] = field(default_factory=dict)
     embeddings: dict[str, QuantizedEmbedding] = field(default_factory=dict)
@@ -124,6 +126,7 @@ def _left_out(mapping: WeightMap, checkpoint: _Checkpoint, unquantized: dict[str
     banks = (sources for projections in mapping.experts.values() for sources in projections.values())
     sources = [*mapping.linears.values(), *mapping.heads.values(), *(source for bank in banks for source in bank)]
     sources += [source for parts in mapping.joined.values() for source, _ in parts]
+    sources += [source for groups in mapping.grouped.values() for source in groups]
     used = {source.linear.name for source in sources}
     found: dict[str, dict[str, int]] = {}
     used.update(embedding.name for embedding in mapping.embeddings.values())
@@ -163,6 +166,9 @@ def _place(mapping: WeightMap, checkpoint: _Checkpoint, key: str, codes: np.ndar
             )
         sources = [placeholders.read(f"{key}[{e}]", c[:, 0], module.weight.shape[1]) for e, c in enumerate(codes)]
         mapping.experts.setdefault(parent, {})[projection] = sources
+    elif checkpoint.host.grouped is not None and type(module) is checkpoint.host.grouped and codes.ndim == 3:
+        sources = [placeholders.read(f"{key}[{g}]", c[:, 0], module.weight.shape[1]) for g, c in enumerate(codes)]
+        mapping.grouped[path] = sources
     elif isinstance(module, nn.Linear) and codes.ndim == 2 and codes.shape[1] == 1:
         if (codes >> 32 != codes[0] >> 32).any():
             mapping.joined[path] = placeholders.read_joined(key, codes[:, 0], module.weight.shape[0])
@@ -249,6 +255,7 @@ def _check_complete(model: nn.Module, checkpoint: _Checkpoint, mapping: WeightMa
     replaced = {
         *mapping.linears,
         *mapping.joined,
+        *mapping.grouped,
         *mapping.embeddings,
         *(f"{path}.{projection}" for path in mapping.experts for projection in PROJECTIONS),
     }

@@ -50,6 +50,8 @@ def weight_bytes(model: nn.Module, mapping: WeightMap, dtype: mx.Dtype | None = 
     for path, parts in mapping.joined.items():
         in_features = modules[path].weight.shape[1]
         total += sum(_source_bytes(source, (rows, in_features), None) for source, rows in parts)
+    for sources in mapping.grouped.values():
+        total += sum(_source_bytes(source, (), None) for source in sources)
     for path, projections in mapping.experts.items():
         kinds = unquantized_experts(projections)
         for projection, sources in projections.items():

@@ -39,6 +39,7 @@ class MlxLm(Host):
     model_code = "mlx_lm.models."
     glu = SwitchGLU
     projection = SwitchLinear
+    grouped = None  # its MultiLinear takes matrices apart that EXL3 keeps whole
     activations = {
         "mlx_lm.models.switch_layers.SwiGLU": "silu",
         "mlx_lm.models.muse_spark.PreciseSwiGLU": "silu",

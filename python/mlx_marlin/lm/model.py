@@ -22,7 +22,7 @@ import numpy as np
 
 from .. import kernels, ops
 from ..layers.experts import TrellisSwitchGLU
-from ..layers.joined import JoinedTrellisLinear
+from ..layers.joined import GroupedTrellisLinear, JoinedTrellisLinear
 from ..layers.linear import TrellisLinear
 from ..layers.state import TrellisModule
 from ..loader.directory import Kind, TrellisModelLoader
@@ -226,6 +226,11 @@ def _joined(module: nn.Module, parts: list[tuple[LinearSource, int]]) -> JoinedT
     return JoinedTrellisLinear([TrellisLinear(load_source(source, in_features, rows)) for source, rows in parts])
 
 
+def _grouped(module: nn.Module, sources: list[LinearSource]) -> GroupedTrellisLinear:
+    _, out_features, in_features = module.weight.shape
+    return GroupedTrellisLinear([TrellisLinear(load_source(source, in_features, out_features)) for source in sources])
+
+
 def groups_of(paths: Iterable[str]) -> list[list[str]]:
     """Paths by layer, in the order of the model; what is in no layer comes first."""
     groups: dict[str, list[str]] = {"": []}
@@ -281,7 +286,7 @@ def fill(
     model.load_weights(list(dense.items()), strict=False)
     _fill_embeddings(model, mapping, target)
     stored = {} if lazy else {key: info for key, info in mapping.stored.items() if key in dense}
-    groups = groups_of((*dense, *mapping.linears, *mapping.joined, *mapping.experts))
+    groups = groups_of((*dense, *mapping.linears, *mapping.joined, *mapping.grouped, *mapping.experts))
     for done, group in enumerate(groups, 1):
         for path in group:
             module = None if path in dense else module_at(model, path)
@@ -291,6 +296,8 @@ def fill(
                 replace_module(model, path, make_linear(path, module, mapping.linears[path]))
             elif path in mapping.joined:
                 replace_module(model, path, _joined(module, mapping.joined[path]))
+            elif path in mapping.grouped:
+                replace_module(model, path, _grouped(module, mapping.grouped[path]))
             else:
                 made = make_experts(path, module, mapping.experts[path])
                 if isinstance(made, mapping.host.partly) and target is not None:

@@ -6,6 +6,7 @@ placeholder ``<name>.weight`` for every quantized linear and the unquantized ten
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 # Mixtral's names for the projections.
 _PROJECTION_ALIASES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_SLICE = re.compile(r"(?P<name>.+\.wo_a)\.slice\.(?P<slice>\d{1,9})\.weight")
 _ROUTER_BIAS = "e_score_correction_bias"
 
 
@@ -32,7 +34,7 @@ def sanitize(
     stand_ins = placeholders.make()
     weights = {**unquantized, **stand_ins}
     try:
-        weights = host.sanitize(model, _split_convolutions(weights))
+        weights = host.sanitize(model, _join_slices(_split_convolutions(weights)))
     except KeyError as error:
         missing = str(error.args[0]) if error.args else "a tensor"
         raise ValueError(f"{directory}: {host.name} looks for {missing}, which the checkpoint does not have") from error
@@ -115,6 +117,21 @@ def _split_convolutions(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         if f"{layer}.f_a_proj.weight" in weights:
             parts = mx.split(result.pop(key), 3)
             result.update({f"{layer}.{name}_conv1d.weight": part for name, part in zip("qkv", parts)})
+    return result
+
+
+def _join_slices(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Join the groups of DeepSeek V4's ``wo_a``, which ExLlamaV3 quantizes one by one."""
+    result: dict[str, mx.array] = {}
+    slices: dict[str, dict[int, mx.array]] = {}
+    for key, value in weights.items():
+        match = _SLICE.fullmatch(key)
+        if match:
+            slices.setdefault(match["name"], {})[int(match["slice"])] = value
+        else:
+            result[key] = value
+    for name, parts in slices.items():
+        result[f"{name}.weight"] = mx.concatenate([parts[i] for i in sorted(parts)])
     return result
 
 

@@ -173,7 +173,7 @@ def split(model: nn.Module, probe: nn.Module, mapping: WeightMap, group: mx.dist
                 f"{path}: some of its experts are not quantized, and such a layer cannot be split over ranks; use "
                 "pipeline parallelism"
             )
-    for path in mapping.joined:
+    for path in (*mapping.joined, *mapping.grouped):
         raise ValueError(f"{path} is quantized in parts, and such a linear cannot be split over ranks")
     cuts, targets = {}, _targets(mapping)
     axes = _split_axes(probe, targets, group)

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_vlm import utils as mlx_vlm_utils
 from mlx_vlm.models.cache import make_prompt_cache
+from mlx_vlm.models.mla import MultiLinear
 from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from ..lm.host import Host
@@ -55,6 +56,7 @@ class MlxVlm(Host):
     model_code = "mlx_vlm.models."
     glu = SwitchGLU
     projection = SwitchLinear
+    grouped = MultiLinear
     activations = {
         "mlx_vlm.models.switch_layers.SwiGLU": "silu",
         "mlx_vlm.models.gemma4.language.GeGLU": "gelu_tanh",
