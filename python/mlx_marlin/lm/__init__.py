@@ -9,6 +9,7 @@
 - ``shapes``: whether that model can be called, from shapes alone.
 - ``embedding``: its token embeddings there.
 - ``experts``: the layers that take the places of linears and experts.
+- ``dense_ops``: the ops around them, where MLX is slow.
 - ``model``: that model, made and filled.
 - ``sharding``: the same on several ranks.
 - ``memory``: what it takes to run one.

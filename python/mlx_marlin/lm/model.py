@@ -31,6 +31,7 @@ from ..ops import DTYPE_NAMES
 from ..storage.reads import read_all
 from ..storage.safetensors import TensorInfo
 from ..storage.untrusted import is_listed, unchanged
+from . import dense_ops
 from .embedding import EmbeddingWithHead, make_embedding
 from .experts import experts_per_token, load_source, make_head, whole_experts, whole_linear
 from .host import MODEL_ERRORS, Host, UnknownArchitecture
@@ -276,6 +277,7 @@ def fill(
         make_linear: Called with the path, the module to replace and its source. Default: ``None``, whole ones.
         make_experts: Called with the path, the module to replace and its sources. Default: ``None``, whole ones.
     """
+    dense_ops.install()
     make_linear = make_linear or partial(whole_linear, mapping.host)
     make_experts = make_experts or partial(whole_experts, mapping.host)
     present = {k: v for k, v in mapping.dense.items() if module_at(model, k) is not None}

@@ -42,3 +42,19 @@ def uninitialized(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
     Write all of it before anything is computed from it: MLX takes arrays for constant.
     """
     return _ext.uninitialized(list(shape), dtype)
+
+
+def replace_sgemm(sgemm: int, sgemv: int) -> bool:
+    """Make MLX's products of float32 matrices on the CPU use another BLAS, on the threads of this package.
+
+    For the rest of the process; call it while nothing is computed.
+
+    Args:
+        sgemm: Address of a ``cblas_sgemm`` with 32-bit integers that works on the calling thread alone and may be
+            called from many at once.
+        sgemv: Address of its ``cblas_sgemv``, for matrices of one row.
+
+    Returns:
+        Whether it could be done: ``False`` where MLX takes its products from no shared library, or not on Linux.
+    """
+    return _ext.replace_sgemm(sgemm, sgemv)
