@@ -93,4 +93,14 @@ struct EmbeddingCall {
   bool operator==(const EmbeddingCall&) const = default;
 };
 
+// Attention on the CPU.
+struct AttentionCall {
+  float scale;
+  bool causal;
+  bool masked;  // a mask is given
+  bool sinks;   // they are given
+
+  bool operator==(const AttentionCall&) const = default;
+};
+
 }  // namespace mlx_marlin

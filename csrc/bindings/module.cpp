@@ -1,8 +1,11 @@
 #include "bindings/bindings.h"
 
+#include <cstdint>
+
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "cpu/blas.h"
 #include "cpu/instruction_set.h"
 #include "cpu/pool.h"
 #include "format.h"
@@ -32,6 +35,12 @@ void bind_runtime(nb::module_& m) {
       "Instruction sets that this build has, whether or not this machine can run them, best last.");
   m.def("instruction_set", [] { return cpu::name_of(cpu::instruction_set()); }, "The instruction set in use.");
   m.def("set_instruction_set", &cpu::set_instruction_set, "name"_a, "Use one instruction set, or \"auto\".");
+  m.def(
+      "replace_sgemm",
+      [](uintptr_t sgemm, uintptr_t sgemv) {
+        return cpu::replace_sgemm(reinterpret_cast<cpu::Sgemm>(sgemm), reinterpret_cast<cpu::Sgemv>(sgemv));
+      },
+      "sgemm"_a, "sgemv"_a, "Make MLX multiply by the functions at these addresses; whether it could be done.");
   m.attr("CODEBOOK_MULTIPLIERS") =
       nb::make_tuple(MARLIN_3INST_MULTIPLIER, MARLIN_MCG_MULTIPLIER, MARLIN_MUL1_MULTIPLIER);
 }

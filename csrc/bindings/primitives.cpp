@@ -5,6 +5,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "primitives/attention.h"
 #include "primitives/decode.h"
 #include "primitives/embedding.h"
 #include "primitives/expert_ids.h"
@@ -128,6 +129,11 @@ void bind_primitives(nb::module_& m) {
       },
       "ids"_a, "codes"_a, "signs"_a, "features"_a, "bits"_a, "dtype"_a, "stream"_a = nb::none(),
       "Rows of a quantized token embedding: uint32 ids [...] -> [..., features].");
+
+  m.def(
+      "cpu_attention", &cpu_attention, "queries"_a, "keys"_a, "values"_a, "mask"_a.none(), "sinks"_a.none(), "scale"_a,
+      "causal"_a, "stream"_a = nb::none(),
+      "Softmax attention on the CPU. See mlx_marlin.ops.attention, which checks the arguments.");
 }
 
 }  // namespace mlx_marlin

@@ -80,6 +80,30 @@ struct EmbeddingArgs {
 };
 void embedding(const EmbeddingArgs& args, int threads);
 
+// Elements of four dimensions: batch, head, position, feature. Strides are in elements.
+struct Heads {
+  const void* data = nullptr;
+  int64_t strides[4] = {};
+};
+
+// out = softmax(scale * queries keys^T + mask) values, float32 inside. `repeats` heads of queries, one after the other,
+// share a head of keys and values.
+struct AttentionArgs {
+  DType dtype;  // of queries, keys, values and out
+  Heads queries, keys, values;
+  Heads mask;  // bool (true: look) or float32 (added), batches x query heads x queries x keys; data may be null
+  bool mask_is_bool;
+  bool causal;         // query i looks at keys up to i + key_count - query_count
+  const float* sinks;  // [heads * repeats], scores without a value, or null
+  void* out;           // [batches, heads * repeats, query_count, value_size]
+  int batches, heads, repeats;
+  int query_count;
+  int64_t key_count;
+  int key_size, value_size;
+  float scale;
+};
+void attention(const AttentionArgs& args, int threads);
+
 // Largest id of ids[0..count) that is >= experts, as its position, or -1: ids are checked before use.
 int64_t find_bad_id(const uint32_t* ids, int64_t count, int experts);
 

@@ -49,6 +49,13 @@ struct Arithmetic {
   int64_t (*multiply_scratch)(int rows, int columns);
 };
 
+// Rows [row, row + rows) of the queries that share a head of keys, position by position, over keys [first_key, last_key).
+struct AttentionTask {
+  int batch, head;  // of keys
+  int row, rows;
+  int64_t first_key, last_key;
+};
+
 struct Tier {
   Arithmetic exact;    // values as the format says, products and sums in float32
   Arithmetic integer;  // mul1 only: tier/integer.h
@@ -76,6 +83,14 @@ struct Tier {
 
   // The first `count` of a group's 256 elements. ring: its scale, then 16 * bits words.
   void (*embed)(DType dtype, const uint16_t* ring, int bits, const uint16_t* signs, int count, void* out);
+
+  // Attention in two steps: each task leaves a state of attention_state(args, rows) floats, and those of all keys,
+  // `stride` floats apart, become rows of the output. `scratch` holds attention_scratch(args, rows) floats.
+  void (*attend)(const AttentionArgs& args, const AttentionTask& task, float* scratch, float* state);
+  void (*finish_attention)(
+      const AttentionArgs& args, const AttentionTask& task, float* states, int64_t stride, int parts);
+  int64_t (*attention_state)(const AttentionArgs& args, int rows);
+  int64_t (*attention_scratch)(const AttentionArgs& args, int rows);
 };
 
 // That of the instruction set in use.

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -83,16 +84,30 @@ def other_of(problem):
     return next(config for config in one_step(problem) if config != kernels.default(problem))
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """What is stored of the first test's tuning: all find the same."""
+    return tmp_path_factory.mktemp("stored") / "cache"
+
+
 @pytest.fixture
-def tuned(world):
+def tuned(world, stored, tmp_path):
     """One entry at 16 rows that is the default, one at 64 rows that is not."""
-    tune("--batch-sizes", "16")
-    (problem,) = profile.load(profile.default_path("cpu")).problems
-    better = other_of(replace(problem, rows=64))
-    world.times = {better: 0.8}
-    tune("--batch-sizes", "64")
-    entries = {p.rows: e for p, e in profile.load(profile.default_path("cpu")).problems.items()}
+    if stored.exists():
+        shutil.copytree(stored, tmp_path / "cache")
+    else:
+        tune("--batch-sizes", "16")
+        (problem,) = profile.load(profile.default_path("cpu")).problems
+        better = other_of(replace(problem, rows=64))
+        world.times = {better: 0.8}
+        tune("--batch-sizes", "64")
+        shutil.copytree(tmp_path / "cache", stored)
+    profile.refresh()
+    problems = profile.load(profile.default_path("cpu")).problems
+    entries = {problem.rows: entry for problem, entry in problems.items()}
+    better = other_of(next(problem for problem in problems if problem.rows == 64))
     assert entries[16].config == entries[16].default and entries[64].config == better
+    world.times = {better: 0.8}
     return world
 
 

@@ -150,6 +150,53 @@ struct SwigluCase {
   }
 };
 
+struct AttentionCase {
+  std::vector<int32_t>
+      sizes;  // dtype, batches, heads, repeats, queries, keys, key size, value size, causal, mask is bool
+  std::vector<float> scale;  // one number
+  std::vector<uint8_t> queries, keys, values;
+  std::vector<uint8_t> mask;  // of every score, or empty
+  std::vector<float> sinks;   // or empty
+
+  explicit AttentionCase(Reader& in)
+      : sizes(in.array<int32_t>()),
+        scale(in.array<float>()),
+        queries(in.array<uint8_t>()),
+        keys(in.array<uint8_t>()),
+        values(in.array<uint8_t>()),
+        mask(in.array<uint8_t>()),
+        sinks(in.array<float>()) {}
+
+  static Heads dense(const std::vector<uint8_t>& data, int64_t heads, int64_t positions, int64_t size) {
+    return {data.empty() ? nullptr : data.data(), {heads * positions * size, positions * size, size, 1}};
+  }
+
+  std::vector<uint8_t> run(int threads) const {
+    const int query_heads = sizes[2] * sizes[3];
+    std::vector<uint8_t> y(static_cast<size_t>(sizes[1]) * query_heads * sizes[4] * sizes[7] * item_bytes(sizes[0]));
+    const AttentionArgs args{
+        .dtype = static_cast<DType>(sizes[0]),
+        .queries = dense(queries, query_heads, sizes[4], sizes[6]),
+        .keys = dense(keys, sizes[2], sizes[5], sizes[6]),
+        .values = dense(values, sizes[2], sizes[5], sizes[7]),
+        .mask = dense(mask, query_heads, sizes[4], sizes[5]),
+        .mask_is_bool = sizes[9] != 0,
+        .causal = sizes[8] != 0,
+        .sinks = sinks.empty() ? nullptr : sinks.data(),
+        .out = y.data(),
+        .batches = sizes[1],
+        .heads = sizes[2],
+        .repeats = sizes[3],
+        .query_count = sizes[4],
+        .key_count = sizes[5],
+        .key_size = sizes[6],
+        .value_size = sizes[7],
+        .scale = scale[0]};
+    attention(args, threads);
+    return y;
+  }
+};
+
 // Ids of which some may be out of range of the experts.
 struct IdsCase {
   std::vector<uint32_t> ids;
@@ -171,6 +218,7 @@ struct KernelCases {
   std::vector<ProductCase> products;
   std::vector<SwigluCase> swiglus;
   std::vector<IdsCase> ids;
+  std::vector<AttentionCase> attentions;
 
   explicit KernelCases(const char* path) {
     Reader in{open_file(path, "rb")};
@@ -179,6 +227,7 @@ struct KernelCases {
     read(in, products, counts[1]);
     read(in, swiglus, counts[2]);
     read(in, ids, counts[3]);
+    read(in, attentions, counts[4]);
     std::fclose(in.file);
   }
 
@@ -195,6 +244,9 @@ struct KernelCases {
       visit(one);
     }
     for (const auto& one : ids) {
+      visit(one);
+    }
+    for (const auto& one : attentions) {
       visit(one);
     }
   }

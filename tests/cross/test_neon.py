@@ -16,7 +16,7 @@ from mlx_marlin.kernels import ACTIVATIONS, DTYPES
 from mlx_marlin.ops import reference
 from mlx_marlin.weights.experts import ExpertStack
 from mlx_marlin.weights.synthetic import random_weight
-from tests.support import golden
+from tests.support import attention, golden
 from tests.support.cases import (
     FORMATS,
     TOLERANCE,
@@ -109,7 +109,7 @@ class Cases:
     """The driver's input file, and what must come out, in the driver's order."""
 
     def __init__(self):
-        self.decodes, self.products, self.swiglus, self.ids = [], [], [], []
+        self.decodes, self.products, self.swiglus, self.ids, self.attentions = [], [], [], [], []
         self.parts: list[bytes] = []
 
     def array(self, values, dtype):
@@ -174,9 +174,14 @@ class Cases:
         wrong = np.nonzero(np.asarray(ids) >= experts)[0]
         self.ids.append((ids, experts, max(wrong, key=lambda i: (ids[i], -i)) if wrong.size else -1))
 
+    def attention(self, shape: attention.Shape, dtype: str, mask: str | None, sinks: bool):
+        case = attention.random_case(np.random.default_rng(8), shape, getattr(mx, dtype), mask, sinks)
+        self.attentions.append((shape, dtype, case, attention.reference(case)))
+
     def write(self, path: Path) -> None:
         self.parts.clear()
-        self.array([len(self.decodes), len(self.products), len(self.swiglus), len(self.ids)], np.int32)
+        kinds = (self.decodes, self.products, self.swiglus, self.ids, self.attentions)
+        self.array([len(cases) for cases in kinds], np.int32)
         for (w,) in self.decodes:
             self.stack([w])
         for weights, x, dtype, panel_rows, transposed, ids, divisor, exact, integers in self.products:
@@ -198,7 +203,23 @@ class Cases:
         for ids, experts, _ in self.ids:
             self.array(ids, np.uint32)
             self.array([experts], np.int32)
+        for shape, dtype, case, _ in self.attentions:
+            self.attention_arrays(shape, dtype, case)
         path.write_bytes(b"".join(self.parts))
+
+    def attention_arrays(self, shape: attention.Shape, dtype: str, case: attention.Case) -> None:
+        b, heads, key_heads, queries, keys, key_size, value_size = shape
+        mask = None if isinstance(case.mask, str) else case.mask
+        is_bool = mask is not None and mask.dtype == mx.bool_
+        sizes = [b, key_heads, heads // key_heads, queries, keys, key_size, value_size, case.mask == "causal", is_bool]
+        self.array([DTYPES.index(dtype), *sizes], np.int32)
+        self.array([case.scale], np.float32)
+        for values in case[:3]:
+            self.array(to_bytes(values), np.uint8)
+        if mask is not None:
+            mask = mx.broadcast_to(mask if is_bool else mask.astype(mx.float32), (b, heads, queries, keys))
+        self.array([] if mask is None else to_bytes(mask), np.uint8)
+        self.array([] if case.sinks is None else attention.exact(case.sinks), np.float32)
 
     def check(self, data: bytes) -> None:
         at = 0
@@ -224,6 +245,9 @@ class Cases:
         for ids, experts, wrong in self.ids:
             assert np.frombuffer(data, np.int64, 1, at)[0] == wrong, (ids, experts)
             at += 8
+        for shape, dtype, case, want in self.attentions:
+            error = row_error(take(dtype, want.shape), want)
+            assert error <= TOLERANCE[dtype], (shape, dtype, case.mask, error)
         assert at == len(data)
 
 
@@ -277,12 +301,20 @@ def add_integers(cases: Cases) -> None:
         cases.swiglu(experts, random_rows(rng, rows, 192), ids, None, "float32", panel_rows, "silu", integers=True)
 
 
+def add_attention(cases: Cases) -> None:
+    """Every mask and dtype, with and without sinks; no sink beside keys that are all masked, which gives zeros."""
+    for i, shape in enumerate(attention.SHAPES):
+        for j, mask in enumerate(attention.MASKS):
+            cases.attention(shape, DTYPES[(i + j) % len(DTYPES)], mask, (i + j) % 2 == 0 and mask != "bool")
+
+
 @pytest.fixture(scope="module")
 def all_cases():
     cases = Cases()
     add_vectors(cases)
     add_random(cases)
     add_integers(cases)
+    add_attention(cases)
     return cases
 
 

@@ -11,9 +11,10 @@ import pytest
 
 from mlx_marlin import _ext, codec, kernels, ops
 from mlx_marlin.kernels import ACTIVATIONS, DTYPES
-from tests.cross.test_neon import FORMATS, SHAPES, Cases
+from tests.cross.test_neon import FORMATS, SHAPES, Cases, add_attention
 from tests.metal import test_plan
 from tests.sanitize import build
+from tests.support import attention
 from tests.support.cases import random_experts, random_rows, random_weight
 
 pytestmark = pytest.mark.slow
@@ -94,6 +95,7 @@ def cases():
     made = Cases()
     add_every_format(made)
     add_edges(made)
+    add_attention(made)
     return made
 
 
@@ -192,6 +194,7 @@ def few_cases(tmp_path_factory):
     scores = np.full((3, 2), 0.5, np.float32)
     for given in (None, scores):
         cases.swiglu(experts, mx.ones((3, 128)), ids, given, "float16", 4, "silu")
+    cases.attention(attention.SHAPES[3], "float32", "causal", True)
     path = tmp_path_factory.mktemp("few") / "cases"
     cases.write(path)
     return path

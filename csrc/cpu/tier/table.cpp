@@ -16,6 +16,8 @@
 
 #include "cpu/tier/activation.h"
 #include "cpu/tier/convert.h"
+
+#include "cpu/tier/attention.h"
 #include "cpu/tier/embedding.h"
 #include "cpu/tier/gemm.h"
 #include "cpu/tier/hadamard.h"
@@ -34,7 +36,11 @@ static const Tier table = {
     add_scaled,
     store,
     decode_tile_row,
-    embed};
+    embed,
+    attend,
+    finish_attention,
+    attention_state,
+    attention_scratch};
 
 extern const Tier& tier_table();
 const Tier& tier_table() {

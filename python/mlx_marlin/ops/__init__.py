@@ -5,6 +5,7 @@
 - ``calls``: a call in three steps: checked, its problem, the primitive.
 - ``products``: the ops that users call.
 - ``embedding``: rows of a quantized token embedding.
+- ``attention``: attention on the CPU.
 - ``planning``: what a GPU would run.
 - ``search``: the encoder's search.
 - ``shaders``: the Metal sources, made self-contained.
@@ -18,6 +19,7 @@ import mlx.core as mx
 
 from .. import _ext
 from . import shaders
+from .attention import attention, attention_runs
 from .calls import Call, check_gathered, check_linear, check_swiglu, run
 from .embedding import trellis_embedding
 from .planning import plan, scratch_bytes
@@ -26,13 +28,22 @@ from .problems import (
     Activation,
     Indices,
     NativeConfig,
+    StreamOrDevice,
     device_of,
     linear_problem,
     resolve,
     swiglu_problem,
 )
 from .products import is_traced, trellis_decode, trellis_linear, trellis_swiglu
-from .runtime import cpu_digest, instruction_set, plan_digest, set_num_threads, uninitialized
+from .runtime import (
+    cpu_digest,
+    has_accelerators,
+    instruction_set,
+    plan_digest,
+    replace_sgemm,
+    set_num_threads,
+    uninitialized,
+)
 from .search import CODEBOOK_MULTIPLIERS, viterbi_search
 from .stacks import BUILD_LOCK, Stack, half_scales, prepare, prepare_weight, with_parameters
 
@@ -46,12 +57,16 @@ __all__ = [
     "Indices",
     "NativeConfig",
     "Stack",
+    "StreamOrDevice",
+    "attention",
+    "attention_runs",
     "check_gathered",
     "check_linear",
     "check_swiglu",
     "cpu_digest",
     "device_of",
     "half_scales",
+    "has_accelerators",
     "instruction_set",
     "is_traced",
     "linear_problem",
@@ -59,6 +74,7 @@ __all__ = [
     "plan_digest",
     "prepare",
     "prepare_weight",
+    "replace_sgemm",
     "resolve",
     "run",
     "scratch_bytes",
