@@ -135,7 +135,7 @@ int replace_in(dl_phdr_info* object, size_t, void* done) {
   for (int i = 0; i < object->dlpi_phnum; ++i) {
     if (object->dlpi_phdr[i].p_type == PT_DYNAMIC) {
       const Relocations relocations(
-          reinterpret_cast<const ElfW(Dyn)*>(object->dlpi_addr + object->dlpi_phdr[i].p_vaddr));
+          reinterpret_cast<const ElfW(Dyn)*>(object->dlpi_addr + object->dlpi_phdr[i].p_vaddr), object->dlpi_addr);
       const ElfW(Addr) slot = relocations.slot("cblas_sgemm");
       *static_cast<bool*>(done) = slot && write_slot(object->dlpi_addr + slot, *object);
     }
