@@ -21,6 +21,7 @@ MODULES = (
     "kernels",
     "layers",
     "lm",
+    "vlm",
     "loader",
     "ops",
     "profile",

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from . import _abi  # first: explains a mismatch before anything else fails
+from . import vlm as vlm
 from .codec import CODEBOOKS, decode, decode_embedding, dequantize, hadamard, inner, pack, unpack, unpack_signs
 from .dispatch import (
     Adaptation,

@@ -1,4 +1,4 @@
-"""The ``mlx_marlin`` command: mlx-lm's commands, with EXL3 directories understood."""
+"""The ``mlx_marlin`` command: mlx-lm's and mlx-vlm's commands, with EXL3 directories understood."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
 from ._abi import VERSION
 from .lm import require_mlx_lm
+from .vlm import require_mlx_vlm
+
+if TYPE_CHECKING:
+    from .lm.command_line import Commands
 
 _USAGE = """usage: mlx_marlin COMMAND [ARGUMENTS]
 
@@ -23,9 +27,18 @@ The commands of mlx-lm (generate, chat, server, benchmark, perplexity, evaluate,
 one bit rate per branch. mlx_marlin COMMAND --help shows the other arguments.
 Commands that write quantized weights (fuse, awq, dwq, dynamic_quant, gptq) refuse EXL3 models.
 
+mlx_marlin vlm COMMAND [ARGUMENTS] runs those of mlx-vlm (generate, chat, server, ...): models with vision, and others
+that only mlx-vlm has.
+
 mlx_marlin info DIR [--context N] [--json] says what an EXL3 directory is, and whether it fits into this machine.
 
 See also: mlx_marlin-tune (measure kernels), mlx_marlin-convert (quantize a model to EXL3)."""
+
+_VLM_USAGE = """usage: mlx_marlin vlm COMMAND [ARGUMENTS]
+
+The commands of mlx-vlm with its arguments: {}.
+--model also takes EXL3 directories and repositories, and --revision a branch of a repository.
+mlx_marlin vlm COMMAND --help shows the other arguments."""
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -104,21 +117,50 @@ def _main() -> None:
         _fail(str(error))
     if command == "info":
         _info(sys.argv[2:])
+    elif command == "vlm":
+        _vlm()
+    else:
+        from .lm import commands
+
+        _run("mlx-lm", commands, command)
+
+
+def _vlm() -> None:
+    command = sys.argv[2] if len(sys.argv) > 2 else "--help"
+    try:
+        require_mlx_vlm()
+    except ModuleNotFoundError as error:
+        _fail(str(error))
+    from .vlm import commands
+
+    if command in ("-h", "--help"):
+        print(_VLM_USAGE.format(", ".join(commands.names())))
         return
+    _run("mlx-vlm", commands, command)
+
+
+def _run(host: str, commands: Commands, command: str) -> None:
+    """Run a command of a library of models.
+
+    Args:
+        host: The library's name.
+        commands: What there is to know of its commands.
+        command: The name.
+    """
     import mlx.core as mx
 
-    from .lm import commands
+    from .lm.command_line import CheckpointError
 
     if command == "--version":
-        print(f"mlx_marlin {VERSION}, mlx-lm {commands.version()}")
+        print(f"mlx_marlin {VERSION}, {host} {commands.version()}")
         return
     if command not in commands.names():
-        _fail(f"mlx-lm has no command {command!r}; it has {', '.join(commands.names())}")
+        _fail(f"{host} has no command {command!r}; it has {', '.join(commands.names())}")
     progress = None
     if mx.distributed.init().rank() == 0:
         progress = _show_progress
         _show_what_is_left_out()
     try:
         commands.run(command, progress)
-    except (commands.CheckpointError, ModuleNotFoundError) as error:
+    except (CheckpointError, ModuleNotFoundError) as error:
         _fail(str(error))

@@ -16,7 +16,7 @@ from mlx_lm import utils as mlx_lm_utils
 
 import mlx_marlin
 from mlx_marlin import cli
-from mlx_marlin.lm import command_repairs, commands, hub
+from mlx_marlin.lm import command_line, command_repairs, commands, hub
 from tests.lm.test_commands import EXL3, HANGS, refused, run
 from tests.lm.test_distributed import free_port
 from tests.support.paths import MODELS
@@ -86,7 +86,7 @@ def test_a_revision_is_that_of_the_model(monkeypatch, tmp_path):
         hub, "_download", lambda repo, revision, allow_patterns: asked.append((repo, revision)) or tmp_path
     )
     monkeypatch.setattr(sys, "argv", ["mlx_marlin", "chat", "--model", "some/repo", "--revision=3.0bpw", "-m", "4"])
-    commands._take_revision()
+    command_line.take_revision()
     assert sys.argv == ["mlx_marlin", "chat", "--model", "some/repo", "-m", "4"]
     hub.fetch("some/repo")
     hub.fetch("some/draft")

@@ -12,6 +12,7 @@ import pytest
 from mlx_marlin import trellis_linear
 from mlx_marlin.lm import sharding
 from mlx_marlin.lm.mapping import WeightMap
+from mlx_marlin.lm.mlx_lm_host import MLX_LM
 from mlx_marlin.lm.model import build, load_exl3_model, open_checkpoint
 from mlx_marlin.lm.sharding import AllToShardedTrellisLinear, Cut, ShardedToAllTrellisLinear, open_sharded, split
 from mlx_marlin.loader.exl3 import QuantizedLinear
@@ -157,13 +158,13 @@ def test_gradients_of_shared_inputs_are_summed(biased, monkeypatch):
     ],
 )
 def test_experts_must_be_split_alike(gate, up, down):
-    weights = WeightMap(experts={"mlp": {}})
+    weights = WeightMap(MLX_LM, experts={"mlp": {}})
     cuts = {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": down}
     with pytest.raises(ValueError, match="mlp: gate and up must be split along their outputs and down along its"):
         sharding._check_experts(weights, cuts)
 
 
 def test_experts_that_are_split_alike():
-    weights = WeightMap(experts={"mlp": {}})
+    weights = WeightMap(MLX_LM, experts={"mlp": {}})
     gate, down = Cut(256, 128, columns=(0,)), Cut(128, 256, rows=(0,))
     sharding._check_experts(weights, {"mlp.gate_proj": gate, "mlp.up_proj": gate, "mlp.down_proj": down})

@@ -13,6 +13,7 @@ import pytest
 
 import mlx_marlin
 from mlx_marlin import TrellisModelLoader
+from mlx_marlin.lm.mlx_lm_host import MLX_LM
 from mlx_marlin.lm.model import build, load_exl3_model
 from mlx_marlin.lm.shapes import check_call
 from mlx_marlin.lm.sharding import sharded_load
@@ -64,7 +65,7 @@ def nested(levels: int) -> bytes:
 def test_a_config_that_contradicts_itself(checkpoint, changes, named):
     config = {**checkpoint.config, **changes}
     with pytest.raises(ValueError) as error:
-        check_call(build(Path("here"), config), Path("here"), config)
+        check_call(build(Path("here"), config), Path("here"), config, MLX_LM)
     assert str(error.value).startswith("here/config.json: ") and named in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -82,7 +83,7 @@ def test_nothing_is_computed(checkpoint):
     config = {**checkpoint.config, **sizes, "num_attention_heads": 64, "head_dim": 128, "num_key_value_heads": 8}
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    check_call(build(Path("here"), config), Path("here"), config)
+    check_call(build(Path("here"), config), Path("here"), config, MLX_LM)
     assert mx.get_peak_memory() - before < 1 << 20
 
 

@@ -14,6 +14,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 import mlx_marlin
 from mlx_marlin import TrellisLinear, TrellisSwitchGLU, codec
 from mlx_marlin.lm.experts import activation_of, make_glu
+from mlx_marlin.lm.mlx_lm_host import MLX_LM
 from mlx_marlin.lm.model import cast_dense, load_exl3_model, replace_module
 from mlx_marlin.lm.placeholders import LinearSource, Placeholders
 from mlx_marlin.lm.problems import model_problems
@@ -169,7 +170,7 @@ def test_memory_at_the_peak(sizes, tmp_path):
 
 
 def placeholder(loader: TrellisModelLoader, name: str) -> tuple[Placeholders, np.ndarray]:
-    placeholders = Placeholders(loader)
+    placeholders = Placeholders(loader, "mlx-lm")
     return placeholders, np.array(placeholders.make()[f"{name}.weight"])[:, 0]
 
 
@@ -197,8 +198,8 @@ def test_activations_with_numbers_of_their_own():
     if not hasattr(activations, "SwigluOAI"):
         pytest.skip("this mlx-lm has no SwigluOAI")
     glu = SwitchGLU(128, 128, 2, activation=activations.SwigluOAI(alpha=1.5, limit=3.0))
-    assert activation_of(glu) == Activation("swiglu_oai", 1.5, 3.0)
-    assert activation_of(SwitchGLU(128, 128, 2)) == Activation("silu")
+    assert activation_of(MLX_LM, glu) == Activation("swiglu_oai", 1.5, 3.0)
+    assert activation_of(MLX_LM, SwitchGLU(128, 128, 2)) == Activation("silu")
 
 
 class Clamped(nn.Module):
@@ -230,7 +231,7 @@ def test_experts_with_any_activation(rows, activation):
     x = mx.array(rng.standard_normal((1, rows, 192)).astype(np.float32))
     indices = mx.array(rng.integers(0, 4, (1, rows, 2)).astype(np.uint32))
     expected = np.array(glu(x, indices)).astype(np.float64)
-    made = make_glu(glu, **{name: ExpertStack.of(name, weights) for name, weights in experts.items()})
+    made = make_glu(MLX_LM, glu, **{name: ExpertStack.of(name, weights) for name, weights in experts.items()})
     assert isinstance(made, SwitchGLU if type(activation) is Clamped else TrellisSwitchGLU)
     assert row_error(made(x, indices), expected) < 1e-5
     assert made(x.astype(mx.bfloat16), indices).dtype == mx.bfloat16

@@ -8,6 +8,7 @@ from mlx_marlin import codec
 from mlx_marlin.lm import commands
 from tests.support import architectures, architectures_gemma, generic_checkpoints
 from tests.support.paths import ROOT
+from tests.vlm import test_architectures as vlm_architectures
 
 README = (ROOT / "README.md").read_text()
 
@@ -29,10 +30,11 @@ def test_commands_exist():
 
 
 def test_architectures_are_those_of_the_tests():
-    original, generic = (
-        set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", item)))
-        for item in re.findall(r"^- these, in .*? names.*?: (.*?)[;.]$", README, re.MULTILINE | re.DOTALL)
+    vlm_original, vlm_generic, original, generic = (
+        set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", item, flags=re.DOTALL)))
+        for item in re.findall(r"^- these[^:]*?, in [^:]*? names[^:]*?: (.*?)[;.]$", README, re.MULTILINE | re.DOTALL)
     )
+    assert vlm_original == set(vlm_architectures.CASES) and vlm_generic == set(vlm_architectures.GENERIC)
     assert original == {*architectures.ARCHITECTURES, architectures_gemma.gemma2.__name__}
     assert generic == set(generic_checkpoints.CONFIGS)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of any mlx-lm model, written in the names of its own parameters.
+"""Checkpoints of any model of a host, written in the names of its own parameters.
 
 architectures.py has the originals' names; here only the mapping of linears and experts is at stake.
 """
@@ -12,8 +12,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
-from mlx_lm.models.switch_layers import SwitchGLU
 
+from mlx_marlin.lm.host import Host
+from mlx_marlin.lm.mlx_lm_host import MLX_LM
 from tests.support import generic_configs, hybrid_configs
 from tests.support.checkpoints import SIZES, Checkpoint, Sizes
 
@@ -43,22 +44,34 @@ def left_unquantized(path: str, linear: nn.Linear) -> bool:
     return path.rpartition(".")[2] in ("gate", "router", "kv_b_proj") or linear.weight.shape[0] == 1
 
 
-def make(model_type: str, sizes: Sizes = SIZES, *, embedding_bits: int | None = None) -> tuple[Checkpoint, nn.Module]:
+def make(
+    model_type: str,
+    sizes: Sizes = SIZES,
+    *,
+    embedding_bits: int | None = None,
+    host: Host = MLX_LM,
+    config: dict | None = None,
+) -> tuple[Checkpoint, nn.Module]:
     """A checkpoint, its token embedding quantized if bits are given, and the model with the same weights, dense and
-    in float32."""
-    c = Checkpoint(sizes, {"model_type": model_type, **(CONFIGS | HEADS)[model_type]})
-    model, done, dense = new_model(c.config), set(), {}
+    in float32; of a model with towers the text model alone."""
+    config = (CONFIGS | HEADS)[model_type] if config is None else config
+    c = Checkpoint(sizes, {"model_type": model_type, **config})
+    model, done, dense = host.new_model(json.loads(json.dumps(c.config))), set(), {}
+    for name in model.children():
+        if "language_model" in model and name != "language_model" and host is not MLX_LM:
+            setattr(model, name, None)
     for path, module in model.named_modules():
-        if isinstance(module, SwitchGLU):
+        if isinstance(module, host.glu):
             block = path.rpartition(".")[0]
             for p in PROJECTIONS:
                 experts, n, k = module[p].weight.shape
                 names = [f"{block}.experts.{e}.{p}" for e in range(experts)]
                 for name in names:
-                    c.linear(name, k, n, zero_padding=p != "down_proj")
+                    c.linear(name, k, n, zero_padding=p != "down_proj", bias="bias" in module[p])
                     if p == "up_proj":
                         c.exl3[f"{name}.svh"] = c.exl3[f"{name}.svh"] / UP_DIVISORS.get(model_type, 1)
-                dense[f"{path}.{p}.weight"] = mx.stack([c.dense[f"{name}.weight"] for name in names])
+                for leaf in ("weight", "bias") if "bias" in module[p] else ("weight",):
+                    dense[f"{path}.{p}.{leaf}"] = mx.stack([c.dense[f"{name}.{leaf}"] for name in names])
                 done.add(f"{path}.{p}")
         elif type(module) is nn.Linear and not left_unquantized(path, module):
             n, k = module.weight.shape

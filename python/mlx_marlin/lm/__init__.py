@@ -1,9 +1,11 @@
-"""EXL3 checkpoints as mlx-lm models: the modules here need mlx-lm, the package itself does not.
+"""EXL3 checkpoints as models of mlx-lm, or of another host: the modules here need mlx-lm, the package itself does not.
 
 - ``hub``: where a checkpoint is.
 - ``tokenizer``: its tokenizer, checked.
-- ``placeholders``: what stands for its linears while mlx-lm moves tensors about.
-- ``mapping``: where its tensors belong in mlx-lm's model.
+- ``host``: what there is to know of a library of models; ``mlx_lm_host``: mlx-lm (``mlx_marlin.vlm`` has mlx-vlm's).
+- ``placeholders``: what stands for its linears while a host moves tensors about; ``sanitizing``: how it does;
+  ``graphs``: what was computed meanwhile.
+- ``mapping``: where its tensors belong in a host's model.
 - ``shapes``: whether that model can be called, from shapes alone.
 - ``embedding``: its token embeddings there.
 - ``experts``: the layers that take the places of linears and experts.

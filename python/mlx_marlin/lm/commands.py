@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,21 +19,15 @@ from mlx_lm import cli as mlx_lm_cli
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..loader.directory import INDEX_NAME, Kind, kind_of
 from . import command_repairs
-from .hub import DESCRIPTION_FILES, fetch, pin
+from .command_line import CheckpointError, guarded, is_our_repo, is_ours, take_revision, value_of
+from .hub import fetch
 from .model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
 from .sharding import open_sharded, sharded_load
 from .tokenizer import check_tokenizer, load_tokenizer
 
-Result = TypeVar("Result")
-
 # They write weights in other formats, which those of a trellis cannot become.
 CONVERTERS = ("fuse", "awq", "dwq", "dynamic_quant", "gptq")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; the message says which file and tensor, and why."""
 
 
 def names() -> list[str]:
@@ -48,26 +41,6 @@ def version() -> str:
     return metadata.version("mlx-lm")
 
 
-def _guarded(load: Callable[..., Result], *args: Any, **keywords: Any) -> Result:
-    """Call ``load``; what is wrong with a checkpoint becomes a :class:`CheckpointError`."""
-    try:
-        return load(*args, **keywords)
-    except (FileNotFoundError, PermissionError, ValueError) as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _is_ours(directory: Path) -> bool:
-    """Whether mlx-lm must not take a directory; those of the metal-marlin format are refused here too."""
-    return kind_of(directory) is not Kind.PLAIN
-
-
-def _is_our_repo(repo: str) -> bool:
-    """:func:`_is_ours` without fetching the weights of models that are not, as far as it can be told."""
-    directory = _guarded(fetch, repo, allow_patterns=DESCRIPTION_FILES)
-    # A single file has no index: its header tells, and others load the whole of it too.
-    return _is_ours(directory) or (not (directory / INDEX_NAME).exists() and _is_ours(_guarded(fetch, repo)))
-
-
 def check(repo: str, *, pipeline: bool) -> None:
     """Raise :class:`CheckpointError` if this is an EXL3 model that cannot be loaded here. Reads headers only.
 
@@ -75,14 +48,14 @@ def check(repo: str, *, pipeline: bool) -> None:
         repo: Directory, or repository on the Hugging Face Hub.
         pipeline: Whether several ranks form a pipeline, rather than split each layer.
     """
-    if not _is_our_repo(repo):
+    if not is_our_repo(repo):
         return
-    directory, group = _guarded(fetch, repo), mx.distributed.init()
+    directory, group = guarded(fetch, repo), mx.distributed.init()
     if group.size() > 1:
-        _guarded(open_sharded, directory, group if pipeline else None, None if pipeline else group)
+        guarded(open_sharded, directory, group if pipeline else None, None if pipeline else group)
     else:
-        _guarded(open_checkpoint, directory)
-    _guarded(check_tokenizer, directory)
+        guarded(open_checkpoint, directory)
+    guarded(check_tokenizer, directory)
 
 
 def _check_tokenizer_early(directory: Path) -> None:
@@ -107,7 +80,7 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
     def download(
         path_or_hf_repo: str | Path, revision: str | None = None, allow_patterns: list[str] | None = None
     ) -> Path:
-        return _guarded(fetch, path_or_hf_repo, revision, allow_patterns)
+        return guarded(fetch, path_or_hf_repo, revision, allow_patterns)
 
     def load_model(
         model_path: Path,
@@ -116,27 +89,27 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
         model_config: dict | None = None,
         **keywords: Any,
     ) -> tuple[nn.Module, dict]:
-        if not _is_ours(Path(model_path)):
+        if not is_ours(Path(model_path)):
             model, config = load_others(model_path, lazy, strict, model_config, **keywords)
             command_repairs.run_experts_here(model)
             return model, config
         if refuse is not None:
             raise CheckpointError(refuse)
-        _guarded(_check_tokenizer_early, Path(model_path))
+        guarded(_check_tokenizer_early, Path(model_path))
         accuracy = product_accuracy(None)
-        return _guarded(load_exl3_model, Path(model_path), lazy, model_config, accuracy=accuracy, progress=progress)
+        return guarded(load_exl3_model, Path(model_path), lazy, model_config, accuracy=accuracy, progress=progress)
 
     def load_sharded(repo: str, *args: Any, **keywords: Any) -> tuple:
-        if not _is_our_repo(repo):
+        if not is_our_repo(repo):
             return load_others_sharded(repo, *args, **keywords)
         if refuse is not None:
             raise CheckpointError(refuse)
-        return _guarded(sharded_load, repo, *args, **keywords, progress=progress)
+        return guarded(sharded_load, repo, *args, **keywords, progress=progress)
 
     def tokenizer_of(model_path: str | Path, *args: Any, **keywords: Any) -> TokenizerWrapper:
-        if not _is_ours(Path(model_path)):
+        if not is_ours(Path(model_path)):
             return load_others_tokenizer(model_path, *args, **keywords)
-        return _guarded(load_tokenizer, Path(model_path), *args, **keywords)
+        return guarded(load_tokenizer, Path(model_path), *args, **keywords)
 
     vars(mlx_lm_utils).update(
         _download=download, load_model=load_model, sharded_load=load_sharded, load_tokenizer=tokenizer_of
@@ -148,30 +121,6 @@ def _check_served(arguments: argparse.Namespace) -> None:
     for repo in (arguments.model, arguments.draft_model):
         if repo is not None:
             check(repo, pipeline=getattr(arguments, "pipeline", False))
-
-
-def _value_of(option: str) -> str | None:
-    """What an option of ``sys.argv`` is given, ``--option value`` or ``--option=value``."""
-    for at, argument in enumerate(sys.argv):
-        if argument == option and at + 1 < len(sys.argv):
-            return sys.argv[at + 1]
-        if argument.startswith(f"{option}="):
-            return argument.partition("=")[2]
-    return None
-
-
-def _take_revision() -> None:
-    """Take ``--revision``, which mlx-lm's commands do not have, off ``sys.argv``: it is of the ``--model``."""
-    revision, model = _value_of("--revision"), _value_of("--model")
-    if revision is None:
-        return
-    if model is None:
-        raise CheckpointError("--revision is the branch, tag or commit of a --model, and there is none")
-    if Path(model).exists():
-        raise CheckpointError(f"--revision is of repositories of the Hugging Face Hub, and {model} is a directory here")
-    at = next(i for i, argument in enumerate(sys.argv) if argument.partition("=")[0] == "--revision")
-    del sys.argv[at : at + (1 if "=" in sys.argv[at] else 2)]
-    pin(model, revision)
 
 
 # What mlx-lm itself installs for a command.
@@ -189,13 +138,13 @@ def run(command: str, progress: LayerProgress | None = None) -> None:
         CheckpointError: If a checkpoint or an argument is wrong.
         ModuleNotFoundError: If the command needs what is not installed; the message says how to get it.
     """
-    _take_revision()
+    take_revision()
     refuse = None
     if command in CONVERTERS:
         refuse = f"mlx_lm {command} cannot work on EXL3 weights; give it the model that they were made from"
         for option in ("--model", "--quantized-model"):
-            repo = _value_of(option)
-            if repo is not None and _is_our_repo(repo):  # before anything large is downloaded
+            repo = value_of(option)
+            if repo is not None and is_our_repo(repo):  # before anything large is downloaded
                 raise CheckpointError(refuse)
     install(progress, refuse=refuse)
     command_repairs.count_weights()

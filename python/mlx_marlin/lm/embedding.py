@@ -1,6 +1,6 @@
-"""Quantized token embeddings: where mlx-lm puts them, and the layers in the place of its ``nn.Embedding``.
+"""Quantized token embeddings: where a host puts them, and the layers in the place of its ``nn.Embedding``.
 
-What stands for one while mlx-lm moves tensors about has one column, and row r of embedding number j holds
+What stands for one while it moves tensors about has one column, and row r of embedding number j holds
 ``1 << 62 | j << 32 | r``: that bit tells it from what stands for a linear.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 from ..layers.embedding import TrellisEmbedding
 from ..loader.directory import TrellisModelLoader
 from ..loader.embedding import QuantizedEmbedding
+from .host import Host
 
 _MARK = 1 << 62
 
@@ -60,15 +61,20 @@ def _is_placeholder(value: object) -> bool:
 
 
 def take_embeddings(
-    loader: TrellisModelLoader, modules: dict[str, nn.Module], weights: dict[str, mx.array], parts: Container[str]
+    host: Host,
+    loader: TrellisModelLoader,
+    modules: dict[str, nn.Module],
+    weights: dict[str, mx.array],
+    parts: Container[str],
 ) -> dict[str, QuantizedEmbedding]:
     """Take the placeholders out of the weights and read them.
 
     Args:
+        host: Whose model it is.
         loader: The checkpoint.
         modules: The model's modules, by path.
         weights: What the model's ``sanitize`` has left. Loses the placeholders.
-        parts: Names of what text models leave out.
+        parts: Names of what the host's models may leave out.
 
     Returns:
         The embeddings that the model uses, by their paths in it.
@@ -85,7 +91,7 @@ def take_embeddings(
         source = embeddings[int(codes[0] >> 32)]
         path, _, leaf = key.rpartition(".")
         module = modules.get(path)
-        where = f"{loader.directory}: {source.name} is quantized, but mlx-lm puts it at {key}"
+        where = f"{loader.directory}: {source.name} is quantized, but {host.name} puts it at {key}"
         if module is None and source.name in parts:
             continue
         if leaf != "weight" or module is None:

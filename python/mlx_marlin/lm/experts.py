@@ -1,6 +1,6 @@
-"""Trellis layers in the place of mlx-lm's linears and ``SwitchGLU`` blocks, from the sources of their weights.
+"""Trellis layers in the place of a host's linears and gated experts, from the sources of their weights.
 
-Experts whose activation has no fused kernel keep mlx-lm's ``SwitchGLU``, over one trellis product per projection.
+Experts whose activation has no fused kernel keep the host's class, over one trellis product per projection.
 """
 
 from __future__ import annotations
@@ -13,25 +13,16 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import codec, ops
-from ..layers.experts import TrellisExperts, TrellisSwitchGLU
+from ..layers.experts import TrellisExperts
 from ..layers.linear import TrellisLinear
-from ..layers.partial import PartlyQuantizedSwitchGLU
 from ..loader.exl3 import PlainLinear
 from ..ops import Activation
 from ..storage.reads import read_all
 from ..weights.experts import ExpertStack, stacked_biases
 from ..weights.trellis import TrellisWeight
-from .mapping import PROJECTIONS
+from .host import Host
 from .placeholders import LinearSource
-
-# mlx-lm's activations of SwitchGLU, by what the kernels call them.
-_ACTIVATIONS = {
-    "mlx_lm.models.switch_layers.SwiGLU": "silu",
-    "mlx_lm.models.muse_spark.PreciseSwiGLU": "silu",
-    "mlx_lm.models.gemma4_text.GeGLU": "gelu_tanh",
-    "mlx_lm.models.activations.SwigluOAI": "swiglu_oai",
-    "mlx_lm.models.gpt_oss.SwiGLU": "swiglu_oai",  # mlx-lm 0.31, the last one for Python 3.10: alpha 1.702, limit 7
-}
+from .sanitizing import PROJECTIONS
 
 TOP_K_KEYS = (
     "num_experts_per_tok",
@@ -42,7 +33,7 @@ TOP_K_KEYS = (
     "experts_per_token",
     "moe_k",
 )
-"""How mlx-lm's model configs call the experts per token."""
+"""How models' configs call the experts per token."""
 
 
 def experts_per_token(config: dict, experts: int) -> int | None:
@@ -54,10 +45,10 @@ def experts_per_token(config: dict, experts: int) -> int | None:
     return None
 
 
-def activation_of(module: nn.Module) -> Activation | None:
-    """The activation of a ``SwitchGLU`` as the fused kernels know it; ``None`` if they do not."""
+def activation_of(host: Host, module: nn.Module) -> Activation | None:
+    """The activation of gated experts as the fused kernels know it; ``None`` if they do not."""
     activation = module.activation
-    name = _ACTIVATIONS.get(f"{type(activation).__module__}.{type(activation).__qualname__}")
+    name = host.activations.get(f"{type(activation).__module__}.{type(activation).__qualname__}")
     if name is None:
         return None
     if hasattr(activation, "_alpha"):
@@ -65,16 +56,17 @@ def activation_of(module: nn.Module) -> Activation | None:
     return Activation(name)
 
 
-def make_glu(module: nn.Module, gate: ExpertStack, up: ExpertStack, down: ExpertStack) -> nn.Module:
-    """What stands for a ``SwitchGLU``: a fused layer, or the module itself over trellis projections.
+def make_glu(host: Host, module: nn.Module, gate: ExpertStack, up: ExpertStack, down: ExpertStack) -> nn.Module:
+    """What stands for gated experts: a fused layer, or the module itself over trellis projections.
 
     Args:
-        module: The ``SwitchGLU``.
+        host: Whose module it is.
+        module: The experts.
         gate, up, down: The experts' weights.
     """
-    activation = activation_of(module)
+    activation = activation_of(host, module)
     if activation is not None:
-        return TrellisSwitchGLU(gate, up, down, *activation)
+        return host.fused(gate, up, down, *activation)
     # As in the fused kernels, the padded width flows from gate and up into down.
     for name, stack in zip(PROJECTIONS, (gate, up, down)):
         in_features, out_features = (None, stack.out_features) if stack is down else (stack.in_features, None)
@@ -139,10 +131,10 @@ def load_source(
     return w
 
 
-def whole_linear(_path: str, module: nn.Module, source: LinearSource) -> TrellisLinear:
+def whole_linear(host: Host, _path: str, module: nn.Module, source: LinearSource) -> TrellisLinear:
     """What stands for an ``nn.Linear``."""
     out_features, in_features = module.weight.shape
-    return TrellisLinear(load_source(source, in_features, out_features))
+    return host.linear(load_source(source, in_features, out_features))
 
 
 def make_head(embeddings: nn.Embedding, source: LinearSource, dtype: mx.Dtype | None) -> nn.Module:
@@ -169,8 +161,8 @@ def unquantized_experts(sources: dict[str, list[LinearSource]]) -> list[bool]:
     return [any(isinstance(source.linear, PlainLinear) for source in row) for row in rows]
 
 
-def whole_experts(_path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> nn.Module:
-    """What stands for a ``SwitchGLU``. Experts of which a projection was left unquantized are dense ones."""
+def whole_experts(host: Host, _path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> nn.Module:
+    """What stands for gated experts. Experts of which a projection was left unquantized are dense ones."""
     is_dense = unquantized_experts(sources)
     shapes = {projection: module[projection].weight.shape[1:] for projection in PROJECTIONS}
     dense: nn.Module | None = None
@@ -189,8 +181,8 @@ def whole_experts(_path: str, module: nn.Module, sources: dict[str, list[LinearS
     gate, up, down = (
         load_stack([s for s, kind in zip(sources[p], is_dense) if not kind], *reversed(shapes[p])) for p in PROJECTIONS
     )
-    quantized = make_glu(module, gate, up, down)
-    return quantized if dense is None else PartlyQuantizedSwitchGLU(quantized, dense, is_dense)
+    quantized = make_glu(host, module, gate, up, down)
+    return quantized if dense is None else host.partly(quantized, dense, is_dense)
 
 
 def _dense_weight(source: LinearSource, in_features: int, out_features: int) -> mx.array:

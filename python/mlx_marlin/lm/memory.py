@@ -10,7 +10,8 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ..loader.exl3 import PlainLinear
 from .experts import unquantized_experts
-from .mapping import MODEL_ERRORS, WeightMap
+from .host import MODEL_ERRORS
+from .mapping import WeightMap
 from .model import cast_dense, running_dtype
 from .placeholders import LinearSource
 
@@ -46,6 +47,11 @@ def weight_bytes(model: nn.Module, mapping: WeightMap, dtype: mx.Dtype | None = 
     for path, source in (*mapping.linears.items(), *mapping.heads.items()):
         dense = running if isinstance(source.linear, PlainLinear) else None
         total += _source_bytes(source, modules[path].weight.shape, dense)
+    for path, parts in mapping.joined.items():
+        in_features = modules[path].weight.shape[1]
+        total += sum(_source_bytes(source, (rows, in_features), None) for source, rows in parts)
+    for sources in mapping.grouped.values():
+        total += sum(_source_bytes(source, (), None) for source in sources)
     for path, projections in mapping.experts.items():
         kinds = unquantized_experts(projections)
         for projection, sources in projections.items():

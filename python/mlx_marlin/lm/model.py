@@ -1,6 +1,6 @@
-"""Building mlx-lm models over EXL3 checkpoints.
+"""Building a host's models over EXL3 checkpoints.
 
-The model is made by mlx-lm's own class. Its linears and ``SwitchGLU`` blocks that are quantized in the
+The model is made by the host's own class. Its linears and gated experts that are quantized in the
 checkpoint are then replaced, layer by layer, by :class:`TrellisLinear` and :class:`TrellisSwitchGLU`.
 Whatever can be wrong is found before the first weight is read.
 """
@@ -12,17 +12,18 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm import utils as mlx_lm_utils
 
 from .. import kernels, ops
 from ..layers.experts import TrellisSwitchGLU
-from ..layers.partial import PartlyQuantizedSwitchGLU
+from ..layers.joined import GroupedTrellisLinear, JoinedTrellisLinear
+from ..layers.linear import TrellisLinear
 from ..layers.state import TrellisModule
 from ..loader.directory import Kind, TrellisModelLoader
 from ..loader.scaling import up_divisor, without_folded_scales
@@ -32,9 +33,12 @@ from ..storage.safetensors import TensorInfo
 from ..storage.untrusted import is_listed, unchanged
 from . import dense_ops
 from .embedding import EmbeddingWithHead, make_embedding
-from .experts import experts_per_token, make_head, whole_experts, whole_linear
-from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap, map_weights
+from .experts import experts_per_token, load_source, make_head, whole_experts, whole_linear
+from .host import MODEL_ERRORS, Host, UnknownArchitecture
+from .mapping import WeightMap, map_weights
+from .mlx_lm_host import MLX_LM
 from .placeholders import LinearSource
+from .sanitizing import PROJECTIONS
 from .shapes import check_call
 from .tokenizer import check_keys
 
@@ -45,25 +49,26 @@ MakeLinear = Callable[[str, nn.Module, LinearSource], nn.Module]
 """Makes what stands for the linear at a path, from the module there and its source."""
 
 MakeExperts = Callable[[str, nn.Module, dict[str, list[LinearSource]]], nn.Module]
-"""Makes what stands for the ``SwitchGLU`` at a path, from the module there and its projections' sources."""
+"""Makes what stands for the experts at a path, from the module there and its projections' sources."""
 
 _log = logging.getLogger("mlx_marlin.lm")
 _DTYPES = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 _LAYER = re.compile(r"(?:^|.*?\.)layers\.\d+(?=\.)")
+_BLOCK = re.compile(r".*?\.blocks\.\d+(?=\.)")  # of vision towers
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 
-def read_config(model_path: Path, loader: TrellisModelLoader, model_config: dict | None) -> dict:
-    """config.json as mlx-lm reads it, checked; the head of the checkpoint is not replaced by the embeddings."""
+def read_config(host: Host, model_path: Path, loader: TrellisModelLoader, model_config: dict | None) -> dict:
+    """config.json as the host reads it, checked; the head of the checkpoint is not replaced by the embeddings."""
     for name in ("config.json", "generation_config.json"):
         if name == "config.json" or is_listed(model_path / name):
             check_keys(model_path / name)
-    config = mlx_lm_utils.load_config(model_path)
+    config = host.load_config(model_path)
     config.update(model_config or {})
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not re.fullmatch(r"[\w-]+", model_type):
         raise ValueError(
-            f"{model_path / 'config.json'}: model_type must name an architecture of mlx-lm, got {model_type!r}"
+            f"{model_path / 'config.json'}: model_type must name an architecture of {host.name}, got {model_type!r}"
         )
     if "model_file" in config:
         raise ValueError(
@@ -85,15 +90,16 @@ def read_config(model_path: Path, loader: TrellisModelLoader, model_config: dict
     return config
 
 
-def build(model_path: Path, config: dict) -> nn.Module:
-    """The mlx-lm model of a config, its parameters lazy and random."""
+def build(model_path: Path, config: dict, host: Host = MLX_LM) -> nn.Module:
+    """A host's model of a config, its parameters lazy and random."""
     config = json.loads(json.dumps(without_folded_scales(config)))  # model code may write into it
     try:
-        model_class, args_class = mlx_lm_utils._get_classes(config)
-        return model_class(args_class.from_dict(config)).eval()
+        return host.new_model(config).eval()
+    except UnknownArchitecture as error:
+        raise ValueError(f"{model_path / 'config.json'}: {error}") from error
     except MODEL_ERRORS as error:
         raise ValueError(
-            f"{model_path / 'config.json'}: mlx-lm cannot build a {config['model_type']} model from it: "
+            f"{model_path / 'config.json'}: {host.name} cannot build a {config['model_type']} model from it: "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -216,11 +222,21 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
         setattr(parent, leaf, new)
 
 
+def _joined(module: nn.Module, parts: list[tuple[LinearSource, int]]) -> JoinedTrellisLinear:
+    in_features = module.weight.shape[1]
+    return JoinedTrellisLinear([TrellisLinear(load_source(source, in_features, rows)) for source, rows in parts])
+
+
+def _grouped(module: nn.Module, sources: list[LinearSource]) -> GroupedTrellisLinear:
+    _, out_features, in_features = module.weight.shape
+    return GroupedTrellisLinear([TrellisLinear(load_source(source, in_features, out_features)) for source in sources])
+
+
 def groups_of(paths: Iterable[str]) -> list[list[str]]:
     """Paths by layer, in the order of the model; what is in no layer comes first."""
     groups: dict[str, list[str]] = {"": []}
     for path in paths:
-        match = _LAYER.match(path)
+        match = _LAYER.match(path) or _BLOCK.match(path)
         groups.setdefault(match[0] if match else "", []).append(path)
     return [group for group in groups.values() if group]
 
@@ -245,8 +261,8 @@ def fill(
     *,
     lazy: bool = False,
     progress: LayerProgress | None = None,
-    make_linear: MakeLinear = whole_linear,
-    make_experts: MakeExperts = whole_experts,
+    make_linear: MakeLinear | None = None,
+    make_experts: MakeExperts | None = None,
 ) -> None:
     """Read the weights into a model, layer by layer, so that at most one layer is held twice.
 
@@ -258,10 +274,12 @@ def fill(
         accuracy: Of the products, one of ``kernels.ACCURACIES``.
         lazy: Leave the unquantized parameters unevaluated.
         progress: Called with (layers done, layers) after each layer.
-        make_linear: Called with the path, the module to replace and its source.
-        make_experts: Called with the path, the module to replace and its sources.
+        make_linear: Called with the path, the module to replace and its source. Default: ``None``, whole ones.
+        make_experts: Called with the path, the module to replace and its sources. Default: ``None``, whole ones.
     """
     dense_ops.install()
+    make_linear = make_linear or partial(whole_linear, mapping.host)
+    make_experts = make_experts or partial(whole_experts, mapping.host)
     present = {k: v for k, v in mapping.dense.items() if module_at(model, k) is not None}
     mapping.dense.clear()
     target = running_dtype(present, dtype)
@@ -270,7 +288,7 @@ def fill(
     model.load_weights(list(dense.items()), strict=False)
     _fill_embeddings(model, mapping, target)
     stored = {} if lazy else {key: info for key, info in mapping.stored.items() if key in dense}
-    groups = groups_of((*dense, *mapping.linears, *mapping.experts))
+    groups = groups_of((*dense, *mapping.linears, *mapping.joined, *mapping.grouped, *mapping.experts))
     for done, group in enumerate(groups, 1):
         for path in group:
             module = None if path in dense else module_at(model, path)
@@ -278,9 +296,13 @@ def fill(
                 continue
             if path in mapping.linears:
                 replace_module(model, path, make_linear(path, module, mapping.linears[path]))
+            elif path in mapping.joined:
+                replace_module(model, path, _joined(module, mapping.joined[path]))
+            elif path in mapping.grouped:
+                replace_module(model, path, _grouped(module, mapping.grouped[path]))
             else:
                 made = make_experts(path, module, mapping.experts[path])
-                if isinstance(made, PartlyQuantizedSwitchGLU) and target is not None:
+                if isinstance(made, mapping.host.partly) and target is not None:
                     made.dense.set_dtype(target)
                 replace_module(model, path, made)
         if not lazy:
@@ -296,10 +318,13 @@ def fill(
             module.accuracy = accuracy
         if isinstance(module, TrellisSwitchGLU):
             module.top_k = experts_per_token(config, module.gate_proj.num_experts)
+    mapping.host.finish(model, target or next((v.dtype for v in dense.values() if v.dtype in DTYPE_NAMES), mx.float16))
     model.eval()
 
 
-def open_checkpoint(model_path: Path, model_config: dict | None = None) -> tuple[nn.Module, dict, WeightMap]:
+def open_checkpoint(
+    model_path: Path, model_config: dict | None = None, host: Host = MLX_LM
+) -> tuple[nn.Module, dict, WeightMap]:
     """The model of an EXL3 directory, its config and where its weights go: all checked, nothing read."""
     loader = TrellisModelLoader(model_path)
     if loader.kind is Kind.METAL_MARLIN:
@@ -308,11 +333,11 @@ def open_checkpoint(model_path: Path, model_config: dict | None = None) -> tuple
             "whole models; convert the original model with mlx_marlin-convert"
         )
     if not loader.quantized:
-        raise ValueError(f"{model_path} holds no EXL3 tensors; load it with mlx_lm.load")
-    config = read_config(model_path, loader, model_config)
-    model = build(model_path, config)
-    mapping = map_weights(model, loader)
-    check_call(build(model_path, config), model_path, config)
+        raise ValueError(f"{model_path} holds no EXL3 tensors; load it with {host.loader}")
+    config = read_config(host, model_path, loader, model_config)
+    model = build(model_path, config, host)
+    mapping = map_weights(host, model, loader)
+    check_call(build(model_path, config, host), model_path, config, host)
     _restore_up(mapping, config)
     return model, config, mapping
 
@@ -342,8 +367,9 @@ def load_exl3_model(
     dtype: mx.Dtype | None = None,
     accuracy: str = "float32",
     progress: LayerProgress | None = None,
+    host: Host = MLX_LM,
 ) -> tuple[nn.Module, dict]:
-    """An EXL3 directory as an mlx-lm model.
+    """An EXL3 directory as a host's model.
 
     Args:
         model_path: The directory.
@@ -352,6 +378,7 @@ def load_exl3_model(
         dtype: Of the unquantized parameters, see :func:`cast_dense`. Default: ``None``.
         accuracy: Of the products, one of ``kernels.ACCURACIES``. Default: ``"float32"``.
         progress: Called with (layers done, layers) after each layer. Default: ``None``.
+        host: Whose model. Default: mlx-lm's.
 
     Returns:
         The model and its config. The model's attribute ``left_out`` is a :class:`LeftOut`.
@@ -362,7 +389,7 @@ def load_exl3_model(
     """
     dtype, accuracy = activation_dtype(dtype), kernels.checked_accuracy(accuracy)
     with unchanged(Path(model_path)):
-        model, config, mapping = open_checkpoint(Path(model_path), model_config)
+        model, config, mapping = open_checkpoint(Path(model_path), model_config, host)
         fill(model, mapping, config, dtype, accuracy, lazy=lazy, progress=progress)
     report(model, mapping)
     return model, config

@@ -1,4 +1,4 @@
-"""What stands for the linears of a checkpoint while mlx-lm's ``sanitize`` moves tensors about.
+"""What stands for the linears of a checkpoint while a host's ``sanitize`` moves tensors about.
 
 A placeholder has one column, and row r of linear number j holds ``j << 32 | r``, so that what comes out of
 ``sanitize`` tells which rows of which linear ended where. Nothing of the weights is read meanwhile.
@@ -46,9 +46,15 @@ class LinearSource:
 
 
 class Placeholders:
-    """Makes the placeholders and reads them back."""
+    """Makes the placeholders and reads them back.
 
-    def __init__(self, loader: TrellisModelLoader):
+    Args:
+        loader: The checkpoint.
+        host: Name of the host, for error messages.
+    """
+
+    def __init__(self, loader: TrellisModelLoader, host: str):
+        self.host = host
         self.directory = loader.directory
         self.plain = _plain_experts(loader)
         self.linears: list[QuantizedLinear | PlainLinear] = [*loader.linears.values(), *self.plain]
@@ -61,22 +67,38 @@ class Placeholders:
             for number, linear in enumerate(self.linears)
         }
 
+    def read_joined(self, path: str, codes: np.ndarray, logical: int) -> list[tuple[LinearSource, int]]:
+        """The sources of a weight that the host joins of several, in the order of its rows, and how many each has.
+
+        Args:
+            path: Of the weight.
+            codes: Its rows.
+            logical: How many it has in the model.
+        """
+        parts = np.split(codes, np.flatnonzero(np.diff(codes >> 32)) + 1)
+        if len(codes) != logical and len({len(part) for part in parts}) == 1:
+            parts = [part[: logical // len(parts)] for part in parts]  # the host joined them with their padding
+        if sum(map(len, parts)) != logical:
+            names = ", ".join(self.linears[int(part[0] >> 32)].name for part in parts)
+            raise ValueError(f"{self.directory}: {names} have {len(codes)} outputs, but {path} wants {logical}")
+        return [(self.read(path, part, len(part)), len(part)) for part in parts]
+
     def read(self, path: str, codes: np.ndarray, logical: int) -> LinearSource:
         """The source of a weight with these codes that has ``logical`` rows in the model."""
         numbers, rows = codes >> 32, (codes & 0xFFFFFFFF).astype(np.int64)
         if (numbers != numbers[0]).any():
             names = [self.linears[n].name for n in np.unique(numbers)]
             raise ValueError(
-                f"{self.directory}: mlx-lm joins {names[0]} and {names[1]} into {path}; linears that are quantized "
-                "separately cannot be joined"
+                f"{self.directory}: {self.host} joins {names[0]} and {names[1]} into {path}; linears that are "
+                "quantized separately cannot be joined"
             )
         linear = self.linears[int(numbers[0])]
-        where = f"{self.directory}: {linear.name}, which mlx-lm puts at {path},"
+        where = f"{self.directory}: {linear.name}, which {self.host} puts at {path},"
         start, count = int(rows[0]), len(rows)
         if not np.array_equal(rows, np.arange(start, start + count)):
             raise ValueError(f"{where} has its outputs reordered there; a trellis cannot be reordered")
         stored = linear.padded_shape[1]
-        if start == 0 and count == stored == padded(logical):
+        if start == 0 and count in (stored, logical) and stored == padded(logical):
             return LinearSource(linear, None)
         if start % HADAMARD_SIZE or count != logical or (count % HADAMARD_SIZE and start + count != stored):
             raise ValueError(

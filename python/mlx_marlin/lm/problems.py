@@ -7,8 +7,8 @@ from pathlib import Path
 from .. import ops
 from ..kernels import Problem
 from .experts import TOP_K_KEYS, activation_of, experts_per_token, unquantized_experts
-from .mapping import PROJECTIONS
 from .model import module_at, open_checkpoint, product_accuracy
+from .sanitizing import PROJECTIONS
 
 
 def model_problems(
@@ -30,7 +30,7 @@ def model_problems(
     model, config, mapping = open_checkpoint(Path(model_path))
     problems: dict[Problem, list[str]] = {}
     for path, sources in mapping.experts.items():
-        activation = activation_of(module_at(model, path))
+        activation = activation_of(mapping.host, module_at(model, path))
         if activation is None:
             continue  # three products of which the tuner times none: they are not fused
         is_dense = unquantized_experts(sources)

@@ -15,43 +15,41 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
 
-from .mapping import MODEL_ERRORS
+from .host import MODEL_ERRORS, Host
 
 # A prompt and a token after it: masks, caches and recurrent states of both kinds. No more, as recurrent layers are
 # followed token by token.
 _PROMPT = 3
-# What MLX says where model code looks at a value: that call cannot be followed.
-_LOOKS_AT_VALUES = "during function transformations"
-# Model code is some levels deep; a name is resolved through the class that assigns it, and the one that made that.
-_MODELS = "mlx_lm.models."
+# What MLX says where model code looks at a value, or has one computed: that call cannot be followed.
+_LOOKS_AT_VALUES = ("during function transformations", "inside a graph transformation")
 
 
-def check_call(model: nn.Module, path: Path, config: dict) -> None:
+def check_call(model: nn.Module, path: Path, config: dict, host: Host) -> None:
     """See that a model of this config can be called. Its parameters are replaced: it is of no use afterwards.
 
     Args:
         model: The model as its class makes it, nothing evaluated.
         path: The checkpoint, for error messages.
         config: Its config.
+        host: Whose model it is.
 
     Raises:
         ValueError: If it cannot; the message names the keys that the failing line depends on.
     """
 
     def call(tokens: mx.array) -> mx.array:
-        cache = make_prompt_cache(model)
-        prompt = model(tokens, cache=cache)
-        return prompt[:, :1] + model(tokens[:, :1], cache=cache)
+        cache = host.make_cache(model)
+        prompt = host.logits(model, tokens, cache)
+        return prompt[:, :1] + host.logits(model, tokens[:, :1], cache)
 
     try:
         # Compiled, so that the parameters are tracers too: what would evaluate one raises.
         mx.compile(call, inputs=[model.state])(mx.zeros((1, _PROMPT), mx.int32))
     except (RecursionError, *MODEL_ERRORS) as error:
-        if _LOOKS_AT_VALUES in str(error):
+        if any(phrase in str(error) for phrase in _LOOKS_AT_VALUES):
             return
-        keys = [f"{key} = {shown}" for key, shown in _keys(error.__traceback__, config)]
+        keys = [f"{key} = {shown}" for key, shown in _keys(error.__traceback__, config, host.model_code)]
         named = f" ({', '.join(keys)})" if keys else ""
         raise ValueError(
             f"{path / 'config.json'}: sizes contradict each other{named}: a {config['model_type']} model cannot be "
@@ -59,7 +57,7 @@ def check_call(model: nn.Module, path: Path, config: dict) -> None:
         ) from error
 
 
-def _keys(traceback: TracebackType | None, config: dict) -> list[tuple[str, str]]:
+def _keys(traceback: TracebackType | None, config: dict, model_code: str) -> list[tuple[str, str]]:
     """The keys of a config that the failing statement depends on, and their values: of the innermost that has some."""
     flat = {**config, **(config["text_config"] if isinstance(config.get("text_config"), dict) else {})}
     frames = []
@@ -67,7 +65,7 @@ def _keys(traceback: TracebackType | None, config: dict) -> list[tuple[str, str]
         frames.append((traceback.tb_frame, traceback.tb_lineno))
         traceback = traceback.tb_next
     for frame, line in reversed(frames):
-        if str(frame.f_globals.get("__name__", "")).startswith(_MODELS):
+        if str(frame.f_globals.get("__name__", "")).startswith(model_code):
             names = sorted(key for key in _of_statement(frame, line) if key in flat)
             if names:
                 return [(name, _short(flat[name])) for name in names]

@@ -25,8 +25,9 @@ from ..storage.untrusted import unchanged
 from ..weights.experts import ExpertStack
 from ..weights.trellis import TrellisWeight
 from .experts import load_source, make_glu, unquantized_experts
+from .host import MODEL_ERRORS, Host
 from .hub import fetch
-from .mapping import MODEL_ERRORS, PROJECTIONS, WeightMap
+from .mapping import WeightMap
 from .model import (
     LayerProgress,
     MakeExperts,
@@ -39,6 +40,7 @@ from .model import (
     report,
 )
 from .placeholders import LinearSource
+from .sanitizing import PROJECTIONS
 from .tokenizer import check_tokenizer, load_tokenizer
 
 
@@ -171,6 +173,8 @@ def split(model: nn.Module, probe: nn.Module, mapping: WeightMap, group: mx.dist
                 f"{path}: some of its experts are not quantized, and such a layer cannot be split over ranks; use "
                 "pipeline parallelism"
             )
+    for path in (*mapping.joined, *mapping.grouped):
+        raise ValueError(f"{path} is quantized in parts, and such a linear cannot be split over ranks")
     cuts, targets = {}, _targets(mapping)
     axes = _split_axes(probe, targets, group)
     model.load_weights(list(mapping.dense.items()), strict=False)
@@ -238,14 +242,14 @@ def _make_linear(cuts: dict[str, Cut], group: mx.distributed.Group) -> MakeLinea
     return make
 
 
-def _make_experts(cuts: dict[str, Cut]) -> MakeExperts:
+def _make_experts(host: Host, cuts: dict[str, Cut]) -> MakeExperts:
     def make(path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> nn.Module:
         stacks: list[ExpertStack] = []
         for projection in PROJECTIONS:
             cut, bias = cuts[f"{path}.{projection}"], module[projection].get("bias")
             weights = [cut.load(s, None if bias is None else bias[e]) for e, s in enumerate(sources[projection])]
             stacks.append(ExpertStack.of(projection, weights))
-        return make_glu(module, *stacks)
+        return make_glu(host, module, *stacks)
 
     return make
 
@@ -275,7 +279,7 @@ def open_sharded(
     makers: Makers = {}
     if tensor_group is not None:
         cuts = split(model, build(model_path, config), mapping, tensor_group)
-        makers = {"make_linear": _make_linear(cuts, tensor_group), "make_experts": _make_experts(cuts)}
+        makers = {"make_linear": _make_linear(cuts, tensor_group), "make_experts": _make_experts(mapping.host, cuts)}
     if pipeline_group is not None:
         try:
             model.model.pipeline(pipeline_group)

@@ -308,7 +308,7 @@ def _load_weights(model: nn.Module, source: Source, layers: int) -> dict[str, st
     Raises:
         ValueError: If they do not fit.
     """
-    from ..lm.mapping import MODEL_ERRORS  # needs mlx-lm
+    from ..lm.host import MODEL_ERRORS  # needs mlx-lm
 
     arrays = source.arrays()
     known = {id(array): name for name, array in arrays.items()}

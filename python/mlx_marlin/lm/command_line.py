@@ -1,0 +1,79 @@
+"""What the commands of every host have in common: which checkpoints are ours, and how errors are told."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from ..loader.directory import INDEX_NAME, Kind, kind_of
+from .hub import DESCRIPTION_FILES, fetch, pin
+
+Result = TypeVar("Result")
+
+
+class Commands(Protocol):
+    """The commands of a library of models: a module of this package, or of mlx_marlin.vlm."""
+
+    def names(self) -> list[str]:
+        """Its commands."""
+
+    def version(self) -> str:
+        """Its version."""
+
+    def run(self, command: str, progress: Callable[[int, int], None] | None = None) -> None:
+        """Run the one that ``sys.argv`` asks for, calling ``progress`` with (layers done, layers).
+
+        Raises:
+            CheckpointError: If a checkpoint or an argument is wrong.
+            ModuleNotFoundError: If the command needs what is not installed; the message says how to get it.
+        """
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message says which file and tensor, and why."""
+
+
+def guarded(load: Callable[..., Result], *args: Any, **keywords: Any) -> Result:
+    """Call ``load``; what is wrong with a checkpoint becomes a :class:`CheckpointError`."""
+    try:
+        return load(*args, **keywords)
+    except (FileNotFoundError, PermissionError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether a host must not take a directory; those of the metal-marlin format are refused here too."""
+    return kind_of(directory) is not Kind.PLAIN
+
+
+def is_our_repo(repo: str) -> bool:
+    """:func:`is_ours` without fetching the weights of models that are not, as far as it can be told."""
+    directory = guarded(fetch, repo, allow_patterns=DESCRIPTION_FILES)
+    # A single file has no index: its header tells, and others load the whole of it too.
+    return is_ours(directory) or (not (directory / INDEX_NAME).exists() and is_ours(guarded(fetch, repo)))
+
+
+def value_of(option: str) -> str | None:
+    """What an option of ``sys.argv`` is given, ``--option value`` or ``--option=value``."""
+    for at, argument in enumerate(sys.argv):
+        if argument == option and at + 1 < len(sys.argv):
+            return sys.argv[at + 1]
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def take_revision() -> None:
+    """Take ``--revision``, which the command does not have, off ``sys.argv``: it is of the ``--model``."""
+    revision, model = value_of("--revision"), value_of("--model")
+    if revision is None:
+        return
+    if model is None:
+        raise CheckpointError("--revision is the branch, tag or commit of a --model, and there is none")
+    if Path(model).exists():
+        raise CheckpointError(f"--revision is of repositories of the Hugging Face Hub, and {model} is a directory here")
+    at = next(i for i, argument in enumerate(sys.argv) if argument.partition("=")[0] == "--revision")
+    del sys.argv[at : at + (1 if "=" in sys.argv[at] else 2)]
+    pin(model, revision)

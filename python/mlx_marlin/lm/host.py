@@ -1,0 +1,105 @@
+"""What this package needs to know of a library that brings models: mlx-lm, or mlx-vlm.
+
+Where the tensors of a checkpoint go, and what stands for its linears and experts, is the same for all of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..layers.experts import TrellisSwitchGLU
+from ..layers.linear import TrellisLinear
+from ..layers.partial import PartlyQuantizedSwitchGLU
+
+# What model code raises on a config or a set of tensors that it was not written for.
+MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class UnknownArchitecture(ValueError):
+    """A model that this host has no class for; the message says which one it has it in, if any."""
+
+
+class Host(ABC):
+    """A library of models.
+
+    Attributes:
+        name: As it is called in messages.
+        loader: Its function that loads models which are not EXL3.
+        model_code: The package whose modules are model code, with a dot behind.
+        glu: Its class of gated experts, whose children are called gate_proj, up_proj and down_proj.
+        projection: Its class of one projection of all experts.
+        grouped: Its class of a linear for each group of inputs, if it has one.
+        activations: Its classes of activations of experts, by their full names: what the fused kernels call them.
+        linear: What stands for quantized linears.
+        fused: What stands for quantized experts, called as the host calls its own.
+        partly: What stands for experts of which some were left unquantized, called the same way.
+    """
+
+    name: str
+    loader: str
+    model_code: str
+    glu: type[nn.Module]
+    projection: type[nn.Module]
+    grouped: type[nn.Module] | None
+    activations: Mapping[str, str]
+    linear: type[TrellisLinear]
+    fused: type[TrellisSwitchGLU]
+    partly: type[PartlyQuantizedSwitchGLU]
+
+    @abstractmethod
+    def load_config(self, directory: Path) -> dict:
+        """config.json with what the host adds to it."""
+
+    @abstractmethod
+    def new_model(self, config: dict) -> nn.Module:
+        """The model of a config, its parameters lazy and random. May write into the config.
+
+        Raises:
+            UnknownArchitecture: If the host has no class for it.
+        """
+
+    @abstractmethod
+    def sanitize(self, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """A checkpoint's tensors as the host's own loader would hand them to the model.
+
+        Parts that the model works without, and of which the checkpoint has nothing, are taken from the model.
+        """
+
+    @abstractmethod
+    def uses(self, part: str) -> bool:
+        """Whether models compute with a part of a checkpoint, a name of :mod:`~mlx_marlin.loader.contents`."""
+
+    @abstractmethod
+    def make_cache(self, model: nn.Module) -> list[Any]:
+        """Empty caches of one sequence."""
+
+    @abstractmethod
+    def logits(self, model: nn.Module, tokens: mx.array, cache: list[Any]) -> mx.array:
+        """The logits of text alone, ``[batch, tokens, vocabulary]``."""
+
+    @abstractmethod
+    def layers(self, model: nn.Module) -> int:
+        """Layers of its text model."""
+
+    @abstractmethod
+    def finish(self, model: nn.Module, dtype: mx.Dtype) -> None:
+        """What is left to do when a model has its weights.
+
+        Args:
+            model: The model.
+            dtype: What its activations are computed in.
+        """

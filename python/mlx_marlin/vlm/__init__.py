@@ -1,0 +1,85 @@
+"""EXL3 checkpoints as models of mlx-vlm: text, vision towers and projectors, quantized or not.
+
+The package needs the extra ``[vlm]``, and imports mlx-vlm when it is used.
+
+- ``host``: mlx-vlm as a host of models; where tensors go is found by :mod:`mlx_marlin.lm`, as for mlx-lm.
+- ``layers``: what stands for its linears and experts.
+- ``processor``: what prepares text, pictures and sound for a model.
+- ``commands``: mlx-vlm's commands over all this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+if TYPE_CHECKING:
+    from transformers.processing_utils import ProcessorMixin
+
+__all__ = ["load"]
+
+
+def load(
+    path_or_hf_repo: str,
+    accuracy: str | None = None,
+    *,
+    dtype: mx.Dtype | str | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **keywords: Any,
+) -> tuple[nn.Module, ProcessorMixin]:
+    """Load an EXL3 checkpoint as ``mlx_vlm.load`` loads others; the other keywords are its own.
+
+    Args:
+        path_or_hf_repo: Directory, or repository on the Hugging Face Hub.
+        accuracy: What the products with quantized weights may round, see :func:`mlx_marlin.load`. Default: ``None``:
+            ``"half"`` on the CPU, ``"float32"`` on a GPU.
+        dtype: Of the unquantized parameters, see :func:`mlx_marlin.load`. Default: ``None``: float32 on the CPU, the
+            source's dtype on a GPU.
+        adapter_path: Directory of a LoRA adapter. Default: ``None``.
+        lazy: Leave the unquantized parameters unevaluated. Default: ``False``.
+        revision: Branch, tag or commit of the repository. Default: ``None``.
+        progress: Called with (layers done, layers) after each layer. Default: ``None``.
+        keywords: For the processor, such as ``use_fast``. Code inside an EXL3 checkpoint is never run.
+
+    Returns:
+        The model and its processor. The model's attribute ``left_out`` is a :class:`~mlx_marlin.loader.LeftOut`: what
+        of the checkpoint the model does not use.
+
+    Raises:
+        FileNotFoundError: If there is no such directory or repository, or a file of it is missing; a tokenizer too.
+        ModuleNotFoundError: If mlx-vlm is not installed.
+        ValueError: If the directory cannot be loaded, which names file and tensor; or no model runs in the dtype.
+    """
+    require_mlx_vlm()
+    from mlx_vlm.trainer.peft.utils import apply_lora_layers
+
+    from ..lm.hub import fetch
+    from ..lm.model import activation_dtype, load_exl3_model, product_accuracy
+    from .host import MLX_VLM
+    from .processor import check_processor, load_processor
+
+    dtype, accuracy = activation_dtype(dtype), product_accuracy(accuracy)
+    model_path = fetch(path_or_hf_repo, revision=revision)
+    check_processor(model_path)
+    model, _ = load_exl3_model(model_path, lazy, dtype=dtype, accuracy=accuracy, progress=progress, host=MLX_VLM)
+    model.model_path = model_path
+    if adapter_path is not None:
+        model = apply_lora_layers(model, adapter_path)
+        model.eval()
+    return model, load_processor(model, model_path, **keywords)
+
+
+def require_mlx_vlm() -> None:
+    """Raise ModuleNotFoundError, saying what to install, unless mlx-vlm is there."""
+    try:
+        import mlx_vlm  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "models of mlx-vlm need mlx-vlm; in a clone of mlx_marlin run: pip install '.[vlm]'", name=error.name
+        ) from error

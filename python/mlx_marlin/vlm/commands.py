@@ -1,0 +1,120 @@
+"""mlx-vlm's own commands, with EXL3 directories understood.
+
+mlx-vlm has no plugin mechanism. Every command loads through ``mlx_vlm.utils``, whose functions are replaced there
+before the command runs. Other directories go to the functions that were there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_vlm import utils as mlx_vlm_utils
+
+from ..lm.command_line import CheckpointError, guarded, is_our_repo, is_ours, take_revision, value_of
+from ..lm.hub import fetch
+from ..lm.model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
+from .host import MLX_VLM
+from .processor import check_processor, load_own_processor
+
+# They write weights in other formats, which those of a trellis cannot become, or train what only they know.
+CONVERTERS = ("convert", "moe_offload", "train")
+# It takes --revision itself.
+_TAKES_REVISION = ("generate",)
+
+
+def names() -> list[str]:
+    """mlx-vlm's commands, from the scripts that it installs."""
+    scripts = metadata.distribution("mlx-vlm").entry_points.select(group="console_scripts")
+    return sorted(script.name.partition(".")[2] for script in scripts if "." in script.name)
+
+
+def version() -> str:
+    """mlx-vlm's version."""
+    return metadata.version("mlx-vlm")
+
+
+def check(repo: str) -> None:
+    """Raise :class:`CheckpointError` if this is an EXL3 model that cannot be loaded here. Reads headers only.
+
+    Args:
+        repo: Directory, or repository on the Hugging Face Hub.
+    """
+    if is_our_repo(repo):
+        directory = guarded(fetch, repo)
+        guarded(open_checkpoint, directory, host=MLX_VLM)
+        guarded(check_processor, directory)
+
+
+def install(progress: LayerProgress | None = None) -> None:
+    """Make mlx-vlm load EXL3 directories, for the rest of the process.
+
+    Args:
+        progress: Called with (layers done, layers) after each layer. Default: ``None``.
+    """
+    load_others, load_others_processor = mlx_vlm_utils.load_model, mlx_vlm_utils.load_processor
+    find_others = mlx_vlm_utils.get_model_path
+
+    def get_model_path(
+        path_or_hf_repo: str,
+        revision: str | None = None,
+        force_download: bool = False,
+        allow_patterns: list[str] | None = None,
+    ) -> Path:
+        if force_download:
+            return find_others(path_or_hf_repo, revision, force_download, allow_patterns)
+        return guarded(fetch, path_or_hf_repo, revision, allow_patterns)
+
+    def load_model(model_path: Path, lazy: bool = False, **keywords: Any) -> nn.Module:
+        if not is_ours(Path(model_path)):
+            return load_others(model_path, lazy, **keywords)
+        if keywords.get("quantize_activations"):
+            raise CheckpointError(
+                f"{model_path}: activations are quantized for models in nvfp4 or mxfp8 only, and this one is EXL3; "
+                "leave --quantize-activations out"
+            )
+        accuracy = product_accuracy(None)
+        model, _ = guarded(load_exl3_model, Path(model_path), lazy, accuracy=accuracy, progress=progress, host=MLX_VLM)
+        model.model_path = model_path
+        return model
+
+    def load_processor(model_path: str | Path, *args: Any, **keywords: Any) -> Any:
+        if not is_ours(Path(model_path)):
+            return load_others_processor(model_path, *args, **keywords)
+        return guarded(load_own_processor, Path(model_path), *args, **keywords)
+
+    vars(mlx_vlm_utils).update(get_model_path=get_model_path, load_model=load_model, load_processor=load_processor)
+
+
+def run(command: str, progress: LayerProgress | None = None) -> None:
+    """Run the mlx-vlm command that ``sys.argv`` asks for.
+
+    Args:
+        command: Its name, ``sys.argv[2]``.
+        progress: See :func:`install`.
+
+    Raises:
+        CheckpointError: If a checkpoint or an argument is wrong.
+    """
+    del sys.argv[1]
+    # argparse calls a command by the program's name.
+    sys.argv[0:2] = [f"mlx_marlin vlm {command}"]
+    if command not in _TAKES_REVISION:
+        take_revision()
+    if command in CONVERTERS:
+        for option in ("--model", "--hf-path", "--model-path"):
+            repo = value_of(option)
+            if repo is not None and is_our_repo(repo):
+                raise CheckpointError(
+                    f"mlx_vlm {command} cannot work on EXL3 weights; give it the model that they were made from"
+                )
+    else:
+        repo = value_of("--model")
+        if repo is not None:  # a command may tell errors in a way of its own, or go on without a model
+            check(repo)
+    install(progress)
+    importlib.import_module(f"mlx_vlm.{command}").main()

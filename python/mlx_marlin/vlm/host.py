@@ -1,0 +1,112 @@
+"""mlx-vlm as a :class:`~mlx_marlin.lm.host.Host`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_vlm import utils as mlx_vlm_utils
+from mlx_vlm.models.cache import make_prompt_cache
+from mlx_vlm.models.mla import MultiLinear
+from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear
+
+from ..lm.host import Host
+from ..loader.contents import AUDIO, VISION
+from .layers import DescribedLinear, FusedExperts, PartlyQuantizedExperts
+
+_log = logging.getLogger("mlx_marlin.lm")
+
+# Parts of a model with a config of their own, and those with a sanitize of their own: in the order of mlx-vlm's loader.
+_CONFIGURED = ("text", "vision", "perceiver", "projector", "audio")
+_SANITIZED = {"vision": "VisionModel", "text": "LanguageModel", "audio": "AudioModel"}
+
+
+def _code_of(model: nn.Module) -> ModuleType:
+    """The package of a model's code."""
+    return importlib.import_module(type(model).__module__.rpartition(".")[0])
+
+
+def _drop_absent(model: nn.Module, weights: Collection[str]) -> None:
+    """Take towers, projectors and the like from a model, of which there are no weights; as mlx-vlm does, and lists of
+    modules too."""
+    present = {key.partition(".")[0] for key in weights}
+    absent = [
+        name
+        for name, child in model.children().items()
+        if name not in present and name != "language_model" and tree_flatten(child)
+    ]
+    for name in absent:
+        setattr(model, name, None)
+    if absent:
+        _log.info("the checkpoint has nothing of %s: the model is without", ", ".join(absent))
+
+
+class MlxVlm(Host):
+    """Models of text, pictures and sound."""
+
+    name = "mlx-vlm"
+    loader = "mlx_vlm.load"
+    model_code = "mlx_vlm.models."
+    glu = SwitchGLU
+    projection = SwitchLinear
+    grouped = MultiLinear
+    activations = {
+        "mlx_vlm.models.switch_layers.SwiGLU": "silu",
+        "mlx_vlm.models.gemma4.language.GeGLU": "gelu_tanh",
+        "mlx_vlm.models.gemma4_text.language.GeGLU": "gelu_tanh",
+        "mlx_vlm.models.muse_spark.language.PreciseSwiGLU": "silu",
+    }
+    linear = DescribedLinear
+    fused = FusedExperts
+    partly = PartlyQuantizedExperts
+
+    def load_config(self, directory: Path) -> dict:
+        return mlx_vlm_utils.load_config(directory)
+
+    def new_model(self, config: dict) -> nn.Module:
+        # As mlx_vlm.utils.load_model does it. What the file says of quantization is not meant for it.
+        config.pop("quantization_config", None)
+        config.setdefault("text_config", config.pop("llm_config", {}))
+        config.setdefault("vision_config", {})
+        config.setdefault("audio_config", {})
+        code, _ = mlx_vlm_utils.get_model_and_args(config)
+        configured = code.ModelConfig.from_dict(config)
+        configured = mlx_vlm_utils.update_module_configs(configured, code, config, _CONFIGURED)
+        return code.Model(mlx_vlm_utils.apply_generation_config_defaults(configured, config))
+
+    def sanitize(self, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        code = _code_of(model)
+        weights = mlx_vlm_utils.sanitize_weights(model, weights)
+        for part, name in _SANITIZED.items():
+            if hasattr(code, name) and hasattr(model.config, f"{part}_config"):
+                part_config = getattr(model.config, f"{part}_config")
+                weights = mlx_vlm_utils.sanitize_weights(getattr(code, name), weights, part_config)
+        _drop_absent(model, weights)
+        return weights
+
+    def uses(self, part: str) -> bool:
+        return part in (VISION, AUDIO)
+
+    def make_cache(self, model: nn.Module) -> list[Any]:
+        return make_prompt_cache(model.language_model)
+
+    def logits(self, model: nn.Module, tokens: mx.array, cache: list[Any]) -> mx.array:
+        return model.language_model(tokens, cache=cache).logits
+
+    def layers(self, model: nn.Module) -> int:
+        return len(model.language_model.layers)
+
+    def finish(self, model: nn.Module, dtype: mx.Dtype) -> None:
+        for module in model.modules():
+            if isinstance(module, DescribedLinear):
+                module.dtype = dtype
+
+
+MLX_VLM = MlxVlm()

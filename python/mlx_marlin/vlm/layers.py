@@ -1,0 +1,83 @@
+"""Layers as mlx-vlm calls them.
+
+Its ``SwitchGLU`` also combines, where it is handed what to combine with. Some of its models ask a linear's weight for
+its shape, or for the dtype that they run in.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+from mlx_vlm.models.switch_layers import SwitchGLU
+
+from ..layers.experts import TrellisSwitchGLU
+from ..layers.linear import TrellisLinear
+from ..layers.partial import PartlyQuantizedSwitchGLU
+from ..weights.trellis import TrellisWeight
+
+
+class Described(NamedTuple):
+    """What there is to ask of a weight that is not there."""
+
+    shape: tuple[int, int]
+    dtype: mx.Dtype
+
+
+class DescribedLinear(TrellisLinear):
+    """A drop-in for ``nn.Linear`` that says what its weight would be.
+
+    Args:
+        w: The weight.
+    """
+
+    def __init__(self, w: TrellisWeight):
+        super().__init__(w)
+        self.dtype = mx.float32
+
+    @property
+    def weight(self) -> Described:
+        """Shape ``[out, in]``, and the dtype that its model runs in."""
+        in_features, out_features = self._sizes
+        return Described((out_features, in_features), self.dtype)
+
+
+class FusedExperts(TrellisSwitchGLU):
+    """A drop-in for mlx-vlm's ``SwitchGLU``."""
+
+    def __call__(
+        self,
+        x: mx.array,
+        indices: mx.array,
+        weights: mx.array | None = None,
+        shared: mx.array | None = None,
+        residual: tuple | None = None,
+    ) -> mx.array:
+        """The experts' outputs.
+
+        Args:
+            x: Shape ``[..., hidden]``.
+            indices: Integers, shape ``[..., k]``.
+            weights: Of the experts, shape ``[..., k]``: combine them. Default: ``None``.
+            shared: What is added to that, ``[..., hidden]``. Default: ``None``.
+            residual: What mlx-vlm's ``hc_expand`` puts that into. Default: ``None``.
+
+        Returns:
+            Shape ``[..., k, hidden]``, or ``[..., hidden]`` with weights; dtype of x.
+        """
+        return SwitchGLU._combine(super().__call__(x, indices, weights), None, shared, residual)
+
+
+class PartlyQuantizedExperts(PartlyQuantizedSwitchGLU):
+    """A drop-in for mlx-vlm's ``SwitchGLU`` of which some experts were left unquantized."""
+
+    def __call__(
+        self,
+        x: mx.array,
+        indices: mx.array,
+        weights: mx.array | None = None,
+        shared: mx.array | None = None,
+        residual: tuple | None = None,
+    ) -> mx.array:
+        """As for :class:`FusedExperts`."""
+        return SwitchGLU._combine(super().__call__(x, indices), weights, shared, residual)

@@ -1,0 +1,129 @@
+"""The mlx_marlin vlm commands: mlx-vlm's own over EXL3 models, and what they refuse."""
+
+import base64
+import io
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx_vlm
+import pytest
+from mlx_vlm import utils as mlx_vlm_utils
+
+from mlx_marlin import cli, vlm
+from mlx_marlin.vlm import commands
+from tests.lm.test_distributed import free_port
+from tests.support.vlm_checkpoints import PROCESSED, qwen3_vl_moe, write_processor
+from tests.vlm.test_load import picture
+
+QUESTION = "What is this?"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_processor(qwen3_vl_moe(PROCESSED).checkpoint.write(tmp_path_factory.mktemp("vlm") / "exl3"))
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """What the commands replace in mlx-vlm is put back."""
+    for name in ("get_model_path", "load_model", "load_processor"):
+        monkeypatch.setattr(mlx_vlm_utils, name, getattr(mlx_vlm_utils, name))
+
+
+def run(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["mlx_marlin", "vlm", *map(str, arguments)])
+    cli.main()
+
+
+def refused(monkeypatch, capfd, *arguments) -> str:
+    """The one line that a command gives as its reason."""
+    with pytest.raises(SystemExit, match="^2$"):
+        run(monkeypatch, *arguments)
+    *_, line = capfd.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_generate_answers_about_a_picture(directory, fresh, monkeypatch, capfd, tmp_path):
+    model, processor = vlm.load(directory)
+    prompt = mlx_vlm.apply_chat_template(processor, model.config, QUESTION, num_images=1)
+    picture().save(tmp_path / "a.png")
+    wanted = mlx_vlm.generate(model, processor, prompt, [str(tmp_path / "a.png")], max_tokens=6, temperature=0.0)
+    capfd.readouterr()
+    options = ("--max-tokens", 6, "--temperature", 0, "--image", tmp_path / "a.png")
+    run(monkeypatch, "generate", "--model", directory, "--prompt", QUESTION, *options)
+    out, err = capfd.readouterr()
+    assert out.strip() == wanted.text.strip() and "the model leaves out" in err
+
+
+def _post(port: int, content: list, **more) -> dict:
+    body = {"model": "x", "messages": [{"role": "user", "content": content}], "max_tokens": 5, "temperature": 0.0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps({**body, **more}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    return json.load(urllib.request.urlopen(request))
+
+
+def test_the_server_answers_two_at_once(directory, tmp_path):
+    """One with a picture, one without: mlx-vlm's continuous batching over our layers."""
+    port, buffer = free_port(), io.BytesIO()
+    picture().save(buffer, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    text = {"type": "text", "text": QUESTION}
+    shown = [{"type": "image_url", "image_url": {"url": url}}, text]
+    command = [sys.executable, "-m", "mlx_marlin", "vlm", "server", "--model", str(directory), "--port", str(port)]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                    break
+                except urllib.error.URLError:  # not listening yet
+                    assert server.poll() is None, (tmp_path / "log").read_text()
+                    time.sleep(0.2)
+            with ThreadPoolExecutor() as pool:
+                answers = list(pool.map(lambda content: _post(port, content, model=str(directory)), (shown, [text])))
+        finally:
+            server.terminate()
+    assert all(answer["choices"][0]["message"]["content"] for answer in answers), (tmp_path / "log").read_text()
+    # The picture's tokens are in the prompt.
+    shown_tokens, text_tokens = (answer["usage"]["prompt_tokens"] for answer in answers)
+    assert shown_tokens > text_tokens
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "server"])
+def test_commands_refuse_a_broken_directory_before_anything_runs(command, fresh, monkeypatch, capfd, tmp_path):
+    checkpoint = qwen3_vl_moe(PROCESSED).checkpoint
+    del checkpoint.exl3["model.language_model.norm.weight"]
+    directory = write_processor(checkpoint.write(tmp_path / "model"))
+    line = refused(monkeypatch, capfd, command, "--model", directory)
+    assert line.startswith(
+        f"mlx_marlin: {directory}: the checkpoint has no tensor for language_model.model.norm.weight"
+    )
+
+
+def test_commands_refuse_a_model_that_is_nowhere(fresh, monkeypatch, capfd, tmp_path):
+    line = refused(monkeypatch, capfd, "generate", "--model", tmp_path / "no such model")
+    assert "no such model is no directory here, and could not be had from the Hugging Face Hub: " in line
+
+
+@pytest.mark.parametrize(("command", "option"), [("convert", "--hf-path"), ("train", "--model")])
+def test_what_writes_other_formats_refuses_exl3(command, option, directory, fresh, monkeypatch, capfd):
+    line = refused(monkeypatch, capfd, command, option, directory)
+    assert f"mlx_vlm {command} cannot work on EXL3 weights; give it the model that they were made from" in line
+
+
+def test_activations_are_not_quantized(directory, fresh):
+    commands.install()
+    with pytest.raises(ValueError, match="activations are quantized for models in nvfp4 or mxfp8 only"):
+        mlx_vlm.load(str(directory), quantize_activations=True)
+
+
+def test_a_command_that_is_none(monkeypatch, capfd):
+    assert "mlx-vlm has no command 'benchmark'; it has chat, " in refused(monkeypatch, capfd, "benchmark")
