@@ -6,14 +6,13 @@ Where the tensors of a checkpoint go, and what stands for its linears and expert
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers.experts import TrellisSwitchGLU
 from ..layers.linear import TrellisLinear
 from ..layers.partial import PartlyQuantizedSwitchGLU
 
@@ -57,7 +56,7 @@ class Host(ABC):
     grouped: type[nn.Module] | None
     activations: Mapping[str, str]
     linear: type[TrellisLinear]
-    fused: type[TrellisSwitchGLU]
+    fused: Callable[..., nn.Module]
     partly: type[PartlyQuantizedSwitchGLU]
 
     @abstractmethod
