@@ -37,6 +37,7 @@ class Host(ABC):
 
     Attributes:
         name: As it is called in messages.
+        whole: Whether its models go from tokens to logits; drafters are parts of those.
         loader: Its function that loads models which are not EXL3.
         model_code: The package whose modules are model code, with a dot behind.
         glu: Its class of gated experts, whose children are called gate_proj, up_proj and down_proj.
@@ -49,6 +50,7 @@ class Host(ABC):
     """
 
     name: str
+    whole: bool = True
     loader: str
     model_code: str
     glu: type[nn.Module]

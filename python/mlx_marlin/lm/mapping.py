@@ -114,7 +114,8 @@ def map_weights(host: Host, model: nn.Module, loader: TrellisModelLoader) -> Wei
             _place(mapping, checkpoint, key, np.array(value))
         elif value.dtype != mx.uint64 and not _is_head(key, modules):
             mapping.dense[key] = value
-    _place_head(mapping, checkpoint)
+    if host.whole:
+        _place_head(mapping, checkpoint)
     if host.uses(NGRAM):
         _place_tables(mapping, checkpoint)
     _check_complete(model, checkpoint, mapping)

@@ -329,7 +329,8 @@ def open_checkpoint(
     config = read_config(host, model_path, loader, model_config)
     model = build(model_path, config, host)
     mapping = map_weights(host, model, loader)
-    check_call(build(model_path, config, host), model_path, config, host)
+    if host.whole:
+        check_call(build(model_path, config, host), model_path, config, host)
     _restore_up(mapping, config)
     return model, config, mapping
 
