@@ -25,6 +25,7 @@
   X(down_codebooks)                                              \
   X(transposed)    /* rows times W^T: k and n change places */   \
   X(half_operands) /* x and the sums inside a tile are halves */ \
+  X(accelerator)   /* products run on neural accelerators */     \
   X(max_threads)   /* per threadgroup */
 
 // Function constants: index, type, name.

@@ -7,6 +7,9 @@
 
 #include "activation.h"
 #include "tile_product.h"
+#if MARLIN_SOURCE_accelerator
+#include "accelerator_product.h"
+#endif
 
 struct RowRange {
   uint expert;
@@ -267,6 +270,15 @@ METAL_FUNC void row_slices(
   finish_slice.slice(0, rows.count);
 }
 
+// Units of 8 rows times T adjacent tiles, on simdgroup matrices or the accelerators.
+#if MARLIN_SOURCE_accelerator
+template <int Units, int T>
+using UnitProduct = AcceleratorProduct<Units / 2, T>;
+#else
+template <int Units, int T>
+using UnitProduct = MatrixProduct<Units, T>;
+#endif
+
 // The same on matrices: a simdgroup has one item, and the sums of 8 rows at a time go through threadgroup memory.
 template <int M, int T, int Projections, typename Finish>
 METAL_FUNC void matrix_slices(
@@ -279,12 +291,11 @@ METAL_FUNC void matrix_slices(
     uint simdgroup,
     ushort lane,
     const thread Finish& finish_slice) {
-  MatrixProduct<M, T> product;
+  UnitProduct<M, T> product;
   product.tiles_per_row = args.n / MARLIN_TILE;
-  product.units = (rows.count + 7) / 8;
-  const ushort trellis_lane = MatrixProduct<M, T>::trellis_lane(lane);
-  const bool works =
-      simdgroup < items.count() && place_item(product, args, operands, items, simdgroup, column_group, trellis_lane);
+  product.set_rows(rows.count);
+  const bool works = simdgroup < items.count() &&
+      place_item(product, args, operands, items, simdgroup, column_group, trellis_lane(lane));
   if (works) {
     run_item(product, operands, items, simdgroup);
   }

@@ -25,7 +25,8 @@ struct RotateSource {
   }
 };
 
-// One simdgroup per 128-block and position, or unit of 8 positions for fragments.
+// One simdgroup per 128-block and position, or unit of 8 positions for fragments. A threadgroup has blocks of one unit,
+// so that nothing is divided to find them.
 [[kernel]] void trellis_rotate(
     constant MarlinRotateArgs& args [[buffer(0)]],
     device const uchar* x [[buffer(1)]],
@@ -34,7 +35,7 @@ struct RotateSource {
     device const half* suh [[buffer(4)]],
     device const half* second_suh [[buffer(5), function_constant(paired)]],
     device float* rotated [[buffer(6)]],
-    uint group [[threadgroup_position_in_grid]],
+    uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]],
     uint lane_index [[thread_index_in_simdgroup]]) {
@@ -43,13 +44,13 @@ struct RotateSource {
   const uint units = (args.positions + rows_per_unit - 1) / rows_per_unit;
   const uint blocks = args.k / MARLIN_HADAMARD_SIZE;
   const uint projections = paired ? 2 : 1;
-  const uint task = group * simdgroups + simdgroup;
-  if (task >= units * blocks * projections) {
+  const uint block = group.y * simdgroups + simdgroup;
+  if (block >= blocks) {
     return;
   }
-  const uint first = (task % blocks) * MARLIN_HADAMARD_SIZE;
-  const uint unit = task / blocks % units;
-  const bool second = paired && task / blocks >= units;
+  const uint first = block * MARLIN_HADAMARD_SIZE;
+  const uint unit = group.x;
+  const bool second = paired && group.z != 0;
   RotateSource source = {x, nullptr, nullptr};
   if (indexed) {
     source.indices = indices;

@@ -1,4 +1,5 @@
-// Rotated activations: what a product multiplies with weights. Floats, or halves of a block's power of two.
+// Rotated activations: what a product multiplies with weights. Floats, or halves of a block's power of two. The
+// accelerators multiply halves: there a float becomes two, the second of which is what the first leaves over.
 #pragma once
 
 #include "hadamard.h"
@@ -12,7 +13,10 @@ struct OperandType<true> {
   typedef half type;
 };
 typedef OperandType<half_operands != 0>::type Operand;
-typedef vec<Operand, 4> Operand4;
+typedef vec<Operand, 4> Operand4;  // two times four halves in place of four floats, see split_halves
+
+// Whether operands are halves of a block's power of two.
+static constant constexpr const bool scaled_operands = half_operands != 0 || accelerator != 0;
 
 // Where the four values of each tile row and, with halves, the scale of each block are. Values: device or threadgroup
 // const Operand4*; Scales: const float* in the same space.
@@ -24,8 +28,8 @@ struct RotatedRows {
 typedef RotatedRows<device const Operand4*, device const float*> DeviceRows;
 typedef RotatedRows<threadgroup const Operand4*, threadgroup const float*> LocalRows;
 
-// A buffer of rotated activations: `copies` times [rows, k] operands, then with halves as many times [rows, k / 128]
-// scales. A row is in tile order, or rows are in units of 8 that are 8x8 fragments: [k / 8][column][row], scales
+// A buffer of rotated activations: `copies` times [rows, k] operands, then if they are scaled as many times
+// [rows, k / 128] scales. A row is in tile order, or rows are in units of 8 that are 8x8 fragments: [k / 8][column][row], scales
 // [k / 128][row].
 struct RotatedBuffer {
   uint rows;
@@ -51,7 +55,8 @@ METAL_FUNC uint position_rows(uint positions) {
 }
 
 // The power of two that brings a block's largest magnitude into [1, 2), so that the division is exact: halves keep 11
-// bits of every value above 2^-14 of the largest. Of a block that is not finite the values become infinite or NaN.
+// bits of every value above 2^-14 of the largest. For the accelerators, whose sums are floats, into [2^14, 2^15): the
+// second halves of split_halves are normal numbers too. Of a block that is not finite the values become infinite or NaN.
 struct BlockScale {
   float scale;
   float inverse;
@@ -61,20 +66,30 @@ METAL_FUNC BlockScale block_scale(float4 v) {
   const float4 magnitudes = abs(v);
   const float2 pair = max(magnitudes.xy, magnitudes.zw);
   const uint bits = as_type<uint>(simd_max(max(pair.x, pair.y)));
-  // Exponents from 1 to 253: the scale and its inverse are normal.
-  const uint exponent = clamp(bits >> 23, 1u, 253u);
-  return {as_type<float>(exponent << 23), as_type<float>((254u - exponent) << 23)};
+  constexpr uint raised = accelerator != 0 ? 14 : 0;
+  // The scale and its inverse are normal.
+  const uint exponent = clamp(bits >> 23, 1u + raised, raised != 0 ? 254u : 253u);
+  return {as_type<float>((exponent - raised) << 23), as_type<float>((254u + raised - exponent) << 23)};
+}
+
+// Four floats as four halves and what these leave over, which together have 22 bits: the halves' bits in place of the
+// floats'.
+METAL_FUNC float4 split_halves(float4 v) {
+  const half4 high = half4(v);
+  const half4 low = half4(v - float4(high));
+  return float4(as_type<float2>(high), as_type<float2>(low));
 }
 
 // A lane's four values of one block, as operands; the block's scale goes to `scale`, from the first lane.
 template <typename Scale>
 METAL_FUNC Operand4 as_operands(float4 v, Scale scale, ushort lane) {
-  if constexpr (half_operands != 0) {
+  if constexpr (scaled_operands) {
     const BlockScale block = block_scale(v);
     if (lane == 0) {
       *scale = block.scale;
     }
-    return Operand4(v * block.inverse);
+    v *= block.inverse;
+    return Operand4(half_operands != 0 ? v : split_halves(v));
   } else {
     return Operand4(v);
   }

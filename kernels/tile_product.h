@@ -11,7 +11,16 @@ static constant constexpr const uint kBlockTiles = MARLIN_HADAMARD_SIZE / MARLIN
 
 // The first tile of k after `k` whose rows have another scale, or the end.
 METAL_FUNC uint same_scale_until(uint k, uint k_end) {
-  return half_operands != 0 ? min((k / kBlockTiles + 1) * kBlockTiles, k_end) : k_end;
+  return scaled_operands ? min((k / kBlockTiles + 1) * kBlockTiles, k_end) : k_end;
+}
+
+// The trellis lane whose weights are a lane's elements of transposed matrices. Of an 8x8 matrix lane l holds row f and
+// columns 2 h and 2 h + 1, with f and h from its bits; of a 16x16 fragment rows f and f + 8 and columns 4 h to 4 h + 3.
+// A tile's rows are taken in tile order, in which the four of a trellis lane are neighbours.
+METAL_FUNC ushort trellis_lane(ushort lane) {
+  const ushort f = (lane / 4 & 4) + (lane / 2 & 3);
+  const ushort h = (lane / 4 & 2) + (lane & 1);
+  return 4 * f + h;
 }
 
 // R rows times T adjacent tiles on the float pipes. Lane l sums columns l / 4 and l / 4 + 8 of each tile over the
@@ -213,9 +222,8 @@ METAL_FUNC float2 multiply_halves(const thread half2 (&a)[2], const thread half2
   return float2(total.thread_elements()[0], total.thread_elements()[1]);
 }
 
-// M units of 8 rows times T adjacent tiles on the matrix pipe. A lane of an 8x8 matrix holds row f and columns
-// 2 h, 2 h + 1 with f, h from its bits; decoding trellis lane 4 f + h makes its weight pairs the elements of the four
-// blocks of the transposed tile, so that weights go from registers to the multiplier. Result: [column][row].
+// M units of 8 rows times T adjacent tiles on the matrix pipe. The weight pairs of trellis_lane are a lane's elements of
+// the four blocks of the transposed tile, so that weights go from registers to the multiplier. Result: [column][row].
 template <int M, int T>
 struct MatrixProduct {
   typedef vec<Operand, 2> Pair;  // a lane's elements of a matrix of x or of weights
@@ -232,10 +240,8 @@ struct MatrixProduct {
   uint zero;
   float2 sums[M][T][2];
 
-  static METAL_FUNC ushort trellis_lane(ushort lane) {
-    const ushort f = (lane / 4 & 4) + (lane / 2 & 3);
-    const ushort h = (lane / 4 & 2) + (lane & 1);
-    return 4 * f + h;
+  METAL_FUNC void set_rows(uint count) thread {
+    units = (count + 7) / 8;
   }
 
   // Units whose x is loaded before a tile is decoded: more would take the registers that decoding needs.

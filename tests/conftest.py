@@ -7,6 +7,16 @@ import pytest
 from mlx_marlin import _ext
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-times", type=int, default=1, help="times their usual inputs that the slow fuzzers try")
+
+
+@pytest.fixture
+def fuzz_times(request):
+    """Other inputs for each: the seeds go on."""
+    return request.config.getoption("--fuzz-times")
+
+
 def _tiers() -> list:
     """Every compiled instruction set; what this machine lacks is skipped with a reason, never left out."""
     runnable = _ext.instruction_sets()

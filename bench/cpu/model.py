@@ -1,8 +1,8 @@
-"""Whole models: loading, prompts and generation, beside MLX's affine format.
+"""Whole models: loading, prompts and generation, beside MLX's affine format and llama.cpp.
 
 Every model is measured in a process of its own, one after the other: its peak of memory is that process's. Loading is
 from a warm page cache: the files are read once before. With --shape the checkpoints are written first, of random words,
-EXL3 and affine with the same dense tensors, and deleted at the end.
+EXL3, affine with the same dense tensors and a GGUF of the same sizes, and deleted at the end.
 
     python -m bench.cpu.model models/docs-moe-exl3-3.0bpw
     python -m bench.cpu.model --shape qwen3-30b-a3b --layers 4 --bits 3 --output model.json
@@ -11,7 +11,6 @@ EXL3 and affine with the same dense tensors, and deleted at the end.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -28,13 +27,14 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from bench.cpu import checkpoint
+from bench.cpu import checkpoint, llama_cpp
 from mlx_marlin import device, set_num_threads
 from mlx_marlin.loader.directory import Kind, kind_of
 from mlx_marlin.storage import atomic
 
 PROMPTS = (128, 512, 2048)
 GENERATED = 16
+PEERS = ("affine", "llama.cpp")
 STEP = 2048  # tokens of a prompt at once, mlx_lm's default
 # What ru_maxrss counts in: kilobytes, on macOS bytes.
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -134,7 +134,7 @@ def print_table(results: list[dict]) -> None:
         print(
             f"\n{result['model']} ({result['kind']}), {result['weight_bytes'] / 1e9:.2f} GB: loaded in "
             f"{load['wall_s']:.2f} s ({load['cpu_s']:.2f} CPU s), {load['gb_per_s']:.2f} GB/s, "
-            f"peak {load['peak_over_weights']:.3f} of the weights"
+            + (f"peak {load['peak_over_weights']:.3f} of the weights" if load["peak_over_weights"] else "mapped")
         )
         print(f"{'context':>8} {'prompt tok/s':>13} {'CPU s':>8} {'generation tok/s':>17} {'CPU s':>8}")
         for run in result["runs"]:
@@ -147,11 +147,11 @@ def print_table(results: list[dict]) -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", type=Path, nargs="*", help="EXL3, or what mlx-lm loads")
+    parser.add_argument("directories", type=Path, nargs="*", help="EXL3, what mlx-lm loads, or GGUF files")
     parser.add_argument("--shape", choices=checkpoint.SHAPES, help="write random checkpoints of this shape")
     parser.add_argument("--layers", type=int, help="of --shape; default: the model's own")
-    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 6, 8), default=3, help="of --shape, both formats")
-    parser.add_argument("--peers", nargs="*", choices=("affine",), default=["affine"], help="default: %(default)s")
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4), default=3, help="of --shape, every format")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: %(default)s")
     parser.add_argument("--prompts", type=int, nargs="*", default=list(PROMPTS), help="default: %(default)s")
     parser.add_argument("--generated", type=int, default=GENERATED, help="tokens at each context; default: %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -173,21 +173,26 @@ def write_shape(where: Path, arguments: argparse.Namespace) -> list[Path]:
         directories.append(where / f"{arguments.shape}-{name}-{arguments.bits}bit")
         rng = np.random.default_rng(0)
         checkpoint.write(directories[-1], config, form(rng, arguments.bits), rng)
+    if "llama.cpp" in arguments.peers and not llama_cpp.missing():
+        directories.append(where / f"{arguments.shape}-{arguments.bits}bit.gguf")
+        llama_cpp.write(directories[-1], config, arguments.bits, np.random.default_rng(0))
     return directories
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = _parse(argv)
     if arguments.single:
-        (directory,) = arguments.directories
-        print(json.dumps(measure(directory, arguments.prompts, arguments.generated, arguments.threads)))
+        (model,) = arguments.directories
+        run = llama_cpp.measure if model.suffix == ".gguf" else measure
+        print(json.dumps(run(model, arguments.prompts, arguments.generated, arguments.threads)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.where) as where:
         written = write_shape(Path(where), arguments) if arguments.shape else []
         results = [_in_a_process(directory, arguments) for directory in (*arguments.directories, *written)]
     print_table(results)
-    if importlib.util.find_spec("xllamacpp") is None:
-        print("\nllama.cpp's CPU backend is not measured: xllamacpp is not installed (pip install '.[bench]')")
+    if arguments.shape and "llama.cpp" in arguments.peers and llama_cpp.missing():
+        missing = " and ".join(llama_cpp.missing())
+        print(f"\nllama.cpp's CPU backend is not measured: not installed: {missing} (pip install '.[bench]')")
     if arguments.output:
         chip = device.fingerprint("cpu").chip
         machine = {"chip": chip, "cores": os.cpu_count(), "python": platform.python_version()}

@@ -58,6 +58,7 @@ def machine(where: str) -> dict:
         "device_info": {k: str(v) for k, v in mx.device_info(stream).items()},
         "environment": {k: v for k, v in os.environ.items() if k.startswith(("MLX_", "MTL_"))},
         "eval floor us": round(1e6 * measure.launch_floor(), 1),
+        "accelerators": ops.has_accelerators(where),
     }
 
 
@@ -125,7 +126,8 @@ def self_tests(where: str, small: bool) -> dict:
         for dtype in kernels.DTYPES:
             for variant, rows in zip(kernels.VARIANTS, (1, 4, 17, 64)):
                 problem = replace(_problem(bits, rows, "gpu", codebook), dtype=dtype, combine=rows == 1)
-                calls.append((problem, kernels.config_for(problem, kernels.make_name(variant))))
+                for machine in dict.fromkeys((problem, replace(problem, accelerators=False))):
+                    calls.append((machine, kernels.config_for(machine, kernels.make_name(variant))))
     wrong = {}
     with tempfile.TemporaryDirectory() as folder:
         execute = selftest.run_on_gpu if where == "gpu" else _run_on_cpu
@@ -167,6 +169,7 @@ def _problem(
         codebooks=codebook,
         device=where,
         combine=True,
+        accelerators=ops.has_accelerators(where),
     )
 
 
@@ -177,13 +180,14 @@ def _bank(rng, problem: Problem) -> ExpertBank:
 def _configs(problem: Problem) -> list[KernelConfig]:
     """What section 5 of FIRST_RUN_ON_A_MAC.md asks about.
 
-    The chosen config, and each variant's default with and without fp32 accumulation. For one row also every width with
-    4, 8 and 16 simdgroups.
+    The chosen config, and each variant's default with and without fp32 accumulation, on an M5 also those without
+    accelerators. For one row also every width with 4, 8 and 16 simdgroups.
     """
     found = [kernels.default(problem), choices.choose(problem).config]
     for variant in kernels.VARIANTS:
-        default = kernels.config_for(problem, kernels.make_name(variant))
-        found += [default, replace(default, use_fp32_acc=not default.use_fp32_acc)]
+        for machine in (problem, replace(problem, accelerators=False)):
+            default = kernels.config_for(machine, kernels.make_name(variant))
+            found += [default, replace(default, use_fp32_acc=not default.use_fp32_acc)]
     if problem.rows == 1:
         found += [
             replace(found[0], tile_size_n=columns, simdgroups=simdgroups)
@@ -261,7 +265,9 @@ def collect(where: str, small: bool):
     report["layer"] = layer_times(where, one_row, (1,), sizes)
     report["beside predictions"] = beside_predictions(report["layer"], here["chip"]) if report["known chip"] else []
     yield "layer, one row", report
-    report["layer"] += layer_times(where, one_row[:2], (4,) if small else (4, 16, 64), sizes)
+    # Accelerators serve more rows than the others are asked about.
+    many = (256, 1024) if report["machine"]["accelerators"] else ()
+    report["layer"] += layer_times(where, one_row[:2], (4,) if small else (4, 16, 64, *many), sizes)
     yield "layer", report
     if not small:
         report["tests"] = run_tests(TESTS)

@@ -17,6 +17,8 @@ SOURCES = {
     "shifts by a register amount. The weakest constant here",
     "stage_us": "a dependent tiny kernel inside MLX, M3 Ultra (mlx#4521)",
     "simd operations": "metal-benchmarks, measured on M1 and M2",
+    "accelerators": "15.4 TFLOPS of halves on M5 (mlx#3925); by the same clocks 61.6 on M5 Max, where 52.7 to 59.6 "
+    "were measured (mlx#3211)",
 }
 
 # Every change since the model was fixed against the peers' measurements: what, and why.
@@ -43,6 +45,9 @@ SPECIAL_CYCLES = 8  # reciprocals, roots, exponentials
 WIDE_SHIFT_INSTRUCTIONS = 3
 SATURATING_SIMDGROUPS = 24  # per core, for the full arithmetic rate
 STAGE_US = 2.75
+ACCELERATOR_TFLOPS = 15.4  # of an M5, with halves; one accelerator per scheduler
+# For a product of 16x16 and 16x32 halves.
+ACCELERATOR_CYCLES = 2 * 16 * 32 * 16 * SCHEDULERS * 10 * 1.578e9 / (ACCELERATOR_TFLOPS * 1e12)
 # A read bandwidth that nobody has published: the mean fraction of the specification that the measured chips
 # reach.
 READ_FRACTION = 0.88

@@ -3,6 +3,7 @@ measured.
 
 python -m bench.metal.cost calibrate     # the model against the peers' published measurements
 python -m bench.metal.cost predict       # our plans, ranked, beside the floors
+python -m bench.metal.cost prompts       # a layer of experts at 64 to 2048 rows, with and without accelerators
 python -m bench.metal.cost profiles      # write python/mlx_marlin/profile/predicted/
 """
 
@@ -20,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
 CALIBRATION = RESULTS / "cost_model_calibration.json"
 PREDICTED = RESULTS / "metal_predicted.json"
+PROMPTS = RESULTS / "metal_prompts.json"
 TOLERANCE = 0.25
 EVAL_US = {"M4": 174}  # one synchronous eval, which isolated timings carry (escha-mlx)
 
@@ -112,7 +114,7 @@ def _write(path: Path, result: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("calibrate", "predict", "profiles"))
+    parser.add_argument("command", choices=("calibrate", "predict", "prompts", "profiles"))
     command = parser.parse_args().command
     if command == "calibrate":
         result = calibration()
@@ -121,11 +123,16 @@ def main() -> None:
         return
     from bench.metal import predict as metal_predict
     from bench.metal import profiles as metal_profiles
+    from bench.metal import prompts as metal_prompts
 
     if command == "predict":
         result = metal_predict.predict()
         metal_predict.show(result)
         _write(PREDICTED, result)
+    elif command == "prompts":
+        result = metal_prompts.predict()
+        metal_prompts.show(result)
+        _write(PROMPTS, result)
     else:
         for path in metal_profiles.write():
             print(path)

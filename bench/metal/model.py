@@ -1,8 +1,9 @@
 """From what a dispatch does to how long it takes on an Apple GPU. Pure; predictions, not measurements.
 
 A scheduler issues one 32-lane instruction per clock. The complex pipe, which runs beside it, takes four clocks for each
-integer multiply, shift or conversion. A dispatch takes as long as the slowest of issue, the complex pipe and memory.
-Cores that have too few simdgroups to hide latency, or fewer threadgroups than others, stretch the first two.
+integer multiply, shift or conversion. The neural accelerators of M5 run beside both. A dispatch takes as long as the
+slowest of issue, the complex pipe, the accelerators and memory. Cores that have too few simdgroups to hide latency, or
+fewer threadgroups than others, stretch all but memory.
 
 Not in the model: barriers, caches (bytes count once, at the bandwidth of long reads, which reads of a few MB do not
 reach), the width of loads, and registers that spill.
@@ -14,6 +15,7 @@ import math
 from dataclasses import dataclass, field
 
 from bench.metal.chips import (
+    ACCELERATOR_CYCLES,
     COMPLEX_CYCLES,
     OTHER_SIMD_CYCLES,
     RANDOM_SHUFFLE_CYCLES,
@@ -28,6 +30,8 @@ from bench.metal.chips import (
 
 # Time on the complex pipe in multiples of one multiply, as tests/metal_sim/counting.py counts.
 COMPLEX = {"multiply": 1, "shift": 1, "convert": 1, "variable_shift": 2, "wide_variable_shift": 3.5}
+PARTS = ("issue", "complex", "memory", "accelerator")
+_ACCELERATED = "tensor_multiply"
 
 
 @dataclass(frozen=True)
@@ -59,20 +63,22 @@ class Time:
         issue: Issuing instructions.
         complex: The complex pipe.
         memory: Moving ``Work.bytes``.
+        accelerator: The neural accelerators.
     """
 
     issue: float
     complex: float
     memory: float
+    accelerator: float = 0.0
 
     @property
     def total(self) -> float:
-        return max(self.issue, self.complex, self.memory)
+        return max(getattr(self, part) for part in PARTS)
 
     @property
     def bound(self) -> str:
-        """Which of the three is slowest."""
-        return max(("issue", "complex", "memory"), key=lambda part: getattr(self, part))
+        """Which of them is slowest."""
+        return max(PARTS, key=lambda part: getattr(self, part))
 
 
 def scheduler_cycles(operations: dict[str, float], simd: dict[str, float], chip: Chip) -> tuple[float, float]:
@@ -80,7 +86,7 @@ def scheduler_cycles(operations: dict[str, float], simd: dict[str, float], chip:
     wide = operations.get("wide_variable_shift", 0)
     plain = sum(n for name, n in operations.items() if name not in ("special", "wide_variable_shift"))
     plain += SPECIAL_CYCLES * operations.get("special", 0)
-    groups = sum(_simd_cycles(op, chip) * n for op, n in simd.items())
+    groups = sum(_simd_cycles(op, chip) * n for op, n in simd.items() if op != _ACCELERATED)
     complex_pipe = COMPLEX_CYCLES * sum(
         n * operations.get(name, 0) for name, n in COMPLEX.items() if name != "wide_variable_shift"
     )
@@ -112,7 +118,8 @@ def dispatch_time(work: Work, chip: Chip) -> Time:
     issue, complex_pipe = scheduler_cycles(work.operations, work.simd, chip)
     clocks_per_us = SCHEDULERS * chip.cores * chip.ghz * 1e3
     factor = stretch(chip, work.groups, work.simdgroups) / clocks_per_us
-    return Time(issue * factor, complex_pipe * factor, work.bytes / (chip.read_gbps * 1e3))
+    accelerator = ACCELERATOR_CYCLES * work.simd.get(_ACCELERATED, 0)
+    return Time(issue * factor, complex_pipe * factor, work.bytes / (chip.read_gbps * 1e3), accelerator * factor)
 
 
 def layer_time(work: list[Work], chip: Chip) -> float:
@@ -125,7 +132,7 @@ def layer_time(work: list[Work], chip: Chip) -> float:
     for stage in range(max(stages.values(), default=-1) + 1):
         times = [dispatch_time(w, chip) for i, w in enumerate(work) if stages[i] == stage]
         # Sharing the machine: each resource adds up, and no dispatch is faster than alone.
-        shared = max(sum(getattr(t, part) for t in times) for part in ("issue", "complex", "memory"))
+        shared = max(sum(getattr(t, part) for t in times) for part in PARTS)
         total += max([shared, *(t.total for t in times)]) + STAGE_US
     return total
 

@@ -26,8 +26,8 @@ class Builder {
     constant("max_threads", simdgroups * MARLIN_SIMD_SIZE);
   }
 
-  Builder& grid(uint32_t x, uint32_t y = 1) {
-    dispatch_.grid = {x, y, 1};
+  Builder& grid(uint32_t x, uint32_t y = 1, uint32_t z = 1) {
+    dispatch_.grid = {x, y, z};
     return *this;
   }
 

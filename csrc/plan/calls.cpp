@@ -15,7 +15,7 @@ namespace {
 // layers' scratch until their command buffers have finished.
 constexpr uint64_t kScratchBytes = 1ull << 27;
 
-// A pass is a multiple of this many rows, so that no pass but the last leaves a row tile incomplete.
+// A pass is a multiple of this many rows, so that no pass but the last leaves a row tile incomplete, except one of 48.
 constexpr uint64_t kPassRows = 64;
 
 uint64_t rows_per_pass(uint64_t bytes_per_row) {
@@ -42,6 +42,11 @@ void check_route(const Pass& pass) {
     throw std::invalid_argument(
         "[plan] " + std::to_string(pass.experts) + " experts are too many to be sorted in threadgroup memory.");
   }
+}
+
+// On the accelerators two halves stand for a float, except where the result keeps 8 bits: the 11 of one half are enough.
+bool takes_halves(const KernelConfig& config, const Tiling& tiling, int dtype) {
+  return !config.use_fp32_acc || (tiling.accelerator && dtype == MARLIN_DTYPE_BFLOAT16);
 }
 
 void check_sizes(int64_t rows, int slots_per_row, int experts) {
@@ -72,8 +77,9 @@ Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
   pass.slots_per_row = static_cast<uint32_t>(call.gathered ? call.x_divisor : 1);
   pass.indexed = call.gathered;
   pass.routed = call.gathered && tiling.rows > 1;
-  pass.matrix = tiling.matrix;
-  pass.halves = !config.use_fp32_acc;
+  pass.fragments = tiling.matrix && !tiling.accelerator;
+  pass.accelerator = tiling.accelerator;
+  pass.halves = takes_halves(config, tiling, dtype);
   pass.tile_rows = static_cast<uint32_t>(tiling.rows);
   if (pass.routed) {
     check_route(pass);
@@ -82,7 +88,7 @@ Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
   const bool raw = !tiling.whole_blocks();
   const uint32_t in_columns = static_cast<uint32_t>(call.x_size());
   const uint32_t out_columns = static_cast<uint32_t>(call.y_size());
-  const uint64_t slot_bytes = rotated * operand_bytes(1, info.k, pass.halves) + raw * 4ull * info.n;
+  const uint64_t slot_bytes = rotated * operand_bytes(1, info.k, pass.halves, pass.accelerator) + raw * 4ull * info.n;
   const uint64_t row_bytes = pass.slots_per_row * (slot_bytes + 4);
   Plan plan;
   for_passes(pass, rows, row_bytes, [&](const Pass& p) {
@@ -112,8 +118,9 @@ Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
   pass.experts = static_cast<uint32_t>(call.gate.experts);
   pass.indexed = true;
   pass.routed = routed;
-  pass.matrix = tiling.matrix;
-  pass.halves = !call.config.use_fp32_acc;
+  pass.fragments = tiling.matrix && !tiling.accelerator;
+  pass.accelerator = tiling.accelerator;
+  pass.halves = takes_halves(call.config, tiling, dtype);
   pass.tile_rows = static_cast<uint32_t>(tiling.rows);
   if (routed) {
     check_route(pass);
@@ -126,8 +133,9 @@ Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
   const bool to_slots = raw || call.combine;
   const uint32_t hidden = static_cast<uint32_t>(call.hidden);
   const bool activates = raw && makes_input(call.config, down_tiling, 1, call.down.k);
-  const uint64_t slot_bytes = rotated * operand_bytes(2, call.gate.k, pass.halves) + raw * 8ull * call.gate.n +
-      !activates * operand_bytes(1, call.gate.n, pass.halves) + to_slots * 4ull * call.down.n;
+  const uint64_t slot_bytes = rotated * operand_bytes(2, call.gate.k, pass.halves, pass.accelerator) +
+      raw * 8ull * call.gate.n + !activates * operand_bytes(1, call.gate.n, pass.halves, pass.accelerator) +
+      to_slots * 4ull * call.down.n;
   const uint64_t row_bytes = pass.slots_per_row * slot_bytes;
   Plan plan;
   for_passes(pass, rows, row_bytes, [&](const Pass& p) {

@@ -82,17 +82,21 @@ void add_rotate(Plan& plan, const Pass& pass, const Weights* only, const Weights
   args.experts = pass.experts;
   args.slots_per_row = pass.slots_per_row;
   const uint64_t projections = up ? 2 : 1;
-  const uint64_t units = pass.position_rows() / (pass.matrix ? 8 : 1);
+  const uint64_t units = pass.position_rows() / (pass.fragments ? 8 : 1);
   const uint64_t bytes = projections * pass.rotated_bytes(k);
-  Builder b("rotate", kStageSimdgroups);
-  b.grid(ceil_div(units * projections * (k / MARLIN_HADAMARD_SIZE), kStageSimdgroups))
+  // Threadgroups of equal parts of a row's blocks.
+  const uint32_t blocks = static_cast<uint32_t>(k / MARLIN_HADAMARD_SIZE);
+  const uint32_t simdgroups = ceil_div(blocks, ceil_div(blocks, kStageSimdgroups));
+  Builder b("rotate", simdgroups);
+  b.grid(static_cast<uint32_t>(units), ceil_div(blocks, simdgroups), static_cast<uint32_t>(projections))
       .args(args)
       .constant("dtype", pass.dtype)
       .constant("routed", pass.routed)
       .constant("indexed", pass.indexed)
-      .constant("fragments", pass.matrix)
+      .constant("fragments", pass.fragments)
       .constant("paired", up != nullptr)
       .constant("half_operands", pass.halves)
+      .constant("accelerator", pass.accelerator)
       .x(1, pass, columns)
       .suh(4, *only)
       .write(6, "rotated", bytes);
@@ -136,8 +140,9 @@ void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Til
       .constant("rotated_input", rotated)
       .constant("fused_epilogue", fused)
       .constant("raw_output", !fused)
-      .constant("fragments", pass.matrix)
+      .constant("fragments", pass.fragments)
       .constant("half_operands", pass.halves)
+      .constant("accelerator", pass.accelerator)
       .codes(6, gate)
       .codes(12, up);
   if (rotated) {
@@ -183,8 +188,9 @@ void add_activate(Plan& plan, const Pass& pass, const SwigluCall& call) {
       .constant("gate_bias", call.gate.bias)
       .constant("up_bias", call.up.bias)
       .constant("routed", pass.routed)
-      .constant("fragments", pass.matrix)
+      .constant("fragments", pass.fragments)
       .constant("half_operands", pass.halves)
+      .constant("accelerator", pass.accelerator)
       .read(1, "sums", 2ull * pass.positions() * call.gate.n * 4)
       .indices(2, pass)
       .svh(4, gate)
@@ -265,8 +271,9 @@ void add_linear(Plan& plan, const Pass& pass, const LinearStage& stage) {
       .constant("to_y", stage.to_y)
       .constant("transposed", stage.weights.transposed)
       .constant("to_slots", !stage.to_y)
-      .constant("fragments", pass.matrix)
+      .constant("fragments", pass.fragments)
       .constant("half_operands", pass.halves)
+      .constant("accelerator", pass.accelerator)
       .codes(6, stage.weights);
   if (local) {
     b.suh(9, stage.weights);

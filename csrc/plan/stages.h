@@ -24,10 +24,11 @@ struct Pass {
   uint32_t rows;       // of x
   uint32_t slots_per_row;
   uint32_t experts;
-  bool indexed;  // experts come from indices; otherwise expert 0
-  bool routed;   // positions are slots sorted by expert; otherwise they are slots
-  bool matrix;   // rotated activations are fragments of 8 positions
-  bool halves;   // operands are halves
+  bool indexed;      // experts come from indices; otherwise expert 0
+  bool routed;       // positions are slots sorted by expert; otherwise they are slots
+  bool fragments;    // rotated activations are fragments of 8 positions
+  bool accelerator;  // products run on the neural accelerators
+  bool halves;       // operands are halves, or on the accelerators one half instead of two
   uint32_t tile_rows;
 
   uint32_t slots() const {
@@ -40,7 +41,7 @@ struct Pass {
     return experts + 1;  // the last one: out of range
   }
   uint32_t alignment() const {
-    return matrix ? 8 : 1;
+    return fragments ? 8 : 1;
   }
   uint32_t positions() const {
     // Every expert that has slots may leave a unit incomplete.
@@ -48,11 +49,11 @@ struct Pass {
   }
   // Rows that a buffer by position has.
   uint64_t position_rows() const {
-    return matrix ? (uint64_t(positions()) + 7) / 8 * 8 : positions();
+    return fragments ? (uint64_t(positions()) + 7) / 8 * 8 : positions();
   }
   // Bytes of a buffer of rotated activations.
   uint64_t rotated_bytes(int k) const {
-    return operand_bytes(position_rows(), k, halves);
+    return operand_bytes(position_rows(), k, halves, accelerator);
   }
   uint32_t row_tiles() const;
   uint64_t element_size() const;

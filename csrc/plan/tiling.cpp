@@ -14,6 +14,11 @@ namespace {
   throw std::invalid_argument("[plan] " + reason + "; mlx_marlin.kernels.feasible tells what is legal.");
 }
 
+// Rows that no simdgroup matrices have: two or three units of 16.
+bool runs_on_accelerator(Variant variant, int rows) {
+  return (variant == Variant::base && rows == 32) || (variant == Variant::large_batch && rows == 48);
+}
+
 bool legal_rows(Variant variant, int rows) {
   switch (variant) {
     case Variant::decode:
@@ -21,9 +26,9 @@ bool legal_rows(Variant variant, int rows) {
     case Variant::prefill4:
       return rows == 4;
     case Variant::base:
-      return rows == 8 || rows == 16;
+      return rows == 8 || rows == 16 || runs_on_accelerator(variant, rows);
     default:
-      return rows == 64;
+      return rows == 64 || runs_on_accelerator(variant, rows);
   }
 }
 
@@ -46,10 +51,10 @@ int shared_tiles(int rows, int column_tiles, int simdgroups) {
   return tiles;
 }
 
-// A simdgroup keeps its sums until the end, so every tile needs a home: 4 sums per lane, tile and 8 rows, at most 32,
-// beside as many values of x.
-int matrix_tiles(int units, int column_tiles, int projections, int simdgroups) {
-  for (int tiles = 1; tiles <= 4 && tiles * units <= 8; tiles *= 2) {
+// A simdgroup keeps its sums until the end, so every tile needs a home: 4 sums per lane, tile and 8 rows. At most 32
+// beside as many values of x; at most 64 beside the few values that the accelerators take at a time, two tiles at once.
+int matrix_tiles(int units, int column_tiles, int projections, int simdgroups, bool accelerator) {
+  for (int tiles = accelerator ? 2 : 1; tiles <= 4 && tiles * units <= (accelerator ? 16 : 8); tiles *= 2) {
     if (column_tiles % tiles == 0 && projections * column_tiles / tiles <= simdgroups) {
       return tiles;
     }
@@ -76,7 +81,8 @@ Tiling make_tiling(const KernelConfig& config, int projections, int k, int n) {
   t.matrix = config.variant == Variant::base || config.variant == Variant::large_batch;
   t.column_tiles = config.tile_size_n / 16;
   t.simdgroups = config.simdgroups;
-  t.tiles_per_simdgroup = t.matrix ? matrix_tiles(t.rows / 8, t.column_tiles, projections, t.simdgroups)
+  t.accelerator = runs_on_accelerator(config.variant, t.rows);
+  t.tiles_per_simdgroup = t.matrix ? matrix_tiles(t.rows / 8, t.column_tiles, projections, t.simdgroups, t.accelerator)
                                    : shared_tiles(t.rows, t.column_tiles, t.simdgroups);
   const int groups = projections * t.column_tiles / t.tiles_per_simdgroup;
   t.k_splits = std::clamp(t.simdgroups / groups, 1, k / 16);
@@ -88,9 +94,9 @@ Tiling make_tiling(const KernelConfig& config, int projections, int k, int n) {
   return t;
 }
 
-uint64_t operand_bytes(uint64_t rows, int k, bool halves) {
-  const uint64_t row = halves ? 2ull * k + 4ull * (k / MARLIN_HADAMARD_SIZE) : 4ull * k;
-  return rows * row;
+uint64_t operand_bytes(uint64_t rows, int k, bool halves, bool accelerator) {
+  const uint64_t scales = halves || accelerator ? 4ull * (k / MARLIN_HADAMARD_SIZE) : 0;
+  return rows * ((halves ? 2ull : 4ull) * k + scales);
 }
 
 bool makes_input(const KernelConfig& config, const Tiling& tiling, int copies, int k) {

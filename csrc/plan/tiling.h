@@ -12,7 +12,8 @@ inline constexpr uint32_t kMaxThreadgroupBytes = 32768;
 
 struct Tiling {
   int rows;          // per row tile
-  bool matrix;       // rows are units of 8 on simdgroup matrices
+  bool matrix;       // rows are units of 8 on simdgroup matrices or accelerators
+  bool accelerator;  // neural accelerators of M5
   int column_tiles;  // 16-column tiles per threadgroup and projection
   int tiles_per_simdgroup;
   int k_splits;
@@ -35,8 +36,9 @@ struct Tiling {
 // Throws std::invalid_argument where the config has no tiling for `projections` products of depth k.
 Tiling make_tiling(const KernelConfig& config, int projections, int k, int n);
 
-// Bytes of `rows` rotated rows: operands, and with halves the scale of every block.
-uint64_t operand_bytes(uint64_t rows, int k, bool halves);
+// Bytes of `rows` rotated rows: operands, and with halves the scale of every block. Operands of the accelerators are
+// halves always, two per value if not told otherwise.
+uint64_t operand_bytes(uint64_t rows, int k, bool halves, bool accelerator = false);
 
 // Whether a threadgroup makes `copies` times its rows' rotated input itself, in its own memory: from x, or from sums of
 // gate and up. Only where few rows are wanted, and while three threadgroups fit in the memory of an M1's core.

@@ -114,8 +114,8 @@ def test_directories(originals, tmp_path):
 
 
 @pytest.mark.slow
-def test_many_directories(originals, tmp_path):
-    for seed in range(1000, 11_000):
+def test_many_directories(originals, tmp_path, fuzz_times):
+    for seed in range(1000, 1000 + 10_000 * fuzz_times):
         run_directory(seed, originals, tmp_path)
 
 
@@ -140,8 +140,8 @@ def test_headers(originals, tmp_path):
 
 
 @pytest.mark.slow
-def test_many_headers(originals, tmp_path):
-    for seed in range(1000, 61_000):
+def test_many_headers(originals, tmp_path, fuzz_times):
+    for seed in range(1000, 1000 + 60_000 * fuzz_times):
         run_header(seed, originals, tmp_path / "a.safetensors")
 
 

@@ -155,6 +155,37 @@ def test_the_shipped_profiles_are_what_the_model_gives(bits, codebook):
             assert now == pytest.approx(timing.median_ms, rel=0.01), "run bench/metal/cost.py profiles"
 
 
+def test_prompts_meet_their_goals():
+    """A layer of experts on M5: accelerators faster than matrices, with one half also than MLX's affine layer."""
+    result = json.loads(metal_cost.PROMPTS.read_text())
+    assert result["source"] == "predicted" and len(result["rows"]) == 24
+    for row in result["rows"]:
+        us = row["us"]
+        assert 1.25 * us["accelerators"] <= us["matrices"], row
+        assert us["accelerators, half"] <= row["affine us"], row
+        if row["rows"] >= 2048:
+            assert us["accelerators, half"] <= 1.35 * row["floor us"], row
+
+
+@needs_simulator
+def test_a_prompt_is_what_the_model_gives():
+    from bench.metal import prompts as metal_prompts
+
+    committed = json.loads(metal_cost.PROMPTS.read_text())["rows"]
+    now = metal_prompts.predict(("mcg",), (512,))["rows"]
+    then = [row for row in committed if (row["codebook"], row["rows"]) == ("mcg", 512)]
+    assert now == then, "run bench/metal/cost.py prompts"
+
+
+def test_accelerators_run_beside_the_other_pipes():
+    both = Work({"integer": 1e9}, 1e6, 1600, 8, {"tensor_multiply": 1e6})
+    chip = CHIPS["M5"]
+    time = dispatch_time(both, chip)
+    assert time.bound == "accelerator" and time.total == time.accelerator > time.issue > 0
+    # 2^14 operations each.
+    assert 1e6 * 2**14 / (time.accelerator * 1e6) == pytest.approx(15.4)
+
+
 def test_measured_times_stand_beside_their_predictions():
     from bench.first_run import first_run
 

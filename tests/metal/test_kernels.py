@@ -19,7 +19,7 @@ from mlx_marlin.weights.experts import ExpertBank, ExpertStack
 from mlx_marlin.weights.synthetic import random_weight
 from tests import metal_sim
 from tests.support import cases, metal_executor, metal_selection
-from tests.support.metal_backends import BACKENDS, Gpu, run
+from tests.support.metal_backends import BACKENDS, Gpu, require, run
 from tests.support.metal_selection import TILES, config, key_of, selection, tile
 
 # Half operands and half sums inside a tile: the rounding of both, through three products.
@@ -53,8 +53,9 @@ def check(backend, case: cases.Case, config: KernelConfig | None, **options) -> 
 
 
 def problem_of(case: cases.Case, config: KernelConfig) -> kernels.Problem:
-    """The case with the accuracy that the config is for."""
-    return replace(case.problem("gpu"), accuracy="float32" if config.use_fp32_acc else "half")
+    """The case with the accuracy and on the machine that the config is for."""
+    accuracy = "float32" if config.use_fp32_acc else "half"
+    return metal_executor.allowing(replace(case.problem("gpu"), accuracy=accuracy), config)
 
 
 @pytest.mark.parametrize("bits, codebook", cases.FORMATS)
@@ -90,12 +91,12 @@ def test_selection_covers_every_pair_and_every_tile():
     assert wanted <= met
     mixes = {(chosen.kernel_variant, case.mix) for case, chosen in selection() if not case.linear}
     assert mixes == set(product(kernels.VARIANTS, cases.OPTIONS["mix"]))
-    assert tiles == {(key[0], *tile) for key, listed in TILES.items() for tile in listed}
+    assert tiles == {(metal_selection.variant_of(key), *tile) for key, listed in TILES.items() for tile in listed}
 
 
 def test_selection_has_the_stages_that_it_names():
     for case, chosen in selection():
-        problem = case.problem("gpu")
+        problem = problem_of(case, chosen)
         if problem.rows == 0:
             continue
         key = key_of(chosen)
@@ -149,7 +150,10 @@ def test_every_tile(backend, tiles, fp32_acc):
     check(backend, SMALL, chosen)
 
 
-SOME_TILES = [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 8, 128, 16), ("large_batch", 64, 128, 16)]
+SOME_TILES = [
+    *(("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 8, 128, 16)),
+    *(("base", 32, 128, 16), ("large_batch", 64, 128, 16)),
+]
 MIXED_TILES = SOME_TILES[1]  # whose calls have every stage: route, rotate, gate_up, activate, linear, combine
 
 
@@ -190,7 +194,7 @@ def test_what_a_mac_compiles_gives_the_same_bits(simulator, monkeypatch, tiles):
     np.testing.assert_array_equal(run(simulator, SMALL, inputs, chosen), expected)
 
 
-@pytest.mark.parametrize("tiles", SOME_TILES[:3], ids=str)
+@pytest.mark.parametrize("tiles", SOME_TILES[:4], ids=str)
 def test_repeated_runs_give_the_same_bits(backend, tiles):
     case = SMALL if tiles == MIXED_TILES else UNIFORM
     inputs = case.inputs()
@@ -201,7 +205,7 @@ def test_repeated_runs_give_the_same_bits(backend, tiles):
 
 INDEXED = [
     *(("decode", 1, 128, 16), ("decode", 1, 64, 8), ("decode", 2, 32, 4)),
-    *(("prefill4", 4, 128, 16), ("base", 8, 64, 8)),
+    *(("prefill4", 4, 128, 16), ("base", 8, 64, 8), ("base", 32, 64, 8)),
 ]
 
 
@@ -253,13 +257,14 @@ def test_no_rows(backend, variant, activation):
     assert run(backend, case, case.inputs(), kernels.config_for(case.problem("gpu"), make_name(variant))).size == 0
 
 
-@pytest.mark.parametrize("tiles", [("decode", 1, 128, 16), ("prefill4", 4, 128, 16), ("base", 8, 128, 16)], ids=str)
+@pytest.mark.parametrize("tiles", SOME_TILES[:4], ids=str)
 def test_gathered_linear(backend, tiles):
     rng = np.random.default_rng(0)
     bank = cases.Case(3, "mcg", "float32", 5, "blocks", "silu", mix="both").experts()["gate"]
     stack = ops.prepare(ExpertStack.of("gate", bank))
     x = cases.random_rows(rng, 5, stack.source.in_features)
     indices = rng.integers(0, len(bank), (5, 2))
+    require(backend, config(*tiles))
     y = backend.linear(x, stack, config(*tiles), indices, x_divisor=2)
     expected = np.stack([cases.reference_linear(np.array(x)[[r // 2]], bank[e])[0] for r, e in enumerate(indices.flat)])
     assert cases.row_error(y, expected) <= cases.TOLERANCE["float32"]
@@ -338,7 +343,9 @@ def test_one_row_of_a_wide_layer(backend, fp32_acc):
 
 @pytest.mark.parametrize("fp32_acc", [True, False])
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-@pytest.mark.parametrize("tiles", [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 16, 128, 16)], ids=str)
+@pytest.mark.parametrize(
+    "tiles", [("decode", 1, 128, 16), ("prefill4", 4, 64, 16), ("base", 16, 128, 16), ("base", 32, 64, 8)], ids=str
+)
 def test_magnitudes_that_half_cannot_hold(backend, tiles, scale, fp32_acc):
     case = cases.Case(4, "mul1", "float32", 3, "blocks", "none")
     x, *_ = case.inputs()
@@ -348,7 +355,7 @@ def test_magnitudes_that_half_cannot_hold(backend, tiles, scale, fp32_acc):
 
 
 @pytest.mark.parametrize("fp32_acc", [True, False])
-@pytest.mark.parametrize("tiles", [("decode", 1, 32, 8), ("base", 8, 128, 16)], ids=str)
+@pytest.mark.parametrize("tiles", [("decode", 1, 32, 8), ("base", 8, 128, 16), ("base", 32, 128, 8)], ids=str)
 def test_a_row_that_is_not_finite_stays_alone(backend, tiles, fp32_acc):
     case = cases.Case(3, "mcg", "float32", 5, "blocks", "silu", top_k=2, scores=True)
     x, indices, scores = case.inputs()
@@ -363,7 +370,7 @@ def test_a_row_that_is_not_finite_stays_alone(backend, tiles, fp32_acc):
         np.testing.assert_array_equal(y[others], clean[others])
 
 
-@pytest.mark.parametrize("tiles", [("decode", 1, 128, 16), ("prefill4", 4, 128, 8), ("base", 8, 128, 16)], ids=str)
+@pytest.mark.parametrize("tiles", SOME_TILES[:4], ids=str)
 def test_offsets_beyond_32_bits(simulator, tiles, tmp_path):
     """An expert's codes 2^32 words into the stack, in a sparse file: 32 bits would lead to the zeros at its start."""
     w = cases.Case(3, "mcg", "float32", 3, "block", "none").weight()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -28,9 +28,12 @@ pytestmark = pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(metal_
 LOOP = re.compile(r"for \(([^;{}]*);([^;{}]*);([^;{}]*)\) \{")
 
 LAYER = Problem.swiglu(2048, 768, experts=128, top_k=8, bits=3, codebooks="mcg", device="gpu", combine=True)
+M5 = replace(LAYER, accelerators=True)
 HALF = Problem.linear(2048, 768, bits=2.5, codebooks="mul1", device="gpu", accuracy="half")
+M5_HALF = replace(HALF, accelerators=True)
 EIGHT = Problem.linear(2048, 768, bits=7, codebooks="mcg", device="gpu", accuracy="half")
-# Between them they run every loop: fused and separate prologues and epilogues, rows and matrices, floats and halves.
+# Between them they run every loop: fused and separate prologues and epilogues, rows, matrices and accelerators, floats
+# and halves.
 PROBES = {
     "fused": (LAYER, config("decode", 3, 128, 4)),
     "narrow": (LAYER, config("decode", 1, 48, 4)),
@@ -40,6 +43,9 @@ PROBES = {
     "half matrices": (EIGHT, config("base", 8, 48, 4, False)),
     "many rows": (LAYER, config("large_batch", 64, 128, 16)),
     "linear": (HALF, config("decode", 2, 128, 4)),
+    "accelerators": (M5, config("large_batch", 48, 128, 16)),
+    "half accelerators": (M5_HALF, config("base", 32, 256, 4, False)),
+    "narrow accelerators": (M5_HALF, config("base", 32, 32, 16)),
 }
 # Those to try first, by file and the names of the functions around.
 LIKELY = {
@@ -50,6 +56,7 @@ LIKELY = {
     "rotated.h": ["matrices", "half matrices"],
     "combine.metal": ["rows"],
     "trellis.h": ["half rows", "half matrices"],
+    "accelerator_product.h": ["half accelerators", "narrow accelerators", "accelerators"],
 }
 
 # Loops whose results nobody can see.
@@ -152,8 +159,12 @@ def refused_by(directory: Path, folder: Path, likely: list[str]) -> str | None:
     return next(iter(selftest.SelfTest("cpu", Simulated(directory), folder / "others.json").others()), None)
 
 
-# A quick run has the loop over k of rows, the one over units of a matrix tile, and the unrolled one of route.
-QUICK = {("tile_product.h", "k < stop"), ("product.h", "unit < product.units"), ("route.metal", "slot + kAhead <= end")}
+# A quick run has the loop over k of rows and of accelerators, the one over units of a matrix tile, and the unrolled one
+# of route.
+QUICK = {
+    *(("tile_product.h", "k < stop"), ("accelerator_product.h", "k < stop")),
+    *(("product.h", "unit < product.units"), ("route.metal", "slot + kAhead <= end")),
+}
 
 
 def _is_quick(mutant: Mutant) -> bool:

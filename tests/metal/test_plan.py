@@ -9,7 +9,7 @@ from mlx_marlin import _ext, codec, kernels, ops
 from mlx_marlin.kernels import KernelConfig, Problem, make_name, metal
 from mlx_marlin.ops import shaders
 from mlx_marlin.ops.problems import native_config
-from tests.support import cases
+from tests.support import cases, metal_executor
 from tests.support.paths import ROOT
 
 KERNELS = ROOT / "kernels"
@@ -178,7 +178,7 @@ def test_feasible_is_what_the_plan_accepts(problem):
     wrong = ("base", 4, 128, 8), ("decode", 1, 80, 8), ("decode", 1, 128, 20), ("decode", 0, 128, 4)
     for tiles in [*tiles_of(problem), *wrong]:
         chosen = config(*tiles)
-        reason = kernels.feasible(problem, chosen)
+        reason = kernels.feasible(metal_executor.allowing(problem, chosen), chosen)
         native = native_config(chosen)
         info = _ext.StackInfo(problem.experts, padded(problem.hidden), padded(problem.intermediate), False, 1 << 6, 1)
         back = _ext.StackInfo(problem.experts, padded(problem.intermediate), padded(problem.hidden), False, 1 << 6, 1)

@@ -44,6 +44,7 @@ _DIVISION_COST = 6
 _WIDE = {"add": 4, "sub": 4}
 _ANNOTATIONS = ("llvm.lifetime.", "llvm.assume", "llvm.experimental.noalias.scope.decl", "llvm.dbg.")
 _INTRINSIC = {
+    "memset": None,  # kernels have no memory of their own: operands of simdgroup operations for the runtime
     "fma": "float",
     "fmuladd": "float",
     "minnum": "float",

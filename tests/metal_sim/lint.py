@@ -23,7 +23,7 @@ FORBIDDEN = {
 }
 # Qualifiers of functions and address spaces; clang would take them for names.
 KEYWORDS = {"kernel", "vertex", "fragment", "ray_data", "object_data", "threadgroup_imageblock"}
-_STATEMENTS = set("if while for switch return sizeof decltype alignas catch else static_assert".split())
+_STATEMENTS = set("if constexpr while for switch return sizeof decltype alignas catch else static_assert".split())
 _AFTER_PARAMETERS = {"const", "thread", "device", "threadgroup", "constant", "noexcept", "override"}
 
 

@@ -47,7 +47,7 @@ def risky_members(source: str, include_dirs=(), defines: dict | None = None) -> 
     Non-static member functions without an address space after their parameters, and members that hold a
     ``simdgroup_matrix``, whose constructors want ``this`` in thread memory. Arguments as in :func:`compile`.
     """
-    tokens, _ = tokenise(source, include_dirs, defines)
+    tokens, _ = tokenise(source, include_dirs, defines, metal_version=400)
     matrices = {"simdgroup_matrix", "simdgroup_float8x8", "simdgroup_half8x8", "simdgroup_bfloat8x8"}
     matrices |= _aliases(tokens, matrices)
     t, found = tokens.t, []

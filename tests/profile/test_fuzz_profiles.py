@@ -30,6 +30,6 @@ def test_profiles(original, tmp_path):
 
 
 @pytest.mark.slow
-def test_many_profiles(original, tmp_path):
-    for seed in range(1000, 31_000):
+def test_many_profiles(original, tmp_path, fuzz_times):
+    for seed in range(1000, 1000 + 30_000 * fuzz_times):
         run_profile(seed, original, tmp_path / "profile.json")

@@ -140,7 +140,7 @@ def test_whole_models_are_written_loaded_and_run(tmp_path):
     """Both formats of a random checkpoint, in this process; main() gives each a process of its own."""
     from bench.cpu import model
 
-    arguments = model._parse(["--shape", "tiny", "--layers", "1", "--bits", "3", "--threads", "2"])
+    arguments = model._parse(["--shape", "tiny", "--layers", "1", "--bits", "3", "--peers", "affine"])
     directories = model.write_shape(tmp_path, arguments)
     results = [model.measure(directory, [5, 9], generated=2, threads=2) for directory in directories]
     assert [result["kind"] for result in results] == ["EXL3", "mlx-lm"]
@@ -149,3 +149,18 @@ def test_whole_models_are_written_loaded_and_run(tmp_path):
         assert [run["context"] for run in result["runs"]] == [5, 9]
         assert all(run["prompt"]["tokens_per_s"] > 0 and run["generation"]["cpu_s"] >= 0 for run in result["runs"])
     model.print_table(results)
+
+
+def test_a_gguf_is_written_and_run(tmp_path):
+    from bench.cpu import checkpoint, llama_cpp
+
+    config = checkpoint.config_of("tiny")
+    if llama_cpp.missing():
+        pytest.skip(f"not installed: {', '.join(llama_cpp.missing())}")
+    with pytest.raises(ValueError, match="ffn_down_exps.* multiple of 256"):
+        llama_cpp.write(tmp_path / "refused.gguf", config, 3, np.random.default_rng(0))
+    path = tmp_path / "tiny.gguf"
+    llama_cpp.write(path, {**config, "moe_intermediate_size": 256}, 3, np.random.default_rng(0))
+    result = llama_cpp.measure(path, [5, 9], generated=2, threads=2)
+    assert [run["context"] for run in result["runs"]] == [5, 9]
+    assert all(run["prompt"]["tokens_per_s"] > 0 and run["generation"]["tokens_per_s"] > 0 for run in result["runs"])

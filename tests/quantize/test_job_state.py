@@ -374,8 +374,8 @@ def test_random_damage(source, arguments, finished, stopped, tmp_path):
 
 
 @pytest.mark.slow
-def test_random_damage_of_many(source, arguments, finished, stopped, tmp_path):
-    for seed in range(100, 1100):
+def test_random_damage_of_many(source, arguments, finished, stopped, tmp_path, fuzz_times):
+    for seed in range(100, 100 + 1000 * fuzz_times):
         try_damage(seed, source, arguments, finished, stopped, tmp_path)
 
 

@@ -5,92 +5,32 @@ import warnings
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from mlx_marlin import _ext, codec, kernels, ops
-from mlx_marlin.kernels import Problem
 from mlx_marlin.selection import choices, selftest, small_cases
-from mlx_marlin.weights.experts import ExpertBank
 from tests.support.paths import ROOT
 from tests.support.planted import PLANTED, PLANTED_HALF_RATES
-
-SWIGLU = Problem.swiglu(
-    2048,
-    768,
-    experts=128,
-    top_k=8,
-    bits=((2, 3, 2), (3, 3, 4)),
-    codebooks=("3inst", "mcg"),
-    dtype="float32",
-    device="gpu",
+from tests.support.planted_runs import (
+    BUILD_ERROR,
+    GATHERED,
+    LINEAR,
+    SWIGLU,
+    Planted,
+    halved,
+    last_row_of_nan,
+    not_compiled,
+    not_run,
+    one_column,
+    right,
+    self_test,
 )
-# One projection of experts; rows are slots.
-GATHERED = Problem.linear(1024, 768, rows=8, experts=64, bits=(2, 3), codebooks=("mcg", "mul1"), device="gpu")
-LINEAR = Problem.linear(1024, 1024, rows=4, bits=3, dtype="float32", device="gpu")
-
-
-def right(problem, config, case):
-    """A correct executor: the CPU's kernels."""
-    x = mx.array(case["x"]).astype(getattr(mx, problem.dtype))
-    if problem.kind == "linear":
-        y = selftest.gathered(replace(problem, device="cpu", accuracy="float32"), None, case, x)
-    else:
-        scores = None if case["scores"] is None else mx.array(case["scores"])
-        bank = ExpertBank(*case["weights"])
-        indices = mx.array(case["indices"])
-        y = ops.trellis_swiglu(x, indices, bank, scores=scores, activation=problem.activation, stream=mx.cpu)
-    return np.array(y.astype(mx.float32))
-
-
-class Planted:
-    """Wrong for some configs, right for the others; counts its runs."""
-
-    def __init__(self, is_wrong, spoil):
-        self.is_wrong, self.spoil, self.runs = is_wrong, spoil, 0
-
-    def __call__(self, problem, config, case):
-        self.runs += 1
-        y = right(problem, config, case)
-        return self.spoil(y) if self.is_wrong(config) else y
-
-
-def one_column(y):
-    y[..., 5] += np.abs(y).max()
-    return y
-
-
-def last_row_of_nan(y):
-    y[-1] = np.nan
-    return y
-
-
-def halved(y):
-    return y * 0.5
-
-
-# What csrc/metal/encode.cpp raises.
-BUILD_ERROR = "[mlx_marlin] the Metal kernel trellis_gate_up could not be built: a.metal:7:3: error: no such type\n" + (
-    "  foo x;\n  ^"
-)
-
-
-def not_compiled(y):
-    raise RuntimeError(BUILD_ERROR)
-
-
-def not_run(y):
-    raise RuntimeError("[METAL] out of memory")
 
 
 @pytest.fixture(autouse=True)
 def fresh_choices(monkeypatch):
     monkeypatch.setattr(choices, "_choices", choices._Choices())
     monkeypatch.setattr(choices.profile, "find", lambda problem: None)  # there is no GPU to look up here
-
-
-def self_test(tmp_path, execute):
-    return selftest.SelfTest("cpu", execute, tmp_path / "verdicts.json")
 
 
 @pytest.mark.parametrize(
@@ -301,59 +241,6 @@ def test_the_cpu_is_not_tested():
     assert selftest.select(problem, traced=False) == (choices.choose(problem), True)
 
 
-@pytest.mark.parametrize("rows", [1, 4, 16, 64])
-def test_the_small_case_is_small(rows):
-    problem = replace(SWIGLU, rows=rows)
-    for config in kernels.candidates(problem)[::17]:
-        small = small_cases.small_problem(problem, config)
-        assert kernels.feasible(small, config) is None
-        assert small.rows == config.tile_size_m + 1
-        assert small.bits == problem.bits and small.experts >= len(problem.bits)
-        assert small.hidden * small.intermediate <= 2048 * 2048
-
-
-def loops(problem, config):
-    return small_cases._loops(ops.plan(problem, config))
-
-
-@pytest.mark.parametrize(
-    "name, rows, columns, simdgroups, wanted",
-    [
-        ("decode", 1, 48, 12, {"a narrow last group", "several blocks of input", "several blocks of scales"}),
-        ("prefill4", 4, 160, 16, {"a narrow last group", "unequal ranges of k", "several blocks of scales"}),
-        ("base", 16, 48, 12, {"a narrow last group", "several groups of columns", "several blocks of scales"}),
-        ("large_batch", 64, 128, 16, {"several groups of columns", "several steps in a range"}),
-    ],
-)
-def test_the_small_case_reaches_the_loops_that_a_layer_reaches(name, rows, columns, simdgroups, wanted):
-    config = kernels.KernelConfig(kernels.make_name(name), rows, columns, simdgroups, False, name)
-    layer = replace(SWIGLU, accuracy="half")
-    reached = loops(small_cases.small_problem(layer, config), config)
-    assert {f"trellis_linear: {what}" for what in wanted} <= reached
-    for sizes in ((2048, 768), (4096, 1536), (1280, 640)):
-        problem = replace(layer, hidden=sizes[0], intermediate=sizes[1], rows=rows + 1)
-        if small_cases.code(ops.plan(problem, config)) == small_cases.code(ops.plan(layer, config)):
-            assert loops(problem, config) <= reached
-
-
-@pytest.mark.parametrize("problem", [SWIGLU, GATHERED, replace(SWIGLU, top_k=1)])
-def test_sorting_is_tested_with_more_of_everything_than_threads(problem):
-    """route.metal: 512 threads, and eight slots at a time."""
-    for name, rows in (("decode", 2), ("prefill4", 4), ("large_batch", 64)):
-        config = kernels.KernelConfig(kernels.make_name(name), rows, 128, 16, True, name)
-        found = list(small_cases.routing_problems(problem, config))
-        assert len(found) == 2
-        for small in found:
-            case = small_cases.make_case(small)
-            slots = case["indices"].size
-            counts = np.bincount(case["indices"].reshape(-1), minlength=small.experts)
-            assert slots > 512 and counts[0] >= slots // 2 and counts[small.experts - 1] > 0
-            assert slots // max(1, 512 // (small.experts + 1)) > 8
-        assert found[1].experts > 512
-    assert not list(small_cases.routing_problems(problem, replace(config, tile_size_m=1)))
-    assert not list(small_cases.routing_problems(LINEAR, config))
-
-
 def test_a_wrong_sort_is_refused_once_for_all_configs(tmp_path):
     """Whose own small case is right: more slots than there are threads come wrong."""
     runs = []
@@ -385,49 +272,6 @@ def test_kernels_that_no_config_chooses_are_tested(tmp_path):
     assert len(test.others()) == len(codec.WIDTHS) + 2 * codec.MAX_BITS
     wrong.symmetric_difference_update({"weight", "gradient"})
     assert len(test.others()) == 2
-
-
-@pytest.mark.parametrize("hidden, intermediate", [(2048, 768), (4096, 1536), (7168, 2048), (2048, 8192)])
-@pytest.mark.parametrize("columns, simdgroups", [(128, 16), (32, 8), (16, 4)])
-def test_the_small_case_runs_the_kernels_that_the_layer_runs(hidden, intermediate, columns, simdgroups):
-    """Sizes decide whether a product makes its own input: a verdict on the one is none on the other."""
-    problem = replace(SWIGLU, hidden=hidden, intermediate=intermediate)
-    config = kernels.KernelConfig("moe_trellis_swiglu_decode", 1, columns, simdgroups, True, "decode")
-    small = small_cases.small_problem(problem, config)
-
-    def compiled(problem):
-        plan = ops.plan(replace(problem, rows=2), config)
-        return [(d["kernel"], d["constants"]) for d in plan["dispatches"]]
-
-    assert compiled(small) == compiled(problem)  # two rows are one pass
-    wide, narrow = replace(problem, hidden=8192), replace(problem, hidden=1024)
-    if columns > 16:
-        assert selftest._key(wide, config) != selftest._key(narrow, config)
-
-
-@pytest.mark.parametrize("hidden, intermediate, top_k", [(12288, 4096, 8), (6144, 2048, 16)])
-def test_rows_in_several_passes_have_a_small_case(hidden, intermediate, top_k):
-    sizes = {"hidden": hidden, "intermediate": intermediate, "top_k": top_k}
-    problem = replace(SWIGLU, rows=65, combine=True, **sizes)
-    config = kernels.default(problem)
-    kinds = [d["kernel"] for d in ops.plan(problem, config)["dispatches"]]
-    assert len(kinds) > len(set(kinds))
-    small = small_cases.small_problem(problem, config)
-    assert {d["kernel"] for d in ops.plan(small, config)["dispatches"]} == set(kinds)
-
-
-@pytest.mark.parametrize(
-    "problem",
-    [
-        replace(LINEAR, rows=1, hidden=14336, intermediate=4096),
-        replace(LINEAR, rows=1, hidden=28672, intermediate=8192, dtype="float16"),
-        replace(SWIGLU, rows=1, hidden=4096, intermediate=14336),
-    ],
-    ids=str,
-)
-def test_candidates_of_a_wide_layer_have_a_small_case(problem):
-    for config in kernels.candidates(problem)[::7]:
-        small_cases.small_problem(problem, config)
 
 
 def test_a_config_without_a_small_case_is_refused(tmp_path, monkeypatch):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from mlx_marlin import _ext, kernels, ops
+from mlx_marlin.kernels import metal
 from tests import metal_sim
 from tests.support import metal_executor
 
@@ -69,8 +71,16 @@ class Gpu:
 BACKENDS = {backend.name: backend for backend in (Simulated, Gpu)}
 
 
+def require(backend, config: kernels.KernelConfig | None) -> None:
+    """Skip what is for accelerators that this GPU does not have."""
+    wanted = config is not None and metal.accelerated(config)
+    if backend is Gpu and wanted and not ops.has_accelerators("gpu"):
+        pytest.skip("no neural accelerators that kernels can use here")
+
+
 def run(backend, case, inputs: tuple, config: kernels.KernelConfig | None = None, **options) -> np.ndarray:
     """A case of ``cases.py`` on a backend; float32."""
+    require(backend, config)
     x, indices, scores = inputs
     if case.linear:
         return backend.linear(x, ops.prepare_weight("test", case.weight()), config, **options)

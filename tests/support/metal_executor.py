@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_marlin import _ext, kernels, ops
+from mlx_marlin.kernels import metal
 from tests.metal_sim import compile
 from tests.support.paths import ROOT
 
@@ -31,6 +33,7 @@ def compile_options(kernel: str, constants: tuple) -> dict:
         "function_constants": {name: v for name, v in values.items() if name not in _ext.SOURCE_CONSTANTS},
         "instantiate": {kernel: kernel} if "<" in kernel else None,
         "kernels": [kernel],
+        "metal_version": 400 if values.get("accelerator") else 310,  # the least that each needs
     }
 
 
@@ -88,6 +91,12 @@ def _rows(y: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
     return values.reshape(shape).astype(np.float32)
 
 
+def allowing(problem: kernels.Problem, config) -> kernels.Problem:
+    """The problem on a machine that has what the config is for."""
+    wanted = isinstance(config, kernels.KernelConfig) and metal.accelerated(config)
+    return replace(problem, accelerators=wanted)
+
+
 def stack_arrays(name: str, stack: ops.Stack) -> dict[str, np.ndarray]:
     """The arrays of a prepared stack by binding name."""
     parts = ("codes", "offsets", "formats", "suh", "svh", "bias")
@@ -119,7 +128,7 @@ def linear(
     """
     source = stack.source
     slots = x.shape[0] * x_divisor
-    problem = ops.linear_problem(source, slots, x.dtype, "gpu")
+    problem = allowing(ops.linear_problem(source, slots, x.dtype, "gpu"), config)
     native = ops.resolve("test", problem, config)
     plan = _ext.plan_linear(
         x.shape[0],
@@ -174,7 +183,7 @@ def swiglu(
         alpha,
         limit,
         scores is not None,
-        ops.resolve("test", problem, config),
+        ops.resolve("test", allowing(problem, config), config),
     )
     inputs = {"x": _to_numpy(x), "indices": np.array(indices).astype(np.uint32)}
     for name, stack in stacks.items():

@@ -9,9 +9,9 @@ from mlx_marlin.kernels import KernelConfig, make_name
 from tests.support import cases
 from tests.support.covering import covering_array
 
-# (tile_size_m, tile_size_n, simdgroups) by variant, prologue and epilogue. At the sizes of the cases a product makes
-# its own input (rotates x, or activates sums of gate and up) where its variant is decode and it has more than 16
-# columns; it finishes its output where these are whole Hadamard blocks.
+# (tile_size_m, tile_size_n, simdgroups) by variant and what it runs on, prologue and epilogue. At the sizes of the
+# cases a product makes its own input (rotates x, or activates sums of gate and up) where its variant is decode and it
+# has more than 16 columns; it finishes its output where these are whole Hadamard blocks.
 TILES = {
     ("decode", "fused", "fused"): [(1, 128, 16), (1, 128, 4), (2, 128, 8), (3, 128, 12), (1, 128, 8)],
     ("decode", "fused", "separate"): [(1, 32, 4), (2, 64, 8), (3, 48, 4), (1, 96, 12)],
@@ -21,10 +21,18 @@ TILES = {
     ("base", "separate", "fused"): [(8, 128, 8), (16, 128, 16)],
     ("base", "separate", "separate"): [(8, 64, 4), (16, 48, 12), (8, 96, 16)],
     ("large_batch", "separate", "fused"): [(64, 128, 16)],
+    ("base on accelerators", "separate", "fused"): [(32, 128, 16), (32, 128, 8)],
+    ("base on accelerators", "separate", "separate"): [(32, 64, 4), (32, 96, 12), (32, 32, 8)],
+    ("large_batch on accelerators", "separate", "fused"): [(48, 128, 16), (48, 128, 8)],
 }
 
 
+def variant_of(key: tuple[str, str, str]) -> str:
+    return key[0].split()[0]
+
+
 def config(variant: str, rows: int, columns: int, simdgroups: int, fp32_acc: bool = True) -> KernelConfig:
+    variant = variant.split()[0]
     return KernelConfig(make_name(variant), rows, columns, simdgroups, fp32_acc, variant)
 
 
@@ -33,14 +41,14 @@ def tile(config: KernelConfig) -> tuple[int, int, int]:
 
 
 def key_of(config: KernelConfig) -> tuple[str, str, str]:
-    """Variant, prologue and epilogue of one of the configs."""
-    return next(key for key, tiles in TILES.items() if key[0] == config.kernel_variant and tile(config) in tiles)
+    """Variant and what it runs on, prologue and epilogue of one of the configs."""
+    return next(k for k, tiles in TILES.items() if variant_of(k) == config.kernel_variant and tile(config) in tiles)
 
 
 # Every pair of these occurs in the selection; what else there is goes round.
 AXES = {
     "kernel": ("linear", "experts", "combined experts"),
-    "variant": kernels.VARIANTS,
+    "variant": tuple(dict.fromkeys(key[0] for key in TILES)),
     "prologue": ("fused", "separate"),
     "epilogue": ("fused", "separate"),
     "sums": ("float", "half"),

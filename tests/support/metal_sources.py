@@ -33,7 +33,7 @@ def sources(formats: list[tuple[float, str]]) -> dict[tuple[str, tuple], list[st
 
 
 def _dispatches(bits: list[float], codebooks: list[str]) -> Iterator[dict]:
-    sizes = {"rows": 3, "experts": 2, "codebooks": codebooks, "device": "gpu", "accuracy": "half"}
+    sizes = {"rows": 3, "experts": 2, "codebooks": codebooks, "device": "gpu", "accuracy": "half", "accelerators": True}
     layer = Problem.swiglu(512, 256, top_k=2, bits=[(b,) * 3 for b in bits], combine=True, **sizes)
     for problem in (layer, Problem.linear(256, 256, bits=bits, **sizes)):
         for config in kernels.candidates(problem):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from mlx_marlin import codec, ops
 from mlx_marlin.quantize import conversion, regularise
 from mlx_marlin.quantize.calibration import BUNDLED
+from mlx_marlin.storage.safetensors import TensorInfo, read_header
 from tests.support import architectures
 from tests.support.checkpoints import SIZES, Checkpoint
 
@@ -90,3 +92,23 @@ def quick_conversions(monkeypatch):
     regularise._log_errors.cache_clear()
     yield
     regularise._log_errors.cache_clear()
+
+
+def source_of(
+    tmp_path: Path, name: str = "llama", change: Callable[[Checkpoint], None] = lambda checkpoint: None
+) -> tuple[Path, Checkpoint]:
+    """A directory to convert, ``tmp_path / "source"``, and what it was made of, changed before."""
+    checkpoint = small(name)
+    change(checkpoint)
+    return add_tokenizer(checkpoint.write_dense(tmp_path / "source")), checkpoint
+
+
+def values(info: TensorInfo) -> np.ndarray:
+    """A tensor as float32."""
+    raw = np.array(info.array())
+    return (raw.astype(np.uint32) << 16).view(np.float32) if info.dtype == "BF16" else raw.astype(np.float32)
+
+
+def header(directory: Path) -> dict[str, TensorInfo]:
+    """Of a checkpoint in one file."""
+    return read_header(directory / "model.safetensors")

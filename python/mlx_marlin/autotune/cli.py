@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from .. import codec, kernels
+from .. import codec, kernels, ops
 from ..device.machine import default_device, is_present, memory_bytes, mlx_device
 from ..kernels import Problem, Triple
 from ..measure.race import RaceSettings
@@ -164,7 +164,7 @@ def layers(args: argparse.Namespace, device: str) -> list[Problem]:
     ]
     if not args.shape:
         problems.append(Problem.linear(*DEFAULT_LINEAR, dtype=dtype, device=device, accuracy=accuracy))
-    return problems
+    return [replace(problem, accelerators=ops.has_accelerators(device)) for problem in problems]
 
 
 def main(argv: list[str] | None = None) -> int:

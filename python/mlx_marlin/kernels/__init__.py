@@ -6,6 +6,7 @@ The default config handles every legal problem; tuning only adds speed.
 
 from .catalogue import (
     KernelRules,
+    accelerated,
     candidates,
     candidates_on,
     config_for,
@@ -44,6 +45,7 @@ __all__ = [
     "KernelRules",
     "Problem",
     "Triple",
+    "accelerated",
     "candidates",
     "candidates_on",
     "checked_accuracy",

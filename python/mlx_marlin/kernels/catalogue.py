@@ -52,6 +52,9 @@ class KernelRules(Protocol):
     def worth_timing(self, problem: Problem, hardware: Hardware | None) -> Iterator[KernelConfig]:
         """Configs that may be the fastest on a machine; some may be infeasible, or run the same code."""
 
+    def accelerated(self, config: KernelConfig) -> bool:
+        """Whether a config's products run on neural accelerators."""
+
     def half_sums(self, problem: Problem, config: KernelConfig) -> bool:
         """Whether a config rounds operands, or sums inside a tile, to about half precision."""
 
@@ -115,6 +118,11 @@ def _unfit_kernel(problem: Problem, config: KernelConfig) -> str | None:
     if name.triple is not None and rules_of(problem).refuses_triple(problem, name.triple):
         return f"{config.kernel_name} needs all experts at {name.triple}, but the layer has {list(problem.bits)}"
     return None
+
+
+def accelerated(problem: Problem, config: KernelConfig) -> bool:
+    """Whether a config's products run on neural accelerators."""
+    return rules_of(problem).accelerated(config)
 
 
 def fitted(problem: Problem, config: KernelConfig) -> KernelConfig | None:

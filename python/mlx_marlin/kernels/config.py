@@ -46,11 +46,11 @@ class KernelConfig:
         tile_size_n: Columns per threadgroup or task.
         simdgroups: Simdgroups per threadgroup.
         use_fp32_acc: False rounds, which only calls of accuracy ``"half"`` allow, and a config that is passed to an op
-            or a layer by hand. On a GPU: half-precision sums inside one 16-deep tile. On the CPU: activations to 16
-            bits per 128-block, multiplied with mul1's byte sums as integers; a weight's rounding to a half is left out,
-            so that a row of a product is off by 2.1e-4 of its norm, at most 5e-4; other codebooks stay exact. Sums
-            across tiles are float32 always. A config written by hand leaves it off; :func:`default` turns it on for
-            accuracy ``"float32"``.
+            or a layer by hand. On a GPU: half-precision sums inside one 16-deep tile; on neural accelerators one half
+            per activation instead of two. On the CPU: activations to 16 bits per 128-block, multiplied with mul1's byte
+            sums as integers; a weight's rounding to a half is left out, so that a row of a product is off by 2.1e-4 of
+            its norm, at most 5e-4; other codebooks stay exact. Sums across tiles are float32 always. A config written
+            by hand leaves it off; :func:`default` turns it on for accuracy ``"float32"``.
         kernel_variant: One of :data:`VARIANTS`.
     """
 

@@ -168,6 +168,11 @@ def _largest_panel(fits: Callable[[int], bool]) -> int:
     return max((p for p in _PANELS if fits(p)), default=_PANELS[0])
 
 
+def accelerated(config: KernelConfig) -> bool:
+    """Nothing on a CPU is."""
+    return False
+
+
 def half_sums(problem: Problem, config: KernelConfig) -> bool:
     """Sums of integers; only mul1 has them."""
     return not config.use_fp32_acc and "mul1" in problem.codebooks

@@ -6,6 +6,7 @@ The same limits as ``csrc/plan/tiling.cpp``, which throws where these functions 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import product
 
 from .. import codec
@@ -14,8 +15,20 @@ from .problem import Problem
 from .search_space import SIMDGROUPS as SIMDGROUPS_BY_WIDTH
 from .search_space import TILE_SIZES, Hardware, Tiles, nearest_width
 
-TILE_ROWS: dict[str, tuple[int, ...]] = {"decode": (1, 2, 3), "prefill4": (4,), "base": (8, 16), "large_batch": (64,)}
-"""Rows per row tile. base and large_batch compute units of 8 rows on simdgroup matrices."""
+MATRIX_ROWS: dict[str, tuple[int, ...]] = {"base": (8, 16), "large_batch": (64,)}
+"""Rows per row tile on simdgroup matrices, in units of 8."""
+
+ACCELERATOR_ROWS: dict[str, int] = {"base": 32, "large_batch": 48}
+"""Rows per row tile on neural accelerators, in units of 16: with two, decoding takes less time than multiplying;
+a fourth would leave too few registers.
+"""
+
+TILE_ROWS: dict[str, tuple[int, ...]] = {
+    "decode": (1, 2, 3),
+    "prefill4": (4,),
+    **{variant: (*rows, ACCELERATOR_ROWS[variant]) for variant, rows in MATRIX_ROWS.items()},
+}
+"""Rows per row tile: those of the accelerators last."""
 
 TILE_COLUMNS: tuple[int, ...] = (16, 32, 48, 64, 96, 128, 160, 256)
 """Columns per threadgroup and projection. Whole Hadamard blocks fuse the output's transform into it."""
@@ -37,11 +50,17 @@ _FEW_GROUPS = 40
 _BASE_ROWS = 32
 
 # Sums of a lane: 4 per tile and 8 rows. With 32 of them and as many values of x a kernel stays near 96 registers, which
-# 512 threads may have on an M1.
+# 512 threads may have on an M1. On the accelerators two tiles are multiplied at a time, beside fewer values of x.
 _MATRIX_SUMS = 32
+_ACCELERATOR_SUMS = 64
 
 # A quarter more than the cache: lines of codes that were used up make room for the next.
 _CODE_SLACK = 1.25
+
+
+def accelerated(config: KernelConfig) -> bool:
+    """Whether a config's products run on neural accelerators."""
+    return config.tile_size_m == ACCELERATOR_ROWS.get(config.kernel_variant)
 
 
 def usual_variant(problem: Problem) -> str:
@@ -56,7 +75,13 @@ def usual_variant(problem: Problem) -> str:
         return "decode"
     if rows <= TILE_ROWS["prefill4"][-1]:
         return "prefill4"
-    return "base" if rows <= _BASE_ROWS or _few_groups(problem, TILE_ROWS["large_batch"][0]) else "large_batch"
+    largest = _most_rows(problem, "large_batch")
+    return "base" if rows <= _BASE_ROWS or _few_groups(problem, largest) else "large_batch"
+
+
+def _most_rows(problem: Problem, variant: str) -> int:
+    """The most rows of a tile, of the accelerators where there are any."""
+    return ACCELERATOR_ROWS[variant] if problem.accelerators else MATRIX_ROWS[variant][-1]
 
 
 def default_tiles(problem: Problem, variant: str) -> Tiles:
@@ -65,7 +90,12 @@ def default_tiles(problem: Problem, variant: str) -> Tiles:
     where 128 would leave cores without a threadgroup, as a single weight and few rows do.
     """
     few, many = TILE_ROWS[variant][0], TILE_ROWS[variant][-1]
-    rows = many if variant == "base" and problem.rows_per_matrix > few else few
+    rows = few
+    # Accelerators from 9 rows of a linear on: with 8 others have measured a loss. Of experts that see 4 rows in the
+    # mean many see more.
+    several = problem.rows_per_matrix > few or (problem.accelerators and problem.experts > 1)
+    if variant == "large_batch" or (variant == "base" and several):
+        rows = _most_rows(problem, variant)
     if variant == "decode" and problem.experts == 1:
         rows = min(max(few, problem.rows * problem.top_k), many)
     if variant != "large_batch" and problem.kind == "linear" and _few_groups(problem, rows):
@@ -90,11 +120,15 @@ def refuses_triple(problem: Problem, triple: Triple) -> bool:
 
 def infeasible(problem: Problem, config: KernelConfig) -> str | None:
     """``use_fp32_acc=False`` is legal with all tiles: activations become halves of a power of two per 128-block, and
-    sums inside one 16-deep tile are halves. Half the bytes of x, and on M5 more multiplications per clock.
+    sums inside one 16-deep tile are halves. Half the bytes of x, and on M5 more multiplications per clock. On neural
+    accelerators all sums are floats; there an activation is one half instead of the two that stand for a float, which
+    it is for bfloat16 in any case.
     """
     variant, rows, columns = config.kernel_variant, config.tile_size_m, config.tile_size_n
     if rows not in TILE_ROWS[variant]:
         return f"a {variant} tile on the GPU has {_either(TILE_ROWS[variant])} rows, got tile_size_m={rows}"
+    if accelerated(config) and not problem.accelerators:
+        return f"a {variant} tile of {rows} rows is for neural accelerators: an M5 or later, with macOS 26.2 or later"
     legal = (LARGE_BATCH_COLUMNS,) if variant == "large_batch" else TILE_COLUMNS
     if columns not in legal:
         return f"a {variant} tile on the GPU has {_either(legal)} columns, got tile_size_n={columns}"
@@ -114,10 +148,13 @@ def infeasible(problem: Problem, config: KernelConfig) -> str | None:
 def _matrix_infeasible(problem: Problem, config: KernelConfig) -> str | None:
     """A simdgroup keeps its sums until the end, so every column tile needs a simdgroup with room."""
     tiles, units = config.tile_size_n // codec.TILE, config.tile_size_m // 8
-    for shared in (1, 2, 4):
-        fits = 4 * shared * units <= _MATRIX_SUMS and problem.side_by_side * tiles // shared <= config.simdgroups
+    most = _ACCELERATOR_SUMS if accelerated(config) else _MATRIX_SUMS
+    for shared in (2, 4) if accelerated(config) else (1, 2, 4):
+        fits = 4 * shared * units <= most and problem.side_by_side * tiles // shared <= config.simdgroups
         if fits and tiles % shared == 0:
             return None
+    if accelerated(config) and tiles % 2:
+        return f"neural accelerators multiply 32 columns at a time, got tile_size_n={config.tile_size_n}"
     return (
         f"{config.simdgroups} simdgroups cannot hold the sums of {config.tile_size_m} rows and "
         f"{problem.side_by_side * config.tile_size_n} columns in registers; take more simdgroups or fewer columns"
@@ -125,7 +162,9 @@ def _matrix_infeasible(problem: Problem, config: KernelConfig) -> str | None:
 
 
 def effective(problem: Problem, config: KernelConfig) -> KernelConfig:
-    """No two configs run the same code."""
+    """On neural accelerators a result of bfloat16, which keeps 8 bits, takes one half per activation in any case."""
+    if accelerated(config) and problem.dtype == "bfloat16":
+        return replace(config, use_fp32_acc=True)
     return config
 
 

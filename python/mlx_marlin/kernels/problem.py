@@ -92,6 +92,8 @@ class Problem:
         combine: Whether scores are given, so that the top-k sum happens inside.
         bias: Whether any projection has a bias.
         accuracy: One of :data:`ACCURACIES`. Configs with ``use_fp32_acc=False`` run ``"half"`` only.
+        accelerators: Whether the GPU has neural accelerators that its system lets kernels use: tiles for them run only
+            there.
     """
 
     kind: Kind
@@ -108,6 +110,7 @@ class Problem:
     combine: bool = False
     bias: bool = False
     accuracy: Accuracy = "float32"
+    accelerators: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", _checked_bits(self.kind, self.bits, self.codebooks))
@@ -158,6 +161,7 @@ class Problem:
         device: str = "cpu",
         bias: bool = False,
         accuracy: str = "float32",
+        accelerators: bool = False,
     ) -> Problem:
         """The product with one weight, or with one projection of several experts.
 
@@ -172,6 +176,7 @@ class Problem:
             device: ``"cpu"`` or ``"gpu"``. Default: ``"cpu"``.
             bias: Whether there is a bias. Default: ``False``.
             accuracy: One of :data:`ACCURACIES`. Default: ``"float32"``.
+            accelerators: See :class:`Problem`. Default: ``False``.
         """
         widths = bits if isinstance(bits, Iterable) else (bits,)
         return cls(
@@ -188,6 +193,7 @@ class Problem:
             device,
             bias=bias,
             accuracy=accuracy,
+            accelerators=accelerators,
         )
 
     @classmethod
@@ -207,6 +213,7 @@ class Problem:
         combine: bool = False,
         bias: bool = False,
         accuracy: str = "float32",
+        accelerators: bool = False,
     ) -> Problem:
         """The experts of a layer.
 
@@ -224,6 +231,7 @@ class Problem:
             combine: Whether scores are given. Default: ``False``.
             bias: Whether any projection has a bias. Default: ``False``.
             accuracy: One of :data:`ACCURACIES`. Default: ``"float32"``.
+            accelerators: See :class:`Problem`. Default: ``False``.
         """
         return cls(
             "swiglu",
@@ -240,6 +248,7 @@ class Problem:
             combine=combine,
             bias=bias,
             accuracy=accuracy,
+            accelerators=accelerators,
         )
 
     @classmethod

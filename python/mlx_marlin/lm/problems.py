@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .. import ops
 from ..kernels import Problem
 from .experts import TOP_K_KEYS, activation_of, experts_per_token, unquantized_experts
 from .model import module_at, open_checkpoint, product_accuracy
@@ -53,6 +54,7 @@ def model_problems(
             device=device,
             bias=any("bias" in w.parts for stack in stacks for w in stack),
             accuracy=accuracy,
+            accelerators=ops.has_accelerators(device),
         )
         problems.setdefault(problem, []).append(path)
     for path, source in mapping.linears.items():
@@ -66,6 +68,7 @@ def model_problems(
             device=device,
             bias="bias" in source.linear.parts,
             accuracy=accuracy,
+            accelerators=ops.has_accelerators(device),
         )
         problems.setdefault(problem, []).append(path)
     return problems

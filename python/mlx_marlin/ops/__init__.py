@@ -35,7 +35,15 @@ from .problems import (
     swiglu_problem,
 )
 from .products import is_traced, trellis_decode, trellis_linear, trellis_swiglu
-from .runtime import cpu_digest, instruction_set, plan_digest, replace_sgemm, set_num_threads, uninitialized
+from .runtime import (
+    cpu_digest,
+    has_accelerators,
+    instruction_set,
+    plan_digest,
+    replace_sgemm,
+    set_num_threads,
+    uninitialized,
+)
 from .search import CODEBOOK_MULTIPLIERS, viterbi_search
 from .stacks import BUILD_LOCK, Stack, half_scales, prepare, prepare_weight, with_parameters
 
@@ -58,6 +66,7 @@ __all__ = [
     "cpu_digest",
     "device_of",
     "half_scales",
+    "has_accelerators",
     "instruction_set",
     "is_traced",
     "linear_problem",

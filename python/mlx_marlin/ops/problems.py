@@ -14,6 +14,7 @@ import numpy as np
 from .. import _ext, kernels
 from ..kernels import KernelConfig, Problem
 from ..weights.experts import ExpertStack
+from .runtime import has_accelerators
 
 StreamOrDevice = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
 """Where an op runs; ``None`` for the default stream. MLX's stub has it under this name, MLX itself does not."""
@@ -140,6 +141,7 @@ def linear_problem(
         device=device,
         bias=stack.bias is not None,
         accuracy=accuracy,
+        accelerators=has_accelerators(device),
     )
 
 
@@ -170,4 +172,5 @@ def swiglu_problem(
         combine=combine,
         bias=any(stack.bias is not None for stack in (gate, up, down)),
         accuracy=accuracy,
+        accelerators=has_accelerators(device),
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import re
 from collections.abc import Sequence
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +16,36 @@ from .. import _ext
 def instruction_set() -> str:
     """The best instruction set of this CPU that the kernels have code for, such as avx512vbmi or neon."""
     return _ext.instruction_sets()[-1]
+
+
+# The first generation of Apple's GPUs with neural accelerators: of Macs the M5's, of phones the one after it. And the
+# first system whose compiler is right for them, macOS 26.2, by the version of its kernel, which no compatibility mode
+# changes. MLX decides by the same (is_nax_available in backend/metal/device.cpp).
+_FIRST_GENERATION, _FIRST_PHONE_GENERATION = 17, 18
+_FIRST_DARWIN = (25, 2)
+
+
+@cache
+def has_accelerators(device: str) -> bool:
+    """Whether a device, ``"cpu"`` or ``"gpu"``, has neural accelerators that its system lets kernels use."""
+    if device != "gpu" or platform.system() != "Darwin" or not mx.is_available(mx.Device(mx.gpu)):
+        return False
+    return usable_accelerators(str(mx.device_info(mx.gpu).get("architecture", "")), platform.release())
+
+
+def usable_accelerators(architecture: str, darwin: str) -> bool:
+    """Whether kernels can use neural accelerators.
+
+    Args:
+        architecture: Metal's name of the GPU's, such as ``"applegpu_g17s"``; the last letter of phones is p.
+        darwin: The kernel's version, such as ``"25.2.0"``.
+    """
+    found = re.fullmatch(r"applegpu_g(\d+)([a-z]?)", architecture)
+    version = re.match(r"(\d+)\.(\d+)", darwin)
+    if found is None or version is None:
+        return False
+    first = _FIRST_PHONE_GENERATION if found[2] == "p" else _FIRST_GENERATION
+    return int(found[1]) >= first and (int(version[1]), int(version[2])) >= _FIRST_DARWIN
 
 
 def cpu_digest() -> str:

@@ -165,9 +165,14 @@ def _fit(problem: Problem, config: KernelConfig) -> KernelConfig | None:
 
 
 def _alike(a: Problem, b: Problem) -> bool:
-    """Whether two problems differ in rows of one variant, dtype and combination at most: the products are the same."""
-    same_variant = kernels.default_variant(a.rows) == kernels.default_variant(b.rows)
-    return same_variant and replace(a, rows=b.rows, dtype=b.dtype, combine=b.combine) == b
+    """Whether two problems differ in rows of one variant, dtype and combination at most: the products are the same.
+
+    Few rows never run on accelerators, so that it does not matter whether there are any.
+    """
+    variant = kernels.default_variant(b.rows)
+    accelerators = b.accelerators if variant in ("decode", "prefill4") else a.accelerators
+    like_b = replace(a, rows=b.rows, dtype=b.dtype, combine=b.combine, accelerators=accelerators)
+    return kernels.default_variant(a.rows) == variant and like_b == b
 
 
 def _unlikeness(a: Problem, b: Problem) -> tuple[bool, bool]:

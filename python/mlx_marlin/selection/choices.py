@@ -34,8 +34,9 @@ class Choice:
     def __str__(self) -> str:
         c = self.config
         workers = "threads" if self.problem.device == "cpu" else "simdgroups"
+        variant = c.kernel_variant + (" on neural accelerators" if kernels.accelerated(self.problem, c) else "")
         return (
-            f"{shown_name(self.problem, c)} (variant {c.kernel_variant}, tile {c.tile_size_m} x {c.tile_size_n}, "
+            f"{shown_name(self.problem, c)} (variant {variant}, tile {c.tile_size_m} x {c.tile_size_n}, "
             f"{workers} {c.simdgroups}, fp32 accumulation {'on' if c.use_fp32_acc else 'off'}): "
             f"{self.reason}"
         )
@@ -105,7 +106,10 @@ def _following(problem: Problem, config: KernelConfig, refused: dict[KernelConfi
 
     prefill4 is next as it is the fastest for any number of rows that does without simdgroup matrices. A variant of
     which two configs could not be built comes after the others. Configs that sum as the refused one does come first.
+    A compiler that is wrong about one config for neural accelerators is not asked for others.
     """
+    if any(kernels.accelerated(problem, other) for other in refused):
+        problem = replace(problem, accelerators=False)
     unbuilt = [c.kernel_variant for c, refusal in refused.items() if not refusal.built]
     order = [config.kernel_variant, "prefill4"]
 

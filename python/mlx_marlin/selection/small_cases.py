@@ -69,7 +69,7 @@ def _loops(plan: dict) -> frozenset[str]:
             "a narrow last group": n % columns > 0,
             "unequal ranges of k": longer > 0,
             "several steps in a range": tiles > 1,
-            "several blocks of scales": constants["half_operands"]
+            "several blocks of scales": (constants["half_operands"] or constants["accelerator"])
             and any(a // per_block < (b - 1) // per_block for a, b in zip(starts, starts[1:])),
             "several blocks of input": (constants["fused_prologue"] or constants.get("activating_input"))
             and rows * blocks > dispatch["threads"][0] // 32,

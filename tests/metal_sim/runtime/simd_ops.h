@@ -211,6 +211,56 @@ static void matrix_multiply(const Lanes& s) {
   }
 }
 
+// Matrices of 16x16 fragments, of which lane l holds rows m and m + 8 with m = ((l/4)&4) + (l/2)%4, and columns 4 q to
+// 4 q + 3 with q = ((l/4)&2) + l%2: four values of the first row, then four of the second. Values: 16 of a, b and c.
+struct Fragments {
+  u32 rows, columns;
+  bool transposed;
+  float value[32][32];
+
+  void place(u32 lane, u32 element, u32* row, u32* column) const {
+    u32 fragment = element / 8, across = columns > 16;
+    *row = ((lane / 4) & 4) + (lane / 2) % 4 + element / 4 % 2 * 8 + (across ? 0 : fragment * 16);
+    *column = (((lane / 4) & 2) + lane % 2) * 4 + element % 4 + (across ? fragment * 16 : 0);
+  }
+  void read(const Lanes& s, u32 first) {
+    for (u32 lane = 0; lane < 32; lane++) {
+      for (u32 i = 0; i < rows * columns / 32; i++) {
+        u32 r, c;
+        place(lane, i, &r, &c);
+        value[r][c] = ((const float*)s.L[lane]->in)[first + i];
+      }
+    }
+  }
+  float at(u32 r, u32 c) const {
+    return transposed ? value[c][r] : value[r][c];
+  }
+};
+
+// The argument: m, n and k in 6 bits each, then whether a and b are transposed.
+static void tensor_multiply(const Lanes& s) {
+  u32 arg = s.first()->arg, m = arg & 63, n = arg >> 6 & 63, k = arg >> 12 & 63;
+  bool ta = arg >> 18 & 1, tb = arg >> 19 & 1;
+  Fragments a = {ta ? k : m, ta ? m : k, ta}, b = {tb ? n : k, tb ? k : n, tb}, c = {m, n, false};
+  a.read(s, 0);
+  b.read(s, 16);
+  c.read(s, 32);
+  for (u32 i = 0; i < k; i++) {
+    for (u32 row = 0; row < m; row++) {
+      for (u32 column = 0; column < n; column++) {
+        c.value[row][column] = __builtin_fmaf(a.at(row, i), b.at(i, column), c.value[row][column]);
+      }
+    }
+  }
+  for (u32 lane = 0; lane < 32; lane++) {
+    for (u32 i = 0; i < m * n / 32; i++) {
+      u32 r, column;
+      c.place(lane, i, &r, &column);
+      ((float*)s.L[lane]->out)[i] = c.value[r][column];
+    }
+  }
+}
+
 static void perform(F** L, u32 mask, u32 n) {
   Lanes s = {L, mask, n};
   F* a = s.first();
@@ -237,8 +287,14 @@ static void perform(F** L, u32 mask, u32 n) {
       return;
     case MSL_OP_MATRIX_LANE:
     case MSL_OP_MATRIX_MULTIPLY:
+    case MSL_OP_TENSOR_MULTIPLY:
       if (mask != 0xffffffffu) {
-        fail(a->pc, "simdgroup_matrix operation needs all 32 lanes (active mask %#x)", mask);
+        fail(
+            a->pc, "%s operation needs all 32 lanes (active mask %#x)",
+            op == MSL_OP_TENSOR_MULTIPLY ? "matmul2d" : "simdgroup_matrix", mask);
+      }
+      if (op == MSL_OP_TENSOR_MULTIPLY) {
+        return tensor_multiply(s);
       }
       if (op == MSL_OP_MATRIX_MULTIPLY) {
         return matrix_multiply(s);

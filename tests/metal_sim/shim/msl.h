@@ -10,6 +10,7 @@
 #include "relational.h"
 #include "simdgroup.h"
 #include "matrix.h"
+#include "tensor_ops.h"
 #include "atomics.h"
 #include "apple_builtins.h"
 #include "entry.h"

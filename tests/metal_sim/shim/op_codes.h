@@ -27,6 +27,7 @@ enum {
   MSL_OP_IS_FIRST = 26,
   MSL_OP_MATRIX_LANE = 27,
   MSL_OP_MATRIX_MULTIPLY = 28,
+  MSL_OP_TENSOR_MULTIPLY = 29,
   MSL_OP_FILL_UP = 30,
   MSL_OP_FILL_DOWN = 31,
   MSL_OP_QUAD = 40,  // added to any of the above: the operation is on four lanes
