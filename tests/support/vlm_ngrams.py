@@ -56,19 +56,41 @@ def qwen4_exp(s: Sizes = SIZES, *, quantized: bool = True) -> Case:
         if i == 0:
             architectures._delta_layer(c, layer, fused=False)
         else:
-            c.attention(layer, norms="head", gated=True, norm_mean=0.0)
-            c.linear(f"{layer}.self_attn.indexer.index_qk_proj", s.hidden, 3 * s.head_dim)
-            for name in "qk":
-                c.norm(f"{layer}.self_attn.indexer.{name}_layernorm", s.head_dim, 0.0)
-        c.experts(f"{layer}.mlp")
-        c.fuse_experts(f"{layer}.mlp", interleaved=False)
-        c.gated_mlp(f"{layer}.mlp.shared_expert", 128)
-        c.plain(f"{layer}.mlp.shared_expert_gate.weight", 1, s.hidden, spread=0.1, dtype=mx.float16)
+            _sparse_layer(c, layer)
+        _experts(c, layer)
     _mixer(c, f"{model}.hyper_connection_mixer", injects=False)
     tables = _ngrams(c, f"{model}.layers.0.ple", quantized)
     c.config["vision_config"] = {"model_type": "qwen4_exp", **qwen_tower(c, "model.visual")}
     c.config.update({f"{name}_token_id": number for name, number in special(s).items()})
     return Case(c, qwen_picture(), TOWER.grid**2 // 4, tables=tables)
+
+
+def add_qwen4_exp_drafter(c: Checkpoint) -> None:
+    s, layer = c.sizes, "mtp.layers.0"
+    c.norm("mtp.pre_fc_norm_embedding", s.hidden, 0.0)
+    c.norm("mtp.pre_fc_norm_hidden", _STREAMS * s.hidden, 0.0)
+    for name in ("fc_embedding", "fc_hidden"):
+        c.linear(f"mtp.{name}", s.hidden, s.hidden)
+    for site in ("attn", "mlp"):
+        _mixer(c, f"{layer}.{site}_hyper_connection", injects=True)
+    _sparse_layer(c, layer)
+    _experts(c, layer)
+    _mixer(c, "mtp.hyper_connection_mixer", injects=False)
+
+
+def _sparse_layer(c: Checkpoint, layer: str) -> None:
+    s = c.sizes
+    c.attention(layer, norms="head", gated=True, norm_mean=0.0)
+    c.linear(f"{layer}.self_attn.indexer.index_qk_proj", s.hidden, 3 * s.head_dim)
+    for name in "qk":
+        c.norm(f"{layer}.self_attn.indexer.{name}_layernorm", s.head_dim, 0.0)
+
+
+def _experts(c: Checkpoint, layer: str) -> None:
+    c.experts(f"{layer}.mlp")
+    c.fuse_experts(f"{layer}.mlp", interleaved=False)
+    c.gated_mlp(f"{layer}.mlp.shared_expert", 128)
+    c.plain(f"{layer}.mlp.shared_expert_gate.weight", 1, c.sizes.hidden, spread=0.1, dtype=mx.float16)
 
 
 def _mixer(c: Checkpoint, name: str, *, injects: bool) -> None:

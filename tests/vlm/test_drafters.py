@@ -1,6 +1,9 @@
 """Prediction layers as mlx-vlm's drafters: speculation says what plain generation says."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_vlm
 import numpy as np
 import pytest
@@ -9,8 +12,11 @@ from mlx_vlm.speculative.drafters import load_drafter
 from mlx_marlin import vlm
 from mlx_marlin.layers.linear import TrellisLinear
 from mlx_marlin.vlm.layers import FusedExperts
+from tests.support.checkpoints import SIZES
 from tests.support.left_out_parts import draft_in_front
 from tests.support.vlm_checkpoints import PROCESSED, qwen3_5_moe, qwen3_vl_moe, write_processor
+from tests.support.vlm_ngrams import add_qwen4_exp_drafter, qwen4_exp_plain
+from tests.support.vlm_originals import add_glm5_next_drafter, glm5_next
 from tests.vlm.test_load import answer, picture
 
 
@@ -26,22 +32,40 @@ def directories(tmp_path_factory):
     return write_processor(c.write(folder / "exl3", shards=2)), write_processor(c.write_dense(folder / "dense"))
 
 
-def draft(drafter, model, tokens: mx.array) -> np.ndarray:
-    """What a drafter makes of hidden states."""
-    hidden = mx.random.normal((1, tokens.shape[1], PROCESSED.hidden), key=mx.random.key(3))
-    drafter.reset(model)
-    return np.array(drafter._forward_tokens(tokens, hidden, mx.int32).astype(mx.float32))
+def draft(drafter, tokens: mx.array, width: int) -> np.ndarray:
+    """What a drafter makes of hidden states, with embeddings as of a model."""
+    embedding = nn.Embedding(PROCESSED.vocab, PROCESSED.hidden)
+    embedding.weight = mx.random.normal(embedding.weight.shape, key=mx.random.key(4))
+    drafter.reset(SimpleNamespace(embed_tokens=embedding, lm_head=None))
+    hidden = mx.random.normal((1, tokens.shape[1], width), key=mx.random.key(3))
+    made = drafter._forward_tokens(tokens, hidden, mx.int32)
+    return np.array((made[0] if isinstance(made, tuple) else made).astype(mx.float32))
+
+
+def assert_drafters_agree(exl3, dense, width: int = PROCESSED.hidden) -> nn.Module:
+    drafter = vlm.load_drafter(exl3, "float32")
+    theirs, kind = load_drafter(str(dense))
+    theirs.set_dtype(mx.float32)
+    tokens = mx.array(np.random.default_rng(1).integers(0, SIZES.vocab, (1, 9)))
+    got, wanted = (draft(model, tokens, width) for model in (drafter, theirs))
+    assert kind == "mtp" and wanted.std() > 0.1
+    assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    return drafter
 
 
 def test_a_drafter_equals_that_of_the_dequantized_weights(directories):
-    model, drafter = vlm.load(directories[0], "float32")[0], vlm.load_drafter(directories[0], "float32")
-    dense, kind = load_drafter(str(directories[1]))
-    dense.set_dtype(mx.float32)
-    tokens = mx.array(np.random.default_rng(1).integers(0, 500, (1, 9)))
-    got, wanted = draft(drafter, model, tokens), draft(dense, model, tokens)
-    assert kind == "mtp" and wanted.std() > 0.1
-    assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+    drafter = assert_drafters_agree(*directories)
     assert isinstance(drafter.fc, TrellisLinear) and isinstance(drafter.layers[0].mlp.switch_mlp, FusedExperts)
+
+
+def test_drafters_of_models_with_streams(tmp_path):
+    for make, add, streams in (
+        (glm5_next, add_glm5_next_drafter, 1),
+        (qwen4_exp_plain, add_qwen4_exp_drafter, 2),
+    ):
+        c, folder = make().checkpoint, tmp_path / make.__name__
+        add(c)
+        assert_drafters_agree(c.write(folder / "exl3"), c.write_dense(folder / "dense"), streams * SIZES.hidden)
 
 
 def test_speculation_says_the_same(directories):
