@@ -80,9 +80,12 @@ SIGNATURES = {
     "adapt": "model, exploration=0.05, *, max_overhead=0.02, seed=None",
     "load": "path_or_hf_repo, dtype=None, accuracy=None, *, tokenizer_config=None, model_config=None, "
     "adapter_path=None, lazy=False, return_config=False, revision=None, trust_remote_code=False, progress=None",
-    "convert": "model, output, *, bits, head_bits=6, embed_bits=None, mtp_bits=4, vision_bits=6, codebook='mul1', "
-    "half_rates=True, calibration=None, mixed='per-expert', resume=False, seed=0, trust_remote_code=False, "
+    "convert": "model, output, *, bits=None, head_bits=6, embed_bits=None, mtp_bits=4, vision_bits=6, codebook='mul1', "
+    "half_rates=True, calibration=None, mixed='per-expert', resume=False, seed=0, trust_remote_code=False, job=None, "
+    "allocation=None, progress=None",
+    "quantize.measure": "model, job, *, codebook='mul1', calibration=None, seed=0, trust_remote_code=False, "
     "progress=None",
+    "quantize.allocate": "job, bits, *, mixed='per-expert', half_rates=True, allocation=None",
     "quantize_weight": "weight, K, codebook='mul1', hessian=None, seed=0, *, bias=None, threads=None",
 }
 

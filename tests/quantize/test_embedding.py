@@ -118,7 +118,7 @@ def small_vocabulary():
     """The tokenizer of the sources has 2048 tokens."""
     with pytest.MonkeyPatch.context() as patch:
         tokens = np.random.default_rng(0).integers(0, 256, (8, 64))
-        patch.setattr("mlx_marlin.quantize.conversion.calibration_tokens", lambda *_: tokens)
+        patch.setattr("mlx_marlin.quantize.calibration.calibration_tokens", lambda *_: tokens)
         yield
 
 

@@ -6,12 +6,13 @@ import logging
 import random
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mlx_marlin.quantize import convert, job_state, resume
-from mlx_marlin.storage.safetensors import read_header
+from mlx_marlin.storage.safetensors import TensorInfo, read_header
 from tests.quantize.test_convert import MOE, digest, make_source, moe_shapes
 from tests.support.conversions import Interrupted, interrupt, no_search
 from tests.support.paths import MODELS
@@ -77,9 +78,12 @@ def told(monkeypatch):
 
 
 PARTS = (
-    "measured-0000.json", "measured-0001.json", "sensitivity.json", "layer-0000.safetensors", "layer-0001.safetensors",
-    "head.safetensors", "embedding.safetensors", "layer-state-0001.safetensors", "measured-state-0001.safetensors",
+    "measurement/measured-0000.json", "measurement/measured-0001.json", "measurement/sensitivity.json",
+    "measurement/embedding-2.safetensors", "layer-0000.safetensors", "layer-0001.safetensors", "head.safetensors",
+    "layer-state-0001.safetensors",
 )  # fmt: skip
+JOBS = ("job.json", "measurement/job.json")
+SEARCHED = "measurement/searched-0000.safetensors"
 
 
 def flip(path):
@@ -97,8 +101,9 @@ def empty(path):
 
 
 def test_the_parts_are_these(work):
-    made = {p.name for p in work.iterdir()} - {"layer-state-0000.safetensors", "measured-state-0000.safetensors"}
-    assert made == {*PARTS, "job.json", "plan.txt", "lock"}
+    made = {str(p.relative_to(work)) for p in work.rglob("*") if p.is_file()} - {"layer-state-0000.safetensors"}
+    jobs = {f"{place}{name}" for place in ("", "measurement/") for name in ("job.json", "lock")}
+    assert made == {*PARTS, SEARCHED, *jobs, "plan.txt"}
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -115,7 +120,7 @@ def test_a_damaged_part_is_told_and_made_again(source, arguments, finished, work
 
 @pytest.mark.parametrize("name", PARTS)
 def test_a_part_of_another_conversion(source, arguments, finished, stopped, work, told, name):
-    shutil.copy(stopped["foreign"] / ".convert" / name, work)
+    shutil.copy(stopped["foreign"] / ".convert" / name, work / name)
     convert(source, work.parent, resume=True, **arguments)
     assert f"{work / name} belongs to another conversion; that part is made again" in told
     assert digest(work.parent) == finished
@@ -134,7 +139,7 @@ def test_parts_that_changed_places(source, arguments, finished, work, told):
 
 def test_a_seal_over_other_content(source, arguments, finished, work, told):
     """JSON with another type in it, and its old seal; then a new digest, which only the whole chain tells."""
-    path = work / "measured-0000.json"
+    path = work / "measurement/measured-0000.json"
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"energy": "', b'"energy": [', 1))
     convert(source, work.parent, resume=True, **arguments)
@@ -143,7 +148,7 @@ def test_a_seal_over_other_content(source, arguments, finished, work, told):
 
 @pytest.mark.parametrize("lost", ["*-state-*", "*-state-0001*", "layer-0000*", "measured-*", "*.json", "l*"])
 def test_parts_that_are_gone(source, arguments, finished, work, lost):
-    for path in work.glob(lost):
+    for path in work.rglob(lost):
         path.unlink()
     convert(source, work.parent, resume=True, **arguments)
     assert digest(work.parent) == finished
@@ -151,12 +156,12 @@ def test_parts_that_are_gone(source, arguments, finished, work, lost):
 
 def test_layers_that_are_there_are_not_searched_again(source, arguments, finished, work, monkeypatch):
     """Their codes are installed again where the states behind them are lost."""
-    from mlx_marlin.quantize import conversion
+    from mlx_marlin.quantize import layers
 
     for path in (*work.glob("layer-state-*"), work / "layer-0001.safetensors"):
         path.unlink()
-    searched, search = [], conversion.quantize_prepared
-    monkeypatch.setattr(conversion, "quantize_prepared", lambda *a: searched.append(1) or search(*a))
+    searched, search = [], layers.quantize_prepared
+    monkeypatch.setattr(layers, "quantize_prepared", lambda *a: searched.append(1) or search(*a))
     convert(source, work.parent, resume=True, **arguments)
     assert len(searched) == len([n for n in moe_shapes() if ".layers.1." in n and "_proj" in n])
     assert digest(work.parent) == finished
@@ -164,14 +169,17 @@ def test_layers_that_are_there_are_not_searched_again(source, arguments, finishe
 
 def test_states_that_a_layer_does_not_give(source, arguments, finished, work, told, monkeypatch):
     """Where a layer's stored codes do not lead on to the same states, it is made again."""
-    from mlx_marlin.quantize import conversion
+    from mlx_marlin.quantize import layers
 
     for path in work.glob("layer-state-*"):
         path.unlink()
-    read = conversion.stored_codes
-    monkeypatch.setattr(
-        conversion, "stored_codes", lambda *a: (c := read(*a)) and type(c)(c.trellis, c.suh, -c.svh, *a[2:3], *a[3])
-    )
+    read = layers.stored_codes
+
+    def negated(name, stored, *rest):
+        codes = read(name, stored, *rest)
+        return replace(codes, svh=-codes.svh) if isinstance(stored[f"{name}.svh"], TensorInfo) else codes
+
+    monkeypatch.setattr(layers, "stored_codes", negated)
     convert(source, work.parent, resume=True, **arguments)
     assert [line for line in told if "does not give the states that it says" in line] and digest(
         work.parent
@@ -194,7 +202,7 @@ def reseal(path: Path, **changes) -> None:
     [
         ("layer-0000.safetensors", "widths", "widths"),
         ("layer-0001.safetensors", "before", "hidden states"),
-        ("sensitivity.json", "before", "before"),
+        ("measurement/sensitivity.json", "before", "before"),
         ("head.safetensors", "before", "before"),
     ],
 )
@@ -278,9 +286,10 @@ def test_without_its_job(source, arguments, finished, work, told, damage):
 
 
 def test_without_its_job_and_with_other_settings(source, arguments, work, told, stopped, tmp_path):
-    (work / "job.json").unlink()
+    for place in (work, work / "measurement"):
+        (place / "job.json").unlink()
     convert(source, work.parent, resume=True, **{**arguments, "seed": 1})
-    assert {line.partition(" ")[0] for line in told[1:]} <= {str(work / name) for name in PARTS}
+    assert {line.partition(" ")[0] for line in told} <= {str(work / name) for name in (*JOBS, *PARTS, SEARCHED)}
     convert(source, stopped["foreign"].parent / "second", **{**arguments, "seed": 1})
     assert digest(work.parent) == digest(stopped["foreign"].parent / "second")
 
@@ -320,8 +329,12 @@ def test_an_output_that_is_something_else(source, arguments, finished, tmp_path)
 
 def mutate(rng: random.Random, work: Path, foreign: Path) -> str:
     """Damage a work directory; returns how."""
-    names = sorted(p.name for p in work.iterdir() if p.name != "lock")
-    path, other = work / rng.choice(names), work / rng.choice(names)
+    names = sorted(str(p.relative_to(work)) for p in work.rglob("*") if p.name != "lock" and not p.is_dir())
+    name, other_name = rng.choice(names), rng.choice(names)
+    path, other = work / name, work / other_name
+    if path.is_symlink():  # of an earlier damage: nothing is to be written through it
+        path.unlink()
+        return f"gone {name}"
     content = path.read_bytes() if path.is_file() else b""
     kind = rng.choice(("cut", "bits", "bytes", "append", "gone", "swap", "copy", "foreign", "json", "link", "nothing"))
     if kind == "cut":
@@ -343,15 +356,15 @@ def mutate(rng: random.Random, work: Path, foreign: Path) -> str:
         (work / "between").rename(other)
     elif kind == "copy" and other.is_file():
         path.write_bytes(other.read_bytes())
-    elif kind == "foreign" and (foreign / path.name).is_file():
-        path.write_bytes((foreign / path.name).read_bytes())
+    elif kind == "foreign" and (foreign / name).is_file():
+        path.write_bytes((foreign / name).read_bytes())
     elif kind == "json":
         old, new = rng.choice(((b'"', b"1"), (b"[", b"{"), (b"0x1", b"nul"), (b"1", b"2"), (b"{", b"["), (b":", b",")))
         path.write_bytes(content.replace(old, new, rng.randint(1, 9)))
     elif kind == "link":
         path.unlink(missing_ok=True)
-        path.symlink_to(rng.choice((path, other, foreign / path.name, Path("/nowhere"))))
-    return f"{kind} {path.name} {other.name}"
+        path.symlink_to(rng.choice((path, other, foreign / name, Path("/nowhere"))))
+    return f"{kind} {name} {other_name}"
 
 
 def try_damage(seed, source, arguments, finished, stopped, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_marlin import codec
-from mlx_marlin.quantize import conversion, embedding, head
+from mlx_marlin.quantize import calibration, embedding, head, layers
 from mlx_marlin.quantize.weight import Codes, Prepared, prepare
 
 LENGTH, WINDOWS = 32, 2
@@ -44,11 +44,11 @@ def rows_without_search(rows: np.ndarray, signs: np.ndarray, bits: int, threads:
 def no_search() -> Iterator[None]:
     """Conversions take a tenth of a second and two windows of text."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "quantize_prepared", codes_without_search)
+        patch.setattr(layers, "quantize_prepared", codes_without_search)
         patch.setattr(head, "quantize_wide", wide_without_search)
         patch.setattr(embedding, "quantize_rows", rows_without_search)
-        patch.setattr(conversion, "CALIBRATION_WINDOWS", WINDOWS)
-        patch.setattr(conversion, "CALIBRATION_LENGTH", LENGTH)
+        patch.setattr(calibration, "WINDOWS", WINDOWS)
+        patch.setattr(calibration, "LENGTH", LENGTH)
         yield
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_marlin import codec, ops
-from mlx_marlin.quantize import conversion, regularise
+from mlx_marlin.quantize import calibration, regularise
 from mlx_marlin.quantize.calibration import BUNDLED
 from mlx_marlin.storage.safetensors import TensorInfo, read_header
 from tests.support import architectures
@@ -87,7 +87,7 @@ def stepping_search(tiles: np.ndarray, bits: float, codebook: str, *, threads: i
 def quick_conversions(monkeypatch):
     """Conversions with :func:`stepping_search`, windows of :data:`LENGTH` tokens."""
     monkeypatch.setattr(ops, "viterbi_search", stepping_search)
-    monkeypatch.setattr(conversion, "CALIBRATION_LENGTH", LENGTH)
+    monkeypatch.setattr(calibration, "LENGTH", LENGTH)
     # What one search measured must not serve the other.
     regularise._log_errors.cache_clear()
     yield

@@ -9,6 +9,7 @@ import logging
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from .. import codec
 
 if TYPE_CHECKING:
+    from .allocation import Allocation
     from .progress import Progress
 
 
@@ -35,19 +37,23 @@ def _width_or(others: tuple[str, ...], meaning: str) -> Callable[[str], int | fl
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .allocate import MODES
-
     parser = argparse.ArgumentParser(
         prog="mlx_marlin-convert",
         description="Quantize a Hugging Face checkpoint that mlx-lm can run into an EXL3 directory.",
+        epilog="mlx_marlin-convert measure and mlx_marlin-convert allocate do the two halves of the planning by "
+        "themselves; each has --help.",
     )
-    parser.add_argument(
-        "--model", required=True, help="directory of the checkpoint: fp16, bf16, fp32, fp8 in blocks or mxfp4"
-    )
+    _add_model(parser)
     parser.add_argument("--output", required=True, help="directory to be made")
-    parser.add_argument(
-        "--bits", type=float, required=True, help="stored bits per weight of the quantized layers, scales included"
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument(
+        "--bits",
+        type=float,
+        nargs="+",
+        help="stored bits per weight of the quantized layers, scales included; several give a folder each",
     )
+    size.add_argument("--allocation", metavar="FILE", help="table of the widths: a plan.txt, as it is or edited")
+    parser.add_argument("--job", metavar="DIR", help="measurement to be used and kept (default: made in the output)")
     parser.add_argument(
         "--head-bits",
         type=_width_or(("16",), "16 leaves the head in half precision"),
@@ -69,25 +75,62 @@ def _parser() -> argparse.ArgumentParser:
         default=6,
         help="K of the vision tower where that is of a known kind; 16 keeps it as it is, 0 leaves it out (default: 6)",
     )
+    _add_sharing(parser)
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted conversion, or add sizes")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """What a measurement depends on."""
+    parser.add_argument(
+        "--model", required=True, help="directory of the checkpoint: fp16, bf16, fp32, fp8 in blocks or mxfp4"
+    )
     parser.add_argument("--codebook", choices=("mul1", "mcg", "3inst"), default="mul1", help="(default: mul1)")
+    parser.add_argument("--calibration", help="UTF-8 text file (default: the bundled text)")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="let the tokenizer run code from the checkpoint"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random signs (default: 0)")
+
+
+def _add_sharing(parser: argparse.ArgumentParser) -> None:
+    """What an allocation depends on beside its size."""
+    from .allocation import MODES
+
     parser.add_argument(
         "--no-half",
         dest="half_rates",
         action="store_false",
         help="whole widths only: ExLlamaV3 reads 1.5, 2.5 and 3.5 bits since 1.5.1",
     )
-    parser.add_argument("--calibration", help="UTF-8 text file (default: the bundled text)")
     parser.add_argument(
         "--mixed",
         choices=MODES,
-        default=MODES[0],
-        help="who shares a width; loaders other than this package need per-layer or uniform (default: per-expert)",
+        default="per-layer",
+        help="who shares a width; per-expert is for this package only (default: per-layer)",
     )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="let the tokenizer run code from the checkpoint"
+
+
+def _measure_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx_marlin-convert measure",
+        description="Measure what every width of every linear would cost, for allocate and for conversions with --job. "
+        "The same command continues what was interrupted.",
     )
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted conversion")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random signs (default: 0)")
+    _add_model(parser)
+    parser.add_argument("--job", required=True, metavar="DIR", help="directory of the measurement, made if need be")
+    return parser
+
+
+def _allocate_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mlx_marlin-convert allocate",
+        description="Give every linear of a measured model its width, and show what that loses.",
+    )
+    parser.add_argument("--job", required=True, metavar="DIR", help="directory of the measurement")
+    parser.add_argument("--bits", type=float, required=True, help="stored bits per weight, scales included")
+    _add_sharing(parser)
+    parser.add_argument("--allocation", metavar="FILE", help="write the widths there, for an editor and a conversion")
     return parser
 
 
@@ -126,50 +169,114 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min {int(seconds) % 60:02} s"
 
 
-def _begun(output: str) -> bool:
-    """Whether a conversion has begun in a directory, so that there is something to resume."""
+def _begun(directory: Path) -> bool:
+    """Whether a conversion or measurement has begun in a directory, so that there is something to continue."""
     from .job_state import JOB
-    from .resume import WORK
+    from .resume import MEASUREMENT, WORK
 
-    return (Path(output) / WORK / JOB).is_file()
+    return any((directory / place / JOB).is_file() for place in ("", WORK, MEASUREMENT))
 
 
-def _convert(options: dict) -> int:
-    """Run a conversion; returns the exit status."""
-    model, output = options.pop("model"), options.pop("output")
-    print(f"mlx_marlin-convert: {model} to {output}, {options['bits']:g} bits", file=sys.stderr, flush=True)
-    from . import convert  # takes seconds
+def _guarded(run: Callable[[], int], directory: str, continues: str) -> int:
+    """Run; errors in one line.
 
-    logging.getLogger("mlx_marlin.quantize").addHandler(logging.NullHandler())  # progress tells it too
-    screen = _Screen()
+    Args:
+        run: What to do.
+        directory: Where it writes.
+        continues: What continues it: an option, or ``""`` where the same command does.
+    """
+    with_option = f" with {continues}" if continues else ""
     try:
-        with contextlib.closing(screen):
-            plan = convert(model, output, progress=screen, **options)
+        return run()
     except (ValueError, FileExistsError) as error:
         print(f"mlx_marlin-convert: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        kept = " with --resume; every finished layer is kept" if _begun(output) else ""
+        kept = f"{with_option}; every finished layer is kept" if _begun(Path(directory)) else ""
         advice = "make room" if full else "mend this"
         print(f"mlx_marlin-convert: {error}; {advice} and run again{kept}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        kept = "; the same command with --resume continues, every finished layer is kept" if _begun(output) else ""
-        print(f"\nmlx_marlin-convert: interrupted{kept}", file=sys.stderr)
+        kept = f"; the same command{with_option} continues, every finished layer is kept"
+        shown = kept if _begun(Path(directory)) else ""
+        print(f"\nmlx_marlin-convert: interrupted{shown}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _convert(options: dict) -> int:
+    """Run a conversion; returns the exit status."""
+    model, output, bits = options.pop("model"), options.pop("output"), options.pop("bits")
+    size = options["allocation"] if bits is None else f"{', '.join(f'{b:g}' for b in bits)} bits"
+    print(f"mlx_marlin-convert: {model} to {output}, {size}", file=sys.stderr, flush=True)
+    from . import convert  # takes seconds
+
+    logging.getLogger("mlx_marlin.quantize").addHandler(logging.NullHandler())  # progress tells it too
+    wanted = bits[0] if bits is not None and len(bits) == 1 else bits
+
+    def run() -> int:
+        with contextlib.closing(_Screen()) as screen:
+            found = convert(model, output, bits=wanted, progress=screen, **options)
+        plans = found if isinstance(found, list) else [found]
+        for plan in plans:
+            print(f"{_shown(plan)}; see plan.txt")
+        place = shlex.quote(output if len(plans) == 1 else f"{output}/{bits[0]}bpw")
+        print(f"Next: mlx_marlin generate --model {place} --prompt ... (or chat, server; info tells its sizes)")
+        return 0
+
+    return _guarded(run, output, "--resume")
+
+
+def _measure(options: dict) -> int:
+    """Run a measurement; returns the exit status."""
+    model, job = options.pop("model"), options.pop("job")
+    print(f"mlx_marlin-convert: measuring {model} into {job}", file=sys.stderr, flush=True)
+    from . import measure  # takes seconds
+
+    logging.getLogger("mlx_marlin.quantize").addHandler(logging.NullHandler())  # progress tells it too
+
+    def run() -> int:
+        with contextlib.closing(_Screen()) as screen:
+            measure(model, job, progress=screen, **options)
+        print(f"Next: mlx_marlin-convert allocate --job {shlex.quote(job)} --bits ...")
+        return 0
+
+    return _guarded(run, job, "")
+
+
+def _allocate(options: dict) -> int:
+    """Make a plan; returns the exit status."""
+    from . import allocate  # takes seconds
+
+    job = options.pop("job")
+
+    def run() -> int:
+        plan = allocate(job, options.pop("bits"), **options)
+        print(f"{_shown(plan)}, loss {plan.loss:.4g} nats per token")
+        counts = Counter(plan.widths.values())
+        print("linears by K: " + ", ".join(f"{k}: {counts[k]}" for k in sorted(counts)))
+        if options["allocation"] is not None:
+            table = shlex.quote(options["allocation"])
+            print(f"Next: mlx_marlin-convert --job {shlex.quote(job)} --allocation {table} ...")
+        return 0
+
+    return _guarded(run, job, "")
+
+
+def _shown(plan: Allocation) -> str:
     gap = 100 * (plan.loss / plan.bound - 1) if plan.bound > 0 else 0.0
-    print(f"{plan.bits:.4f} bits per weight, allocation within {gap:.3g} % of the best possible; see plan.txt")
-    print(
-        f"Next: mlx_marlin generate --model {shlex.quote(output)} --prompt ... (or chat, server; info tells its sizes)"
-    )
-    return 0
+    return f"{plan.bits:.4f} bits per weight, allocation within {gap:.3g} % of the best possible"
+
+
+_COMMANDS = {"measure": (_measure_parser, _measure), "allocate": (_allocate_parser, _allocate)}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    parser, run = _COMMANDS.get(words[0], (_parser, _convert)) if words else (_parser, _convert)
     try:
-        return _convert(vars(_parser().parse_args(arguments)))
+        return run(vars(parser().parse_args(words[1:] if words and words[0] in _COMMANDS else words)))
     except ModuleNotFoundError as error:
         print(f"mlx_marlin-convert: {error}; in a clone of mlx_marlin run: pip install '.[lm]'", file=sys.stderr)
         return 2

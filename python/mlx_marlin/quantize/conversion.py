@@ -1,62 +1,45 @@
-"""Convert a checkpoint to EXL3: measure, allocate, quantize layer by layer, assemble.
+"""Convert a checkpoint to EXL3: measure, allocate, quantize layer by layer, assemble; one size or several.
 
-Every step leaves its result in ``<output>/.convert``, sealed; a later run continues there. The directory is removed
-when the model is complete.
+Every step leaves its result in ``<output>/.convert`` or beside the measurement, sealed; a later run continues there.
+``.convert`` is removed when a model is complete.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
-
-from .. import codec, kernels
-from ..loader.scaling import up_divisor
 from ..storage import atomic
-from ..storage.safetensors import Tensor, read_header
-from .allocate import Allocation, Item, allocate
-from .budget import candidate_widths, stored_bits
-from .calibration import calibration_tokens
-from .embedding import PART as EMBEDDING
-from .embedding import embedding_tensors
-from .extras import Extras, find_extras, write_extras
-from .head import head_name, head_tensors
-from .job_state import JobState, Pass, States, digest_of, follow
-from .jobs import Job, layer_jobs, seed_of
-from .layered import LayeredModel
-from .plan import items_from, items_value, plan_table
+from .allocation import Allocation, Item, as_given
+from .budget import candidate_widths, linears, model_sizes
+from .extras import Extras, find_extras
+from .head import head_name
+from .job_state import JobState, digest_of
+from .layers import LayerQuantizer
+from .measurement import Measurement, allocated, opened_runner, teller
+from .plan import plan_table, read_table
 from .progress import Clock, Progress
-from .resume import opened
-from .sensitivity import disturbed, sensitivities
+from .resume import (
+    MEASUREMENT,
+    WORK,
+    check_measurement,
+    check_place,
+    check_several,
+    content_of,
+    opened_measurement,
+    opened_work,
+)
+from .runner import Runner
 from .settings import Settings, check_settings
-from .source import Source
-from .stored import stored_codes, stored_tensors
-from .taps import Taps
-from .weight import Codes, expected_loss, prepare, quantize_prepared
-from .writer import HEAD, assemble
-
-# 65536 tokens: of 128 experts, 8 per token, each sees 4096 on average, twice as many as it has inputs of 2048.
-CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 256, 256
-_EXPERT_UP = re.compile(r"\.experts\.\d+\.(?:up_proj|w3)$")
-_BATCH = 8  # windows per call of a layer
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
-_log = logging.getLogger("mlx_marlin.quantize")
+from .writer import assemble, finish
 
 
 def convert(
     model: str | Path,
     output: str | Path,
     *,
-    bits: float,
+    bits: float | Sequence[float] | None = None,
     head_bits: float = 6,
     embed_bits: int | None = None,
     mtp_bits: float = 4,
@@ -68,15 +51,19 @@ def convert(
     resume: bool = False,
     seed: int = 0,
     trust_remote_code: bool = False,
+    job: str | Path | None = None,
+    allocation: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
-) -> Allocation:
-    """Quantize a checkpoint that mlx-lm can run into an EXL3 directory.
+) -> Allocation | list[Allocation]:
+    """Quantize a checkpoint that mlx-lm can run into an EXL3 directory, or into several sizes from one measurement.
 
     Args:
         model: Directory of a Hugging Face checkpoint, fp16, bf16 or fp32, or fp8 in blocks or mxfp4, in the names of
             the original or of mlx-lm.
         output: Directory to be made.
-        bits: Stored bits per weight of the quantized layers: codes, suh, svh and biases, without the head.
+        bits: Stored bits per weight of the quantized layers: codes, suh, svh and biases, without the head. For a list
+            of sizes ``output`` gets a folder for each, ``2.25bpw``, with the files that a conversion to that size alone
+            gives. Default: ``None``, with ``allocation`` only.
         head_bits: K of the output projection; 16 leaves it in half precision. Default: ``6``.
         embed_bits: K of the token embedding, 1 to 8, which ExLlamaV3 reads since 1.6.0. Default: ``None``, unquantized.
         mtp_bits: K of the linears of multi-token prediction layers, quantized without calibration; 16 keeps the layers
@@ -91,13 +78,18 @@ def convert(
             projection over the experts of a layer, which other EXL3 loaders need; ``"uniform"`` the same with two
             neighbouring whole widths and what lies between them only. Default: ``"per-expert"``.
         resume: Continue an interrupted conversion in ``output``, of the same checkpoint by content, wherever that lies
-            now. Files of it that are damaged or foreign are told, and made again. Default: ``False``.
+            now. Files of it that are damaged or foreign are told, and made again. Of several sizes, those that are
+            complete are left as they are, and others may be added. Default: ``False``.
         seed: Seed of the random signs. The result depends on nothing else than the arguments. Default: ``0``.
         trust_remote_code: Whether a tokenizer may run code from the checkpoint. Default: ``False``.
+        job: Directory of the measurement, used if it is there, made by this if not, and kept. Default: ``None``: for
+            several sizes ``measurement`` in ``output``; for one size it is not kept.
+        allocation: Table of the widths in place of ``bits``: a ``plan.txt``, or what :func:`allocate` wrote, as it is
+            or edited. Default: ``None``.
         progress: Called with a :class:`Progress` after each finished piece of work.
 
     Returns:
-        Allocation: the widths, the stored bits per weight, the loss and its proven bound.
+        Allocation: the widths, the stored bits per weight, the loss and its proven bound; a list for several sizes.
 
     Raises:
         ValueError: If an argument or the checkpoint is not fit for this, what is to be resumed was begun with something
@@ -107,9 +99,11 @@ def convert(
     """
     from threadpoolctl import threadpool_limits
 
-    settings = check_settings(
-        Settings(
-            bits=float(bits),
+    sizes = _sizes(bits, allocation)
+
+    def settings_for(size: float | None) -> Settings:
+        asked = Settings(
+            bits=size,
             head_bits=head_bits,
             embed_bits=embed_bits,
             mtp_bits=mtp_bits,
@@ -119,22 +113,55 @@ def convert(
             mixed=mixed,
             seed=int(seed),
         )
-    )
+        return check_settings(asked)
+
+    settings = [settings_for(size) for size in sizes]
     clock = Clock(progress)
-    clock.tick(f"reading {model}")
-    source, target = Source(Path(model)), Path(output)
-    tokens = calibration_tokens(source.path, calibration, CALIBRATION_WINDOWS, CALIBRATION_LENGTH, trust_remote_code)
-    asked = _check(source, target, settings, tokens)
+    runner = opened_runner(model, calibration, trust_remote_code, clock)
+    target, table = Path(output), None if allocation is None else Path(allocation)
+    asked = _check(runner, target, settings, table)
+    is_one = not isinstance(bits, Sequence)
+    _check_places(target, [target] if is_one else [target / folder_of(s) for s in settings], resume, is_one)
+    if job is not None:
+        check_measurement(Path(job))
+    # In layers: measured, and for each size quantized; its head.
+    clock.total = runner.count + float(len(sizes) * (runner.count + 1))
+    with threadpool_limits(1, "blas"):  # sums must not depend on the machine's cores; experts run side by side
+        content = content_of(runner.source, runner.tokens, clock.tick)
+        several = _Conversions(runner, asked, content, codebook, int(seed), clock)
+        if is_one:
+            return several.one(settings[0], target, None if job is None else Path(job))
+        return several.all(settings, target, target / MEASUREMENT if job is None else Path(job))
 
-    def tell(message: str) -> None:
-        _log.warning(message)
-        clock.tell(message)
 
-    with (
-        threadpool_limits(1, "blas"),  # sums must not depend on the machine's cores; experts run side by side
-        opened(target, resume, source, settings, tokens, tell, clock.tick) as state,
-    ):
-        return _Conversion(source, target, state, settings, tokens, asked, clock).run()
+def folder_of(settings: Settings) -> str:
+    """Name of the folder of one of several sizes, as EXL3's publishers name branches."""
+    return f"{settings.bits}bpw"
+
+
+def _sizes(bits: float | Sequence[float] | None, allocation: str | Path | None) -> list[float | None]:
+    if (bits is None) == (allocation is None):
+        raise ValueError("either bits or an allocation is wanted, got " + ("none" if bits is None else "both"))
+    if bits is None:
+        return [None]
+    if not isinstance(bits, Sequence):
+        return [float(bits)]
+    sizes = [float(size) for size in bits]
+    twice = [size for i, size in enumerate(sizes) if size in sizes[:i]]
+    if twice or not sizes:
+        raise ValueError(f"bits must list different sizes, got {'none' if not sizes else f'{twice[0]} twice'}")
+    return list(sizes)
+
+
+def _check_places(output: Path, places: list[Path], resume: bool, is_one: bool) -> None:
+    """See that the files may be written; folders of several sizes may hold what is complete."""
+    if is_one:
+        check_place(output, resume)
+        return
+    check_several(output, resume)
+    for place in places:
+        if not (resume and (place / "config.json").is_file()):
+            check_place(place, resume)
 
 
 @dataclass
@@ -142,260 +169,146 @@ class _Checked:
     """What is known before the work.
 
     Attributes:
-        model: The model, nothing of it read.
         head: Name of the output projection.
-        candidates: The widths to be measured.
+        widths: Of a table, K of each linear by name; else ``None``.
         extras: What is done with prediction layers and towers.
     """
 
-    model: LayeredModel
     head: str
-    candidates: tuple[float, ...]
+    widths: dict[str, float] | None
     extras: Extras
 
 
-def _check(source: Source, output: Path, settings: Settings, tokens: np.ndarray) -> _Checked:
-    """See that a conversion can be done, and warn of what it leaves unquantized.
+def _check(runner: Runner, output: Path, settings: list[Settings], table: Path | None) -> _Checked:
+    """See that all conversions can be done.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If one cannot.
     """
+    source, model, some = runner.source, runner.model, settings[0]
     source.side_files(output)
-    model = LayeredModel(source, tokens, _BATCH)
-    for path in model.paths:
-        for linear in model.names.made(path):
-            warnings.warn(f"{path}.{linear} is not quantized: the checkpoint has no tensor of that name", stacklevel=3)
-    return _Checked(
-        model,
-        head_name(model, source),
-        candidate_widths(model, settings),
-        find_extras(source, settings, len(model.layers)),
-    )
+    head, sizes = head_name(model, source), model_sizes(model, some.codebook, some.widths)
+    for s in settings:
+        if s.bits is not None:
+            candidate_widths(sizes, s.bits, s.widths)
+    widths = None
+    if table is not None:
+        groups = {linear.name: linear.group for linear in linears(model)}
+        widths = read_table(table, groups, some.widths, some.mixed)
+    return _Checked(head, widths, find_extras(source, some, len(model.layers)))
+
+
+class _Conversions:
+    """Conversions of one checkpoint."""
+
+    def __init__(
+        self, runner: Runner, asked: _Checked, content: dict[str, dict], codebook: str, seed: int, clock: Clock
+    ):
+        self.runner, self.asked, self.content = runner, asked, content
+        self.codebook, self.seed, self.clock, self.tell = codebook, seed, clock, teller(clock)
+
+    def one(self, settings: Settings, output: Path, job: Path | None) -> Allocation:
+        """Convert to one size; without a job the measurement goes with the work directory."""
+        with opened_work(output, self._identity(settings), self.tell) as work:
+            place = work.directory / MEASUREMENT if job is None else job
+            with opened_measurement(place, self.content, self.codebook, self.seed, self.tell) as measured:
+                layers = Measurement(measured, self.runner, self.codebook, self.seed).items()
+                found = _Conversion(self.runner, output, work, measured, settings, self.asked).run(layers)
+            finish(work.directory)
+        return found
+
+    def all(self, settings: list[Settings], output: Path, job: Path) -> list[Allocation]:
+        """Convert to several sizes, a folder each."""
+        with opened_measurement(job, self.content, self.codebook, self.seed, self.tell) as measured:
+            layers = Measurement(measured, self.runner, self.codebook, self.seed).items()
+            return [self._size(s, output / folder_of(s), measured, layers) for s in settings]
+
+    def _size(self, settings: Settings, output: Path, measured: JobState, layers: list[list[Item]]) -> Allocation:
+        identity = self._identity(settings)
+        record = f"complete-{digest_of(identity)[:16]}.json"
+        if (output / "config.json").is_file() and not (output / WORK).exists():
+            if measured.read_json(record) != _files(output):
+                raise FileExistsError(
+                    f"{output} holds a model that is not known to be this conversion's; choose another directory, or "
+                    "remove it"
+                )
+            self.clock.skip(self.runner.count + 1.0)
+            return _allocation(layers, settings, self.asked)
+        with opened_work(output, identity, self.tell) as work:
+            found = _Conversion(self.runner, output, work, measured, settings, self.asked, folder_of(settings)).run(
+                layers
+            )
+            measured.write_json(record, _files(output))
+            finish(work.directory)
+        return found
+
+    def _identity(self, settings: Settings) -> dict[str, dict]:
+        """Everything that a conversion's result depends on."""
+        given = {} if self.asked.widths is None else {"allocation": {"widths": digest_of(self.asked.widths)}}
+        return {"settings": vars(settings), **self.content, **given}
+
+
+def _files(output: Path) -> dict[str, int]:
+    """The files of a model and their bytes."""
+    inside = (path for path in output.rglob("*") if path.is_file())
+    names = ((path.relative_to(output), path.stat().st_size) for path in inside)
+    return {str(name): size for name, size in names if not name.parts[0].startswith(".")}
+
+
+def _allocation(layers: list[list[Item]], settings: Settings, asked: _Checked) -> Allocation:
+    items = [item for layer in layers for item in layer]
+    if settings.bits is None:
+        assert asked.widths is not None  # that is what gives the size
+        return as_given(items, asked.widths)
+    return allocated(items, settings.bits, settings.mixed, settings.widths)
 
 
 class _Conversion:
-    """One conversion, from the first measurement to the last file."""
+    """One conversion, from the plan to the last file.
+
+    Args:
+        runner: The model.
+        output: Directory of the result.
+        work: The work directory.
+        measured: Directory of the measurement.
+        settings: The settings.
+        asked: What is known before.
+        folder: Name of the result among several. Default: ``""``.
+    """
 
     def __init__(
         self,
-        source: Source,
+        runner: Runner,
         output: Path,
-        state: JobState,
+        work: JobState,
+        measured: JobState,
         settings: Settings,
-        tokens: np.ndarray,
-        checked: _Checked,
-        clock: Clock,
+        asked: _Checked,
+        folder: str = "",
     ):
-        self.source, self.output, self.state, self.settings = source, output, state, settings
-        self.work, self.tokens = state.directory, tokens
-        self.model, self.head_name = checked.model, checked.head
-        self.unloaded: set[int] = set()  # layers that the model let go of
-        self.candidates, self.extras = checked.candidates, checked.extras
-        self.workers = kernels.cpu_threads()
-        self.clock = clock
-        clock.total = 2.0 * len(self.model.layers) + 1.0  # in layers: measured, quantized; the head
+        self.runner, self.output, self.work, self.measured = runner, output, work, measured
+        self.settings, self.asked = settings, asked
+        self.of = f" for {folder}" if folder else ""
 
-    def _open_model(self) -> None:
-        self.model = LayeredModel(self.source, self.tokens, _BATCH)
-        self.unloaded.clear()
-
-    def _load(self, index: int) -> None:
-        if index in self.unloaded:
-            self._open_model()
-        self.model.load(index)
-
-    def _unload(self, index: int) -> None:
-        self.model.unload(index)
-        self.unloaded.add(index)
-
-    def run(self) -> Allocation:
-        layers = self._measure()
-        items = [item for layer in layers for item in layer]
-        allocation = allocate(items, self.settings.bits, self.settings.mixed)
-        atomic.write_text(self.work / "plan.txt", plan_table(items, allocation, self.extras.notes))
-        self._open_model()  # the first run let go of the weights
-        hidden, at = self._quantize(layers, allocation)
-        self._head(hidden, at)
-        self._embedding()
-        write_extras(self.state, self.extras, self.source, self.settings, self._parallel)
-        self.clock.advance("assembling", 1.0)
+    def run(self, layers: list[list[Item]]) -> Allocation:
+        """Convert; what is left is to remove the work directory."""
+        allocation = _allocation(layers, self.settings, self.asked)
+        plan = plan_table(allocation, self.asked.extras.notes)
+        atomic.write_text(self.work.directory / "plan.txt", plan)
+        quantizer = LayerQuantizer(self.runner, self.work, self.measured, self.settings, allocation, self.of)
+        files = quantizer.layers([[item.name for item in layer] for layer in layers])
+        files.append(quantizer.head(self.asked.head))
+        files += quantizer.others(self.asked.extras)
+        self.runner.clock.advance(f"assembling{self.of}", 1.0)
         assemble(
-            self.source,
+            self.runner.source,
             self.output,
-            self.work,
-            len(self.model.layers),
-            head=self.head_name,
-            replaced=self.model.names.stacked,
-            extras=self.extras,
+            plan,
+            files,
+            head=self.asked.head,
+            replaced=self.runner.model.names.stacked,
+            extras=self.asked.extras,
             settings=self.settings,
-            calibration=self.tokens.shape,
+            calibration=self.runner.tokens.shape,
         )
         return allocation
-
-    # Stage 1: the effect of every candidate width, along the original model.
-
-    def _measure(self) -> list[list[Item]]:
-        """The linears of each layer."""
-        count = len(self.model.layers)
-        work = Pass(
-            "measured", "json", count, self.model.embeddings, self._measure_layer, lambda i: {}, self._done("measured")
-        )
-        states, at = follow(self.state, work)
-        batches = len(self.model.batches)
-        measured = [items_from(self.state.read_json(work.part(i))) for i in range(count)]
-        energies = [energy for _, energy in measured]
-        scales = self.state.read_json("sensitivity.json", {"before": at})
-        if scales is None:
-            found = sensitivities(self.model, states[0], states[batches:], energies)
-            scales = [v.hex() for v in found]
-            self.state.write_json("sensitivity.json", scales, {"before": at})
-        # Losses as KL divergence of the model's output.
-        return [
-            [replace(item, loss={k: float.fromhex(scale) * v for k, v in item.loss.items()}) for item in layer]
-            for scale, (layer, _) in zip(scales, measured)
-        ]
-
-    def _measure_layer(self, index: int, states: States, known: bool) -> tuple[States, object]:
-        """Behind the hidden states of the batches come the streams: those of the first windows, each disturbed after
-        another layer.
-        """
-        batches = len(self.model.batches)
-        hidden, streams = states[:batches], states[batches:]
-        found: list[Item] = []
-        self._load(index)
-        with self._taps(index) as taps:
-            taps.record(not known)
-            after = self._run(index, hidden)
-            taps.record(False)
-            if not known:
-                # Of no more use to the caller either; they are half a GB at 65536 tokens and 2048 channels.
-                states.clear()
-                del hidden[1:]
-                jobs = layer_jobs(self.model, index, taps, hidden, self.settings.seed)
-                found = self._parallel(self._measure_job, jobs, f"measuring {self._of(index)}", 1.0)
-                del jobs
-            streams = [self.model.run(index, [s])[0] for s in streams]
-        self._unload(index)
-        stream, energy = disturbed(hidden[0], after[0], [self.settings.seed, index])
-        return [*after, *streams, stream], items_value(found, energy)
-
-    def _run(self, index: int, hidden: States) -> States:
-        """The layer's output for the calibration's windows."""
-        stage = f"calibrating {self._of(index)}"
-        return self.model.run(index, hidden, lambda n: self.clock.tick(f"{stage}: {n} of {len(hidden)} batches"))
-
-    def _of(self, index: int) -> str:
-        return f"layer {index + 1} of {len(self.model.layers)}"
-
-    def _done(self, verb: str) -> Callable[[int, int, bool], None]:
-        def report(first: int, last: int, made: bool) -> None:
-            if made:
-                self.clock.advance(f"{verb} {self._of(last - 1)}", last - first)
-            else:
-                self.clock.skip(last - first)
-
-        return report
-
-    def _measure_job(self, job: Job, threads: int) -> Item:
-        s = self.settings
-        prepared = prepare(job.weight(), job.hessian(), seed_of(s.seed, job.name))
-        loss = {k: job.effect * expected_loss(prepared, k, s.codebook) for k in self.candidates}
-        size = {k: stored_bits(job.shape, k, s.codebook, job.bias is not None) for k in self.candidates}
-        return Item(job.name, job.group, job.shape[0] * job.shape[1], size, loss)
-
-    # Stage 2: quantize along the quantized model, so that later layers see the earlier layers' errors.
-
-    def _quantize(self, layers: list[list[Item]], allocation: Allocation) -> tuple[States, str]:
-        def widths(index: int) -> dict[str, str]:
-            return {"widths": digest_of({item.name: allocation.widths[item.name] for item in layers[index]})}
-
-        def layer(index: int, hidden: States, known: bool) -> tuple[States, dict[str, Tensor]]:
-            return self._quantize_layer(index, hidden, known, allocation)
-
-        work = Pass("layer", "safetensors", len(layers), self.model.embeddings, layer, widths, self._done("quantized"))
-        return follow(self.state, work)
-
-    def _quantize_layer(
-        self, index: int, hidden: States, known: bool, allocation: Allocation
-    ) -> tuple[States, dict[str, Tensor]]:
-        self._load(index)
-        with self._taps(index) as taps:
-            taps.record(True)
-            self._run(index, hidden)
-            taps.record(False)
-            jobs = layer_jobs(self.model, index, taps, hidden, None)
-            divisors = [up_divisor(self.source.config, index) if _EXPERT_UP.search(job.name) else 1 for job in jobs]
-            if known:
-                stored = read_header(self.work / f"layer-{index:04}.safetensors")
-                results = [
-                    stored_codes(job.name, stored, self.settings.codebook, job.shape, divisor)
-                    for job, divisor in zip(jobs, divisors)
-                ]
-            else:
-                results = self._parallel(
-                    lambda job, n: self._quantize_job(job, allocation.widths[job.name], n),
-                    jobs,
-                    f"quantizing {self._of(index)}",
-                    1.0,
-                )
-            tensors: dict[str, Tensor] = {}
-            for job, codes, divisor in zip(jobs, results, divisors):
-                tensors.update(stored_tensors(job.name, codes, job.bias, divisor))
-                job.install(codec.dequantize(codes), None if job.bias is None else half_round(job.bias))
-            hidden = self.model.run(index, hidden)
-        self._unload(index)
-        return hidden, tensors
-
-    def _quantize_job(self, job: Job, bits: float, threads: int) -> Codes:
-        prepared = prepare(job.weight(), job.hessian(), seed_of(self.settings.seed, job.name))
-        return quantize_prepared(prepared, bits, self.settings.codebook, threads)
-
-    # Stage 3: the output projection, and what the tokens go in through.
-
-    def _head(self, hidden: States, at: str) -> None:
-        if self.state.seal(HEAD, {"before": at}) is None:
-            self.clock.tick("quantizing the head")
-            tensors = head_tensors(
-                self.model,
-                self.head_name,
-                hidden,
-                bits=self.settings.head_bits,
-                codebook=self.settings.codebook,
-                seed=self.settings.seed,
-                threads=self.workers,
-            )
-            self.state.write_tensors(HEAD, tensors, {"before": at})
-
-    def _embedding(self) -> None:
-        bits = self.settings.embed_bits
-        if bits is not None and self.state.seal(EMBEDDING) is None:
-            tensors = embedding_tensors(self.model, self.source, bits, self.settings.seed, self.workers)
-            self.state.write_tensors(EMBEDDING, tensors)
-
-    def _taps(self, index: int) -> Taps:
-        path, names = self.model.paths[index], self.model.names
-        return Taps(self.model.layers[index], names.linears(path), names.experts(path))
-
-    def _parallel(
-        self, task: Callable[[Task, int], Result], jobs: list[Task], stage: str, work: float = 0.0
-    ) -> list[Result]:
-        """Run a task for every job, the cores shared among them; results in the order of the jobs.
-
-        Args:
-            task: Given a job and its number of threads.
-            jobs: The jobs.
-            stage: What they are, for the progress.
-            work: What they are together of the clock's total. Default: ``0.0``, not counted.
-        """
-        threads = max(1, self.workers // max(1, len(jobs)))
-        results: list[Result] = []
-        with ThreadPoolExecutor(self.workers) as pool:
-            for result in pool.map(lambda job: task(job, threads), jobs):
-                results.append(result)
-                self.clock.tick(f"{stage}: {len(results)} of {len(jobs)} linears", work * len(results) / len(jobs))
-        return results
-
-
-def half_round(values: np.ndarray) -> np.ndarray:
-    """What remains of values stored in half precision."""
-    return values.astype(np.float16).astype(np.float32)

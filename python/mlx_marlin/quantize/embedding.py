@@ -12,8 +12,11 @@ from .layered import LayeredModel
 from .regularise import expected_scale, random_signs
 from .source import Source
 
-PART = "embedding.safetensors"
-"""Name of its file in the work directory."""
+
+def part_of(bits: int) -> str:
+    """Name of its file, kept for other sizes beside the measurement."""
+    return f"embedding-{bits}.safetensors"
+
 
 CODEBOOK = "mul1"
 # The codebook's largest value: a target beyond it is cut off.

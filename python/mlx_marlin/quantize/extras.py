@@ -60,6 +60,7 @@ class Extras:
         dropped: Tensors that are left out.
         notes: What is done with each part, in words.
         bits: Config keys: ``mtp_bits`` where there are prediction layers, ``vision_bits`` where a tower is quantized.
+        label: Of its files: the widths that were asked for.
     """
 
     parts: dict[str, str]
@@ -68,11 +69,12 @@ class Extras:
     dropped: frozenset[str]
     notes: list[str]
     bits: dict[str, float]
+    label: str
 
     @property
     def files(self) -> list[str]:
-        """Names of the files in the work directory, each of the next :data:`_FILE_LINEARS` linears."""
-        return [f"extra-{start:06}.safetensors" for start in range(0, len(self.linears), _FILE_LINEARS)]
+        """Names of the files, each of the next :data:`_FILE_LINEARS` linears."""
+        return [f"extra-{self.label}-{start:06}.safetensors" for start in range(0, len(self.linears), _FILE_LINEARS)]
 
     def others(self, names: Iterable[str]) -> set[str]:
         """Those names of a converted checkpoint that belong to these parts."""
@@ -119,7 +121,8 @@ def find_extras(source: Source, settings: Settings, layers: int) -> Extras:
     # Of a tower's fused qkv ExLlamaV3 keeps the original beside its parts.
     used = [(e.tensor, e.bias) for e in linears if not e.tensor.endswith(".qkv.weight")]
     replaced = {tensor for pair in used for tensor in pair if tensor is not None}
-    return Extras(parts, linears, frozenset(replaced), frozenset(dropped), notes, bits)
+    label = f"{settings.mtp_bits}-{settings.vision_bits}"
+    return Extras(parts, linears, frozenset(replaced), frozenset(dropped), notes, bits, label)
 
 
 def _bias_of(source: Source, stem: str) -> str | None:
@@ -199,7 +202,7 @@ def write_extras(
     """Quantize them, unless an earlier run did.
 
     Args:
-        state: The work directory.
+        state: Where they are kept for other sizes: beside the measurement.
         extras: What is to be done.
         source: The checkpoint.
         settings: Of the conversion.

@@ -12,6 +12,7 @@ from .hessian import Hessian
 from .jobs import seed_of
 from .layered import LayeredModel
 from .source import Source, beyond_half, half
+from .spill import States
 from .stored import stored_tensors
 from .weight import quantize_wide
 
@@ -63,7 +64,7 @@ def _untied_name(model: LayeredModel, source: Source, embeddings: str) -> str:
 def head_tensors(
     model: LayeredModel,
     name: str,
-    hidden: list[np.ndarray],
+    hidden: States,
     *,
     bits: float,
     codebook: str,

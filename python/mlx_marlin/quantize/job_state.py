@@ -23,9 +23,7 @@ import numpy as np
 
 from ..storage import atomic, safetensors
 from ..storage.safetensors import Tensor, read_header
-
-States = list[np.ndarray]
-"""Hidden states, an array for each batch."""
+from .spill import States, StoredArrays, StoredTensor
 
 _MAGIC = b"mlx_marlin job 1"
 # Behind the seal: its length, the digest of everything before the digest, and the mark.
@@ -40,7 +38,7 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def states_digest(states: Sequence[np.ndarray]) -> str:
+def states_digest(states: States) -> str:
     """SHA-256 of hidden states."""
     digest = hashlib.sha256()
     for array in states:
@@ -61,8 +59,12 @@ def hash_bytes(file: BinaryIO, size: int, digest: Any) -> bool:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, shown: Path) -> Iterator[None]:
     """Keep other conversions out of a directory; a killed process lets go of it.
+
+    Args:
+        directory: The directory.
+        shown: What the error calls it.
 
     Raises:
         ValueError: If another conversion is at work there.
@@ -72,7 +74,7 @@ def locked(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"another conversion is writing to {directory.parent}; wait until it ends, or choose another directory"
+                f"another conversion is writing to {shown}; wait until it ends, or choose another directory"
             ) from None
         yield
 
@@ -217,7 +219,11 @@ class JobState:
             return json.loads(file.read(seal.size))
 
     def write_tensors(
-        self, name: str, tensors: Mapping[str, Tensor], made_from: Mapping[str, str] | None = None, after: str = ""
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor | StoredTensor],
+        made_from: Mapping[str, str] | None = None,
+        after: str = "",
     ) -> None:
         """Write a part in the safetensors format, by ascending name; see :class:`Seal`."""
         names = sorted(tensors)
@@ -225,7 +231,7 @@ class JobState:
             entries = [(n, tensors[n].dtype, tensors[n].shape) for n in names]
             safetensors.write_into(file, self.directory / name, entries, (tensors[n].data for n in names))
 
-    def write_states(self, name: str, states: Sequence[np.ndarray]) -> str:
+    def write_states(self, name: str, states: States) -> str:
         """Write hidden states; returns their digest."""
         after = states_digest(states)
         with self._writing(name, {}, after) as file:
@@ -238,11 +244,7 @@ class JobState:
         seal = self.seal(name)
         if seal is None or seal.after != after:
             return None
-        stored = read_header(self.directory / name)
-        return [
-            np.frombuffer(t.read(), safetensors.NUMPY_DTYPES[t.dtype]).reshape(t.shape)
-            for _, t in sorted(stored.items())
-        ]
+        return StoredArrays(info.array for _, info in sorted(read_header(self.directory / name).items()))
 
 
 @dataclass(frozen=True)

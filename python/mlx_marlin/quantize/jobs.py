@@ -5,20 +5,24 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Lock
 
 import mlx.core as mx
 import numpy as np
 
+from .. import codec
 from .hessian import Hessian
 from .layered import LayeredModel
 from .names import PARTS, ExpertNames
+from .packed import MLX_LOCK
+from .spill import States
 from .taps import ExpertsTap, LinearTap, Taps
 
 # Rows of an unrouted prior, against which an expert's own rows are weighed: n rows tell about n of its k input
 # dimensions at most, so an expert with k / 8 rows of its own trusts them half.
 _PRIOR_SHARE = 8
 _PRIOR_ROWS = 512  # tokens that stand for all of them in the prior of a down projection
+# Of a job: float64 matrices of the size of its Hessian at a time, and float64 arrays of the size of its weight.
+_SQUARES, _MATRICES = 7, 6
 # An expert that the calibration hardly uses still counts with this share of the average use.
 _LEAST_USE = 0.05
 _NOISE = 0.05  # relative size of the disturbance that measures an effect: small against the output, far above rounding
@@ -52,12 +56,18 @@ class Job:
     install: Callable[[np.ndarray, np.ndarray | None], None]
 
 
+def job_bytes(job: Job) -> int:
+    """What a job holds in memory at most while it is prepared and quantized."""
+    rows, columns = map(codec.padded, job.shape)
+    return 8 * (_SQUARES * rows * rows + _MATRICES * rows * columns)
+
+
 def seed_of(seed: int, name: str) -> list[int]:
     """The seed of everything random about one tensor."""
     return [seed, zlib.crc32(name.encode())]
 
 
-def layer_jobs(model: LayeredModel, index: int, taps: Taps, hidden: list[np.ndarray], seed: int | None) -> list[Job]:
+def layer_jobs(model: LayeredModel, index: int, taps: Taps, hidden: States, seed: int | None) -> list[Job]:
     """The jobs of a layer whose taps have recorded.
 
     Args:
@@ -89,7 +99,7 @@ def _linear_job(name: str, tap: LinearTap, hessian: Hessian, effect: float) -> J
     return Job(name, name, lambda: tap.weight, tap.bias, tap.weight.shape, hessian.mean, effect, install)
 
 
-def _linear_effect(model: LayeredModel, index: int, tap: LinearTap, hidden: list[np.ndarray], seed: list[int]) -> float:
+def _linear_effect(model: LayeredModel, index: int, tap: LinearTap, hidden: States, seed: list[int]) -> float:
     """Change of the layer's output on the first batch when noise in proportion to each channel is added."""
     rng = np.random.default_rng(seed)
     added = []
@@ -118,31 +128,32 @@ class _Block:
 
     def __init__(self, tap: ExpertsTap):
         self.tap = tap
-        self.x, self.indices, scores = tap.rows.joined()
+        self.indices, scores = np.concatenate(tap.rows.indices), np.concatenate(tap.rows.scores)
         self.importance = np.square(scores.astype(np.float64))
         self.typical = float(np.mean(self.importance)) or 1.0
-        self.prior_x = self.x[:: max(1, len(self.x) // _PRIOR_ROWS)][:_PRIOR_ROWS]
-        prior = Hessian(self.x.shape[1])
-        prior.add(self.x)
+        x = tap.rows.x.all()
+        self.tokens, self.features = x.shape
+        self.prior_x = x[:: max(1, len(x) // _PRIOR_ROWS)][:_PRIOR_ROWS].copy()
+        prior = Hessian(self.features)
+        prior.add(x)
         self.prior = prior.mean()
-        self._activation = Lock()  # of MLX, which is not to be called from two threads
 
     def seen(self, e: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows of an expert and their importance."""
         token, slot = np.nonzero(self.indices == e)
-        return self.x[token], self.importance[token, slot]
+        return self.tap.rows.x.some(token), self.importance[token, slot]
 
     def use(self) -> np.ndarray:
         """Importance per token of each expert."""
         experts = len(self.tap.weights["gate_proj"])
         used = np.bincount(self.indices.ravel(), self.importance.ravel(), experts)
-        return np.maximum(used, _LEAST_USE * np.mean(used)) / len(self.x)
+        return np.maximum(used, _LEAST_USE * np.mean(used)) / self.tokens
 
     def entry(self, e: int) -> np.ndarray:
         """The Hessian of ``gate_proj`` and ``up_proj``."""
-        hessian = Hessian(self.x.shape[1])
+        hessian = Hessian(self.features)
         hessian.add(*self.seen(e))
-        return hessian.with_prior(self.prior, self.typical * self.x.shape[1] / _PRIOR_SHARE)
+        return hessian.with_prior(self.prior, self.typical * self.features / _PRIOR_SHARE)
 
     def middle(self, e: int) -> np.ndarray:
         """The Hessian of ``down_proj``."""
@@ -155,7 +166,7 @@ class _Block:
 
     def _hidden(self, e: int, rows: np.ndarray) -> np.ndarray:
         up, gate = self.tap.project("up_proj", e, rows), self.tap.project("gate_proj", e, rows)
-        with self._activation:
+        with MLX_LOCK:
             return self.tap.activate(up, gate)
 
 
@@ -187,10 +198,10 @@ def _expert_effect(tap: ExpertsTap, part: str, e: int, x: np.ndarray, seed: list
 
 
 def _expert_job(names: ExpertNames, block: _Block, part: str, e: int, effect: float) -> Job:
-    weights, stored = block.tap.weights[part], names.parts[part]
+    weights = block.tap.weights[part]
     return Job(
-        name=f"{names.prefix}.{e}.{stored}",
-        group=f"{names.prefix}.{stored}",
+        name=names.name(e, part),
+        group=names.group(part),
         weight=lambda: weights.weight(e),
         bias=None if weights.bias is None else weights.bias[e],
         shape=weights.shape,

@@ -12,8 +12,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..loader.contents import parts_of
+from ..storage.safetensors import TensorInfo
 from .names import Names, is_experts
-from .source import Source
+from .source import ExpertTensors, Source
+from .spill import SpilledArrays, States
 from .taps import replace_module
 
 Call = tuple[tuple, dict]
@@ -65,9 +67,8 @@ class _Reached(Exception):
 class _First:
     """Stands in for the first layer: notes the hidden state and goes no further."""
 
-    def __init__(self, recorder: _Recorder):
-        self.recorder = recorder
-        self.seen: list[np.ndarray] = []
+    def __init__(self, recorder: _Recorder, seen: list[np.ndarray] | SpilledArrays):
+        self.recorder, self.seen = recorder, seen
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         self.seen.append(np.array(x.astype(mx.float32)))
@@ -123,7 +124,8 @@ class LayeredModel:
             if is_experts(module)
             for part in ("gate_proj", "up_proj", "down_proj")
         )
-        origins = _load_weights(self.model, source, len(self.layers))
+        origins, stacked = _load_weights(self.model, source, len(self.layers))
+        self._experts = {path: ExpertTensors(source, stacked[path]) for path in self._stacks if path in stacked}
         self.names = Names(source, self.model, origins, self.paths)
         self.batches = [mx.array(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
         self.recorders = [_Recorder(layer) for layer in self.layers]
@@ -194,9 +196,13 @@ class LayeredModel:
         for recorder in self.recorders:  # what is not used holds the weights that it would be computed from
             recorder.rest = (None,) * len(recorder.rest)
 
-    def embeddings(self) -> list[np.ndarray]:
-        """Hidden states before the first layer, one array per batch."""
-        first = _First(self.recorders[0])
+    def embeddings(self, into: SpilledArrays | None = None) -> States:
+        """Hidden states before the first layer, one array per batch.
+
+        Args:
+            into: Where they are put. Default: a list.
+        """
+        first = _First(self.recorders[0], [] if into is None else into)
         replace_module(self.model, self.paths[0], first)
         for tokens in self.batches:
             with suppress(_Reached):
@@ -211,7 +217,7 @@ class LayeredModel:
         return first.seen
 
     def load(self, index: int) -> None:
-        """Bring a layer into memory, as float32; stacks of experts as they are stored.
+        """Bring a layer into memory, as float32; not its experts where those can be read one by one, else as stored.
 
         Raises:
             ValueError: If a value is not finite; the message names the tensor.
@@ -223,10 +229,21 @@ class LayeredModel:
             return value if is_stack or not mx.issubdtype(value.dtype, mx.floating) else value.astype(mx.float32)
 
         layer.update(tree_map_with_path(widened, layer.parameters()))
-        mx.eval(layer.parameters())
+        parameters: dict[str, mx.array] = dict(tree_flatten(layer.parameters(), prefix=f".{path}"))
+        parameters = {name: value for name, value in parameters.items() if name not in self._experts}
+        mx.eval(parameters)
         mx.clear_cache()  # of what the stacks were made of
-        for name, value in dict(tree_flatten(layer.parameters())).items():
-            self.check_finite(f"{path}.{name}", value)
+        for name, value in parameters.items():
+            self.check_finite(name, value)
+
+    def experts(self, index: int) -> dict[str, ExpertTensors]:
+        """Where the weights of a layer's experts can be read one by one: by path of the stack, inside the layer."""
+        prefix = f"{self.paths[index]}."
+        return {
+            path.removeprefix(prefix).removesuffix(".weight"): tensors
+            for path, tensors in self._experts.items()
+            if path.startswith(prefix)
+        }
 
     def check_finite(self, path: str, value: mx.array) -> None:
         """Raise ValueError if a value of a parameter is not finite, naming the tensor that it comes from."""
@@ -242,7 +259,7 @@ class LayeredModel:
                 part, _, leaf = path.removeprefix(f"{layer}.{block}.").rpartition(".")
                 if part in names.parts:
                     e = next(e for e in range(len(value)) if not mx.isfinite(value[e]).all().item())
-                    single = f"{names.prefix}.{e}.{names.parts[part]}.{leaf}"
+                    single = f"{names.name(e, part)}.{leaf}"
                     return single if single in self.source.tensors else names.sources[0]
         return None
 
@@ -253,11 +270,22 @@ class LayeredModel:
         mx.clear_cache()
 
     def run(
-        self, index: int, hidden: list[np.ndarray], done: Callable[[int], None] = lambda batches: None
-    ) -> list[np.ndarray]:
-        """A layer's output for each batch; ``done`` is told how many there are so far."""
+        self,
+        index: int,
+        hidden: States,
+        done: Callable[[int], None] = lambda batches: None,
+        into: SpilledArrays | None = None,
+    ) -> States:
+        """A layer's output for each batch.
+
+        Args:
+            index: The layer.
+            hidden: Its inputs.
+            done: Told how many there are so far.
+            into: Where they are put. Default: a list.
+        """
         recorder = self.recorders[index]
-        result = []
+        result: list[np.ndarray] | SpilledArrays = [] if into is None else into
         for x, (args, kwargs) in zip(hidden, recorder.calls):
             y = self.layers[index](mx.array(x), *args, **kwargs)
             result.append(np.array(y[0] if recorder.returns_tuple else y))
@@ -268,7 +296,7 @@ class LayeredModel:
         """The module that makes the logits."""
         return dict(self.model.named_modules())[self.head]
 
-    def head_inputs(self, hidden: list[np.ndarray], note: Callable[[np.ndarray], None]) -> None:
+    def head_inputs(self, hidden: States, note: Callable[[np.ndarray], None]) -> None:
         """Show what the output projection sees, given the hidden states after the last layer.
 
         Args:
@@ -287,23 +315,48 @@ class LayeredModel:
             self.model(tokens)
         self._untap(self.head, module)
 
-    def _feed(self, hidden: list[np.ndarray]) -> None:
+    def _feed(self, hidden: States) -> None:
         """Let the layers give these states, one per call of the model."""
         for i, (path, recorder) in enumerate(zip(self.paths, self.recorders)):
             replace_module(self.model, path, _Feed(recorder, None if i else iter(hidden)))
 
-    def logits(self, hidden: list[np.ndarray]) -> Iterator[np.ndarray]:
+    def logits(self, hidden: States) -> Iterator[np.ndarray]:
         """The model's output, float32, for each of some states after the last layer, ``[windows, length, hidden]``."""
         self._feed(hidden)
         for h in hidden:
             yield np.array(self.model(self.batches[0][: h.shape[0], : h.shape[1]]).astype(mx.float32))
 
 
-def _load_weights(model: nn.Module, source: Source, layers: int) -> dict[str, str]:
+@contextmanager
+def _watched_stacks(known: dict[int, str]) -> Iterator[dict[int, tuple[mx.array, list[str]]]]:
+    """What is stacked of whole tensors of a checkpoint: by id the stack, and the tensors' names.
+
+    Args:
+        known: The tensors' names by id.
+    """
+    made: dict[int, tuple[mx.array, list[str]]] = {}
+    plain = mx.stack
+
+    def stack(arrays: list[mx.array], axis: int = 0, **keywords: Any) -> mx.array:
+        result = plain(arrays, axis, **keywords)
+        names = [known[id(array)] for array in arrays if id(array) in known]
+        if axis == 0 and len(names) == len(arrays):
+            made[id(result)] = result, names
+        return result
+
+    setattr(mx, "stack", stack)  # noqa: B010  # of a module
+    try:
+        yield made
+    finally:
+        setattr(mx, "stack", plain)  # noqa: B010
+
+
+def _load_weights(model: nn.Module, source: Source, layers: int) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Give a model the checkpoint's tensors, lazily.
 
     Returns:
-        Of the parameters that are tensors of the checkpoint as they are: path -> name.
+        Of the parameters that are tensors of the checkpoint as they are: path -> name. Of those that can be read in
+        parts along their first axis: path -> the tensors, one of each part or one of all.
 
     Raises:
         ValueError: If they do not fit.
@@ -314,7 +367,8 @@ def _load_weights(model: nn.Module, source: Source, layers: int) -> dict[str, st
     known = {id(array): name for name, array in arrays.items()}
     model_name = type(model).__module__
     try:
-        weights = model.sanitize(dict(arrays)) if hasattr(model, "sanitize") else dict(arrays)
+        with _watched_stacks(known) as made:
+            weights = model.sanitize(dict(arrays)) if hasattr(model, "sanitize") else dict(arrays)
     except KeyError as error:
         raise ValueError(
             f"{source.path}: {model_name} looks for {error}, which the checkpoint does not have"
@@ -325,15 +379,19 @@ def _load_weights(model: nn.Module, source: Source, layers: int) -> dict[str, st
         ) from error
     parameters = dict(tree_flatten(model.parameters()))
     left_out = parts_of((*weights, *arrays), layers)
-    origins = {}
+    origins, stacked = {}, {}
     for path in list(weights):
         name = known.get(id(weights[path]))
+        if id(weights[path]) in made:
+            stacked[path] = made[id(weights[path])][1]
         if path not in parameters and (path in left_out or name in left_out):
             del weights[path]
         elif name is not None:
             origins[path] = name
+            if isinstance(source.tensors[name], TensorInfo):
+                stacked[path] = [name]
     try:
         model.load_weights(list(weights.items()))
     except ValueError as error:
         raise ValueError(f"{source.path}: these are not the tensors of {model_name}: {error}") from error
-    return origins
+    return origins, stacked

@@ -35,6 +35,14 @@ class ExpertNames:
     parts: dict[str, str]
     sources: tuple[str, ...]
 
+    def name(self, expert: int, part: str) -> str:
+        """The name of one linear; ``part`` is one of :data:`PARTS`."""
+        return f"{self.prefix}.{expert}.{self.parts[part]}"
+
+    def group(self, part: str) -> str:
+        """What all experts' linears of a part are called together."""
+        return f"{self.prefix}.{self.parts[part]}"
+
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module is a SwitchGLU in shape: gate, up and down stacks over experts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from threading import Lock
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,8 @@ from ..storage.safetensors import TensorInfo
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _E8M0_BIAS = 127
 _MXFP4_GROUP = 32
+MLX_LOCK = Lock()
+"""Of MLX, which is not to be called from two threads."""
 FP8_SCALE = "_scale_inv"
 """What the name of fp8 weights' scales has behind that of the weights."""
 
@@ -60,10 +63,12 @@ class PackedTensor:
 
     def floats(self) -> np.ndarray:
         """The values, float32."""
-        codes, scales = mx.array(self.codes.array()), mx.array(self.scales.array())
-        if self.scales.dtype == "BF16":
-            scales = scales.view(mx.bfloat16)
-        return np.array(self.array(codes, scales).astype(mx.float32))
+        stored = self.codes.array(), self.scales.array()
+        with MLX_LOCK:
+            codes, scales = map(mx.array, stored)
+            if self.scales.dtype == "BF16":
+                scales = scales.view(mx.bfloat16)
+            return np.array(self.array(codes, scales).astype(mx.float32))
 
     def read(self) -> bytes:
         """The values' bytes in bfloat16."""

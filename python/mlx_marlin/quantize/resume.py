@@ -1,4 +1,4 @@
-"""Opening a work directory: a new one, or that of an interrupted conversion, known by content."""
+"""Opening a work directory or a measurement: a new one, or that of an interrupted conversion, known by content."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from .. import kernels
 from ..storage import atomic
 from ..storage.safetensors import TensorInfo
 from .job_state import JOB, LOCK, JobState, digest_of, hash_bytes, locked, told_job
-from .settings import Settings
 from .source import Source
 from .writer import FINISHED
 
 WORK = ".convert"
 """Name of the work directory inside the output."""
+MEASUREMENT = "measurement"
+"""Name of the measurement's directory: of one size in the work directory, of several beside their folders."""
 
 # What tells where a checkpoint comes from or how others run it.
 _PROVENANCE = frozenset({
@@ -34,6 +35,7 @@ _LOOKED_AT = frozenset({
     "architectures", "model_type", "model_file", "text_config", "vision_config", "quantization", "quantization_config",
     "tie_word_embeddings", "num_nextn_predict_layers", "mtp_num_hidden_layers",
 })  # fmt: skip
+_DIGESTS = frozenset({"tensors", "calibration", "allocation"})  # of which only digests are kept
 _SHOWN = 3  # of the differences of a kind
 _SHOWN_LETTERS = 40  # of a value
 
@@ -69,8 +71,14 @@ def _tensor_digest(tensor: TensorInfo) -> str:
     return digest.hexdigest()
 
 
-def identity(source: Source, settings: Settings, tokens: np.ndarray, tick: Callable[[str], None]) -> dict[str, dict]:
-    """Everything that a conversion's result depends on, as a JSON value; ``tick`` is told how far that is."""
+def content_of(source: Source, tokens: np.ndarray, tick: Callable[[str], None]) -> dict[str, dict]:
+    """What the result of a conversion depends on beside its settings, as a JSON value.
+
+    Args:
+        source: The checkpoint; it may have been moved or copied.
+        tokens: The calibration tokens.
+        tick: Called with how much of the checkpoint has been read, at each tensor.
+    """
     total = sum(t.nbytes for t in source.stored.values())
     tensors, read = {}, 0
     with ThreadPoolExecutor(kernels.cpu_threads()) as pool:
@@ -79,13 +87,11 @@ def identity(source: Source, settings: Settings, tokens: np.ndarray, tick: Calla
             read += tensor.nbytes
             tick(f"reading the checkpoint once, to know it again: {read / 1e9:.1f} of {total / 1e9:.1f} GB")
     calibration = hashlib.sha256(f"{tokens.dtype} {tokens.shape}\n".encode() + tokens.tobytes()).hexdigest()
-    value = {
-        "settings": vars(settings),
+    return {
         "config.json": related_config(source.config),
         "calibration": {"tokens": calibration},
         "tensors": tensors,
     }
-    return json.loads(json.dumps(value))
 
 
 def _short(value: object) -> str:
@@ -102,7 +108,7 @@ def differences(begun: Mapping[str, Mapping], now: Mapping[str, Mapping]) -> lis
         for name in names[:_SHOWN]:
             if name not in before or name not in after:
                 found.append(f"{kind}: {name} is {'new' if name in after else 'gone'}")
-            elif kind in ("tensors", "calibration"):
+            elif kind in _DIGESTS:
                 found.append(f"{kind}: {name} differs")
             else:
                 found.append(f"{kind}: {name} was {_short(before[name])}, is {_short(after[name])}")
@@ -111,7 +117,7 @@ def differences(begun: Mapping[str, Mapping], now: Mapping[str, Mapping]) -> lis
     return found
 
 
-def _check_place(output: Path, resume: bool) -> None:
+def check_place(output: Path, resume: bool) -> None:
     """See that a conversion may begin or go on here.
 
     Raises:
@@ -119,10 +125,7 @@ def _check_place(output: Path, resume: bool) -> None:
         FileExistsError: If something else is there.
         ValueError: If the work directory is a link.
     """
-    if output.is_symlink() and not output.exists():
-        raise FileNotFoundError(f"{output} is a link to {output.readlink()}, which is not there")
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"{output} is not a directory; choose another name")
+    _check_directory(output)
     work = output / WORK
     if work.is_symlink():
         raise ValueError(f"{work} is a link, where a conversion keeps what is not finished; remove it")
@@ -135,49 +138,110 @@ def _check_place(output: Path, resume: bool) -> None:
         raise FileExistsError(f"{output} holds {done}, not an interrupted conversion; choose another directory")
 
 
+def check_several(output: Path, resume: bool) -> None:
+    """See that conversions to several sizes may begin or go on here, each in a folder.
+
+    Raises:
+        FileNotFoundError: If the output is a link that leads nowhere.
+        FileExistsError: If something else is there.
+    """
+    _check_directory(output)
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if not resume:
+        raise FileExistsError(f"{output} is not empty; choose another directory, or resume what was begun there")
+    if (output / WORK).exists() or (output / "config.json").exists():
+        raise FileExistsError(f"{output} holds a conversion to one size; choose another directory for several")
+
+
+def check_measurement(directory: Path) -> None:
+    """See that a measurement may begin or go on here.
+
+    Raises:
+        FileNotFoundError: If the directory is a link that leads nowhere.
+        FileExistsError: If something else is there.
+    """
+    _check_directory(directory)
+    if directory.exists() and any(directory.iterdir()) and not (directory / LOCK).exists():
+        raise FileExistsError(f"{directory} holds other files, not a measurement; choose another directory")
+
+
+def _check_directory(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path} is a link to {path.readlink()}, which is not there")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is not a directory; choose another name")
+
+
 @contextmanager
-def opened(
-    output: Path,
-    resume: bool,
-    source: Source,
-    settings: Settings,
-    tokens: np.ndarray,
-    tell: Callable[[str], None],
-    tick: Callable[[str], None],
-) -> Iterator[JobState]:
-    """The work directory, for the length of a ``with`` block; no other conversion enters it.
+def opened_work(output: Path, now: dict[str, dict], tell: Callable[[str], None]) -> Iterator[JobState]:
+    """The work directory of a conversion, for the length of a ``with`` block; no other conversion enters it.
 
     Args:
         output: Directory of the model.
-        resume: Whether to continue what is there.
-        source: The checkpoint; it may have been moved or copied.
-        settings: The settings.
-        tokens: The calibration tokens.
+        now: What the conversion depends on.
         tell: Called with what is found damaged or foreign, and made again.
-        tick: Called with how much of the checkpoint has been read, at each tensor.
 
     Raises:
-        FileExistsError: If there are files and ``resume`` is not set, or files of something else.
         ValueError: If the conversion there was begun with something else, or another one is running.
     """
-    _check_place(output, resume)
     work = output / WORK
     work.mkdir(parents=True, exist_ok=True)
-    with locked(work):
+    with locked(work, output):
         shutil.rmtree(output / FINISHED, ignore_errors=True)
-        for directory in (output, work):
-            atomic.remove_leftovers(directory)
-        now = identity(source, settings, tokens, tick)
-        state = JobState(work, digest_of(now), tell)
-        begun = told_job(work)
-        if begun is None and any(path.name != LOCK for path in work.iterdir()):
-            tell(f"{work / JOB} is missing or damaged; parts that were made from the same are taken up")
-        changed = differences(begun, now) if begun is not None else []
-        if changed:
-            raise ValueError(
-                f"the conversion in {output} was begun with something else ({'; '.join(changed)}); "
-                "resume with the same, or choose another directory"
-            )
-        if begun is None:
-            state.write_json(JOB, now)
-        yield state
+        atomic.remove_leftovers(output)
+        yield _begun(work, f"the conversion in {output}", "resume with the same", now, tell)
+
+
+@contextmanager
+def opened_measurement(
+    directory: Path, content: dict[str, dict], codebook: str, seed: int, tell: Callable[[str], None]
+) -> Iterator[JobState]:
+    """The directory of a measurement, for the length of a ``with`` block; no other conversion enters it.
+
+    Args:
+        directory: The directory.
+        content: From :func:`content_of`.
+        codebook: Of the conversion.
+        seed: Of the conversion.
+        tell: Called with what is found damaged or foreign, and made again.
+
+    Raises:
+        ValueError: If the measurement there was begun with something else, or another conversion uses it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory, directory):
+        now = {"settings": {"codebook": codebook, "seed": seed}, **content}
+        yield _begun(directory, f"the measurement in {directory}", "convert with the same", now, tell)
+
+
+def stored_measurement(directory: Path, tell: Callable[[str], None]) -> JobState:
+    """A measurement as it is, to be read.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    begun = told_job(directory)
+    if begun is None:
+        raise ValueError(
+            f"{directory} holds no measurement, or its {JOB} is damaged; mlx_marlin-convert measure makes one"
+        )
+    return JobState(directory, digest_of(begun), tell)
+
+
+def _begun(directory: Path, what: str, advice: str, now: dict[str, dict], tell: Callable[[str], None]) -> JobState:
+    """The state of a directory that is locked, begun now or before."""
+    atomic.remove_leftovers(directory)
+    now = json.loads(json.dumps(now))  # as it is read again
+    state = JobState(directory, digest_of(now), tell)
+    begun = told_job(directory)
+    if begun is None and any(path.is_file() and path.name != LOCK for path in directory.iterdir()):
+        tell(f"{directory / JOB} is missing or damaged; parts that were made from the same are taken up")
+    changed = differences(begun, now) if begun is not None else []
+    if changed:
+        raise ValueError(
+            f"{what} was begun with something else ({'; '.join(changed)}); {advice}, or choose another directory"
+        )
+    if begun is None:
+        state.write_json(JOB, now)
+    return state

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .layered import LayeredModel
+from .spill import States
 
 _NOISE = 0.1  # of what the layer adds to each channel: the size of a 3-bit layer's error
 _STRIDE = 4  # the output is looked at after every fourth token: rows of a whole vocabulary are the costly part
@@ -31,9 +32,7 @@ def disturbed(before: np.ndarray, after: np.ndarray, seed: list[int]) -> tuple[n
     return after + noise, float(np.mean(np.sum(np.square(noise, dtype=np.float64), axis=-1)))
 
 
-def sensitivities(
-    model: LayeredModel, hidden: np.ndarray, streams: list[np.ndarray], energies: list[float]
-) -> list[float]:
+def sensitivities(model: LayeredModel, hidden: np.ndarray, streams: States, energies: list[float]) -> list[float]:
     """KL divergence of the output per token and unit of energy, for each stream.
 
     Args:

@@ -5,18 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import codec
-from .allocate import MODES
+from .allocation import MODES
 from .embedding import check_embed_bits
 
 KEPT, LEFT_OUT = 16, 0
 """Instead of a width: what the checkpoint has stays as it is, or is left out."""
 
 
+def all_widths(codebook: str) -> tuple[float, ...]:
+    """The widths that exist for a codebook: half rates for mul1 only."""
+    return tuple(k for k in codec.WIDTHS if codebook == "mul1" or not codec.is_half_rate(k))
+
+
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of a conversion that its result depends on, checked; see :func:`convert`."""
+    """The arguments of a conversion that its result depends on, checked; see :func:`convert`.
 
-    bits: float
+    ``bits`` is ``None`` where a table gives the widths.
+    """
+
+    bits: float | None
     head_bits: float
     embed_bits: int | None
     mtp_bits: float
@@ -29,8 +37,7 @@ class Settings:
     @property
     def widths(self) -> tuple[float, ...]:
         """Those that a linear may have."""
-        half_rates = self.half_rates and self.codebook == "mul1"
-        return tuple(k for k in codec.WIDTHS if half_rates or not codec.is_half_rate(k))
+        return tuple(k for k in all_widths(self.codebook) if self.half_rates or not codec.is_half_rate(k))
 
     def check_width(self, key: str, wanted: float, others: str, more: tuple[int, ...]) -> None:
         """See that a single width is one that these settings allow, or one of some numbers that mean something else.
@@ -54,7 +61,7 @@ def check_settings(settings: Settings) -> Settings:
     if settings.mixed not in MODES:
         raise ValueError(f"mixed must be one of {', '.join(MODES)}, got {settings.mixed!r}")
     check_embed_bits(settings.embed_bits)
-    if not 1 <= settings.bits <= codec.MAX_BITS:
+    if settings.bits is not None and not 1 <= settings.bits <= codec.MAX_BITS:
         raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {settings.bits}")
     settings.check_width("head_bits", settings.head_bits, "or 16 to leave the head in half precision", (KEPT,))
     kept = "16 to keep {} as they are, or 0 to leave them out"

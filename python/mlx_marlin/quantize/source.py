@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,7 +12,7 @@ import numpy as np
 
 from ..loader.directory import lazy_arrays, read_tensors
 from ..loader.scaling import without_folded_scales
-from ..storage.safetensors import Tensor, TensorInfo
+from ..storage.safetensors import Tensor, TensorInfo, widened
 from ..storage.untrusted import read_json
 from .packed import PackedTensor, unpacked
 
@@ -160,6 +161,39 @@ class Source:
             if not is_weights and str(name) not in _DESCRIBING:
                 names.append(name)
         return names
+
+
+class ExpertTensors:
+    """The weights of one projection of all experts, as the checkpoint has them; each is read when it is wanted.
+
+    Args:
+        source: The checkpoint.
+        names: The tensors of single experts, or one of all of them.
+    """
+
+    def __init__(self, source: Source, names: Sequence[str]):
+        self._source, self._names = source, names
+        self._checked: set[int] = set()
+
+    def read(self, expert: int) -> np.ndarray:
+        """float32 ``[out, in]``.
+
+        Raises:
+            ValueError: If a value is not finite; the message names the tensor.
+        """
+        name = self._names[0 if len(self._names) == 1 else expert]
+        info = self._source.tensors[name]
+        if len(self._names) > 1:
+            values = info.floats()
+        else:
+            assert isinstance(info, TensorInfo)  # LayeredModel sees to it
+            values = widened(info.rows(expert, expert + 1)[0], info.dtype)
+        values = values.astype(np.float32, copy=False)
+        if expert not in self._checked:
+            if not np.isfinite(values).all():
+                raise ValueError(f"{self._source.path}: tensor {name} holds values that are not finite")
+            self._checked.add(expert)
+        return values
 
 
 def half(name: str, values: np.ndarray) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ..loader.exl3 import MARKERS
 from ..storage.safetensors import Tensor, TensorInfo
 from .source import half
+from .spill import StoredTensor
 from .weight import Codes
 
 # Of a divisor, so much goes into svh, the rest into suh: suh is near 1 and svh near 0.01, and both stay normal numbers.
@@ -37,7 +40,7 @@ def stored_tensors(name: str, codes: Codes, bias: np.ndarray | None, divisor: in
 
 
 def stored_codes(
-    name: str, stored: dict[str, TensorInfo], codebook: str, shape: tuple[int, int], divisor: int = 1
+    name: str, stored: Mapping[str, TensorInfo | StoredTensor], codebook: str, shape: tuple[int, int], divisor: int = 1
 ) -> Codes:
     """Inverse of :func:`stored_tensors`.
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..storage.safetensors import widened
 from .hessian import Hessian
 from .names import PARTS
+from .source import ExpertTensors
+from .spill import Spill, SpilledRows
 
 
 def _child(module: Any, key: str) -> Any:
@@ -33,7 +36,7 @@ def replace_module(root: nn.Module, path: str, value: object) -> None:
 class LinearTap:
     """Stands in for an ``nn.Linear``: accumulates the Hessian of its input, optionally disturbs its output.
 
-    It multiplies in NumPy, where its rows are needed anyway: MLX's matmul on the CPU is a reference BLAS.
+    It multiplies in NumPy, where its rows are needed anyway.
     """
 
     def __init__(self, linear: nn.Linear, name: str):
@@ -57,60 +60,57 @@ class LinearTap:
         return y if self.noise is None else y + self.noise(y)
 
 
-@dataclass
 class ExpertRows:
-    """What the experts of one block saw: float32 ``x [tokens, hidden]``, ``indices [tokens, k]``, ``scores``."""
+    """What the experts of one block saw: ``x [tokens, hidden]`` on disk, ``indices [tokens, k]``, ``scores``."""
 
-    x: list[np.ndarray] = field(default_factory=list)
-    indices: list[np.ndarray] = field(default_factory=list)
-    scores: list[np.ndarray] = field(default_factory=list)
-
-    def joined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All of them. The single ones are given up as they are copied, so that they are not held twice."""
-        x = np.empty((sum(map(len, self.x)), self.x[0].shape[1]), np.float32)
-        end = len(x)
-        while self.x:
-            rows = self.x.pop()
-            x[end - len(rows) : end] = rows
-            end -= len(rows)
-        return x, np.concatenate(self.indices), np.concatenate(self.scores)
+    def __init__(self, directory: Path | None):
+        self.x = SpilledRows(directory)
+        self.indices: list[np.ndarray] = []
+        self.scores: list[np.ndarray] = []
 
 
 class ExpertWeights:
-    """The weights of one projection of all experts, as stored; each is float32 only while it is used.
+    """The weights of one projection of all experts; each is float32, and read or unpacked, only while it is used.
 
     Args:
         module: The stack, ``weight [experts, out, in]`` and maybe ``bias [experts, out]``.
+        tensors: Where its weights can be read one by one; else they are held as stored.
+        spill: Where those that are replaced are kept.
     """
 
-    def __init__(self, module: nn.Module):
-        mx.eval(module.weight)
-        self._is_bfloat = module.weight.dtype == mx.bfloat16
-        stored = module.weight.view(mx.uint16) if self._is_bfloat else module.weight
-        self._stored = np.array(stored, copy=False)
-        self._installed: dict[int, np.ndarray] = {}
+    def __init__(self, module: nn.Module, tensors: ExpertTensors | None, spill: Spill):
+        self._read = self._held(module) if tensors is None else tensors.read
+        self._count, *sizes = module.weight.shape
+        self.shape: tuple[int, int] = (sizes[1], sizes[0])
+        """``(in, out)`` of each."""
+        self._spill = spill
+        self._installed: dict[int, tuple[int, np.dtype]] = {}
         self.bias = np.array(module.bias.astype(mx.float32)) if "bias" in module else None
 
-    def __len__(self) -> int:
-        return len(self._stored)
+    @staticmethod
+    def _held(module: nn.Module) -> Callable[[int], np.ndarray]:
+        mx.eval(module.weight)
+        is_bfloat = module.weight.dtype == mx.bfloat16
+        stored = np.array(module.weight.view(mx.uint16) if is_bfloat else module.weight, copy=False)
+        return lambda expert: widened(stored[expert], "BF16" if is_bfloat else "").astype(np.float32, copy=False)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(in, out)`` of each."""
-        return self._stored.shape[2], self._stored.shape[1]
+    def __len__(self) -> int:
+        return self._count
 
     def weight(self, expert: int) -> np.ndarray:
         """float32 ``[in, out]``."""
-        if expert in self._installed:
-            return self._installed[expert].astype(np.float32)
-        stored = self._stored[expert]
-        values = (stored.astype(np.uint32) << 16).view(np.float32) if self._is_bfloat else stored.astype(np.float32)
-        return values.T
+        if expert not in self._installed:
+            return self._read(expert).T
+        start, dtype = self._installed[expert]
+        values = np.empty(self.shape, dtype)
+        self._spill.read_into(values, start)
+        return values.astype(np.float32, copy=False)
 
     def install(self, expert: int, weight: np.ndarray, bias: np.ndarray | None) -> None:
-        """Replace one. It is held in half precision, as ExLlamaV3 decodes weights, where that is enough."""
+        """Replace one. It is kept in half precision, as ExLlamaV3 decodes weights, where that is enough."""
         half = weight.astype(np.float16)
-        self._installed[expert] = half if np.isfinite(half).all() else weight
+        kept = np.ascontiguousarray(half if np.isfinite(half).all() else weight)
+        self._installed[expert] = self._spill.add(kept.data), kept.dtype
         if bias is not None and self.bias is not None:
             self.bias[expert] = bias
 
@@ -118,11 +118,20 @@ class ExpertWeights:
 class ExpertsTap:
     """Stands in for a ``SwitchGLU``: notes its rows, and computes it in NumPy, expert by expert."""
 
-    def __init__(self, experts: nn.Module, name: str):
-        self.experts, self.name, self.rows = experts, name, ExpertRows()
+    def __init__(
+        self,
+        experts: nn.Module,
+        name: str,
+        tensors: Mapping[str, ExpertTensors] | None = None,
+        directory: Path | None = None,
+    ):
+        self.experts, self.name, self.rows = experts, name, ExpertRows(directory)
         self.recording = False
         self.probe: np.ndarray | None = None
-        self.weights = {part: ExpertWeights(getattr(experts, part)) for part in PARTS}
+        found, spill = tensors or {}, Spill(directory)
+        self.weights = {
+            part: ExpertWeights(getattr(experts, part), found.get(f"{name}.{part}"), spill) for part in PARTS
+        }
 
     def project(self, part: str, expert: int, x: np.ndarray) -> np.ndarray:
         weights = self.weights[part]
@@ -189,16 +198,25 @@ class Taps:
         layer: The layer, loaded.
         linears: Paths of its linears to be tapped.
         experts: Paths of its experts.
+        tensors: Where the experts' weights can be read one by one, by path of the stack. Default: nowhere.
+        directory: On which disk things are kept that need not be in memory. Default: that of temporary files.
 
     Attributes:
         linears: By dotted path inside the layer.
         experts: By dotted path inside the layer.
     """
 
-    def __init__(self, layer: nn.Module, linears: Iterable[str], experts: Iterable[str]):
+    def __init__(
+        self,
+        layer: nn.Module,
+        linears: Iterable[str],
+        experts: Iterable[str],
+        tensors: Mapping[str, ExpertTensors] | None = None,
+        directory: Path | None = None,
+    ):
         self.layer = layer
         modules = dict(layer.named_modules())
-        self.experts = {path: ExpertsTap(modules[path], path) for path in experts}
+        self.experts = {path: ExpertsTap(modules[path], path, tensors, directory) for path in experts}
         self.linears = {path: LinearTap(modules[path], path) for path in linears}
         self._originals: list[tuple[str, nn.Module, LinearTap | ExpertsTap | BlockTap]] = []
         for path in (*self.experts, *self.linears):

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from .. import codec
 from ..loader.exl3 import MARKERS
 from ..storage import atomic, safetensors
 from ..storage.safetensors import ITEM_BYTES, TensorInfo, read_header
-from .embedding import PART as EMBEDDING
 from .extras import Extras
 from .settings import Settings
 from .source import Source
 
 # The layout that is written is that of this version.
 _FORMAT_VERSION = "1.6.5"
-HEAD = "head.safetensors"  # name of the output projection's file in the work directory
 FINISHED = ".finished"  # name of the work directory while it is removed
 _SHARD_BYTES = 8 << 30
 _TORCH_NAMES = {
@@ -31,8 +29,8 @@ _TORCH_NAMES = {
 def assemble(
     source: Source,
     output: Path,
-    work: Path,
-    layers: int,
+    plan: str,
+    files: Iterable[Path],
     *,
     head: str,
     replaced: Collection[str],
@@ -40,13 +38,13 @@ def assemble(
     settings: Settings,
     calibration: tuple[int, int],
 ) -> None:
-    """Put the finished parts together, then remove the work directory.
+    """Put the finished parts together.
 
     Args:
         source: The checkpoint, for everything that is not quantized.
         output: Where the model goes.
-        work: Directory of the finished parts.
-        layers: Number of layers.
+        plan: What plan.txt says.
+        files: The finished parts.
         head: Name of the output projection.
         replaced: Tensors of the checkpoint that quantized ones stand for, beside weights and biases of their names.
         extras: What is done with prediction layers and towers.
@@ -54,10 +52,6 @@ def assemble(
         calibration: Shape of the calibration tokens, ``(windows, length)``.
     """
     parts: dict[str, TensorInfo] = {}
-    files = [*(work / f"layer-{i:04}.safetensors" for i in range(layers)), work / HEAD]
-    if settings.embed_bits is not None:
-        files.append(work / EMBEDDING)
-    files += [work / name for name in extras.files]
     for file in files:
         parts.update(read_header(file))
     quantized = {name.rpartition(".")[0] for name in parts if name.endswith(".trellis")}
@@ -95,14 +89,17 @@ def assemble(
     stored = {n: dtype for n, dtype in dtypes.items() if n not in others}
     storage = _tensor_storage(stored, shapes, sizes, settings.codebook)
     atomic.write_text(output / "quantization_config.json", json.dumps({**summary, "tensor_storage": storage}, indent=2))
-    atomic.write_text(output / "plan.txt", (work / "plan.txt").read_text())
+    atomic.write_text(output / "plan.txt", plan)
     # The head is written even where it is tied, and may differ from the embeddings; ExLlamaV3 says so since 1.6.1.
     untied = {"tie_word_embeddings": False} if "tie_word_embeddings" in source.config else {}
     config = {**source.model_config, **untied, "quantization_config": summary}
     atomic.write_text(output / "config.json", json.dumps(config, indent=2))
+
+
+def finish(work: Path) -> None:
+    """Remove the work directory of a complete model."""
     # Renamed first: a kill from here on leaves a complete model and no half-removed state to resume from.
-    finished = work.rename(work.with_name(FINISHED))
-    shutil.rmtree(finished)
+    shutil.rmtree(work.rename(work.with_name(FINISHED)))
 
 
 def _average_bits(shapes: dict[str, tuple[int, ...]]) -> float:

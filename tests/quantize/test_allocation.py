@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlx_marlin.quantize.allocate import Item, allocate
+from mlx_marlin.quantize.allocation import Item, least_loss
 
 
 def make_items(count, seed, candidates=(1, 2, 3, 4), group=lambda i: f"g{i}"):
@@ -31,7 +31,7 @@ def test_against_all_allocations(seed, bits):
         for widths in itertools.product((1, 2, 3, 4), repeat=6)
         if sum(i.bits[k] for i, k in zip(items, widths)) <= budget
     )
-    found = allocate(items, bits)
+    found = least_loss(items, bits)
     assert found.bits <= bits
     assert found.bound <= best * (1 + 1e-12)
     assert best <= found.loss * (1 + 1e-12)
@@ -40,14 +40,14 @@ def test_against_all_allocations(seed, bits):
 
 def test_many_items_meet_the_budget_with_a_small_gap():
     items = make_items(800, 1)
-    found = allocate(items, 2.5)
+    found = least_loss(items, 2.5)
     assert 2.49 < found.bits <= 2.5
     assert found.loss <= 1.002 * found.bound
 
 
 def test_per_layer_shares_widths_and_loses():
     items = make_items(64, 3, group=lambda i: f"layer{i // 16}")
-    free, shared = allocate(items, 2.6), allocate(items, 2.6, "per-layer")
+    free, shared = least_loss(items, 2.6), least_loss(items, 2.6, "per-layer")
     for g in range(4):
         assert len({shared.widths[f"w{i}"] for i in range(16 * g, 16 * g + 16)}) == 1
     assert free.loss < shared.loss and shared.bits <= 2.6
@@ -55,7 +55,7 @@ def test_per_layer_shares_widths_and_loses():
 
 def test_uniform_uses_two_neighbouring_widths():
     items = make_items(64, 3, group=lambda i: f"layer{i // 4}")
-    widths = set(allocate(items, 2.7, "uniform").widths.values())
+    widths = set(least_loss(items, 2.7, "uniform").widths.values())
     assert widths == {2, 3}
 
 
@@ -66,16 +66,16 @@ def test_half_rates_lower_the_loss_of_a_budget_between_two_whole_widths():
         replace(i, bits={k: i.bits[k] for k in range(1, 5)}, loss={k: i.loss[k] for k in range(1, 5)}) for i in items
     ]
     for mode in ("per-expert", "per-layer", "uniform"):
-        found = allocate(items, 2.6, mode)
-        assert found.bits <= 2.6 and found.loss < allocate(whole, 2.6, mode).loss
+        found = least_loss(items, 2.6, mode)
+        assert found.bits <= 2.6 and found.loss < least_loss(whole, 2.6, mode).loss
     assert set(found.widths.values()) == {2, 2.5, 3}
 
 
 def test_widths_that_lose_are_never_taken():
     """Measurement noise may make a larger K look worse."""
     items = [Item("a", "a", 64, {1: 64, 2: 128, 3: 192}, {1: 1.0, 2: 2.0, 3: 0.9}) for _ in range(1)]
-    assert allocate(items, 2.0).widths == {"a": 1}
-    assert allocate(items, 3.0).widths == {"a": 3}
+    assert least_loss(items, 2.0).widths == {"a": 1}
+    assert least_loss(items, 3.0).widths == {"a": 3}
 
 
 @pytest.mark.parametrize(
@@ -83,4 +83,4 @@ def test_widths_that_lose_are_never_taken():
 )
 def test_bad_input(bits, mode, message):
     with pytest.raises(ValueError, match=message):
-        allocate(make_items(3, 0), bits, mode)
+        least_loss(make_items(3, 0), bits, mode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..codec import is_half_rate
 
@@ -35,12 +35,14 @@ class Allocation:
     """A solution.
 
     Attributes:
+        items: The linears.
         widths: K of each item, by name.
         bits: Stored bits per weight.
         loss: Summed loss.
         bound: No allocation within the budget has a lower loss than this (linear relaxation).
     """
 
+    items: Sequence[Item] = field(repr=False)
     widths: dict[str, float]
     bits: float
     loss: float
@@ -84,7 +86,7 @@ def _slope(group: _Group, low: float, high: float) -> float:
     return (group.loss[low] - group.loss[high]) / (group.bits[high] - group.bits[low])
 
 
-def allocate(items: Sequence[Item], bits: float, mode: str = "per-expert") -> Allocation:
+def least_loss(items: Sequence[Item], bits: float, mode: str = "per-expert") -> Allocation:
     """Choose K for every item so that the summed loss is least within ``bits`` stored bits per weight.
 
     Steps along every group's convex hull are taken in the order of loss saved per bit, which is optimal at each
@@ -117,7 +119,20 @@ def allocate(items: Sequence[Item], bits: float, mode: str = "per-expert") -> Al
     spent = sum(group.bits[group.width] for group in groups)
     loss = sum(group.loss[group.width] for group in groups)
     widths = {name: group.width for group in groups for name in group.names}
-    return Allocation(widths, spent / total, loss, min(bound, loss))
+    return Allocation(items, widths, spent / total, loss, min(bound, loss))
+
+
+def as_given(items: Sequence[Item], widths: Mapping[str, float]) -> Allocation:
+    """The allocation of these widths; its bound is that of the best one of the same size.
+
+    Args:
+        items: The linears, measured at all widths.
+        widths: K of each, by name; others are of no concern.
+    """
+    chosen = {item.name: widths[item.name] for item in items}
+    bits = sum(item.bits[chosen[item.name]] for item in items) / sum(item.weights for item in items)
+    loss = sum(item.loss[chosen[item.name]] for item in items)
+    return Allocation(items, chosen, bits, loss, min(loss, least_loss(items, bits).bound))
 
 
 def _two_widths(groups: list[_Group], budget: float) -> list[_Group]:

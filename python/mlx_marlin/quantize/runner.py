@@ -1,0 +1,167 @@
+"""Runs a model's layers, one in memory at a time, and their linears, the cores shared among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Condition
+from typing import TypeVar
+
+import numpy as np
+
+from .. import kernels
+from .layered import LayeredModel
+from .progress import Clock
+from .source import Source
+from .spill import SpilledArrays, States
+from .taps import Taps
+
+BATCH = 8
+"""Windows per call of a layer."""
+# Of the linears at work together: with what else a conversion holds, 8 GB.
+_JOB_BYTES = 6 << 30
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class Runner:
+    """A model that may be run through several times.
+
+    Args:
+        source: The checkpoint.
+        tokens: int32 ``[windows, length]``: calibration text.
+        model: The model made of these, nothing of it read.
+        clock: What progress is told to.
+
+    Attributes:
+        workers: Worker threads.
+        directory: On which disk things are kept that need not be in memory.
+    """
+
+    def __init__(self, source: Source, tokens: np.ndarray, model: LayeredModel, clock: Clock):
+        self.source, self.tokens, self.model, self.clock = source, tokens, model, clock
+        self.workers = kernels.cpu_threads()
+        self.directory: Path | None = None
+        self._unloaded: set[int] = set()  # layers that the model let go of
+        self._is_fresh = True
+
+    @property
+    def count(self) -> int:
+        """Number of layers."""
+        return len(self.model.layers)
+
+    def reopen(self) -> None:
+        """Begin a run from the first layer: a model with all its parts in place and none read."""
+        if not self._is_fresh:
+            self.model = LayeredModel(self.source, self.tokens, BATCH)
+            self._unloaded.clear()
+        self._is_fresh = False
+
+    def load(self, index: int) -> None:
+        """Bring a layer into memory."""
+        if index in self._unloaded:
+            self.reopen()
+        self.model.load(index)
+
+    def unload(self, index: int) -> None:
+        """Let go of a layer's weights."""
+        self.model.unload(index)
+        self._unloaded.add(index)
+
+    def taps(self, index: int) -> Taps:
+        """Taps on a layer's linears and experts."""
+        path, names = self.model.paths[index], self.model.names
+        layer, tensors = self.model.layers[index], self.model.experts(index)
+        return Taps(layer, names.linears(path), names.experts(path), tensors, self.directory)
+
+    def embeddings(self) -> States:
+        """Hidden states before the first layer."""
+        return self.model.embeddings(SpilledArrays(self.directory))
+
+    def run(self, index: int, hidden: States, work: float = 0.0) -> SpilledArrays:
+        """The layer's output for the calibration's windows.
+
+        Args:
+            index: The layer.
+            hidden: Its inputs.
+            work: What is done of the layer before this, of the clock's total. Default: ``0.0``.
+        """
+        stage, after = f"calibrating {self.of(index)}", SpilledArrays(self.directory)
+        tick = self.clock.tick
+        self.model.run(index, hidden, lambda n: tick(f"{stage}: {n} of {len(hidden)} batches", work), after)
+        return after
+
+    def of(self, index: int) -> str:
+        """A layer in words."""
+        return f"layer {index + 1} of {self.count}"
+
+    def finished(self, verb: str, size: str = "") -> Callable[[int, int, bool], None]:
+        """What tells that layers are done; see :class:`Pass`.
+
+        Args:
+            verb: What was done to them.
+            size: Of which of several sizes, in words. Default: ``""``.
+        """
+
+        def report(first: int, last: int, made: bool) -> None:
+            if made:
+                self.clock.advance(f"{verb} {self.of(last - 1)}{size}", last - first)
+            else:
+                self.clock.skip(last - first)
+
+        return report
+
+    def parallel(
+        self,
+        task: Callable[[Task, int], Result],
+        jobs: list[Task],
+        stage: str,
+        work: float = 0.0,
+        size: Callable[[Task], int] = lambda job: 0,
+    ) -> list[Result]:
+        """Run a task for every job, the cores shared among them; results in the order of the jobs.
+
+        Args:
+            task: Given a job and its number of threads.
+            jobs: The jobs.
+            stage: What they are, for the progress.
+            work: What they are together of the clock's total. Default: ``0.0``, not counted.
+            size: Bytes that a job holds at most; fewer run at a time where they are many. Default: none.
+        """
+        results: list[Result] = []
+        budget = _Budget()
+
+        def run(job: Task) -> Result:
+            with budget.taken(size(job)):
+                beside = min(self.workers, len(jobs), max(1, _JOB_BYTES // max(1, size(job))))
+                return task(job, max(1, self.workers // beside))
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            for result in pool.map(run, jobs):
+                results.append(result)
+                self.clock.tick(f"{stage}: {len(results)} of {len(jobs)} linears", work * len(results) / len(jobs))
+        return results
+
+
+class _Budget:
+    """Lets jobs run while they fit into :data:`_JOB_BYTES` together; one alone always may."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+        self._freed = Condition()
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        """Wait until there is room, and hold it for the length of a ``with`` block."""
+        with self._freed:
+            self._freed.wait_for(lambda: not self._taken or self._taken + size <= _JOB_BYTES)
+            self._taken += size
+        try:
+            yield
+        finally:
+            with self._freed:
+                self._taken -= size
+                self._freed.notify_all()
