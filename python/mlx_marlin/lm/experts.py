@@ -14,6 +14,7 @@ import numpy as np
 
 from .. import codec, ops
 from ..layers.experts import TrellisExperts
+from ..layers.joined import GroupedTrellisLinear, JoinedTrellisLinear
 from ..layers.linear import TrellisLinear
 from ..loader.exl3 import PlainLinear
 from ..ops import Activation
@@ -135,6 +136,18 @@ def whole_linear(host: Host, _path: str, module: nn.Module, source: LinearSource
     """What stands for an ``nn.Linear``."""
     out_features, in_features = module.weight.shape
     return host.linear(load_source(source, in_features, out_features))
+
+
+def joined_linear(module: nn.Module, parts: list[tuple[LinearSource, int]]) -> JoinedTrellisLinear:
+    """What stands for an ``nn.Linear`` that is quantized in parts, each with the number of its outputs."""
+    in_features = module.weight.shape[1]
+    return JoinedTrellisLinear([TrellisLinear(load_source(source, in_features, rows)) for source, rows in parts])
+
+
+def grouped_linear(module: nn.Module, sources: list[LinearSource]) -> GroupedTrellisLinear:
+    """What stands for a layer with a linear for each group of inputs."""
+    _, out_features, in_features = module.weight.shape
+    return GroupedTrellisLinear([TrellisLinear(load_source(source, in_features, out_features)) for source in sources])
 
 
 def make_head(embeddings: nn.Embedding, source: LinearSource, dtype: mx.Dtype | None) -> nn.Module:
