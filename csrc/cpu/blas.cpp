@@ -79,9 +79,10 @@ struct Relocations {
   const ElfW(Sym) * symbols = nullptr;
   const char* names = nullptr;
 
-  explicit Relocations(const ElfW(Dyn) * dynamic) {
+  Relocations(const ElfW(Dyn) * dynamic, ElfW(Addr) base) {
     for (; dynamic && dynamic->d_tag != DT_NULL; ++dynamic) {
-      const ElfW(Addr) at = dynamic->d_un.d_ptr;
+      // glibc makes addresses of the offsets in the file, musl leaves them.
+      const ElfW(Addr) at = dynamic->d_un.d_ptr + (dynamic->d_un.d_ptr < base ? base : 0);
       switch (dynamic->d_tag) {
         case DT_JMPREL:
           entries = reinterpret_cast<const ElfW(Rela)*>(at);
