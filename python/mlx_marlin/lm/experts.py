@@ -6,6 +6,7 @@ Experts whose activation has no fused kernel keep the host's class, over one tre
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -19,11 +20,14 @@ from ..layers.linear import TrellisLinear
 from ..loader.exl3 import PlainLinear
 from ..ops import Activation
 from ..storage.reads import read_all
+from ..storage.untrusted import is_whole
 from ..weights.experts import ExpertStack, stacked_biases
 from ..weights.trellis import TrellisWeight
 from .host import Host
 from .placeholders import LinearSource
 from .sanitizing import PROJECTIONS
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 TOP_K_KEYS = (
     "num_experts_per_tok",
@@ -37,12 +41,22 @@ TOP_K_KEYS = (
 """How models' configs call the experts per token."""
 
 
-def experts_per_token(config: dict, experts: int) -> int | None:
-    """The top-k that a model's config names, if one in [1, experts]."""
+def experts_per_token(config: dict, experts: int, path: str) -> int | None:
+    """The top-k that a model's config names for a layer, if one in [1, experts].
+
+    Args:
+        config: The model's.
+        experts: Of the layer.
+        path: Of the experts. Some configs name a number for each layer (hunyuan).
+    """
+    layer = _LAYER.search(path)
     for part in (config, config.get("text_config") or {}):
         for key in TOP_K_KEYS:
-            if isinstance(part.get(key), int) and 1 <= part[key] <= experts:
-                return part[key]
+            value = part.get(key)
+            if isinstance(value, list) and layer is not None and int(layer[1]) < len(value):
+                value = value[int(layer[1])]
+            if is_whole(value) and 1 <= value <= experts:
+                return value
     return None
 
 

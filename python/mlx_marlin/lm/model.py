@@ -305,11 +305,11 @@ def fill(
         mx.clear_cache()  # the buffers that this layer was read into are of no use to the next
         if progress is not None:
             progress(done, len(groups))
-    for module in model.modules():
+    for path, module in model.named_modules():
         if isinstance(module, TrellisModule):
             module.accuracy = accuracy
         if isinstance(module, TrellisSwitchGLU):
-            module.top_k = experts_per_token(config, module.gate_proj.num_experts)
+            module.top_k = experts_per_token(config, module.gate_proj.num_experts, path)
     mapping.host.finish(model, target or next((v.dtype for v in dense.values() if v.dtype in DTYPE_NAMES), mx.float16))
     model.eval()
 
