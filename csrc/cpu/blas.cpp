@@ -79,9 +79,10 @@ struct Relocations {
   const ElfW(Sym) * symbols = nullptr;
   const char* names = nullptr;
 
-  explicit Relocations(const ElfW(Dyn) * dynamic) {
+  Relocations(const ElfW(Dyn) * dynamic, ElfW(Addr) base) {
     for (; dynamic && dynamic->d_tag != DT_NULL; ++dynamic) {
-      const ElfW(Addr) at = dynamic->d_un.d_ptr;
+      // glibc makes addresses of the offsets in the file, musl leaves them.
+      const ElfW(Addr) at = dynamic->d_un.d_ptr + (dynamic->d_un.d_ptr < base ? base : 0);
       switch (dynamic->d_tag) {
         case DT_JMPREL:
           entries = reinterpret_cast<const ElfW(Rela)*>(at);
@@ -135,7 +136,7 @@ int replace_in(dl_phdr_info* object, size_t, void* done) {
   for (int i = 0; i < object->dlpi_phnum; ++i) {
     if (object->dlpi_phdr[i].p_type == PT_DYNAMIC) {
       const Relocations relocations(
-          reinterpret_cast<const ElfW(Dyn)*>(object->dlpi_addr + object->dlpi_phdr[i].p_vaddr));
+          reinterpret_cast<const ElfW(Dyn)*>(object->dlpi_addr + object->dlpi_phdr[i].p_vaddr), object->dlpi_addr);
       const ElfW(Addr) slot = relocations.slot("cblas_sgemm");
       *static_cast<bool*>(done) = slot && write_slot(object->dlpi_addr + slot, *object);
     }

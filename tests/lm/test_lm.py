@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3_moe
 from mlx_lm.models.switch_layers import SwitchGLU
 
 import mlx_marlin
@@ -191,6 +192,34 @@ def test_rows_that_a_model_takes_apart():
     other = placeholder(loader, "lm_head")[1]
     with pytest.raises(ValueError, match=f"joins .*{name}.*; linears that are quantized separately cannot be joined"):
         placeholders.read("a", np.concatenate([codes, other]), 1024)
+
+
+def test_rows_that_a_host_joins():
+    loader = TrellisModelLoader(MODELS / "random-glm4_moe_lite")
+    placeholders, codes = placeholder(loader, "model.layers.0.self_attn.q_b_proj")
+    other = placeholder(loader, "lm_head")[1]
+    (first, rows), (second, others) = placeholders.read_joined("a", np.concatenate([codes, other]), 512 + len(other))
+    assert (first.linear.name, rows) == ("model.layers.0.self_attn.q_b_proj", 512) and first.blocks is None
+    assert (second.linear.name, others) == ("lm_head", len(other)) and second.blocks is None
+    with pytest.raises(ValueError, match="q_b_proj, lm_head have .* outputs, but a wants 640"):
+        placeholders.read_joined("a", np.concatenate([codes, other[:384]]), 640)
+
+
+def test_model_code_that_computes_with_a_quantized_weight_is_refused(monkeypatch):
+    """MLX adds what stands for the weight as if it were numbers; the model would load, and be another one."""
+    original = qwen3_moe.Model.sanitize
+
+    def sanitize(self, weights):
+        stand_in = weights["model.layers.0.self_attn.o_proj.weight"]
+        norm = weights["model.norm.weight"]
+        weights["model.norm.weight"] = norm + stand_in[: norm.size, 0]
+        return original(self, weights)
+
+    monkeypatch.setattr(qwen3_moe.Model, "sanitize", sanitize)
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn\.o_proj is quantized, but mlx-lm computes with its weight"
+    ):
+        load_exl3_model(EXL3)
 
 
 def test_activations_with_numbers_of_their_own():

@@ -208,6 +208,16 @@ def test_the_first_run_times_what_its_questions_are_about():
         assert {(c.kernel_variant, c.use_fp32_acc) for c in configs} == set(product(kernels.VARIANTS, (True, False)))
 
 
+def test_the_first_run_times_matrices_beside_accelerators():
+    from bench.first_run import first_run
+
+    problem = replace(first_run._problem(3, 256, "gpu"), accelerators=True)
+    rows = {(c.kernel_variant, c.tile_size_m, c.use_fp32_acc) for c in first_run._configs(problem)}
+    assert rows >= set(product(["base"], (16, 32), (True, False))) | set(
+        product(["large_batch"], (48, 64), (True, False))
+    )
+
+
 def test_what_metals_validation_says_is_kept():
     from bench.first_run import first_run
 

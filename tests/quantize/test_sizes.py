@@ -280,12 +280,12 @@ def run(*words):
 
 
 def test_the_command(source, text, alone, tmp_path, capsys):
-    job, table = tmp_path / "job", tmp_path / "table"
+    job, table, own = tmp_path / "job", tmp_path / "table", ["--mixed", "per-expert"]
     assert run("measure", "--model", source, "--job", job, "--calibration", text) == 0
     assert f"allocate --job {job}" in capsys.readouterr().out
-    assert run("allocate", "--job", job, "--bits", 2.75, "--allocation", table) == 0
+    assert run("allocate", "--job", job, "--bits", 2.75, "--allocation", table, *own) == 0
     assert "bits per weight, allocation within" in capsys.readouterr().out
-    options = ["--job", job, "--head-bits", 4, "--embed-bits", 2, "--calibration", text]
+    options = ["--job", job, "--head-bits", 4, "--embed-bits", 2, "--calibration", text, *own]
     assert run("--model", source, "--output", tmp_path / "one", "--allocation", table, *options) == 0
     assert {**digest(tmp_path / "one"), "plan.txt": ""} == {**alone[FOLDERS[0]], "plan.txt": ""}
     assert run("--model", source, "--output", tmp_path / "out", "--bits", *SIZES, *options) == 0

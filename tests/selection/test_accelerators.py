@@ -74,6 +74,8 @@ def test_candidates(problem):
     tiles = {(c.kernel_variant, c.tile_size_m) for c in every if kernels.accelerated(problem, c)}
     assert tiles == set(metal.ACCELERATOR_ROWS.items())
     assert all(c.tile_size_n % 32 == 0 for c in every if kernels.accelerated(problem, c))
+    on_m5 = kernels.candidates_on(problem, kernels.Hardware(cores=40))
+    assert {(c.kernel_variant, c.tile_size_m) for c in on_m5 if kernels.accelerated(problem, c)} == tiles
     elsewhere = replace(problem, accelerators=False)
     assert set(kernels.candidates(elsewhere)) == {c for c in every if not kernels.accelerated(problem, c)}
 

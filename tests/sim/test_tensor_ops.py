@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import mlx
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -69,6 +70,34 @@ def test_mlx_products(type_name, transposed, size):
     found, expected = mlx_gemm(type_name, *size, transposed, order)
     limit = TYPES[type_name][1] * np.abs(expected).max()
     np.testing.assert_allclose(found, expected, rtol=0, atol=limit)
+
+
+@needs_mlx
+@pytest.mark.parametrize("bits", [4, 3])
+def test_mlx_quantized_products(bits):
+    """MLX's affine layer on the accelerators: weights go from threadgroup memory to the transposed operand."""
+    rows, columns, depth = 128, 64, 192
+    heads = ("utils.h", "steel/gemm/nax.h", "steel/gemm/gemm_nax.h", "quantized_utils.h", "quantized_nax.h")
+    library = metal_sim.compile(
+        "#include <metal_stdlib>\n" + "".join(f'#include "{KERNELS}/{head}"\n' for head in heads),
+        include_dirs=[str(INCLUDE)],
+        instantiate={"product": f"affine_qmm_t_nax<half, 64, {bits}, true, false>"},
+        kernels=["product"],
+        metal_version=400,
+    )
+    rng = np.random.default_rng(bits)
+    with mx.stream(mx.cpu):
+        dense = mx.array(rng.standard_normal((columns, depth)).astype(np.float16))
+        quantized = mx.quantize(dense, group_size=64, bits=bits)
+        weights = np.array(mx.dequantize(*quantized, group_size=64, bits=bits)).astype(np.float64)
+    x = rng.standard_normal((rows, depth)).astype(np.float16)
+    sizes = map(np.int32, (depth, columns, rows))
+    ints, longs = np.zeros(1, np.int32), np.zeros(1, np.int64)
+    batches = [np.int32(0), ints, longs, np.int32(0), ints, longs, longs, longs]
+    arrays = [*map(np.array, quantized), x, metal_sim.Out((rows, columns), np.float16), *sizes, *batches]
+    found = library.run("product", arrays, grid=(columns // 64, rows // 64, 1), threads=(32, 2, 2))[4]
+    expected = x.astype(np.float64) @ weights.T
+    np.testing.assert_allclose(found.astype(np.float64), expected, rtol=0, atol=2e-3 * np.abs(expected).max())
 
 
 SETUP = """constexpr auto desc = mpp::tensor_ops::matmul2d_descriptor(16, 32, 16, false, true, false, MODE);

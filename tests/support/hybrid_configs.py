@@ -75,7 +75,7 @@ CONFIGS = {
         "mamba_conv_bias": True,
     },
     "hunyuan": {
-        "moe_topk": 2,
+        "moe_topk": [2, 3],
         "num_experts": 4,
         "num_shared_expert": 1,
         "use_mixed_mlp_moe": True,

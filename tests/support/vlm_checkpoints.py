@@ -74,6 +74,7 @@ class Case(NamedTuple):
         checkpoint: The model.
         inputs: Keywords of its call beside the tokens: the picture.
         image_tokens: How many tokens of the picture the text holds.
+        tables: Tensors of n-gram tables, which ExLlamaV3 keeps in a file of their own.
         ties: Whether mlx-vlm's model always uses its embeddings as its head.
     """
 
@@ -81,6 +82,7 @@ class Case(NamedTuple):
     inputs: dict[str, mx.array]
     image_tokens: int
     ties: bool = False
+    tables: dict[str, mx.array] | None = None
 
 
 def tokens(case: Case, length: int = 24) -> mx.array:

@@ -231,6 +231,20 @@ def glm5_next(s: Sizes = SIZES, t: Tower = TOWER) -> Case:
     return Case(c, qwen_picture(t), t.grid**2 // 4)
 
 
+def add_glm5_next_drafter(c: Checkpoint) -> None:
+    """The layer behind the last, without streams."""
+    s = c.sizes
+    layer = f"model.language_model.layers.{s.layers}"
+    c.config["text_config"]["num_nextn_predict_layers"] = 1
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        c.norm(f"{layer}.{name}", s.hidden)
+    c.linear(f"{layer}.eh_proj", 2 * s.hidden, s.hidden)
+    c.block_norms(layer)
+    _sparse_attention(c, f"{layer}.self_attn")
+    _experts(c, f"{layer}.mlp")
+    c.gated_mlp(f"{layer}.mlp.shared_experts", s.width)
+
+
 def _delta_attention(c: Checkpoint, attn: str) -> None:
     """ExLlamaV3 quantizes the original's three linears as one, and joins the convolutions."""
     width, hidden = _HEADS * _HEAD_DIM, c.sizes.hidden

@@ -11,7 +11,7 @@ from mlx_vlm.models import switch_layers
 
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.vlm.host import MLX_VLM
-from tests.support import architectures, generic_checkpoints, vlm_checkpoints, vlm_originals
+from tests.support import architectures, generic_checkpoints, vlm_checkpoints, vlm_ngrams, vlm_originals
 from tests.support.checkpoints import HALF_RATES, SIZES
 from tests.support.vlm_checkpoints import logits
 
@@ -33,14 +33,17 @@ def load_dense(case, directory):
     return dense
 
 
-CASES = {**vlm_checkpoints.CASES, **vlm_originals.CASES}
+CASES = {**vlm_checkpoints.CASES, **vlm_originals.CASES, **vlm_ngrams.CASES}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_those_of_the_dequantized_weights(name, tmp_path):
     case = CASES[name]()
     wanted = logits(load_dense(case, tmp_path / "dense"), case)
-    model, _ = load_exl3_model(case.checkpoint.write(tmp_path / "exl3", shards=2), host=MLX_VLM)
+    directory = case.checkpoint.write(tmp_path / "exl3", shards=2)
+    if case.tables:
+        mx.save_safetensors(str(directory / "ngram_embedding.safetensors"), case.tables)
+    model, _ = load_exl3_model(directory, host=MLX_VLM)
     assert_same(logits(model, case), wanted)
     assert set(HALF_RATES) <= set(case.checkpoint.bits.values())
 

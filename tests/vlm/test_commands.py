@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx_vlm
 import pytest
 from mlx_vlm import utils as mlx_vlm_utils
+from mlx_vlm.speculative.drafters.mtp_split import MTPSplitter
 
 from mlx_marlin import cli, vlm
 from mlx_marlin.vlm import commands
@@ -33,6 +34,7 @@ def fresh(monkeypatch):
     """What the commands replace in mlx-vlm is put back."""
     for name in ("get_model_path", "load_model", "load_processor"):
         monkeypatch.setattr(mlx_vlm_utils, name, getattr(mlx_vlm_utils, name))
+    monkeypatch.setattr(MTPSplitter, "load", MTPSplitter.load)
 
 
 def run(monkeypatch, *arguments) -> None:

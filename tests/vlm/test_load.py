@@ -63,7 +63,7 @@ def test_what_stands_where(directory):
     assert type(model.vision_tower.blocks[0].attn.qkv) is JoinedTrellisLinear
     assert isinstance(model.vision_tower.merger.linear_fc1, TrellisLinear)
     experts = model.language_model.model.layers[0].mlp.switch_mlp
-    assert type(experts) is FusedExperts and experts.top_k == 2 and experts.accuracy == "half"
+    assert type(experts) is FusedExperts and experts.experts.top_k == 2 and experts.experts.accuracy == "half"
     # ExLlamaV3 keeps the fused qkv beside the parts that it quantized.
     assert set(model.left_out.tensors) == {VISION}
     assert all(".attn.qkv." in name for name in model.left_out.tensors[VISION])

@@ -3,7 +3,14 @@
 Imports NumPy only.
 """
 
-from .embedding import decode_embedding, embedding_bits, unpack_embedding
+from .embedding import (
+    NGRAM_SIZE,
+    decode_embedding,
+    decode_ngrams,
+    embedding_bits,
+    ngram_bits,
+    unpack_embedding,
+)
 from .trellis import (
     CODEBOOKS,
     HADAMARD_SIZE,
@@ -42,6 +49,7 @@ __all__ = [
     "CODEBOOKS",
     "HADAMARD_SIZE",
     "MAX_BITS",
+    "NGRAM_SIZE",
     "TILE",
     "TILE_COLUMNS",
     "TILE_ROWS",
@@ -54,6 +62,7 @@ __all__ = [
     "check_codebook",
     "decode",
     "decode_embedding",
+    "decode_ngrams",
     "dequantize",
     "embedding_bits",
     "ends",
@@ -64,6 +73,7 @@ __all__ = [
     "inner",
     "is_half_rate",
     "matrix_to_tiles",
+    "ngram_bits",
     "pack",
     "padded",
     "tiles_to_matrix",

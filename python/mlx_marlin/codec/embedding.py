@@ -1,4 +1,4 @@
-"""Token embeddings, coded row by row.
+"""Token embeddings and n-gram tables, coded row by row.
 
 Source: ExLlamaV3 1.6.5, ``exllamav3_ext/ngram.cu``.
 """
@@ -47,13 +47,18 @@ def unpack_embedding(trellis: np.ndarray, groups: int) -> tuple[np.ndarray, np.n
         raise ValueError(f"the trellis of an embedding is int16, got {trellis.dtype}")
     bits = embedding_bits(trellis.shape, groups)
     rings = np.ascontiguousarray(trellis).view(np.uint16).reshape(trellis.shape[0], groups, 1 + TILE * bits)
-    stream = np.unpackbits(np.ascontiguousarray(rings[..., 1:]).view(np.uint8), axis=-1, bitorder="little")
-    fields = stream.reshape(*rings.shape[:2], TILE_SIZE, bits).astype(np.uint32)
+    return rings[..., 0].view(np.float16), _states(rings[..., 1:], bits)
+
+
+def _states(words: np.ndarray, bits: int) -> np.ndarray:
+    """The uint16 states of rings: shape ``[..., words]`` -> ``[..., 16 * words / bits]``."""
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
+    fields = stream.reshape(*words.shape[:-1], -1, bits).astype(np.uint32)
     fresh = (fields << np.arange(bits, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
     states = np.zeros_like(fresh)
     for age in range(-(-16 // bits)):  # an element's own bits are the lowest, older ones above them
         states |= np.roll(fresh, age, axis=-1) << np.uint32(age * bits)
-    return rings[..., 0].view(np.float16), states.astype(np.uint16)
+    return states.astype(np.uint16)
 
 
 def decode_embedding(trellis: np.ndarray, signs: np.ndarray, hidden: int) -> np.ndarray:
@@ -83,3 +88,40 @@ def decode_embedding(trellis: np.ndarray, signs: np.ndarray, hidden: int) -> np.
     values = decode(states, "mul1").astype(np.float32) * scales[..., None].astype(np.float32)
     rows = butterflies(values, TILE_SIZE) * np.float32(TILE_SIZE**-0.5) * signs.astype(np.float32)
     return rows.astype(np.float16).reshape(len(rows), -1)[:, :hidden]
+
+
+NGRAM_SIZE = 160
+"""Elements of a row of an n-gram table."""
+
+
+def ngram_bits(shape: tuple[int, ...]) -> int:
+    """Bits per weight of a quantized n-gram table.
+
+    Args:
+        shape: Shape of its trellis, ``[rows, 1 + 10 * K]``.
+
+    Raises:
+        ValueError: If no whole K from 1 to 8 has this shape.
+    """
+    words = NGRAM_SIZE // TILE
+    if len(shape) != 2 or shape[1] % words != 1 or not 1 <= shape[1] // words <= MAX_BITS:
+        raise ValueError(
+            f"the trellis of an n-gram table has shape [rows, 1 + {words}*K] with a whole K from 1 to {MAX_BITS}, "
+            f"got {list(shape)}"
+        )
+    return shape[1] // words
+
+
+def decode_ngrams(trellis: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Rows of a quantized n-gram table: rings of 160 elements without signs and transform. The codebook is mul1.
+
+    Args:
+        trellis: int16 (or uint16), shape ``[rows, 1 + 10 * K]``.
+        bias: float16, shape ``[rows, 160]``: what the head that a row belongs to adds.
+
+    Returns:
+        float16, shape ``[rows, 160]``.
+    """
+    rings = np.ascontiguousarray(trellis).view(np.uint16)
+    values = decode(_states(rings[:, 1:], ngram_bits(rings.shape)), "mul1").astype(np.float32)
+    return (values * rings[:, :1].view(np.float16).astype(np.float32) + bias.astype(np.float32)).astype(np.float16)

@@ -86,8 +86,8 @@ def _most_rows(problem: Problem, variant: str) -> int:
 
 def default_tiles(problem: Problem, variant: str) -> Tiles:
     """128 columns: whole Hadamard blocks. 16 simdgroups, whose ranges of k keep a narrow layer's few threadgroups busy;
-    8 for 4 rows, whose sums and x need more than the 96 registers that an M1 has for each of 512 threads. 32 columns
-    where 128 would leave cores without a threadgroup, as a single weight and few rows do.
+    8 for 4 rows, and for 48 on accelerators, whose sums and x need more than the 96 registers that an M1 has for each
+    of 512 threads. 32 columns where 128 would leave cores without a threadgroup, as a single weight and few rows do.
     """
     few, many = TILE_ROWS[variant][0], TILE_ROWS[variant][-1]
     rows = few
@@ -100,7 +100,8 @@ def default_tiles(problem: Problem, variant: str) -> Tiles:
         rows = min(max(few, problem.rows * problem.top_k), many)
     if variant != "large_batch" and problem.kind == "linear" and _few_groups(problem, rows):
         return rows, 32, 8
-    return rows, codec.HADAMARD_SIZE, 8 if variant == "prefill4" and not _few_groups(problem, rows) else 16
+    many_registers = variant == "prefill4" or (variant == "large_batch" and problem.accelerators)
+    return rows, codec.HADAMARD_SIZE, 8 if many_registers and not _few_groups(problem, rows) else 16
 
 
 def _few_groups(problem: Problem, rows: int) -> bool:

@@ -6,6 +6,7 @@ Experts whose activation has no fused kernel keep the host's class, over one tre
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -14,15 +15,19 @@ import numpy as np
 
 from .. import codec, ops
 from ..layers.experts import TrellisExperts
+from ..layers.joined import GroupedTrellisLinear, JoinedTrellisLinear
 from ..layers.linear import TrellisLinear
 from ..loader.exl3 import PlainLinear
 from ..ops import Activation
 from ..storage.reads import read_all
+from ..storage.untrusted import is_whole
 from ..weights.experts import ExpertStack, stacked_biases
 from ..weights.trellis import TrellisWeight
 from .host import Host
 from .placeholders import LinearSource
 from .sanitizing import PROJECTIONS
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 TOP_K_KEYS = (
     "num_experts_per_tok",
@@ -36,12 +41,22 @@ TOP_K_KEYS = (
 """How models' configs call the experts per token."""
 
 
-def experts_per_token(config: dict, experts: int) -> int | None:
-    """The top-k that a model's config names, if one in [1, experts]."""
+def experts_per_token(config: dict, experts: int, path: str) -> int | None:
+    """The top-k that a model's config names for a layer, if one in [1, experts].
+
+    Args:
+        config: The model's.
+        experts: Of the layer.
+        path: Of the experts. Some configs name a number for each layer (hunyuan).
+    """
+    layer = _LAYER.search(path)
     for part in (config, config.get("text_config") or {}):
         for key in TOP_K_KEYS:
-            if isinstance(part.get(key), int) and 1 <= part[key] <= experts:
-                return part[key]
+            value = part.get(key)
+            if isinstance(value, list) and layer is not None and int(layer[1]) < len(value):
+                value = value[int(layer[1])]
+            if is_whole(value) and 1 <= value <= experts:
+                return value
     return None
 
 
@@ -135,6 +150,18 @@ def whole_linear(host: Host, _path: str, module: nn.Module, source: LinearSource
     """What stands for an ``nn.Linear``."""
     out_features, in_features = module.weight.shape
     return host.linear(load_source(source, in_features, out_features))
+
+
+def joined_linear(module: nn.Module, parts: list[tuple[LinearSource, int]]) -> JoinedTrellisLinear:
+    """What stands for an ``nn.Linear`` that is quantized in parts, each with the number of its outputs."""
+    in_features = module.weight.shape[1]
+    return JoinedTrellisLinear([TrellisLinear(load_source(source, in_features, rows)) for source, rows in parts])
+
+
+def grouped_linear(module: nn.Module, sources: list[LinearSource]) -> GroupedTrellisLinear:
+    """What stands for a layer with a linear for each group of inputs."""
+    _, out_features, in_features = module.weight.shape
+    return GroupedTrellisLinear([TrellisLinear(load_source(source, in_features, out_features)) for source in sources])
 
 
 def make_head(embeddings: nn.Embedding, source: LinearSource, dtype: mx.Dtype | None) -> nn.Module:

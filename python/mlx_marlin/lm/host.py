@@ -6,14 +6,13 @@ Where the tensors of a checkpoint go, and what stands for its linears and expert
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers.experts import TrellisSwitchGLU
 from ..layers.linear import TrellisLinear
 from ..layers.partial import PartlyQuantizedSwitchGLU
 
@@ -38,6 +37,7 @@ class Host(ABC):
 
     Attributes:
         name: As it is called in messages.
+        whole: Whether its models go from tokens to logits; drafters are parts of those.
         loader: Its function that loads models which are not EXL3.
         model_code: The package whose modules are model code, with a dot behind.
         glu: Its class of gated experts, whose children are called gate_proj, up_proj and down_proj.
@@ -50,6 +50,7 @@ class Host(ABC):
     """
 
     name: str
+    whole: bool = True
     loader: str
     model_code: str
     glu: type[nn.Module]
@@ -57,7 +58,7 @@ class Host(ABC):
     grouped: type[nn.Module] | None
     activations: Mapping[str, str]
     linear: type[TrellisLinear]
-    fused: type[TrellisSwitchGLU]
+    fused: Callable[..., nn.Module]
     partly: type[PartlyQuantizedSwitchGLU]
 
     @abstractmethod

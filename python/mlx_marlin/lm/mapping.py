@@ -13,6 +13,7 @@ from ..loader.contents import NGRAM, OTHER, LeftOut, parts_of, seems_to_be
 from ..loader.directory import TrellisModelLoader
 from ..loader.embedding import QuantizedEmbedding
 from ..loader.exl3 import PlainLinear, QuantizedLinear
+from ..loader.ngrams import HASH_PARAMETERS, NgramTable, find_ngram_tables
 from ..storage.safetensors import TensorInfo
 from .embedding import make_placeholders, take_embeddings
 from .graphs import changed, unread
@@ -33,6 +34,7 @@ class WeightMap:
         grouped: Sources of each quantized layer with a linear for each group of inputs.
         experts: Sources of each quantized block of experts: path -> projection -> one source per expert.
         heads: Source of the output head, by the path of the embeddings that the model would use instead.
+        tables: Each n-gram table in a file of its own, by its path in the model.
         embeddings: Each quantized token embedding, by its path in the model.
         dense: All other parameters of the model, lazy, by path.
         stored: Where those of the dense parameters lie that the model takes as the checkpoint has them.
@@ -45,6 +47,7 @@ class WeightMap:
     grouped: dict[str, list[LinearSource]] = field(default_factory=dict)
     experts: dict[str, dict[str, list[LinearSource]]] = field(default_factory=dict)
     heads: dict[str, LinearSource] = field(default_factory=dict)
+    tables: dict[str, NgramTable] = field(default_factory=dict)
     embeddings: dict[str, QuantizedEmbedding] = field(default_factory=dict)
     dense: dict[str, mx.array] = field(default_factory=dict)
     stored: dict[str, TensorInfo] = field(default_factory=dict)
@@ -111,7 +114,10 @@ def map_weights(host: Host, model: nn.Module, loader: TrellisModelLoader) -> Wei
             _place(mapping, checkpoint, key, np.array(value))
         elif value.dtype != mx.uint64 and not _is_head(key, modules):
             mapping.dense[key] = value
-    _place_head(mapping, checkpoint)
+    if host.whole:
+        _place_head(mapping, checkpoint)
+    if host.uses(NGRAM):
+        _place_tables(mapping, checkpoint)
     _check_complete(model, checkpoint, mapping)
     names = {id(value): name for name, value in unquantized.items()}
     touched = changed(unquantized)
@@ -139,7 +145,7 @@ def _left_out(mapping: WeightMap, checkpoint: _Checkpoint, unquantized: dict[str
             continue
         part = checkpoint.parts.get(name, OTHER)
         found.setdefault(part, {})[name] = checkpoint.loader.unquantized[name].nbytes
-    if checkpoint.loader.tables:
+    if checkpoint.loader.tables and not mapping.tables:
         found[NGRAM] = {name: info.nbytes for name, info in checkpoint.loader.tables.items()}
     return LeftOut(found)
 
@@ -221,6 +227,20 @@ def _place_head(mapping: WeightMap, checkpoint: _Checkpoint) -> None:
     mapping.heads[paths[0]] = LinearSource(head, None)
 
 
+def _place_tables(mapping: WeightMap, checkpoint: _Checkpoint) -> None:
+    """A table takes the place of the module that its name ends as; the parameters of its hashes lie beside that."""
+    for name, table in find_ngram_tables(checkpoint.loader.tables).items():
+        ending = name[name.find(".layers.") :]
+        paths = [path for path in checkpoint.modules if f".{path}".endswith(ending)]
+        if len(paths) != 1:
+            raise ValueError(f"{checkpoint.loader.directory}: the model has no place for the n-gram table {name}")
+        mapping.tables[paths[0]] = table
+        parent = paths[0].rpartition(".")[0]
+        for suffix, leaf in HASH_PARAMETERS.items():
+            if suffix in table.parts:
+                mapping.dense[f"{parent}.{leaf}"] = mx.array(table.parts[suffix].array())
+
+
 def _check_inputs_and_bias(
     placeholders: Placeholders, sources: list[LinearSource], module: nn.Module, key: str
 ) -> None:
@@ -260,6 +280,8 @@ def _check_complete(model: nn.Module, checkpoint: _Checkpoint, mapping: WeightMa
         *(f"{path}.{projection}" for path in mapping.experts for projection in PROJECTIONS),
     }
     parameters = {key: value for key, value in parameters_of(model).items() if key.rpartition(".")[0] not in replaced}
+    of_tables = tuple(f"{path}." for path in mapping.tables)
+    parameters = {key: value for key, value in parameters.items() if not key.startswith(of_tables)}
     for key, value in parameters.items():
         if key not in mapping.dense:
             raise ValueError(

@@ -22,9 +22,8 @@ import numpy as np
 
 from .. import kernels, ops
 from ..layers.experts import TrellisSwitchGLU
-from ..layers.joined import GroupedTrellisLinear, JoinedTrellisLinear
-from ..layers.linear import TrellisLinear
 from ..layers.state import TrellisModule
+from ..layers.streamed import StreamedEmbedding
 from ..loader.directory import Kind, TrellisModelLoader
 from ..loader.scaling import up_divisor, without_folded_scales
 from ..ops import DTYPE_NAMES
@@ -33,7 +32,7 @@ from ..storage.safetensors import TensorInfo
 from ..storage.untrusted import is_listed, unchanged
 from . import dense_ops
 from .embedding import EmbeddingWithHead, make_embedding
-from .experts import experts_per_token, load_source, make_head, whole_experts, whole_linear
+from .experts import experts_per_token, grouped_linear, joined_linear, make_head, whole_experts, whole_linear
 from .host import MODEL_ERRORS, Host, UnknownArchitecture
 from .mapping import WeightMap, map_weights
 from .mlx_lm_host import MLX_LM
@@ -222,16 +221,6 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
         setattr(parent, leaf, new)
 
 
-def _joined(module: nn.Module, parts: list[tuple[LinearSource, int]]) -> JoinedTrellisLinear:
-    in_features = module.weight.shape[1]
-    return JoinedTrellisLinear([TrellisLinear(load_source(source, in_features, rows)) for source, rows in parts])
-
-
-def _grouped(module: nn.Module, sources: list[LinearSource]) -> GroupedTrellisLinear:
-    _, out_features, in_features = module.weight.shape
-    return GroupedTrellisLinear([TrellisLinear(load_source(source, in_features, out_features)) for source in sources])
-
-
 def groups_of(paths: Iterable[str]) -> list[list[str]]:
     """Paths by layer, in the order of the model; what is in no layer comes first."""
     groups: dict[str, list[str]] = {"": []}
@@ -287,6 +276,9 @@ def fill(
     del present
     model.load_weights(list(dense.items()), strict=False)
     _fill_embeddings(model, mapping, target)
+    for path, table in mapping.tables.items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(module_at(model, parent), leaf, StreamedEmbedding(table.gather, target or mx.float16))
     stored = {} if lazy else {key: info for key, info in mapping.stored.items() if key in dense}
     groups = groups_of((*dense, *mapping.linears, *mapping.joined, *mapping.grouped, *mapping.experts))
     for done, group in enumerate(groups, 1):
@@ -297,9 +289,9 @@ def fill(
             if path in mapping.linears:
                 replace_module(model, path, make_linear(path, module, mapping.linears[path]))
             elif path in mapping.joined:
-                replace_module(model, path, _joined(module, mapping.joined[path]))
+                replace_module(model, path, joined_linear(module, mapping.joined[path]))
             elif path in mapping.grouped:
-                replace_module(model, path, _grouped(module, mapping.grouped[path]))
+                replace_module(model, path, grouped_linear(module, mapping.grouped[path]))
             else:
                 made = make_experts(path, module, mapping.experts[path])
                 if isinstance(made, mapping.host.partly) and target is not None:
@@ -313,11 +305,11 @@ def fill(
         mx.clear_cache()  # the buffers that this layer was read into are of no use to the next
         if progress is not None:
             progress(done, len(groups))
-    for module in model.modules():
+    for path, module in model.named_modules():
         if isinstance(module, TrellisModule):
             module.accuracy = accuracy
         if isinstance(module, TrellisSwitchGLU):
-            module.top_k = experts_per_token(config, module.gate_proj.num_experts)
+            module.top_k = experts_per_token(config, module.gate_proj.num_experts, path)
     mapping.host.finish(model, target or next((v.dtype for v in dense.values() if v.dtype in DTYPE_NAMES), mx.float16))
     model.eval()
 
@@ -337,7 +329,8 @@ def open_checkpoint(
     config = read_config(host, model_path, loader, model_config)
     model = build(model_path, config, host)
     mapping = map_weights(host, model, loader)
-    check_call(build(model_path, config, host), model_path, config, host)
+    if host.whole:
+        check_call(build(model_path, config, host), model_path, config, host)
     _restore_up(mapping, config)
     return model, config, mapping
 

@@ -38,7 +38,7 @@ def model_problems(
         if not stacks[0]:
             continue
         experts = len(stacks[0])
-        top_k = experts_per_token(config, experts)
+        top_k = experts_per_token(config, experts, path)
         if top_k is None:
             keys = ", ".join(TOP_K_KEYS)
             raise ValueError(f"config.json does not say how many experts a token takes; looked for {keys}")

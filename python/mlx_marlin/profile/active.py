@@ -167,7 +167,7 @@ def _fit(problem: Problem, config: KernelConfig) -> KernelConfig | None:
 def _alike(a: Problem, b: Problem) -> bool:
     """Whether two problems differ in rows of one variant, dtype and combination at most: the products are the same.
 
-    Few rows never run on accelerators, so that it does not matter whether there are any.
+    What is best for a few rows does without accelerators, so that it does not matter whether there are any.
     """
     variant = kernels.default_variant(b.rows)
     accelerators = b.accelerators if variant in ("decode", "prefill4") else a.accelerators

@@ -106,8 +106,8 @@ def _add_sharing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mixed",
         choices=MODES,
-        default=MODES[0],
-        help="who shares a width; loaders other than this package need per-layer or uniform (default: per-expert)",
+        default="per-layer",
+        help="who shares a width; per-expert is for this package only (default: per-layer)",
     )
 
 

@@ -137,6 +137,9 @@ def opened_runner(model: str | Path, calibration: str | Path | None, trust_remot
     Raises:
         ValueError: If the checkpoint or the calibration text is not fit for this.
     """
+    from ..lm import dense_ops  # needs mlx-lm
+
+    dense_ops.install()  # attention over the calibration text
     clock.tick(f"reading {model}")
     source = Source(Path(model))
     tokens = texts.calibration_tokens(source.path, calibration, trust_remote_code)

@@ -36,7 +36,7 @@ def replace_module(root: nn.Module, path: str, value: object) -> None:
 class LinearTap:
     """Stands in for an ``nn.Linear``: accumulates the Hessian of its input, optionally disturbs its output.
 
-    It multiplies in NumPy, where its rows are needed anyway: MLX's matmul on the CPU is a reference BLAS.
+    It multiplies in NumPy, where its rows are needed anyway.
     """
 
     def __init__(self, linear: nn.Linear, name: str):

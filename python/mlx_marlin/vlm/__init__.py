@@ -5,6 +5,7 @@ The package needs the extra ``[vlm]``, and imports mlx-vlm when it is used.
 - ``host``: mlx-vlm as a host of models; where tensors go is found by :mod:`mlx_marlin.lm`, as for mlx-lm.
 - ``layers``: what stands for its linears and experts.
 - ``processor``: what prepares text, pictures and sound for a model.
+- ``drafters``: drafters out of the prediction layers that a checkpoint brings.
 - ``commands``: mlx-vlm's commands over all this.
 """
 
@@ -19,7 +20,7 @@ import mlx.nn as nn
 if TYPE_CHECKING:
     from transformers.processing_utils import ProcessorMixin
 
-__all__ = ["load"]
+__all__ = ["load", "load_drafter"]
 
 
 def load(
@@ -73,6 +74,39 @@ def load(
         model = apply_lora_layers(model, adapter_path)
         model.eval()
     return model, load_processor(model, model_path, **keywords)
+
+
+def load_drafter(
+    path_or_hf_repo: str,
+    accuracy: str | None = None,
+    *,
+    dtype: mx.Dtype | str | None = None,
+    lazy: bool = False,
+    revision: str | None = None,
+) -> nn.Module:
+    """Load the multi-token prediction layers of an EXL3 checkpoint as mlx-vlm's drafter of their kind.
+
+    It goes with the model of the same checkpoint: ``mlx_vlm.generate(..., draft_model=drafter, draft_kind="mtp")``.
+
+    Args:
+        path_or_hf_repo: Directory, or repository on the Hugging Face Hub.
+        accuracy: As for :func:`load`. Default: ``None``.
+        dtype: As for :func:`load`. Default: ``None``.
+        lazy: Leave the unquantized parameters unevaluated. Default: ``False``.
+        revision: Branch, tag or commit of the repository. Default: ``None``.
+
+    Raises:
+        FileNotFoundError: If there is no such directory or repository, or a file of it is missing.
+        ModuleNotFoundError: If mlx-vlm is not installed.
+        ValueError: If mlx-vlm has no drafter for the model, or the checkpoint no prediction layers, or damaged ones.
+    """
+    require_mlx_vlm()
+    from ..lm.hub import fetch
+    from ..lm.model import activation_dtype, product_accuracy
+    from . import drafters
+
+    dtype, accuracy = activation_dtype(dtype), product_accuracy(accuracy)
+    return drafters.load_drafter(fetch(path_or_hf_repo, revision=revision), lazy, dtype=dtype, accuracy=accuracy)
 
 
 def require_mlx_vlm() -> None:

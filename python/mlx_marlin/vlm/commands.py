@@ -18,6 +18,7 @@ from mlx_vlm import utils as mlx_vlm_utils
 from ..lm.command_line import CheckpointError, guarded, is_our_repo, is_ours, take_revision, value_of
 from ..lm.hub import fetch
 from ..lm.model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
+from . import drafters
 from .host import MLX_VLM
 from .processor import check_processor, load_own_processor
 
@@ -87,6 +88,7 @@ def install(progress: LayerProgress | None = None) -> None:
             return load_others_processor(model_path, *args, **keywords)
         return guarded(load_own_processor, Path(model_path), *args, **keywords)
 
+    drafters.install()
     vars(mlx_vlm_utils).update(get_model_path=get_model_path, load_model=load_model, load_processor=load_processor)
 
 

@@ -18,7 +18,7 @@ from mlx_vlm.models.mla import MultiLinear
 from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from ..lm.host import Host
-from ..loader.contents import AUDIO, VISION
+from ..loader.contents import AUDIO, NGRAM, VISION
 from .layers import DescribedLinear, FusedExperts, PartlyQuantizedExperts
 
 _log = logging.getLogger("mlx_marlin.lm")
@@ -92,7 +92,7 @@ class MlxVlm(Host):
         return weights
 
     def uses(self, part: str) -> bool:
-        return part in (VISION, AUDIO)
+        return part in (VISION, AUDIO, NGRAM)
 
     def make_cache(self, model: nn.Module) -> list[Any]:
         return make_prompt_cache(model.language_model)

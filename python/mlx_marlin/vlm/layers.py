@@ -6,9 +6,10 @@ its shape, or for the dtype that they run in.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_vlm.models.switch_layers import SwitchGLU
 
 from ..layers.experts import TrellisSwitchGLU
@@ -42,8 +43,18 @@ class DescribedLinear(TrellisLinear):
         return Described((out_features, in_features), self.dtype)
 
 
-class FusedExperts(TrellisSwitchGLU):
-    """A drop-in for mlx-vlm's ``SwitchGLU``."""
+class FusedExperts(nn.Module):
+    """A drop-in for mlx-vlm's ``SwitchGLU``.
+
+    The fused layer is a child, so that mlx-vlm does not find projections and an activation to call one by one.
+
+    Args:
+        arguments: Those of :class:`~mlx_marlin.TrellisSwitchGLU`.
+    """
+
+    def __init__(self, *arguments: Any):
+        super().__init__()
+        self.experts = TrellisSwitchGLU(*arguments)
 
     def __call__(
         self,
@@ -65,7 +76,7 @@ class FusedExperts(TrellisSwitchGLU):
         Returns:
             Shape ``[..., k, hidden]``, or ``[..., hidden]`` with weights; dtype of x.
         """
-        return SwitchGLU._combine(super().__call__(x, indices, weights), None, shared, residual)
+        return SwitchGLU._combine(self.experts(x, indices, weights), None, shared, residual)
 
 
 class PartlyQuantizedExperts(PartlyQuantizedSwitchGLU):
