@@ -18,6 +18,9 @@ constexpr int64_t kSplitKeys = 512;
 // Tasks that keep the cores of a large machine busy. The number of threads must not decide: it would change the bits.
 constexpr int64_t kEnoughTasks = 64;
 
+// Runs of keys become longer where there would be more tasks: what they leave would take gigabytes at 100k keys.
+constexpr int64_t kMostTasks = 4 * kEnoughTasks;
+
 }  // namespace
 
 void attention(const AttentionArgs& args, int threads) {
@@ -27,7 +30,8 @@ void attention(const AttentionArgs& args, int threads) {
   const int64_t blocks = rows ? (rows + block - 1) / block : 0;
   const int64_t row_tasks = static_cast<int64_t>(args.batches) * args.heads * blocks;
   const bool split = row_tasks < kEnoughTasks && args.key_count > kSplitKeys;
-  const int64_t keys = split ? kSplitKeys : std::max<int64_t>(args.key_count, 1);
+  const int64_t share = args.key_count * row_tasks / kMostTasks + 1;
+  const int64_t keys = split ? std::max(kSplitKeys, share) : std::max<int64_t>(args.key_count, 1);
   const int parts = static_cast<int>(std::max<int64_t>((args.key_count + keys - 1) / keys, 1));
   const int64_t state = tier.attention_state(args, block);
 

@@ -119,7 +119,8 @@ bool write_slot(ElfW(Addr) slot, const dl_phdr_info& object) {
   for (int i = 0; i < object.dlpi_phnum; ++i) {
     const ElfW(Phdr) & header = object.dlpi_phdr[i];
     const ElfW(Addr) from = object.dlpi_addr + header.p_vaddr;
-    sealed |= header.p_type == PT_GNU_RELRO && slot >= from && slot < from + header.p_memsz;
+    // The loader seals whole pages: what lies behind the last of them stays writable, and data beside it.
+    sealed |= header.p_type == PT_GNU_RELRO && slot >= from && slot < (from + header.p_memsz) / page * page;
   }
   if (sealed && mprotect(begin, page, PROT_READ | PROT_WRITE)) {
     return false;

@@ -14,8 +14,8 @@ using Sgemv = void (*)(
     float* y, int incy);
 
 // Makes libmlx call these, which must work on the calling thread alone and be callable from many, with the parts of each
-// product on the worker pool; one row goes to `sgemv`, as sgemm copies all of b first. Returns false where libmlx calls no cblas_sgemm of another library. For the rest of the
-// process; call it while no product runs.
+// product on the worker pool; one row goes to `sgemv`, as sgemm copies all of b first. Returns false where libmlx calls
+// no cblas_sgemm of another library. For the rest of the process; call it while no product runs.
 bool replace_sgemm(Sgemm sgemm, Sgemv sgemv);
 
 // What libmlx calls from then on.

@@ -59,6 +59,8 @@ def test_rows_come_from_their_part_and_their_head(tmp_path):
     assert table.rows == 30 and np.array_equal(table.gather(ids), wanted.astype(np.float32))
     with pytest.raises(ValueError, match="has 30 rows, and row 30 was asked for"):
         table.gather(np.array([30]))
+    with pytest.raises(ValueError, match="has 30 rows, and row -1 was asked for"):
+        table.gather(np.array([-1, 3]))
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -74,7 +76,11 @@ def test_rows_that_are_not_quantized(dtype, tmp_path):
     ("changed", "message"),
     [
         ({f"{NAME}.shard_0.trellis": None}, r"shard_0\.trellis is missing"),
+        ({f"{NAME}.shard_999999999.trellis": mx.zeros((1, 21), mx.int16)}, r"shard_2\.trellis is missing"),
+        ({f"{NAME}.weight": mx.zeros((30, 160), mx.float16)}, r"has both \.weight and \.trellis"),
         ({f"{NAME}.head_bias": None}, r"head_bias is missing"),
+        ({f"{NAME}.head_offsets": mx.zeros((0,), mx.int64)}, "head_offsets must be integers, one for each head"),
+        ({f"{NAME}.head_offsets": mx.zeros((2,), mx.float32)}, "head_offsets must be integers, one for each head"),
         ({f"{NAME}.head_bias": mx.zeros((3, 160), mx.float16)}, r"head_bias must be F16 \[2, 160\]"),
         ({f"{NAME}.shard_1.trellis": mx.zeros((18, 31), mx.int16)}, "all of one width"),
         ({f"{NAME}.shard_1.trellis": mx.zeros((18, 21), mx.int32)}, "must be I16"),

@@ -35,6 +35,13 @@ def quantize_as(name: str, like: str):
     return edit
 
 
+def copy(name: str, to: str):
+    """Give a linear once more under another name."""
+    return lambda tensors: tensors.update(
+        {to + k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+    )
+
+
 EXPERT = f"{LAYER}.mlp.experts.2.up_proj"
 
 
@@ -42,6 +49,10 @@ EXPERT = f"{LAYER}.mlp.experts.2.up_proj"
     "edit, message",
     [
         (remove(f"{EXPERT}."), rf"{EXPERT}\.trellis is missing, but other experts of the layer are there"),
+        (  # not a number for each up to there in memory
+            copy(f"{EXPERT}.", f"{LAYER}.mlp.experts.999999999.up_proj."),
+            rf"{LAYER}\.mlp\.experts\.\d+\.\w+\.trellis is missing, but other experts of the layer are there",
+        ),
         (
             remove(f"{LAYER}.mlp.experts.3."),
             rf"looks for {LAYER}\.mlp\.experts\.3\..*which the checkpoint does not have",

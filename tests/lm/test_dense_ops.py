@@ -86,6 +86,10 @@ try:
     mx.fast.scaled_dot_product_attention(q[0], k[0], k[0], scale=0.3)
 except ValueError as error:
     print(error)
+try:
+    mx.fast.scaled_dot_product_attention(q, k, k, scale=0.3, force_fused=True)
+except ValueError as error:
+    print(error)
 """
 
 
@@ -94,7 +98,7 @@ def test_a_process_that_computed_before_it_loads():
         [sys.executable, "-c", ORDER, str(ROOT / "models" / "docs-moe-exl3-3.0bpw")], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert "scaled_dot_product_attention" in run.stdout, "what is wrong with arguments is MLX's to say"
+    assert "rank 4" in run.stdout and "no fused kernel" in run.stdout, "what is wrong with arguments is MLX's to say"
 
 
 def test_a_missing_blas_is_named(monkeypatch):

@@ -231,6 +231,17 @@ def test_activations_with_numbers_of_their_own():
     assert activation_of(MLX_LM, SwitchGLU(128, 128, 2)) == Activation("silu")
 
 
+class ScaledGLU(SwitchGLU):
+    """As Inkling's in mlx-vlm."""
+
+    def __call__(self, x, indices):
+        return 2 * super().__call__(x, indices)
+
+
+def test_a_class_derived_from_the_hosts_keeps_its_own_code():
+    assert activation_of(MLX_LM, ScaledGLU(128, 128, 2)) is None
+
+
 class Clamped(nn.Module):
     """An activation that the kernels do not know."""
 

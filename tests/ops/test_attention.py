@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_marlin import _ext, ops, set_num_threads
-from tests.support.attention import MASKS, SHAPES, Case, exact, random_case, reference
+from tests.support.attention import MASKS, SHAPES, Case, Shape, exact, random_case, reference
 
 # float32: sums of up to 1500 terms; the rest: half an ulp of the result.
 LIMITS = {mx.float32: 1e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
@@ -140,6 +140,20 @@ def test_gradients_and_transforms_are_those_of_mlx(mask, sinks):
     assert (compiled == run(case)).all()
 
 
+def test_sinks_that_the_dtype_cannot_hold_are_left_to_mlx():
+    case = random_case(np.random.default_rng(8), SHAPES[1], mx.float16, None, True)
+    assert ops.attention_runs(*case[:3], sinks=case.sinks)
+    assert not ops.attention_runs(*case[:3], sinks=case.sinks.astype(mx.float32))
+    wide = case._replace(queries=case.queries.astype(mx.float32), keys=case.keys.astype(mx.float32))
+    wide = wide._replace(values=case.values.astype(mx.float32))
+    assert error(run(wide), reference(wide)) <= LIMITS[mx.float32]
+
+
+def test_more_keys_than_tasks_of_the_shortest_length():
+    case = random_case(np.random.default_rng(9), Shape(1, 4, 2, 40, 70_000, 4, 4), mx.float32, "causal", True)
+    assert error(run(case), reference(case)) <= LIMITS[mx.float32]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -152,7 +166,10 @@ def test_gradients_and_transforms_are_those_of_mlx(mask, sinks):
         {"mask": mx.zeros((5, 6))},
         {"mask": mx.zeros((5, 7), mx.int32)},
         {"mask": "full"},
+        {"mask": ""},
         {"sinks": mx.zeros(7)},
+        {"sinks": mx.zeros(8, mx.int32)},
+        {"sinks": [0.0] * 8},
     ],
     ids=str,
 )

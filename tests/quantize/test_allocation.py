@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlx_marlin.quantize.allocation import Item, least_loss
+from mlx_marlin.quantize.allocation import Item, as_given, least_loss
 
 
 def make_items(count, seed, candidates=(1, 2, 3, 4), group=lambda i: f"g{i}"):
@@ -84,3 +84,11 @@ def test_widths_that_lose_are_never_taken():
 def test_bad_input(bits, mode, message):
     with pytest.raises(ValueError, match=message):
         least_loss(make_items(3, 0), bits, mode)
+
+
+def test_a_table_of_the_smallest_widths():
+    """Bits per weight are a rounded quotient: times the weights they can be less than what was divided."""
+    for weights in range(1000, 1400):
+        item = Item("a", "a", weights, {1: weights + 17, 2: 2 * weights + 17}, {1: 1.0, 2: 0.5})
+        found = as_given([item], {"a": 1})
+        assert found.loss == 1.0 and 0.99 < found.bound <= 1.0

@@ -133,6 +133,30 @@ def test_a_size_that_is_complete_must_be_this_conversions(source, arguments, sev
         convert(source, output, bits=SIZES, resume=True, **arguments)
 
 
+def test_a_complete_size_may_have_got_other_files(source, arguments, several, alone, tmp_path):
+    """A model card; and what is left where a process was killed as it removed the work directory."""
+    output = shutil.copytree(several[0], tmp_path / "out")
+    (output / "2.75bpw/README.md").write_text("A model.")
+    (output / "2.75bpw/.finished").mkdir()
+    convert(source, output, bits=SIZES, resume=True, **arguments)
+    assert (output / "2.75bpw/README.md").exists() and not (output / "2.75bpw/.finished").exists()
+    (output / "2.75bpw/README.md").unlink()
+    assert digests(output) == alone
+
+
+@pytest.mark.parametrize("place", ["", ".convert"])
+def test_a_measurement_among_the_files_of_a_model_is_refused(source, arguments, tmp_path, place):
+    with pytest.raises(ValueError, match="the measurement would lie among the files of the model in .*out; choose"):
+        convert(source, tmp_path / "out", bits=2.5, job=tmp_path / "out" / place, **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bits", [float("nan"), float("inf"), 0, 9])
+def test_a_size_that_is_none(job, bits):
+    with pytest.raises(ValueError, match=r"bits must lie in 1\.\.8, got"):
+        allocate(job, bits)
+
+
 def test_damaged_codes_of_other_sizes_are_searched_again(source, arguments, several, alone, tmp_path, caplog):
     job = shutil.copytree(several[0] / "measurement", tmp_path / "job")
     content = bytearray((job / "searched-0000.safetensors").read_bytes())

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 
 import mlx_vlm
 import pytest
@@ -16,6 +17,8 @@ from mlx_vlm import utils as mlx_vlm_utils
 from mlx_vlm.speculative.drafters.mtp_split import MTPSplitter
 
 from mlx_marlin import cli, vlm
+from mlx_marlin.lm import hub
+from mlx_marlin.loader.directory import NGRAM_TABLES
 from mlx_marlin.vlm import commands
 from tests.lm.test_distributed import free_port
 from tests.support.vlm_checkpoints import PROCESSED, qwen3_vl_moe, write_processor
@@ -108,6 +111,20 @@ def test_commands_refuse_a_broken_directory_before_anything_runs(command, fresh,
     assert line.startswith(
         f"mlx_marlin: {directory}: the checkpoint has no tensor for language_model.model.norm.weight"
     )
+
+
+def test_a_repository_is_fetched_as_mlx_vlm_does_it(directory, fresh, monkeypatch):
+    """Also files that mlx-lm has no use for: n-gram tables, other tokenizers; of models that are not ours too."""
+    asked = []
+    monkeypatch.setattr(hub, "_download", lambda repo, **k: asked.append(k) or directory)
+    vlm.load("some/repo")
+    commands.check("some/repo")
+    commands.install()
+    mlx_vlm_utils.get_model_path("some/repo")
+    whole = [k["allow_patterns"] for k in asked if k["allow_patterns"] != hub.DESCRIPTION_FILES]
+    assert len(whole) >= 3
+    for name in (NGRAM_TABLES, "model-00001-of-00002.safetensors", "spiece.model", "processor_config.json"):
+        assert all(any(fnmatch(name, pattern) for pattern in patterns) for patterns in whole), name
 
 
 def test_commands_refuse_a_model_that_is_nowhere(fresh, monkeypatch, capfd, tmp_path):

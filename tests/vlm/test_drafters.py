@@ -1,5 +1,7 @@
 """Prediction layers as mlx-vlm's drafters: speculation says what plain generation says."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -87,3 +89,31 @@ def test_a_checkpoint_without_prediction_layers_is_refused(tmp_path):
     c.exl3 = {name: value for name, value in c.exl3.items() if not name.startswith("mtp.")}
     with pytest.raises(ValueError, match="the checkpoint has no tensor for fc.weight"):
         vlm.load_drafter(c.write(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "config.json"),
+        ([], "config.json"),
+        ({"model_type": ["qwen3_5_moe"]}, "model_type must name an architecture"),
+        ({"text_config": "x"}, "mlx-vlm cannot choose a drafter by it"),
+        ({"text_config": {"num_hidden_layers": [1]}}, "mlx-vlm cannot choose a drafter by it"),
+        ({"model_file": "x.py"}, "model_file, code inside the checkpoint, is not run"),
+    ],
+)
+def test_a_config_that_is_none_is_refused(config, message, directories, tmp_path):
+    directory = shutil.copytree(directories[0], tmp_path / "exl3")
+    file = directory / "config.json"
+    content = json.loads(file.read_text())
+    if isinstance(config, dict):
+        for key, value in config.items():
+            content[key] = {**content[key], **value} if isinstance(value, dict) else value
+        config = content
+    file.unlink()
+    if config is None:
+        file.mkdir()
+    else:
+        file.write_text(json.dumps(config))
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{directory}.*{message}"):
+        vlm.load_drafter(directory)

@@ -45,7 +45,7 @@ def _replace_attention() -> None:
         force_fused: bool = False,
         stream: ops.StreamOrDevice = None,
     ) -> mx.array:
-        if ops.attention_runs(q, k, v, mask, sinks, stream):
+        if not force_fused and ops.attention_runs(q, k, v, mask, sinks, stream):
             return ops.attention(q, k, v, scale=scale, mask=mask, sinks=sinks, stream=stream)
         return composed(q, k, v, scale=scale, mask=mask, sinks=sinks, force_fused=force_fused, stream=stream)
 

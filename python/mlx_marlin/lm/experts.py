@@ -61,7 +61,12 @@ def experts_per_token(config: dict, experts: int, path: str) -> int | None:
 
 
 def activation_of(host: Host, module: nn.Module) -> Activation | None:
-    """The activation of gated experts as the fused kernels know it; ``None`` if they do not."""
+    """The activation of gated experts as the fused kernels know it; ``None`` if they do not.
+
+    Nor do they know what a class derived from the host's computes beside it, such as Inkling's scales of each expert.
+    """
+    if type(module) is not host.glu:
+        return None
     activation = module.activation
     name = host.activations.get(f"{type(activation).__module__}.{type(activation).__qualname__}")
     if name is None:

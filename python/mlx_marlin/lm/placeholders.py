@@ -147,7 +147,7 @@ def _check_complete(loader: TrellisModelLoader, present: dict[tuple[str, str], s
     for (block, _), experts in present.items():
         in_block.setdefault(block, set()).update(experts)
     for (block, projection), experts in present.items():
-        missing = set(range(max(in_block[block]) + 1)) - experts
-        if missing:
-            name = f"{block}.experts.{min(missing)}.{projection}"
+        if len(experts) != max(in_block[block]) + 1:  # numbers may be anything up to 10^9
+            missing = next(i for i in range(len(experts) + 1) if i not in experts)
+            name = f"{block}.experts.{missing}.{projection}"
             raise ValueError(f"{loader.directory}: {name}.trellis is missing, but other experts of the layer are there")

@@ -65,8 +65,10 @@ class NgramTable:
         missing = {"head_bias", *HASH_PARAMETERS} - self.parts.keys()
         if missing:
             raise ValueError(f"{first.file}: {self.name}.{min(missing)} is missing")
-        heads = self.parts["head_offsets"].shape[0] if self.parts["head_offsets"].shape else 0
-        bias = self.parts["head_bias"]
+        offsets, bias = self.parts["head_offsets"], self.parts["head_bias"]
+        if len(offsets.shape) != 1 or not offsets.shape[0] or not offsets.dtype.startswith(("I", "U")):
+            raise ValueError(f"{offsets.file}: {self.name}.head_offsets must be integers, one for each head")
+        heads = offsets.shape[0]
         if bias.dtype != "F16" or bias.shape != (heads, codec.NGRAM_SIZE):
             raise ValueError(f"{bias.file}: {self.name}.head_bias must be F16 [{heads}, {codec.NGRAM_SIZE}]")
 
@@ -84,8 +86,9 @@ class NgramTable:
         Raises:
             ValueError: If there is no such row.
         """
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.rows:
-            raise ValueError(f"{self.name} has {self.rows} rows, and row {ids.max()} was asked for")
+        wrong = ids[(ids < 0) | (ids >= self.rows)]
+        if len(wrong):
+            raise ValueError(f"{self.name} has {self.rows} rows, and row {wrong[0]} was asked for")
         starts = np.cumsum([0, *(shard.shape[0] for shard in self.shards)])
         places = np.searchsorted(starts, ids, side="right") - 1
         stored = np.empty((len(ids), self.shards[0].shape[1]), np.uint16)
@@ -119,9 +122,11 @@ def find_ngram_tables(tensors: dict[str, TensorInfo]) -> dict[str, NgramTable]:
             shards.setdefault((match["name"], match["kind"]), {})[int(match["shard"] or 0)] = info
     tables = {}
     for (name, kind), parts in shards.items():
-        missing = set(range(max(parts) + 1)) - parts.keys()
-        if missing:
-            raise ValueError(f"{parts[max(parts)].file}: {name}.shard_{min(missing)}.{kind} is missing")
+        if max(parts) + 1 != len(parts):
+            missing = next(i for i in range(len(parts)) if i not in parts)
+            raise ValueError(f"{parts[max(parts)].file}: {name}.shard_{missing}.{kind} is missing")
+        if name in tables:
+            raise ValueError(f"{parts[0].file}: {name} has both .weight and .trellis")
         prefix = f"{name}."
         others = {key.removeprefix(prefix): info for key, info in tensors.items() if key.startswith(prefix)}
         tables[name] = NgramTable(name, kind, tuple(parts[i] for i in sorted(parts)), others)

@@ -33,13 +33,22 @@ def attention_runs(
         and heads % key_heads == 0
         and min(*scores, size, values.shape[3]) > 0
         and _is_mask(mask, scores, queries.dtype)
-        and (sinks is None or (sinks.shape == (heads,) and mx.issubdtype(sinks.dtype, mx.floating)))
+        and (sinks is None or _are_sinks(sinks, queries))
+    )
+
+
+def _are_sinks(sinks: mx.array, queries: mx.array) -> bool:
+    return (
+        isinstance(sinks, mx.array)
+        and sinks.shape == (queries.shape[1],)
+        and mx.issubdtype(sinks.dtype, mx.floating)
+        and mx.result_type(sinks, queries) == queries.dtype
     )
 
 
 def _is_mask(mask: mx.array | str | None, scores: tuple[int, ...], dtype: mx.Dtype) -> bool:
     if mask is None or isinstance(mask, str):
-        return mask in (None, "", "causal")
+        return mask in (None, "causal")
     if not isinstance(mask, mx.array) or mask.dtype not in (mx.bool_, dtype) or mask.ndim > len(scores):
         return False
     return all(own in (1, wanted) for own, wanted in zip(reversed(mask.shape), reversed(scores)))
@@ -67,7 +76,8 @@ def attention(
         scale: For the scores.
         mask: Boolean (true: look) or additive, broadcast to ``[B, N_q, T_q, T_kv]``; ``"causal"``: query i looks at
             keys up to ``i + T_kv - T_q``. Default: ``None``.
-        sinks: Shape ``[N_q]``: a score for each head that has no value. Default: ``None``.
+        sinks: Shape ``[N_q]``, of a floating dtype that the queries' can hold: a score for each head that has no value.
+            Default: ``None``.
         stream: Stream or device of the CPU. Default: ``None``, the default stream.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -132,7 +133,8 @@ def as_given(items: Sequence[Item], widths: Mapping[str, float]) -> Allocation:
     chosen = {item.name: widths[item.name] for item in items}
     bits = sum(item.bits[chosen[item.name]] for item in items) / sum(item.weights for item in items)
     loss = sum(item.loss[chosen[item.name]] for item in items)
-    return Allocation(items, chosen, bits, loss, min(loss, least_loss(items, bits).bound))
+    budget = math.nextafter(bits, math.inf)  # times the weights it must not be less than what they take
+    return Allocation(items, chosen, bits, loss, min(loss, least_loss(items, budget).bound))
 
 
 def _two_widths(groups: list[_Group], budget: float) -> list[_Group]:

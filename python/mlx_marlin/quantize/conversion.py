@@ -6,6 +6,7 @@ Every step leaves its result in ``<output>/.convert`` or beside the measurement,
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from .resume import (
 )
 from .runner import Runner
 from .settings import Settings, check_settings
-from .writer import assemble, finish
+from .writer import FINISHED, assemble, finish
 
 
 def convert(
@@ -121,9 +122,10 @@ def convert(
     target, table = Path(output), None if allocation is None else Path(allocation)
     asked = _check(runner, target, settings, table)
     is_one = not isinstance(bits, Sequence)
-    _check_places(target, [target] if is_one else [target / folder_of(s) for s in settings], resume, is_one)
+    places = [target] if is_one else [target / folder_of(s) for s in settings]
+    _check_places(target, places, resume, is_one)
     if job is not None:
-        check_measurement(Path(job))
+        _check_job(Path(job), places)
     # In layers: measured, and for each size quantized; its head.
     clock.total = runner.count + float(len(sizes) * (runner.count + 1))
     with threadpool_limits(1, "blas"):  # sums must not depend on the machine's cores; experts run side by side
@@ -162,6 +164,14 @@ def _check_places(output: Path, places: list[Path], resume: bool, is_one: bool) 
     for place in places:
         if not (resume and (place / "config.json").is_file()):
             check_place(place, resume)
+
+
+def _check_job(job: Path, places: list[Path]) -> None:
+    """See that the measurement may be there, and not among the files of a model, which would be published with it."""
+    for place in places:
+        if job.resolve() in (place.resolve(), (place / WORK).resolve()):
+            raise ValueError(f"the measurement would lie among the files of the model in {place}; choose another job")
+    check_measurement(job)
 
 
 @dataclass
@@ -227,11 +237,13 @@ class _Conversions:
         identity = self._identity(settings)
         record = f"complete-{digest_of(identity)[:16]}.json"
         if (output / "config.json").is_file() and not (output / WORK).exists():
-            if measured.read_json(record) != _files(output):
+            known = measured.read_json(record)
+            if known is None or not known.items() <= _files(output).items():  # a model card may have been added
                 raise FileExistsError(
                     f"{output} holds a model that is not known to be this conversion's; choose another directory, or "
                     "remove it"
                 )
+            shutil.rmtree(output / FINISHED, ignore_errors=True)
             self.clock.skip(self.runner.count + 1.0)
             return _allocation(layers, settings, self.asked)
         with opened_work(output, identity, self.tell) as work:

@@ -21,7 +21,7 @@ from .progress import Clock, Progress
 from .resume import check_measurement, content_of, opened_measurement, stored_measurement
 from .runner import BATCH, Runner
 from .sensitivity import disturbed, sensitivities
-from .settings import all_widths
+from .settings import all_widths, check_bits
 from .source import Source
 from .spill import States
 from .weight import expected_loss, prepare
@@ -85,7 +85,7 @@ def allocate(
 
     Args:
         job: Directory of the measurement, by :func:`measure` or :func:`convert`.
-        bits: Stored bits per weight of the quantized layers, scales included, without the head.
+        bits: Stored bits per weight of the quantized layers, 1 to 8, scales included, without the head.
         mixed: ``"per-expert"``, ``"per-layer"`` or ``"uniform"``; see :func:`convert`. Default: ``"per-expert"``.
         half_rates: Whether linears may have 1.5, 2.5 and 3.5 bits. Default: ``True``.
         allocation: File that the plan is written to: a table that may be edited and given to :func:`convert`. Default:
@@ -95,9 +95,10 @@ def allocate(
         Allocation: the widths, the stored bits per weight, the loss and its proven bound.
 
     Raises:
-        ValueError: If ``job`` holds no complete measurement, or the size cannot be met.
+        ValueError: If ``job`` holds no complete measurement, or the size is none or cannot be met.
         FileExistsError: If the file is there.
     """
+    check_bits(float(bits))
     path = None if allocation is None else Path(allocation)
     if path is not None and path.exists():
         raise FileExistsError(f"{path} is there already; choose another name for the plan")

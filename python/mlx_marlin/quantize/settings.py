@@ -51,6 +51,16 @@ class Settings:
             raise ValueError(f"{key} must be one of {listed} ({kind}), {others}, got {wanted}")
 
 
+def check_bits(bits: float) -> None:
+    """See that a size can be one.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not 1 <= bits <= codec.MAX_BITS:
+        raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {bits}")
+
+
 def check_settings(settings: Settings) -> Settings:
     """The same settings.
 
@@ -61,8 +71,8 @@ def check_settings(settings: Settings) -> Settings:
     if settings.mixed not in MODES:
         raise ValueError(f"mixed must be one of {', '.join(MODES)}, got {settings.mixed!r}")
     check_embed_bits(settings.embed_bits)
-    if settings.bits is not None and not 1 <= settings.bits <= codec.MAX_BITS:
-        raise ValueError(f"bits must lie in 1..{codec.MAX_BITS}, got {settings.bits}")
+    if settings.bits is not None:
+        check_bits(settings.bits)
     settings.check_width("head_bits", settings.head_bits, "or 16 to leave the head in half precision", (KEPT,))
     kept = "16 to keep {} as they are, or 0 to leave them out"
     settings.check_width("mtp_bits", settings.mtp_bits, kept.format("prediction layers"), (KEPT, LEFT_OUT))

@@ -62,11 +62,11 @@ def load(
 
     from ..lm.hub import fetch
     from ..lm.model import activation_dtype, load_exl3_model, product_accuracy
-    from .host import MLX_VLM
+    from .host import FILES, MLX_VLM
     from .processor import check_processor, load_processor
 
     dtype, accuracy = activation_dtype(dtype), product_accuracy(accuracy)
-    model_path = fetch(path_or_hf_repo, revision=revision)
+    model_path = fetch(path_or_hf_repo, revision, list(FILES))
     check_processor(model_path)
     model, _ = load_exl3_model(model_path, lazy, dtype=dtype, accuracy=accuracy, progress=progress, host=MLX_VLM)
     model.model_path = model_path
@@ -104,9 +104,11 @@ def load_drafter(
     from ..lm.hub import fetch
     from ..lm.model import activation_dtype, product_accuracy
     from . import drafters
+    from .host import FILES
 
     dtype, accuracy = activation_dtype(dtype), product_accuracy(accuracy)
-    return drafters.load_drafter(fetch(path_or_hf_repo, revision=revision), lazy, dtype=dtype, accuracy=accuracy)
+    directory = fetch(path_or_hf_repo, revision, list(FILES))
+    return drafters.load_drafter(directory, lazy, dtype=dtype, accuracy=accuracy)
 
 
 def require_mlx_vlm() -> None:

@@ -19,7 +19,7 @@ from ..lm.command_line import CheckpointError, guarded, is_our_repo, is_ours, ta
 from ..lm.hub import fetch
 from ..lm.model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
 from . import drafters
-from .host import MLX_VLM
+from .host import FILES, MLX_VLM
 from .processor import check_processor, load_own_processor
 
 # They write weights in other formats, which those of a trellis cannot become, or train what only they know.
@@ -46,7 +46,7 @@ def check(repo: str) -> None:
         repo: Directory, or repository on the Hugging Face Hub.
     """
     if is_our_repo(repo):
-        directory = guarded(fetch, repo)
+        directory = guarded(fetch, repo, allow_patterns=list(FILES))
         guarded(open_checkpoint, directory, host=MLX_VLM)
         guarded(check_processor, directory)
 
@@ -68,7 +68,7 @@ def install(progress: LayerProgress | None = None) -> None:
     ) -> Path:
         if force_download:
             return find_others(path_or_hf_repo, revision, force_download, allow_patterns)
-        return guarded(fetch, path_or_hf_repo, revision, allow_patterns)
+        return guarded(fetch, path_or_hf_repo, revision, allow_patterns or list(FILES))
 
     def load_model(model_path: Path, lazy: bool = False, **keywords: Any) -> nn.Module:
         if not is_ours(Path(model_path)):

@@ -15,10 +15,12 @@ from mlx_vlm import utils as mlx_vlm_utils
 from mlx_vlm.speculative.drafters.mtp_split import MTPSplitter, get_mtp_splitter
 
 from ..lm.command_line import guarded, is_ours
-from ..lm.model import fill, open_checkpoint, product_accuracy
+from ..lm.host import MODEL_ERRORS
+from ..lm.model import fill, open_checkpoint, product_accuracy, read_config
 from ..loader.contents import DRAFT
+from ..loader.directory import TrellisModelLoader
 from ..storage.untrusted import unchanged
-from .host import MlxVlm
+from .host import MLX_VLM, MlxVlm
 
 
 class Drafters(MlxVlm):
@@ -36,6 +38,7 @@ class Drafters(MlxVlm):
         self.text = splitter.read_text_config(source)
         # What is meant for other quantizations, which the splitter would undo.
         self.text.pop("quantization_config", None)
+        self.text_layers = int(self.text.get("num_hidden_layers", 0))
 
     def new_model(self, config: dict) -> nn.Module:
         # As MTPSplitter.prepare does it.
@@ -59,7 +62,7 @@ class Drafters(MlxVlm):
         return part == DRAFT
 
     def layers(self, model: nn.Module) -> int:
-        return int(self.text.get("num_hidden_layers", 0))
+        return self.text_layers
 
 
 def load_drafter(
@@ -77,14 +80,25 @@ def load_drafter(
         FileNotFoundError: If a file is missing.
         ValueError: If mlx-vlm has no drafter for the model, or the checkpoint no prediction layers, or damaged ones.
     """
-    source = mlx_vlm_utils.load_config(directory)
-    splitter = get_mtp_splitter(source_config={key: v for key, v in source.items() if key != "model_file"})
-    if splitter is None:
-        raise ValueError(f"{directory}: mlx-vlm has no drafter for the prediction layers of {source.get('model_type')}")
     with unchanged(directory):
-        model, config, mapping = open_checkpoint(directory, host=Drafters(splitter, source))
+        model, config, mapping = open_checkpoint(directory, host=_host_of(directory))
         fill(model, mapping, config, dtype, accuracy, lazy=lazy)
     return model
+
+
+def _host_of(directory: Path) -> Drafters:
+    read_config(MLX_VLM, directory, TrellisModelLoader(directory), None)  # refuses what is no config
+    source = mlx_vlm_utils.load_config(directory)
+    try:
+        splitter = get_mtp_splitter(source_config=source)
+        host = None if splitter is None else Drafters(splitter, source)
+    except MODEL_ERRORS as error:
+        raise ValueError(
+            f"{directory / 'config.json'}: mlx-vlm cannot choose a drafter by it: {type(error).__name__}: {error}"
+        ) from error
+    if host is None:
+        raise ValueError(f"{directory}: mlx-vlm has no drafter for the prediction layers of {source['model_type']}")
+    return host
 
 
 def install() -> None:
