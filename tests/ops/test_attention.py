@@ -114,6 +114,18 @@ def test_infinite_and_undefined_scores():
     assert np.isnan(np.array(run(case._replace(queries=case.queries * mx.nan)))).all()
 
 
+def test_masked_keys_weigh_nothing(instruction_set):
+    """Exactly: also large values are left out, and products with weights are not denormal."""
+    case = random_case(np.random.default_rng(10), SHAPES[4], mx.float32, "bool", False)
+    allowed = mx.arange(70) >= 60
+    huge = mx.where(allowed[:, None], case.values, 1e30)
+    for mask in (allowed, mx.where(allowed, 0.0, -mx.inf)):
+        wanted, got = (np.array(run(case._replace(mask=mask, values=v))) for v in (case.values, huge))
+        assert (wanted == got).all()
+    nowhere = case._replace(mask=mx.full(70, -mx.inf))
+    assert np.isnan(np.array(run(nowhere))).all() and np.isnan(np.array(composed(nowhere))).all()
+
+
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
 def test_gradients_and_transforms_are_those_of_mlx(mask, sinks):

@@ -214,6 +214,12 @@ static void mask_scores(
   }
 }
 
+// exp(x), x <= 0, that ends at zero: exp ends at its smallest normal number, whose products with values would be denormal,
+// which take a hundred times as long.
+MARLIN_INLINE V weight_of(V x) {
+  return exp(x) - exp(set1(-FLT_MAX));
+}
+
 // scores = exp(scores - maximum). factors: by how much what was summed so far shrinks.
 static void exponentials(int count, int64_t width, float* scores, const AttentionState& state, float* factors) {
   for (int64_t v = 0; v < width; v += kLanes) {
@@ -225,11 +231,11 @@ static void exponentials(int count, int64_t width, float* scores, const Attentio
     maximum = max(set1(-FLT_MAX), maximum);  // scores of -infinity only: no infinity less infinity
     V total = set1(0.0f);
     for (int k = 0; k < count; ++k) {
-      const V weight = exp(load(scores + k * width + v) - maximum);
+      const V weight = weight_of(load(scores + k * width + v) - maximum);
       store(scores + k * width + v, weight);
       total = total + weight;
     }
-    const V factor = exp(before - maximum);
+    const V factor = weight_of(before - maximum);
     store(factors + v, factor);
     store(state.total + v, fma(load(state.total + v), factor, total));
     store(state.maximum + v, maximum);
@@ -289,7 +295,7 @@ static void finish_attention(
     for (int64_t v = 0; v < whole_vectors(task.rows); v += kLanes) {
       const V a = load(whole.maximum + v), b = load(part.maximum + v), maximum = max(a, max(b, set1(-FLT_MAX)));
       // The factors take the place of what they are made from.
-      const V left = exp(a - maximum), right = exp(b - maximum);
+      const V left = weight_of(a - maximum), right = weight_of(b - maximum);
       store(whole.total + v, fma(load(whole.total + v), left, load(part.total + v) * right));
       store(whole.maximum + v, maximum);
       store(part.maximum + v, left);

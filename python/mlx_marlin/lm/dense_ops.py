@@ -25,8 +25,8 @@ def install() -> None:
         ModuleNotFoundError: If scipy-openblas32, which the extra ``lm`` brings, is not installed.
     """
     if sys.platform == "linux" and ops.device_of(None) == "cpu":
+        _replace_products()  # first: where it fails nothing is changed
         _replace_attention()
-        _replace_products()
 
 
 @functools.cache
