@@ -21,10 +21,16 @@ constexpr int64_t kEnoughTasks = 64;
 // Runs of keys become longer where there would be more tasks: what they leave would take gigabytes at 100k keys.
 constexpr int64_t kMostTasks = 4 * kEnoughTasks;
 
+// Floating-point operations that one thread does sooner than others wake: some 30 us.
+constexpr int64_t kWakeWork = 1'000'000;
+
 }  // namespace
 
 void attention(const AttentionArgs& args, int threads) {
   const Tier& tier = cpu::tier();
+  const int64_t work = 2 * int64_t{args.batches} * args.heads * args.repeats * args.query_count * args.key_count *
+      (args.key_size + args.value_size);
+  threads = work < kWakeWork ? 1 : threads;
   const int rows = args.query_count * args.repeats;
   const int block = std::min(rows, kQueryRows);
   const int64_t blocks = rows ? (rows + block - 1) / block : 0;

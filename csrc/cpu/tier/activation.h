@@ -3,8 +3,8 @@
 
 namespace mlx_marlin::cpu::MARLIN_TIER {
 
-// exp(x) within 2 units in the last place; 0 and infinity are reached beyond the range of float32. NaN
-// stays NaN.
+// exp(x) within 2 units in the last place. Beyond the range of float32 it is infinity, and below it 1.1e-38 in place of 0.
+// NaN stays NaN.
 MARLIN_INLINE V exp(V x) {
   x = min(set1(88.8f), max(set1(-87.4f), x));
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
