@@ -19,7 +19,7 @@ from mlx_marlin import TrellisEmbedding, TrellisLinear, TrellisSwitchGLU, codec
 from mlx_marlin.layers.experts import TrellisExperts
 from mlx_marlin.lm.model import load_exl3_model
 from tests.support import architectures, architectures_gemma, generic_checkpoints
-from tests.support.checkpoints import HALF_RATES, SIZES, Checkpoint
+from tests.support.checkpoints import HALF_RATES, SIZES, Checkpoint, Sizes
 from tests.support.generic_checkpoints import logits
 from tests.support.left_out_parts import PARTS, extend
 from tests.support.paths import MODELS
@@ -106,6 +106,14 @@ def of_further_architectures() -> list:
     values = architectures.known_to_mlx_lm(generic_checkpoints.CONFIGS)
     lacks = architectures.needs_new_mlx_lm("cannot build phimoe without rope_scaling")
     return [pytest.param("phimoe", marks=lacks) if value.values == ("phimoe",) else value for value in values]
+
+
+def test_more_linears_than_a_function_takes_arguments(tmp_path):
+    """As real models have them: 18 000 in 48 layers of 128 experts."""
+    checkpoint = architectures.qwen3_moe(Sizes(layers=1, experts=360, hidden=128, width=128), dense_layers=())
+    assert len(checkpoint.bits) > 1024
+    wanted = logits(load_dense(checkpoint, tmp_path / "dense"))
+    assert_same(logits(load(checkpoint.write(tmp_path / "exl3"))), wanted)
 
 
 @pytest.mark.parametrize("name", of_further_architectures())
