@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -29,6 +30,12 @@ class Commands(Protocol):
             CheckpointError: If a checkpoint or an argument is wrong.
             ModuleNotFoundError: If the command needs what is not installed; the message says how to get it.
         """
+
+
+def installed_commands(distribution: str) -> list[str]:
+    """The commands of a library of models, from the scripts that it installs: ``mlx_lm.chat`` is one called chat."""
+    scripts = metadata.distribution(distribution).entry_points.select(group="console_scripts")
+    return sorted(script.name.partition(".")[2] for script in scripts if "." in script.name)
 
 
 class CheckpointError(ValueError):

@@ -20,7 +20,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import command_repairs
-from .command_line import CheckpointError, guarded, is_our_repo, is_ours, take_revision, value_of
+from .command_line import CheckpointError, guarded, installed_commands, is_our_repo, is_ours, take_revision, value_of
 from .hub import fetch
 from .model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
 from .sharding import open_sharded, sharded_load
@@ -31,9 +31,8 @@ CONVERTERS = ("fuse", "awq", "dwq", "dynamic_quant", "gptq")
 
 
 def names() -> list[str]:
-    """mlx-lm's commands, from the scripts that it installs."""
-    scripts = metadata.distribution("mlx-lm").entry_points.select(group="console_scripts")
-    return sorted(script.name.partition(".")[2] for script in scripts if "." in script.name)
+    """mlx-lm's commands."""
+    return installed_commands("mlx-lm")
 
 
 def version() -> str:

@@ -46,7 +46,7 @@ def _replace_attention() -> None:
         stream: ops.StreamOrDevice = None,
     ) -> mx.array:
         if not force_fused and ops.attention_runs(q, k, v, mask, sinks, stream):
-            return ops.attention(q, k, v, scale=scale, mask=mask, sinks=sinks, stream=stream)
+            return ops.run_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, stream=stream)
         return composed(q, k, v, scale=scale, mask=mask, sinks=sinks, force_fused=force_fused, stream=stream)
 
     mx.fast.scaled_dot_product_attention = scaled_dot_product_attention

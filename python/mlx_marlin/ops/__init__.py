@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from .. import _ext
 from . import shaders
-from .attention import attention, attention_runs
+from .attention import attention, attention_runs, run_attention
 from .calls import Call, check_gathered, check_linear, check_swiglu, run
 from .embedding import trellis_embedding
 from .planning import plan, scratch_bytes
@@ -77,6 +77,7 @@ __all__ = [
     "replace_sgemm",
     "resolve",
     "run",
+    "run_attention",
     "scratch_bytes",
     "set_num_threads",
     "swiglu_problem",

@@ -92,6 +92,20 @@ def attention(
             "[attention] wants queries [B, N_q, T_q, D], keys and values of N_kv heads, one floating dtype, a mask of "
             f"that dtype or bool, and a CPU; got {shapes}; use mx.fast.scaled_dot_product_attention for the rest"
         )
+    return run_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks, stream=stream)
+
+
+def run_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+    stream: StreamOrDevice,
+) -> mx.array:
+    """:func:`attention` of arguments that :func:`attention_runs` is true of."""
     array = mask if isinstance(mask, mx.array) else None
     if array is not None and array.dtype != mx.bool_:
         array = array.astype(mx.float32, stream=stream)

@@ -12,6 +12,7 @@ from typing import overload
 
 import numpy as np
 
+from ..storage.reads import read_at
 from ..storage.safetensors import NUMPY_DTYPES, Tensor, widened
 
 States = Sequence[np.ndarray]
@@ -66,12 +67,9 @@ class Spill:
 
     def read_into(self, values: np.ndarray, start: int) -> None:
         """Fill a contiguous array with the bytes from ``start`` on."""
-        view, read = memoryview(values.data).cast("B"), 0
-        while read < len(view):
-            count = os.preadv(self._file.fileno(), [view[read:]], start + read)
-            if not count:
-                raise OSError(f"a file of {self._end} bytes for what does not fit into memory ends early")
-            read += count
+        view = memoryview(values.data).cast("B")
+        if read_at(self._file.fileno(), start, view) < len(view):
+            raise OSError(f"a file of {self._end} bytes for what does not fit into memory ends early")
 
     def tensor(self, tensor: Tensor) -> StoredTensor:
         """Write a tensor."""

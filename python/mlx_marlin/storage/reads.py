@@ -93,13 +93,21 @@ def _read_batch(batch: list[Read]) -> None:
                 _fill(stream, read.start, read.into.data)
 
 
-def _fill(stream: FileIO, start: int, wanted: memoryview) -> None:
+def read_at(descriptor: int, start: int, wanted: memoryview) -> int:
+    """Fill memory from a place in an open file; the bytes that were there, fewer than wanted only where it ends."""
     there = 0
     while there < len(wanted):
-        count = os.preadv(stream.fileno(), [wanted[there:]], start + there)
+        count = os.preadv(descriptor, [wanted[there:]], start + there)
         if not count:
-            raise ValueError(f"{stream.name} ends early: {len(wanted)} bytes wanted at {start}, {there} there")
+            break
         there += count
+    return there
+
+
+def _fill(stream: FileIO, start: int, wanted: memoryview) -> None:
+    there = read_at(stream.fileno(), start, wanted)
+    if there < len(wanted):
+        raise ValueError(f"{stream.name} ends early: {len(wanted)} bytes wanted at {start}, {there} there")
 
 
 def _widen(stream: FileIO, read: Read) -> None:

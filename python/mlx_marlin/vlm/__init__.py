@@ -66,7 +66,7 @@ def load(
     from .processor import check_processor, load_processor
 
     dtype, accuracy = activation_dtype(dtype), product_accuracy(accuracy)
-    model_path = fetch(path_or_hf_repo, revision, list(FILES))
+    model_path = fetch(path_or_hf_repo, revision, FILES)
     check_processor(model_path)
     model, _ = load_exl3_model(model_path, lazy, dtype=dtype, accuracy=accuracy, progress=progress, host=MLX_VLM)
     model.model_path = model_path
@@ -107,7 +107,7 @@ def load_drafter(
     from .host import FILES
 
     dtype, accuracy = activation_dtype(dtype), product_accuracy(accuracy)
-    directory = fetch(path_or_hf_repo, revision, list(FILES))
+    directory = fetch(path_or_hf_repo, revision, FILES)
     return drafters.load_drafter(directory, lazy, dtype=dtype, accuracy=accuracy)
 
 

@@ -15,7 +15,15 @@ from typing import Any
 import mlx.nn as nn
 from mlx_vlm import utils as mlx_vlm_utils
 
-from ..lm.command_line import CheckpointError, guarded, is_our_repo, is_ours, take_revision, value_of
+from ..lm.command_line import (
+    CheckpointError,
+    guarded,
+    installed_commands,
+    is_our_repo,
+    is_ours,
+    take_revision,
+    value_of,
+)
 from ..lm.hub import fetch
 from ..lm.model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
 from . import drafters
@@ -29,9 +37,8 @@ _TAKES_REVISION = ("generate",)
 
 
 def names() -> list[str]:
-    """mlx-vlm's commands, from the scripts that it installs."""
-    scripts = metadata.distribution("mlx-vlm").entry_points.select(group="console_scripts")
-    return sorted(script.name.partition(".")[2] for script in scripts if "." in script.name)
+    """mlx-vlm's commands."""
+    return installed_commands("mlx-vlm")
 
 
 def version() -> str:
@@ -46,7 +53,7 @@ def check(repo: str) -> None:
         repo: Directory, or repository on the Hugging Face Hub.
     """
     if is_our_repo(repo):
-        directory = guarded(fetch, repo, allow_patterns=list(FILES))
+        directory = guarded(fetch, repo, allow_patterns=FILES)
         guarded(open_checkpoint, directory, host=MLX_VLM)
         guarded(check_processor, directory)
 
@@ -68,7 +75,7 @@ def install(progress: LayerProgress | None = None) -> None:
     ) -> Path:
         if force_download:
             return find_others(path_or_hf_repo, revision, force_download, allow_patterns)
-        return guarded(fetch, path_or_hf_repo, revision, allow_patterns or list(FILES))
+        return guarded(fetch, path_or_hf_repo, revision, allow_patterns or FILES)
 
     def load_model(model_path: Path, lazy: bool = False, **keywords: Any) -> nn.Module:
         if not is_ours(Path(model_path)):

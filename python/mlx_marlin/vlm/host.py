@@ -27,7 +27,7 @@ _log = logging.getLogger("mlx_marlin.lm")
 _CONFIGURED = ("text", "vision", "perceiver", "projector", "audio")
 _SANITIZED = {"vision": "VisionModel", "text": "LanguageModel", "audio": "AudioModel"}
 
-FILES = ("*.json", "*.jsonl", "*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+FILES = ["*.json", "*.jsonl", "*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 """What mlx_vlm.utils.get_model_path downloads of a repository: more than mlx-lm, n-gram tables among it."""
 
 
