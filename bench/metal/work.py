@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,8 +60,8 @@ def _few_experts(problem: Problem) -> Problem:
     return replace(problem, experts=min(problem.experts, problem.rows * problem.top_k))
 
 
-def count(problem: Problem, config: KernelConfig) -> list[Counted]:
-    """Run a fused MoE layer's plan and count every dispatch; every slot has an expert of its own."""
+def count(problem: Problem, config: KernelConfig, wanted: Callable[[str], bool] = lambda kernel: True) -> list[Counted]:
+    """Run a plan and count its dispatches, or those whose kernels are wanted; every slot has an expert of its own."""
     return [
         Counted(
             dispatch["kernel"],
@@ -71,7 +72,7 @@ def count(problem: Problem, config: KernelConfig) -> list[Counted]:
             result.loop_registers,
             dispatch,
         )
-        for dispatch, result in metal_counts.count(_few_experts(problem), config)
+        for dispatch, result in metal_counts.count(_few_experts(problem), config, wanted)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -37,8 +38,17 @@ def _contents(problem: Problem, name: str, size: int) -> np.ndarray:
     return np.zeros(size, np.uint8)
 
 
-def run(problem: Problem, config: KernelConfig | None, library, **simulator) -> list[tuple[dict, Result]]:
-    """(dispatch, result) of each dispatch; `library(kernel, constants)` compiles, the rest goes to its run."""
+def run(
+    problem: Problem,
+    config: KernelConfig | None,
+    library,
+    wanted: Callable[[str], bool] = lambda kernel: True,
+    **simulator,
+) -> list[tuple[dict, Result]]:
+    """(dispatch, result) of each dispatch; `library(kernel, constants)` compiles, the rest goes to its run.
+
+    wanted: Which kernels run, by their stem; the others leave zeros to those that follow.
+    """
     plan = ops.plan(problem, config)
     memory = {name: np.zeros(size, np.uint8) for name, size in plan["scratch"].items()}
     found = []
@@ -49,6 +59,8 @@ def run(problem: Problem, config: KernelConfig | None, library, **simulator) -> 
             if b["name"] not in memory or len(memory[b["name"]]) < end:
                 memory[b["name"]] = _contents(problem, b["name"], end)
             buffers[b["slot"]] = memory[b["name"]][b["offset"] : end]
+        if not wanted(stem(dispatch["kernel"])):
+            continue
         lib = library(dispatch["kernel"], tuple(dispatch["constants"].items()))
         shared = {0: dispatch["threadgroup_bytes"]} if dispatch["threadgroup_bytes"] else None
         result = lib.run(
@@ -63,6 +75,8 @@ def run(problem: Problem, config: KernelConfig | None, library, **simulator) -> 
     return found
 
 
-def count(problem: Problem, config: KernelConfig | None = None) -> list[tuple[dict, CountedResult]]:
-    """(dispatch, result with operation and register counts) of each dispatch of a problem."""
-    return run(problem, config, library)
+def count(
+    problem: Problem, config: KernelConfig | None = None, wanted: Callable[[str], bool] = lambda kernel: True
+) -> list[tuple[dict, CountedResult]]:
+    """(dispatch, result with operation and register counts) of each dispatch of a problem that is wanted."""
+    return run(problem, config, library, wanted)
