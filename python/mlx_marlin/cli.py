@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import signal
 import sys
@@ -12,6 +11,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
+
+from mlx_marlin_commands import INTERRUPTED
 
 from ._abi import VERSION
 from .lm import require_mlx_lm
@@ -39,8 +40,6 @@ _VLM_USAGE = """usage: mlx_marlin vlm COMMAND [ARGUMENTS]
 The commands of mlx-vlm with its arguments: {}.
 --model also takes EXL3 directories and repositories, and --revision a branch of a repository.
 mlx_marlin vlm COMMAND --help shows the other arguments."""
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 _BAR = 30  # characters
 
@@ -97,8 +96,11 @@ def main() -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, interrupt)
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         _main()
+    except BaseException:  # in the middle of an import an interrupt can become any other
+        if not interrupted:
+            raise
     if interrupted:
         print("\nmlx_marlin: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
