@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
+
+from mlx_marlin_commands import INTERRUPTED
 
 from ._abi import VERSION
 from .lm import require_mlx_lm
@@ -40,17 +42,28 @@ The commands of mlx-vlm with its arguments: {}.
 --model also takes EXL3 directories and repositories, and --revision a branch of a repository.
 mlx_marlin vlm COMMAND --help shows the other arguments."""
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
 _BAR = 30  # characters
+# Between lines about loading where lines stay: loading takes seconds to a few minutes.
+_LINE_SECONDS = 10.0
 
 
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        filled = _BAR * done // total
-        print(f"\rLoading [{'#' * filled}{'.' * (_BAR - filled)}] {done}/{total}", end="", file=sys.stderr, flush=True)
-    if done == total:
-        print("" if sys.stderr.isatty() else f"Loaded {total} groups of weights", file=sys.stderr, flush=True)
+class _Loading:
+    """Progress on stderr: a bar on a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        self._moves, self._last = sys.stderr.isatty(), time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show it."""
+        if self._moves:
+            filled = _BAR * done // total
+            bar = f"\rLoading [{'#' * filled}{'.' * (_BAR - filled)}] {done}/{total}"
+            print(bar, end="\n" if done == total else "", file=sys.stderr, flush=True)
+        elif done == total:
+            print(f"Loaded {total} groups of weights", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._last >= _LINE_SECONDS:
+            print(f"Loading: {done} of {total} groups of weights", file=sys.stderr, flush=True)
+            self._last = time.monotonic()
 
 
 def _show_what_is_left_out() -> None:
@@ -97,8 +110,11 @@ def main() -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, interrupt)
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         _main()
+    except BaseException:  # in the middle of an import an interrupt can become any other
+        if not interrupted:
+            raise
     if interrupted:
         print("\nmlx_marlin: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -158,7 +174,7 @@ def _run(host: str, commands: Commands, command: str) -> None:
         _fail(f"{host} has no command {command!r}; it has {', '.join(commands.names())}")
     progress = None
     if mx.distributed.init().rank() == 0:
-        progress = _show_progress
+        progress = _Loading()
         _show_what_is_left_out()
     try:
         commands.run(command, progress)

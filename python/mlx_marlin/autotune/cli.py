@@ -17,6 +17,8 @@ from typing import TypeVar
 
 import mlx.core as mx
 
+from mlx_marlin_commands import INTERRUPTED, imports
+
 from .. import codec, kernels, ops
 from ..device.machine import default_device, is_present, memory_bytes, mlx_device
 from ..kernels import Problem, Triple
@@ -39,8 +41,6 @@ DEFAULT_SHAPE, DEFAULT_MIXES, DEFAULT_LINEAR = (
     (2048, 4096),
 )
 Number = TypeVar("Number", int, float)
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -151,7 +151,8 @@ def layers(args: argparse.Namespace, device: str) -> list[Problem]:
     dtype = args.dtype or kernels.USUAL_DTYPE[device]
     accuracy = args.accuracy or "float32"  # as layers have it that no model is made of
     if args.model:
-        from ..lm.problems import model_problems
+        with imports("mlx_marlin-tune"):
+            from ..lm.problems import model_problems  # takes seconds
 
         return list(model_problems(args.model, dtype, device, args.accuracy))
     hidden, inter, experts, top_k = args.shape or DEFAULT_SHAPE

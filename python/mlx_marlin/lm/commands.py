@@ -20,7 +20,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import command_repairs
-from .command_line import CheckpointError, guarded, installed_commands, is_our_repo, is_ours, take_revision, value_of
+from .command_line import CheckpointError, guarded, installed_commands, is_our_repo, is_ours, refusal, take_revision
 from .hub import fetch
 from .model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
 from .sharding import open_sharded, sharded_load
@@ -138,14 +138,7 @@ def run(command: str, progress: LayerProgress | None = None) -> None:
         ModuleNotFoundError: If the command needs what is not installed; the message says how to get it.
     """
     take_revision()
-    refuse = None
-    if command in CONVERTERS:
-        refuse = f"mlx_lm {command} cannot work on EXL3 weights; give it the model that they were made from"
-        for option in ("--model", "--quantized-model"):
-            repo = value_of(option)
-            if repo is not None and is_our_repo(repo):  # before anything large is downloaded
-                raise CheckpointError(refuse)
-    install(progress, refuse=refuse)
+    install(progress, refuse=refusal("mlx_lm", command) if command in CONVERTERS else None)
     command_repairs.count_weights()
     # argparse calls a subcommand by the program's name.
     sys.argv[0] = f"mlx_marlin {command}"

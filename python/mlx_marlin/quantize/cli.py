@@ -14,14 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_marlin_commands import INTERRUPTED, imports
+
 from .. import codec
 
 if TYPE_CHECKING:
     from .allocation import Allocation
     from .progress import Progress
-
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def _width_or(others: tuple[str, ...], meaning: str) -> Callable[[str], int | float]:
@@ -209,7 +208,8 @@ def _convert(options: dict) -> int:
     model, output, bits = options.pop("model"), options.pop("output"), options.pop("bits")
     size = options["allocation"] if bits is None else f"{', '.join(f'{b:g}' for b in bits)} bits"
     print(f"mlx_marlin-convert: {model} to {output}, {size}", file=sys.stderr, flush=True)
-    from . import convert  # takes seconds
+    with imports("mlx_marlin-convert"):
+        from . import convert  # takes seconds
 
     logging.getLogger("mlx_marlin.quantize").addHandler(logging.NullHandler())  # progress tells it too
     wanted = bits[0] if bits is not None and len(bits) == 1 else bits
@@ -231,7 +231,8 @@ def _measure(options: dict) -> int:
     """Run a measurement; returns the exit status."""
     model, job = options.pop("model"), options.pop("job")
     print(f"mlx_marlin-convert: measuring {model} into {job}", file=sys.stderr, flush=True)
-    from . import measure  # takes seconds
+    with imports("mlx_marlin-convert"):
+        from . import measure  # takes seconds
 
     logging.getLogger("mlx_marlin.quantize").addHandler(logging.NullHandler())  # progress tells it too
 
@@ -246,7 +247,8 @@ def _measure(options: dict) -> int:
 
 def _allocate(options: dict) -> int:
     """Make a plan; returns the exit status."""
-    from . import allocate  # takes seconds
+    with imports("mlx_marlin-convert"):
+        from . import allocate  # takes seconds
 
     job = options.pop("job")
 
@@ -275,8 +277,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     words = sys.argv[1:] if arguments is None else arguments
     parser, run = _COMMANDS.get(words[0], (_parser, _convert)) if words else (_parser, _convert)
+    with imports("mlx_marlin-convert"):
+        options = vars(parser().parse_args(words[1:] if words and words[0] in _COMMANDS else words))
     try:
-        return run(vars(parser().parse_args(words[1:] if words and words[0] in _COMMANDS else words)))
+        return run(options)
     except ModuleNotFoundError as error:
         print(f"mlx_marlin-convert: {error}; in a clone of mlx_marlin run: pip install '.[lm]'", file=sys.stderr)
         return 2
