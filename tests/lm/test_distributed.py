@@ -1,6 +1,5 @@
 """Models split over two ranks of a ring on this machine, against one rank."""
 
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,12 +22,7 @@ from tests.support.cases import row_error
 from tests.support.checkpoints import SPLITTABLE
 from tests.support.generic_checkpoints import logits
 from tests.support.paths import ROOT
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+from tests.support.servers import free_port
 
 
 def launch(*command: str) -> subprocess.CompletedProcess:

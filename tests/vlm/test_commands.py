@@ -1,14 +1,6 @@
 """The mlx_marlin vlm commands: mlx-vlm's own over EXL3 models, and what they refuse."""
 
-import base64
-import io
-import json
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 
 import mlx_vlm
@@ -20,7 +12,6 @@ from mlx_marlin import cli, vlm
 from mlx_marlin.lm import hub
 from mlx_marlin.loader.directory import NGRAM_TABLES
 from mlx_marlin.vlm import commands
-from tests.lm.test_distributed import free_port
 from tests.support.vlm_checkpoints import PROCESSED, qwen3_vl_moe, write_processor
 from tests.vlm.test_load import picture
 
@@ -63,43 +54,6 @@ def test_generate_answers_about_a_picture(directory, fresh, monkeypatch, capfd, 
     run(monkeypatch, "generate", "--model", directory, "--prompt", QUESTION, *options)
     out, err = capfd.readouterr()
     assert out.strip() == wanted.text.strip() and "the model leaves out" in err
-
-
-def _post(port: int, content: list, **more) -> dict:
-    body = {"model": "x", "messages": [{"role": "user", "content": content}], "max_tokens": 5, "temperature": 0.0}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json.dumps({**body, **more}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    return json.load(urllib.request.urlopen(request))
-
-
-def test_the_server_answers_two_at_once(directory, tmp_path):
-    """One with a picture, one without: mlx-vlm's continuous batching over our layers."""
-    port, buffer = free_port(), io.BytesIO()
-    picture().save(buffer, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    text = {"type": "text", "text": QUESTION}
-    shown = [{"type": "image_url", "image_url": {"url": url}}, text]
-    command = [sys.executable, "-m", "mlx_marlin", "vlm", "server", "--model", str(directory), "--port", str(port)]
-    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
-        try:
-            while True:
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                    break
-                except urllib.error.URLError:  # not listening yet
-                    assert server.poll() is None, (tmp_path / "log").read_text()
-                    time.sleep(0.2)
-            with ThreadPoolExecutor() as pool:
-                answers = list(pool.map(lambda content: _post(port, content, model=str(directory)), (shown, [text])))
-        finally:
-            server.terminate()
-    assert all(answer["choices"][0]["message"]["content"] for answer in answers), (tmp_path / "log").read_text()
-    # The picture's tokens are in the prompt.
-    shown_tokens, text_tokens = (answer["usage"]["prompt_tokens"] for answer in answers)
-    assert shown_tokens > text_tokens
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "server"])

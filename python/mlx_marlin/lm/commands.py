@@ -23,6 +23,7 @@ from . import command_repairs
 from .command_line import CheckpointError, guarded, installed_commands, is_our_repo, is_ours, take_revision, value_of
 from .hub import fetch
 from .model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
+from .requests import ALLOW_OTHERS, take_option
 from .sharding import open_sharded, sharded_load
 from .tokenizer import check_tokenizer, load_tokenizer
 
@@ -151,9 +152,9 @@ def run(command: str, progress: LayerProgress | None = None) -> None:
     sys.argv[0] = f"mlx_marlin {command}"
     try:
         if command == "server":
-            from .serving import guard, take_option  # imports mlx-lm's server, which other commands do without
+            from .serving import guard  # imports mlx-lm's server, which other commands do without
 
-            guard(_check_served, take_option())
+            guard(_check_served, take_option(ALLOW_OTHERS))
             command_repairs.server()
         elif command in ("chat", "generate", "perplexity"):
             getattr(command_repairs, command)()

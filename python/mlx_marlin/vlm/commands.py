@@ -126,4 +126,8 @@ def run(command: str, progress: LayerProgress | None = None) -> None:
         if repo is not None:  # a command may tell errors in a way of its own, or go on without a model
             check(repo)
     install(progress)
+    if command == "server":
+        from .serving import guard  # imports mlx-vlm's server, which other commands do without
+
+        guard()
     importlib.import_module(f"mlx_vlm.{command}").main()
