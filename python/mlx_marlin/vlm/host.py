@@ -19,6 +19,7 @@ from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from ..lm.host import Host
 from ..loader.contents import AUDIO, NGRAM, VISION
+from . import verifying
 from .layers import DescribedLinear, FusedExperts, PartlyQuantizedExperts
 
 _log = logging.getLogger("mlx_marlin.lm")
@@ -107,6 +108,7 @@ class MlxVlm(Host):
         return len(model.language_model.layers)
 
     def finish(self, model: nn.Module, dtype: mx.Dtype) -> None:
+        verifying.install()
         for module in model.modules():
             if isinstance(module, DescribedLinear):
                 module.dtype = dtype
