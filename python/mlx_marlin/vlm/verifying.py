@@ -18,37 +18,35 @@ from ..layers.experts import TrellisExperts
 from ..layers.joined import JoinedTrellisLinear
 from ..layers.linear import TrellisLinear
 
-_LINEARS = (TrellisLinear, JoinedTrellisLinear)
+
+def _through(linear: Any, x: mx.array) -> mx.array:
+    return linear(x)
 
 
-def _handled(of: type | tuple[type, ...], call: Callable[..., mx.array], name: str) -> Callable[..., Any]:
-    """A function of mlx-vlm's verifier, with these layers handled."""
-    others = getattr(quantized_verifier, name)
-
-    @functools.wraps(others)
-    def handle(layer: Any, *arguments: Any) -> Any:
-        return call(layer, *arguments) if isinstance(layer, of) else others(layer, *arguments)
-
-    return handle
-
-
-def _every_expert(experts: TrellisExperts, x: mx.array, indices: mx.array) -> mx.array:
+def _through_every_expert(experts: TrellisExperts, x: mx.array, indices: mx.array) -> mx.array:
     """``[batch, tokens, in]`` through each of the experts of its token."""
     return experts(x, indices)
 
 
-def _own_expert(experts: TrellisExperts, x: mx.array, indices: mx.array) -> mx.array:
+def _through_own_expert(experts: TrellisExperts, x: mx.array, indices: mx.array) -> mx.array:
     """``[batch, tokens, k, in]``, each through its own expert."""
     return experts(mx.expand_dims(x, -2), indices).squeeze(-2)
+
+
+def _handle(name: str, classes: tuple[type, ...], call: Callable[..., mx.array]) -> None:
+    """Let a function of mlx-vlm's verifier handle layers of these classes by a call."""
+    others = getattr(quantized_verifier, name)
+
+    @functools.wraps(others)
+    def handle(layer: Any, *arguments: Any) -> Any:
+        return call(layer, *arguments) if isinstance(layer, classes) else others(layer, *arguments)
+
+    vars(quantized_verifier)[name] = handle
 
 
 @functools.cache
 def install() -> None:
     """Let mlx-vlm verify blocks through quantized layers at once, for the rest of the process."""
-    replacements = {
-        "exact_quantized_linear": (_LINEARS, lambda linear, x: linear(x)),
-        "exact_quantized_switch_linear": (TrellisExperts, _every_expert),
-        "exact_quantized_selected_linear": (TrellisExperts, _own_expert),
-    }
-    made = {name: _handled(of, call, name) for name, (of, call) in replacements.items()}
-    vars(quantized_verifier).update(made)
+    _handle("exact_quantized_linear", (TrellisLinear, JoinedTrellisLinear), _through)
+    _handle("exact_quantized_switch_linear", (TrellisExperts,), _through_every_expert)
+    _handle("exact_quantized_selected_linear", (TrellisExperts,), _through_own_expert)
