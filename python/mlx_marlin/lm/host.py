@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from ..layers.linear import TrellisLinear
 from ..layers.partial import PartlyQuantizedSwitchGLU
+from ..layers.sharded import AllToShardedTrellisLinear, LocalExperts, ShardedToAllTrellisLinear
 
 # What model code raises on a config or a set of tensors that it was not written for.
 MODEL_ERRORS = (
@@ -47,6 +48,9 @@ class Host(ABC):
         linear: What stands for quantized linears.
         fused: What stands for quantized experts, called as the host calls its own.
         partly: What stands for experts of which some were left unquantized, called the same way.
+        local: What stands for experts of which each rank has some, called the same way.
+        all_to_sharded: What stands for quantized linears of whose outputs each rank has some.
+        sharded_to_all: What stands for quantized linears of whose inputs each rank has some.
     """
 
     name: str
@@ -60,6 +64,9 @@ class Host(ABC):
     linear: type[TrellisLinear]
     fused: Callable[..., nn.Module]
     partly: type[PartlyQuantizedSwitchGLU]
+    local: type[LocalExperts] = LocalExperts
+    all_to_sharded: type[AllToShardedTrellisLinear] = AllToShardedTrellisLinear
+    sharded_to_all: type[ShardedToAllTrellisLinear] = ShardedToAllTrellisLinear
 
     @abstractmethod
     def load_config(self, directory: Path) -> dict:
@@ -95,6 +102,14 @@ class Host(ABC):
     @abstractmethod
     def layers(self, model: nn.Module) -> int:
         """Layers of its text model."""
+
+    @abstractmethod
+    def splits(self, model: nn.Module) -> nn.Module | None:
+        """The part of a model whose ``shard`` splits each layer over ranks, if it can be split so."""
+
+    @abstractmethod
+    def pipelines(self, model: nn.Module) -> nn.Module | None:
+        """The part of a model whose ``pipeline`` gives each rank some of the layers, if it can be split so."""
 
     @abstractmethod
     def finish(self, model: nn.Module, dtype: mx.Dtype) -> None:

@@ -86,6 +86,13 @@ class MlxLm(Host):
         numbers = (int(match[1]) for path, _ in model.named_modules() if (match := _LAYER.search(path)))
         return max(numbers, default=-1) + 1
 
+    def splits(self, model: nn.Module) -> nn.Module | None:
+        return model if hasattr(model, "shard") else None
+
+    def pipelines(self, model: nn.Module) -> nn.Module | None:
+        inner = getattr(model, "model", None)
+        return inner if hasattr(inner, "pipeline") else None
+
     def finish(self, model: nn.Module, dtype: mx.Dtype) -> None:
         pass
 

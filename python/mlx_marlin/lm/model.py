@@ -294,8 +294,9 @@ def fill(
                 replace_module(model, path, grouped_linear(module, mapping.grouped[path]))
             else:
                 made = make_experts(path, module, mapping.experts[path])
-                if isinstance(made, mapping.host.partly) and target is not None:
-                    made.dense.set_dtype(target)
+                if target is not None:
+                    for partly in (m for m in made.modules() if isinstance(m, mapping.host.partly)):
+                        partly.dense.set_dtype(target)
                 replace_module(model, path, made)
         if not lazy:
             read = read_dense({path: stored[path] for path in group if path in stored}, dense)

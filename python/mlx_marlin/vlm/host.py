@@ -19,7 +19,15 @@ from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear
 
 from ..lm.host import Host
 from ..loader.contents import AUDIO, NGRAM, VISION
-from .layers import DescribedLinear, FusedExperts, PartlyQuantizedExperts
+from . import verifying
+from .layers import (
+    AllToShardedDescribedLinear,
+    DescribedLinear,
+    FusedExperts,
+    LocalVlmExperts,
+    PartlyQuantizedExperts,
+    ShardedToAllDescribedLinear,
+)
 
 _log = logging.getLogger("mlx_marlin.lm")
 
@@ -69,6 +77,9 @@ class MlxVlm(Host):
     linear = DescribedLinear
     fused = FusedExperts
     partly = PartlyQuantizedExperts
+    local = LocalVlmExperts
+    all_to_sharded = AllToShardedDescribedLinear
+    sharded_to_all = ShardedToAllDescribedLinear
 
     def load_config(self, directory: Path) -> dict:
         return mlx_vlm_utils.load_config(directory)
@@ -106,7 +117,17 @@ class MlxVlm(Host):
     def layers(self, model: nn.Module) -> int:
         return len(model.language_model.layers)
 
+    def splits(self, model: nn.Module) -> nn.Module | None:
+        parts = (model, getattr(model, "language_model", None))
+        return next((part for part in parts if hasattr(part, "shard")), None)
+
+    def pipelines(self, model: nn.Module) -> nn.Module | None:
+        language_model = getattr(model, "language_model", None)
+        inner = getattr(language_model, "model", language_model)
+        return inner if hasattr(inner, "pipeline") else None
+
     def finish(self, model: nn.Module, dtype: mx.Dtype) -> None:
+        verifying.install()
         for module in model.modules():
             if isinstance(module, DescribedLinear):
                 module.dtype = dtype
