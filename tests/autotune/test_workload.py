@@ -103,7 +103,7 @@ def test_the_reference_is_that_of_the_cases(activation):
     case = cases.Case(3, "mul1", "float32", 5, "padded", activation, mix="both", bias=True, top_k=2, scores=True)
     x, indices, scores = case.inputs()
     bank = case.bank()
-    ours = reference.swiglu(
+    ours = reference.experts_output(
         np.array(x).astype(np.float64),
         np.array(indices),
         (bank.gate, bank.up, bank.down),

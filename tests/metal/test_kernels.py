@@ -91,6 +91,8 @@ def test_selection_covers_every_pair_and_every_tile():
     assert wanted <= met
     mixes = {(chosen.kernel_variant, case.mix) for case, chosen in selection() if not case.linear}
     assert mixes == set(product(kernels.VARIANTS, cases.OPTIONS["mix"]))
+    assert set(product(TILES, (True, False))) == {(key_of(c), case.gated) for case, c in selection() if not case.linear}
+    assert {case.activation for case, _ in selection()} == set(cases.AXES["activation"])
     assert tiles == {(metal_selection.variant_of(key), *tile) for key, listed in TILES.items() for tile in listed}
 
 
@@ -251,7 +253,7 @@ def test_scores_are_added_in_slot_order(backend, tiles):
 
 
 @pytest.mark.parametrize("variant", kernels.VARIANTS)
-@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize("activation", ["none", "silu", "mlp_relu_squared"])
 def test_no_rows(backend, variant, activation):
     case = cases.Case(3, "mcg", "float16", 0, "block", activation)
     assert run(backend, case, case.inputs(), kernels.config_for(case.problem("gpu"), make_name(variant))).size == 0
@@ -332,10 +334,10 @@ def test_one_row_of_a_wide_layer(backend, fp32_acc):
     indices, scores = mx.array([[1, 0]], mx.uint32), mx.array([[0.25, 0.75]])
     chosen = config("decode", 1, 128, 16, fp32_acc)
     bank = ExpertBank(**experts)
-    problem = ops.swiglu_problem(bank.gate, bank.up, bank.down, 1, 2, "silu", x.dtype, "gpu", True)
+    problem = ops.experts_problem(bank.stacks, 1, 2, "silu", x.dtype, "gpu", True)
     assert [d["kernel"].split("<")[0] for d in ops.plan(problem, chosen)["dispatches"]][0] == "trellis_rotate"
-    y = backend.swiglu(x, indices, bank, scores=scores, config=chosen)
-    expected = cases.reference_swiglu(
+    y = backend.experts(x, indices, bank, scores=scores, config=chosen)
+    expected = cases.reference_experts(
         np.array(x.astype(mx.float32)).astype(np.float64), np.array(indices), experts, np.array(scores)
     )
     assert cases.row_error(y, expected) <= (cases.TOLERANCE["float16"] if fp32_acc else HALF_TOLERANCE["float16"])

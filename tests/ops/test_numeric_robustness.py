@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_marlin import kernels, trellis_linear, trellis_swiglu
+from mlx_marlin import kernels, trellis_linear
 from tests.support import cases
 
 ROWS = (2, 17)
@@ -17,9 +17,7 @@ ACTIVATIONS = cases.AXES["activation"]
 
 
 def call(case: cases.Case, x, indices, scores, **keywords) -> mx.array:
-    if case.linear:
-        return trellis_linear(x, case.weight(), **keywords)
-    return trellis_swiglu(x, indices, case.bank(), scores=scores, activation=case.activation, **keywords)
+    return case.run(x, indices, scores, **keywords)
 
 
 def make(activation: str, dtype: str = "float32", rows: int = 5, **options) -> cases.Case:
@@ -290,7 +288,7 @@ def test_the_gradient_of_the_experts_is_the_slope_of_the_reference(activation, d
     experts = case.experts()
 
     def reference(x64, s64):
-        return cases.reference_swiglu(x64, np.array(indices), experts, s64, activation)
+        return cases.reference_experts(x64, np.array(indices), experts, s64, activation)
 
     x64 = np.array(x).astype(np.float64)
     s64 = np.array(scores).astype(np.float64) if scores_given else None
@@ -304,7 +302,7 @@ def test_the_gradient_of_the_experts_is_the_slope_of_the_reference(activation, d
     size = np.linalg.norm(np.array(grads[0])) * np.linalg.norm(direction)
     assert abs((np.array(grads[0]) * direction).sum() - slope) < 1e-5 * size
     if scores_given:
-        slots = cases.reference_swiglu(x64, np.array(indices), experts, None, activation)
+        slots = cases.reference_experts(x64, np.array(indices), experts, None, activation)
         assert cases.row_error(grads[1], np.einsum("rsh,rh->rs", slots, ct)) < 2e-5
 
 

@@ -32,9 +32,10 @@ def right(problem, config, case):
         y = selftest.gathered(replace(problem, device="cpu", accuracy="float32"), None, case, x)
     else:
         scores = None if case["scores"] is None else mx.array(case["scores"])
-        bank = ExpertBank(*case["weights"])
+        bank = ExpertBank(*case["weights"]) if problem.kind == "swiglu" else ExpertBank(None, *case["weights"])
+        op = ops.trellis_swiglu if problem.kind == "swiglu" else ops.trellis_mlp
         indices = mx.array(case["indices"])
-        y = ops.trellis_swiglu(x, indices, bank, scores=scores, activation=problem.activation, stream=mx.cpu)
+        y = op(x, indices, bank, scores=scores, activation=problem.activation, stream=mx.cpu)
     return np.array(y.astype(mx.float32))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,40 @@ class UnknownArchitecture(ValueError):
     """A model that this host has no class for; the message says which one it has it in, if any."""
 
 
+GATED = ("gate_proj", "up_proj", "down_proj")
+"""Children of gated experts, in every host."""
+
+UNGATED = ("fc1", "fc2")
+"""Children of experts of two matrices, in every host."""
+
+UNGATED_ACTIVATIONS = {
+    "mlx.nn.layers.activations.ReLU2": "relu_squared",
+    "mlx.nn.layers.activations.SiLU": "silu",
+    # As GELU's argument says.
+    "mlx.nn.layers.activations.GELU:precise": "gelu_tanh",
+    "mlx.nn.layers.activations.GELU:tanh": "gelu_tanh",
+}
+"""Activations of experts of two matrices, by their full names: what the fused kernels call them."""
+
+
+@dataclass(frozen=True)
+class ExpertsKind:
+    """A class of a host's experts.
+
+    Attributes:
+        module: The class.
+        projections: Names of its children: those that read x, then the one that reads what they make of it.
+        fused: What stands for them where their activation has a kernel; takes a stack for each projection, and what
+            :class:`~mlx_marlin.ops.Activation` has, of experts without a gate the name alone.
+        partly: What stands for those of which some were left unquantized.
+    """
+
+    module: type[nn.Module]
+    projections: tuple[str, ...]
+    fused: Callable[..., nn.Module]
+    partly: type[PartlyQuantizedSwitchGLU]
+
+
 class Host(ABC):
     """A library of models.
 
@@ -40,26 +75,26 @@ class Host(ABC):
         whole: Whether its models go from tokens to logits; drafters are parts of those.
         loader: Its function that loads models which are not EXL3.
         model_code: The package whose modules are model code, with a dot behind.
-        glu: Its class of gated experts, whose children are called gate_proj, up_proj and down_proj.
+        experts: Its classes of experts.
         projection: Its class of one projection of all experts.
         grouped: Its class of a linear for each group of inputs, if it has one.
         activations: Its classes of activations of experts, by their full names: what the fused kernels call them.
         linear: What stands for quantized linears.
-        fused: What stands for quantized experts, called as the host calls its own.
-        partly: What stands for experts of which some were left unquantized, called the same way.
     """
 
     name: str
     whole: bool = True
     loader: str
     model_code: str
-    glu: type[nn.Module]
+    experts: tuple[ExpertsKind, ...]
     projection: type[nn.Module]
     grouped: type[nn.Module] | None
     activations: Mapping[str, str]
     linear: type[TrellisLinear]
-    fused: Callable[..., nn.Module]
-    partly: type[PartlyQuantizedSwitchGLU]
+
+    def kind_of(self, module: nn.Module) -> ExpertsKind | None:
+        """Which experts a module is, itself or its class derived from theirs; ``None`` if none."""
+        return next((kind for kind in self.experts if isinstance(module, kind.module)), None)
 
     @abstractmethod
     def load_config(self, directory: Path) -> dict:

@@ -188,8 +188,10 @@ def expected(problem: Problem, case: dict) -> np.ndarray:
         dense = [codec.dequantize(w).astype(np.float64) for w in case["weights"]]
         return np.stack([row.astype(np.float64) @ dense[e].T for row, e in zip(case["x"], case["indices"])])
     x = np.array(mx.array(case["x"]).astype(getattr(mx, problem.dtype)).astype(mx.float32)).astype(np.float64)
-    if problem.kind == "swiglu":
-        return reference.swiglu(x, case["indices"], case["weights"], case["scores"], problem.activation, 1.702, 7.0)
+    if problem.fused:
+        return reference.experts_output(
+            x, case["indices"], case["weights"], case["scores"], problem.activation, 1.702, 7.0
+        )
     y = np.zeros((problem.rows, problem.intermediate))
     for e in np.unique(case["indices"]):
         y[case["indices"] == e] = reference.linear(x[case["indices"] == e], case["weights"][e])

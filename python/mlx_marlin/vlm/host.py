@@ -15,9 +15,11 @@ from mlx.utils import tree_flatten
 from mlx_vlm import utils as mlx_vlm_utils
 from mlx_vlm.models.cache import make_prompt_cache
 from mlx_vlm.models.mla import MultiLinear
-from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear
+from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 
-from ..lm.host import Host
+from ..layers.experts import TrellisSwitchMLP
+from ..layers.partial import PartlyQuantizedSwitchGLU
+from ..lm.host import GATED, UNGATED, UNGATED_ACTIVATIONS, ExpertsKind, Host
 from ..loader.contents import AUDIO, NGRAM, VISION
 from .layers import DescribedLinear, FusedExperts, PartlyQuantizedExperts
 
@@ -57,18 +59,20 @@ class MlxVlm(Host):
     name = "mlx-vlm"
     loader = "mlx_vlm.load"
     model_code = "mlx_vlm.models."
-    glu = SwitchGLU
+    experts = (
+        ExpertsKind(SwitchGLU, GATED, FusedExperts, PartlyQuantizedExperts),
+        ExpertsKind(SwitchMLP, UNGATED, TrellisSwitchMLP, PartlyQuantizedSwitchGLU),
+    )
     projection = SwitchLinear
     grouped = MultiLinear
     activations = {
+        **UNGATED_ACTIVATIONS,
         "mlx_vlm.models.switch_layers.SwiGLU": "silu",
         "mlx_vlm.models.gemma4.language.GeGLU": "gelu_tanh",
         "mlx_vlm.models.gemma4_text.language.GeGLU": "gelu_tanh",
         "mlx_vlm.models.muse_spark.language.PreciseSwiGLU": "silu",
     }
     linear = DescribedLinear
-    fused = FusedExperts
-    partly = PartlyQuantizedExperts
 
     def load_config(self, directory: Path) -> dict:
         return mlx_vlm_utils.load_config(directory)
