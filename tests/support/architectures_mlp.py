@@ -98,7 +98,7 @@ def phixtral(s: Sizes = SIZES) -> Checkpoint:
         "model_type": "phixtral",
         "num_vocab": s.vocab,
         "model_dim": s.hidden,
-        "num_heads": 3,
+        "num_heads": s.hidden // s.head_dim,
         "num_layers": s.layers,
         "rotary_dim": 32,
         "num_local_experts": s.experts,

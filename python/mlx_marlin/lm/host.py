@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..layers.experts import TrellisSwitchGLU, TrellisSwitchMLP
 from ..layers.linear import TrellisLinear
 from ..layers.partial import PartlyQuantizedSwitchGLU
 
@@ -33,10 +34,10 @@ class UnknownArchitecture(ValueError):
     """A model that this host has no class for; the message says which one it has it in, if any."""
 
 
-GATED = ("gate_proj", "up_proj", "down_proj")
+GATED = TrellisSwitchGLU.PROJECTIONS
 """Children of gated experts, in every host."""
 
-UNGATED = ("fc1", "fc2")
+UNGATED = TrellisSwitchMLP.PROJECTIONS
 """Children of experts of two matrices, in every host."""
 
 UNGATED_ACTIVATIONS = {
