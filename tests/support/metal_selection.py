@@ -77,7 +77,7 @@ def legal(values: dict) -> bool:
 
 def selection() -> list:
     """Pairs of a case and a config."""
-    chosen, turns, mixed, fused = [], Counter(), Counter(), Counter()
+    chosen, turns, mixed, fused, met = [], Counter(), Counter(), Counter(), set()
     for i, row in enumerate(covering_array(AXES, legal)):
         key = row["variant"], row["prologue"], row["epilogue"]
         sizes = TILES[key][turns[key] % len(TILES[key])]
@@ -108,7 +108,13 @@ def selection() -> list:
             **options,
         )
         fused[key] += not linear
+        met |= set() if linear else {(key, case.gated)}
         mixed[row["variant"]] += not linear and mix == turn
         chosen.append((case, config(row["variant"], *sizes, row["sums"] == "float")))
+    for key in TILES:
+        for activation in ACTIVATIONS[:2]:
+            case = cases.Case(3, "mcg", "float16", 5, "blocks", activation, top_k=2)
+            if (key, case.gated) not in met:
+                chosen.append((case, config(key[0], *TILES[key][0])))
     left = [(key[0], *sizes) for key, tiles in TILES.items() for sizes in tiles[turns[key] :]]
     return chosen + [(case, config(*one)) for (case, _), one in zip(chosen, left)]
