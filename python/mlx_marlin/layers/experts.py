@@ -215,7 +215,8 @@ class TrellisSwitch(TrellisModule):
 
 
 class TrellisSwitchGLU(TrellisSwitch):
-    """The experts of a mixture-of-experts layer, fused. A drop-in for mlx-lm's ``SwitchGLU``.
+    """The experts of a mixture-of-experts layer, fused. A drop-in for mlx-lm's ``SwitchGLU``, called as
+    :class:`TrellisSwitch` says.
 
     Args:
         gate: One :class:`TrellisWeight` per expert; or an :class:`ExpertStack` of all.
@@ -248,7 +249,8 @@ class TrellisSwitchGLU(TrellisSwitch):
 
 
 class TrellisSwitchMLP(TrellisSwitch):
-    """The experts of a mixture-of-experts layer without a gate, fused. A drop-in for mlx-lm's ``SwitchMLP``.
+    """The experts of a mixture-of-experts layer without a gate, fused. A drop-in for mlx-lm's ``SwitchMLP``,
+    called as :class:`TrellisSwitch` says.
 
     Args:
         fc1: Up: one :class:`TrellisWeight` per expert; or an :class:`ExpertStack` of all.
