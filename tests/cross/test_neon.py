@@ -17,17 +17,10 @@ from mlx_marlin.ops import reference
 from mlx_marlin.weights.experts import ExpertStack
 from mlx_marlin.weights.synthetic import random_weight
 from tests.support import attention, golden
-from tests.support.cases import (
-    FORMATS,
-    TOLERANCE,
-    random_experts,
-    random_rows,
-    reference_experts,
-    reference_linear,
-    row_error,
-)
+from tests.support.cases import FORMATS, TOLERANCE, random_experts, random_rows, row_error
 from tests.support.objects import compiled
 from tests.support.paths import ROOT
+from tests.support.references import reference_experts, reference_linear
 
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 # Not zig: it would first build a C++ library, which takes longer than all other tests of a folder together.

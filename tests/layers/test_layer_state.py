@@ -25,13 +25,8 @@ from mlx_marlin import (
 from mlx_marlin.layers import state
 from mlx_marlin.weights.experts import ExpertStack
 from mlx_marlin.weights.synthetic import random_weight
-from tests.support.cases import (
-    expert_formats,
-    random_experts,
-    reference_experts,
-    reference_linear,
-    row_error,
-)
+from tests.support.cases import expert_formats, random_experts, row_error
+from tests.support.references import reference_experts, reference_linear
 
 FORMATS = expert_formats(2, "mcg", "both")
 

@@ -9,13 +9,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_marlin import ExpertBank, Problem, TrellisLinear, TrellisSwitchGLU, codec
 from mlx_marlin.weights.synthetic import random_weight
-from tests.support.cases import (
-    expert_formats,
-    random_experts,
-    reference_experts,
-    reference_linear,
-    row_error,
-)
+from tests.support.cases import expert_formats, random_experts, row_error
+from tests.support.references import reference_experts, reference_linear
 
 
 @pytest.fixture

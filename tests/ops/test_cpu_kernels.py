@@ -14,7 +14,8 @@ from mlx_marlin.kernels.cpu import TILE_ROWS, cpu_threads
 from mlx_marlin.ops import trellis_linear, trellis_mlp, trellis_swiglu
 from mlx_marlin.weights.experts import ExpertBank
 from mlx_marlin.weights.synthetic import random_weight
-from tests.support.cases import TOLERANCE, bank_of, random_rows, reference_experts, reference_linear, row_error
+from tests.support.cases import TOLERANCE, bank_of, random_rows, row_error
+from tests.support.references import reference_experts, reference_linear
 
 
 def config(panel_rows=64, threads=None):

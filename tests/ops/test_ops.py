@@ -18,7 +18,7 @@ from mlx_marlin import (
     trellis_linear,
     trellis_swiglu,
 )
-from tests.support import cases, golden
+from tests.support import cases, golden, references
 from tests.support.planted import PLANTED, PLANTED_HALF_RATES
 
 
@@ -72,7 +72,7 @@ def test_linear_vectors(name, dtype, tolerance, instruction_set):
     z = golden.load(name)
     w = golden.weight(z)
     x = mx.array(z["x"]).astype(getattr(mx, dtype))
-    expected = z["y64"] if dtype != "bfloat16" else cases.reference_linear(np.array(x.astype(mx.float32)), w)
+    expected = z["y64"] if dtype != "bfloat16" else references.reference_linear(np.array(x.astype(mx.float32)), w)
     assert cases.row_error(trellis_linear(x, w), expected) <= tolerance
 
 
@@ -85,7 +85,9 @@ def test_moe_vectors(name, dtype, tolerance, instruction_set):
     expected = (
         z["y64"]
         if dtype != "bfloat16"
-        else cases.reference_experts(np.array(x.astype(mx.float32)).astype(np.float64), z["ids"], experts, z["probs"])
+        else references.reference_experts(
+            np.array(x.astype(mx.float32)).astype(np.float64), z["ids"], experts, z["probs"]
+        )
     )
     y = trellis_swiglu(x, z["ids"], ExpertBank(**experts), scores=mx.array(z["probs"]))
     assert cases.row_error(y, expected) <= tolerance

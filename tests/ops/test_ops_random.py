@@ -14,7 +14,7 @@ from mlx_marlin import (
     trellis_swiglu,
 )
 from mlx_marlin.weights.synthetic import random_weight
-from tests.support import cases
+from tests.support import cases, references
 
 
 def random_config(rng, problem: Problem) -> kernels.KernelConfig | None:
@@ -57,7 +57,7 @@ def check_random_layer(seed: int) -> None:
         stream=mx.cpu,
     )
     x64 = np.array(x.astype(mx.float32)).astype(np.float64)
-    slots = cases.reference_experts(x64, indices, weights, None, activation)
+    slots = references.reference_experts(x64, indices, weights, None, activation)
     if scores is None:
         error = np.linalg.norm(np.array(y.astype(mx.float32)) - slots, axis=-1)
         # A slot of few outputs may be near zero by chance; all slots together are not.
@@ -85,7 +85,7 @@ def check_random_linear(seed: int) -> None:
         bias=w.bias is not None,
     )
     y = trellis_linear(x, w, config=random_config(rng, problem), stream=mx.cpu)
-    expected = cases.reference_linear(np.array(x.astype(mx.float32)), w)
+    expected = references.reference_linear(np.array(x.astype(mx.float32)), w)
     # One output may be near zero by chance; a row of many is not.
     scale = np.maximum(np.linalg.norm(expected, axis=-1), np.sqrt(w.out_features))
     error = np.linalg.norm(np.array(y.astype(mx.float32)) - expected, axis=-1)

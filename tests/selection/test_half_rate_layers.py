@@ -13,7 +13,8 @@ from mlx_marlin.autotune import cli as tune_cli
 from mlx_marlin.kernels import Problem
 from mlx_marlin.selection.selector import MixedKernelSelector
 from mlx_marlin.weights.synthetic import random_weight
-from tests.support.cases import TOLERANCE, random_experts, reference_experts, reference_linear, row_error
+from tests.support.cases import TOLERANCE, random_experts, row_error
+from tests.support.references import reference_experts, reference_linear
 from tests.support.tuning import BASE, DOCUMENT
 
 pytestmark = pytest.mark.usefixtures("tuning_sandbox")

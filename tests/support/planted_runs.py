@@ -20,6 +20,16 @@ SWIGLU = Problem.swiglu(
     dtype="float32",
     device="gpu",
 )
+MLP = Problem.mlp(
+    2688,  # Nemotron 3 Nano
+    1856,
+    experts=128,
+    top_k=6,
+    bits=((2, 3), (3, 4)),
+    codebooks=("3inst", "mcg"),
+    dtype="float32",
+    device="gpu",
+)
 # One projection of experts; rows are slots.
 GATHERED = Problem.linear(1024, 768, rows=8, experts=64, bits=(2, 3), codebooks=("mcg", "mul1"), device="gpu")
 LINEAR = Problem.linear(1024, 1024, rows=4, bits=3, dtype="float32", device="gpu")

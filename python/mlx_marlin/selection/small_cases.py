@@ -28,8 +28,9 @@ __all__ = [
 ]
 
 # Sizes of the small cases. 128 is one Hadamard block; 384 and 640 are no multiple of 16 ranges of k; up to 2048 narrow
-# tiles become legal; from 3072 on a product no longer makes its own input, with half operands from 10240 on.
-_SIZES = (128, 256, 384, 512, 640, 768, 1024, 1280, 2048, 3072, 4096, 5120, 6144, 8192, 10240)
+# tiles become legal; from 3072 on a product no longer makes its own input, with half operands from 10240 on. Rows are
+# rotated by 1 to 8 simdgroups: by 7 at 896, 1664, 2688 and 5376.
+_SIZES = (128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1664, 2048, 2688, 3072, 4096, 5120, 5376, 6144, 8192, 10240)
 # Elements of a matrix: what the CPU decodes and multiplies for the expected result in a fraction of a second.
 _MOST = 2048 * 2048
 _EXPERTS = 3
