@@ -219,7 +219,9 @@ def test_gradients_of_shared_inputs_are_summed(biased, monkeypatch):
 def test_experts_must_be_split_alike(gate, up, down):
     weights = WeightMap(MLX_LM, experts={"mlp": {}})
     cuts = {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": down}
-    with pytest.raises(ValueError, match="mlp: gate and up must be split along their outputs and down along its"):
+    with pytest.raises(
+        ValueError, match="mlp: gate_proj and up_proj must be split along outputs and down_proj along its"
+    ):
         sharding._check_experts(weights, cuts)
 
 

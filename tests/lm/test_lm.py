@@ -14,7 +14,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 import mlx_marlin
 from mlx_marlin import TrellisLinear, TrellisSwitchGLU, codec
-from mlx_marlin.lm.experts import activation_of, make_glu
+from mlx_marlin.lm.experts import activation_of, make_experts
 from mlx_marlin.lm.mlx_lm_host import MLX_LM
 from mlx_marlin.lm.model import cast_dense, load_exl3_model, replace_module
 from mlx_marlin.lm.placeholders import LinearSource, Placeholders
@@ -271,7 +271,8 @@ def test_experts_with_any_activation(rows, activation):
     x = mx.array(rng.standard_normal((1, rows, 192)).astype(np.float32))
     indices = mx.array(rng.integers(0, 4, (1, rows, 2)).astype(np.uint32))
     expected = np.array(glu(x, indices)).astype(np.float64)
-    made = make_glu(MLX_LM, glu, **{name: ExpertStack.of(name, weights) for name, weights in experts.items()})
+    stacks = {f"{name}_proj": ExpertStack.of(name, weights) for name, weights in experts.items()}
+    made = make_experts(MLX_LM, glu, stacks)
     assert isinstance(made, SwitchGLU if type(activation) is Clamped else TrellisSwitchGLU)
     assert row_error(made(x, indices), expected) < 1e-5
     assert made(x.astype(mx.bfloat16), indices).dtype == mx.bfloat16

@@ -34,7 +34,7 @@ NAMES = [*architectures.ARCHITECTURES, "gemma2", *generic_configs.CONFIGS, *gene
 # Whose models always have a head of their own, or never; seed_oss multiplies with the table itself.
 UNTIED = {
     "qwen2_moe", "glm4_moe", "glm4_moe_lite", "deepseek_v3", "gpt_oss", "glm4", "deepseek_v2", "solar_open", "phimoe",
-    "Klear", "step3p5", "seed_oss",
+    "Klear", "step3p5", "seed_oss", "nemotron_h", "nemotron_h_latent", "phixtral",
 }  # fmt: skip
 TIED = {"gemma", "gemma2", "cohere", "lfm2_moe"}
 

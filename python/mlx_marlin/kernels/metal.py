@@ -98,7 +98,7 @@ def default_tiles(problem: Problem, variant: str) -> Tiles:
         rows = _most_rows(problem, variant)
     if variant == "decode" and problem.experts == 1:
         rows = min(max(few, problem.rows * problem.top_k), many)
-    if variant != "large_batch" and problem.kind == "linear" and _few_groups(problem, rows):
+    if variant != "large_batch" and not problem.fused and _few_groups(problem, rows):
         return rows, 32, 8
     many_registers = variant == "prefill4" or (variant == "large_batch" and problem.accelerators)
     return rows, codec.HADAMARD_SIZE, 8 if many_registers and not _few_groups(problem, rows) else 16
@@ -116,7 +116,7 @@ def legal_tiles(variant: str) -> list[Tiles]:
 
 def refuses_triple(problem: Problem, triple: Triple) -> bool:
     """A triple is compiled for just these widths."""
-    return problem.kind == "swiglu" and problem.bits != (triple,)
+    return problem.fused and problem.bits != (triple,)
 
 
 def infeasible(problem: Problem, config: KernelConfig) -> str | None:

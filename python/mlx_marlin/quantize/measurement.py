@@ -243,7 +243,7 @@ class Measurement:
                 found = runner.parallel(self._job, jobs, f"measuring {runner.of(index)}", 1.0, job_bytes)
                 del jobs
             stream, energy = disturbed(hidden[0], after[0], [self.seed, index])
-            runner.model.run(index, streams, into=after)
+            runner.model.run(index, streams, into=after, batch=0)
             after.append(stream)
         runner.unload(index)
         return after, items_value(found, energy)
