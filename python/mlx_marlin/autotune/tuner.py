@@ -144,7 +144,9 @@ class MixedBPWAutoTuner:
             workload = self._workload(layer, batch_size, top_k)
             problem = workload.problem
             settings = replace(self.race, rounds=max(2, num_iter), warmup=num_warmup)
-            trial = Trial(workload, settings, self.objective, self.memory_limit, self.checked)
+            expected = profile.prediction(problem)
+            first = expected.first if expected else ()
+            trial = Trial(workload, settings, self.objective, self.memory_limit, self.checked, first)
             wanted = kernels.candidates_on(problem, machine.hardware(self._device)) if configs is None else configs
             entry = trial.run(wanted, limits, on_round)
             touched = workload.bytes_touched

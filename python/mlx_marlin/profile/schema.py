@@ -15,6 +15,7 @@ from ..device.machine import device_name, fingerprint
 from ..kernels import PROJECTIONS, KernelConfig, Problem
 from ..kernels.search_space import SIMDGROUPS, TILE_SIZES
 from ..measure.race import Decision
+from .uncertainty import Uncertainty
 
 LookupTable = dict[int, dict[int, dict[tuple[float, ...], KernelConfig]]]
 
@@ -92,6 +93,8 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         objective: Weights of latency, throughput and memory that the decision was made with.
         over_control: Time of ``config`` over that of a fixed product of MLX's, interleaved, with its 95 % interval:
             what a later check compares with, whatever the machine's speed then. ``None`` where not measured.
+        uncertainty: How far the time can be off in a predicted profile, where that is more than 25 %. ``None``
+            elsewhere.
     """
 
     config: KernelConfig
@@ -106,6 +109,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rejected: tuple[Rejected, ...] = ()
     objective: tuple[_Positive, _Positive, _Positive] = (1.0, 0.0, 0.0)
     over_control: tuple[_Ratio, _Ratio, _Ratio] | None = None
+    uncertainty: Uncertainty | None = None
 
 
 @dataclass
