@@ -15,7 +15,7 @@ from mlx_marlin.layers import sharded
 from mlx_marlin.layers.experts import TrellisExperts, TrellisSwitchGLU
 from mlx_marlin.layers.sharded import AllToShardedTrellisLinear, LocalExperts, ShardedToAllTrellisLinear
 from mlx_marlin.lm import sharding
-from mlx_marlin.lm.host import Host
+from mlx_marlin.lm.host import GATED, UNGATED, Host
 from mlx_marlin.lm.mapping import WeightMap
 from mlx_marlin.lm.mlx_lm_host import MLX_LM
 from mlx_marlin.lm.model import build, fill, load_exl3_model, open_checkpoint
@@ -217,7 +217,7 @@ def test_gradients_of_shared_inputs_are_summed(biased, monkeypatch):
     ],
 )
 def test_experts_must_be_split_alike(gate, up, down):
-    weights = WeightMap(MLX_LM, experts={"mlp": {}})
+    weights = WeightMap(MLX_LM, experts={"mlp": dict.fromkeys(GATED, [])})
     cuts = {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": down}
     with pytest.raises(
         ValueError, match="mlp: gate_proj and up_proj must be split along outputs and down_proj along its"
@@ -226,7 +226,7 @@ def test_experts_must_be_split_alike(gate, up, down):
 
 
 def test_experts_that_are_split_alike():
-    weights = WeightMap(MLX_LM, experts={"mlp": {}})
+    weights = WeightMap(MLX_LM, experts={"mlp": dict.fromkeys(GATED, [])})
     gate, down = Cut(256, 128, columns=(0,)), Cut(128, 256, rows=(0,))
     sharding._check_experts(weights, {"mlp.gate_proj": gate, "mlp.up_proj": gate, "mlp.down_proj": down})
 
@@ -249,3 +249,11 @@ def test_whole_experts_give_zeros_for_those_of_others():
     assert np.allclose(np.array(sum(slots)), np.array(wanted), rtol=1e-5, atol=1e-5)
     combined = (wanted * scores[..., None]).sum(-2)
     assert np.allclose(np.array(sum(sums)), np.array(combined), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_of_two_matrices_are_split_alike():
+    """No model of mlx-lm with such experts has tensor parallelism yet."""
+    weights = WeightMap(MLX_LM, experts={"mlp": dict.fromkeys(UNGATED, [])})
+    sharding._check_experts(weights, {"mlp.fc1": Cut(256, 128, columns=(0,)), "mlp.fc2": Cut(128, 256, rows=(0,))})
+    with pytest.raises(ValueError, match="mlp: fc1 must be split along outputs and fc2 along its inputs, all alike"):
+        sharding._check_experts(weights, {"mlp.fc1": Cut(256, 128, columns=(0,)), "mlp.fc2": Cut(128, 256, rows=(1,))})
