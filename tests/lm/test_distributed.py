@@ -25,6 +25,7 @@ from mlx_marlin.vlm.host import MLX_VLM
 from mlx_marlin.vlm.layers import FusedExperts, LocalVlmExperts
 from mlx_marlin.weights.synthetic import random_weight
 from tests.lm.test_architectures import assert_same
+from tests.lm.test_real_directories import leave_unquantized
 from tests.support import architectures
 from tests.support.cases import row_error
 from tests.support.checkpoints import SIZES, SPLITTABLE
@@ -143,6 +144,28 @@ def test_whole_experts_are_read_by_their_rank_alone(ranks, tmp_path, monkeypatch
         assert len(mine) == experts.experts.gate_proj.num_experts and len(whole) == 3 * len(mine)
         numbers += mine
     assert numbers == list(range(6))
+
+
+@NO_TENSOR_PARALLELISM
+@pytest.mark.parametrize("name, dense", [("qwen3_moe", "up_proj"), ("gpt_oss", None)])
+def test_whole_experts_of_all_ranks_add_up(name, dense, tmp_path):
+    """Those that were left unquantized, and biases, too."""
+    sizes = replace(SPLITTABLE, width=SIZES.width)
+    directory = architectures.ARCHITECTURES[name](sizes).write(tmp_path / "model")
+    if dense:
+        leave_unquantized(directory, [f"model.layers.{architectures.MOE_LAYER}.mlp.experts.3.{dense}"])
+    x = mx.array(np.random.default_rng(1).standard_normal((5, SPLITTABLE.hidden)).astype(np.float32))
+    indices = mx.array(np.random.default_rng(2).integers(0, 4, (5, 2)).astype(np.uint32))
+    sums = []
+    for ranks in (1, 2):
+        parts = []
+        for rank in range(ranks):
+            model, config, mapping, makers = open_sharded(directory, None, Rank(rank, ranks), "experts")
+            fill(model, mapping, config, None, "float32", **makers)
+            block = model.model.layers[architectures.MOE_LAYER].mlp
+            parts.append((block.switch_mlp if "switch_mlp" in block else block.experts)(x, indices))
+        sums.append(np.array(sum(parts)))
+    assert np.abs(sums[0]).max() > 0.1 and np.allclose(*sums, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_unquantized_experts_are_not_split_over_ranks(whole):
         rank, size = staticmethod(lambda: 0), staticmethod(lambda: 2)
 
     leave_unquantized(whole, [f"{EXPERTS}.2.up_proj"])
-    with pytest.raises(ValueError, match="some of its experts are not quantized, .*; use pipeline parallelism"):
+    with pytest.raises(ValueError, match="some of its experts are not quantized, .*; use expert or pipeline"):
         open_sharded(whole, None, Pair())
 
 

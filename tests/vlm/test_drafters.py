@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -19,8 +20,9 @@ from mlx_marlin.layers.state import LayerConfigs
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.vlm.host import MLX_VLM
 from mlx_marlin.vlm.layers import FusedExperts
-from tests.support import drafting
+from tests.support import clients, drafting
 from tests.support.checkpoints import SIZES
+from tests.support.servers import VLM, Server
 from tests.support.vlm_checkpoints import PROCESSED, gemma4, qwen3_5_moe, qwen3_vl_moe, write_processor
 from tests.support.vlm_ngrams import add_qwen4_exp_drafter, qwen4_exp_plain
 from tests.support.vlm_originals import add_glm5_next_drafter, deepseek_v4, glm5_next
@@ -113,6 +115,26 @@ def test_drafts_are_verified_at_once(ran, tmp_path):
         assert verified > 0 and sum(run in ours and n == rows for run, n in ran) == verified * len(layers)
         steps[rows] = len(drafter.draft_lens)
     assert steps[2] <= 14 and steps[4] <= 9 and steps[8] < 24 / 2
+
+
+@pytest.mark.slow
+def test_the_server_drafts(tmp_path):
+    """Alone, and for several at once: the text of generation without a drafter."""
+    directory = write_processor(drafting.agreeing(PROCESSED).write(tmp_path / "exl3"))
+    model, processor = vlm.load(directory)
+    prompt = mlx_vlm.apply_chat_template(processor, model.config, clients.QUESTION)
+    wanted = mlx_vlm.generate(model, processor, prompt, max_tokens=24, temperature=0.0).text
+    options = ("--model", directory, "--draft-model", directory, "--draft-block-size", 4)
+    server = Server(VLM, tmp_path / "log", *options)
+    try:
+        client = clients.Client(server.port, str(directory))
+        with ThreadPoolExecutor() as pool:
+            texts = [client.text(max_tokens=24), *pool.map(lambda _: client.streamed(max_tokens=24)[0], range(3))]
+    finally:
+        server.stop()
+    assert "speculative decoding enabled" in server.log.read_text()
+    # mlx-vlm's generate leaves out bytes that are no text, its server marks them.
+    assert [text.replace("\N{REPLACEMENT CHARACTER}", "") for text in texts] == [wanted] * 4
 
 
 @pytest.mark.parametrize("make", [glm5_next, deepseek_v4, qwen4_exp_plain, qwen3_5_moe, gemma4])

@@ -183,7 +183,7 @@ def split(
     }
     if parallel == "tensor":
         _check_experts(mapping, cuts)
-    else:
+    elif group.size() > 1:
         _check_summed(mapping, axes)
     for path, parameters in whole.items():
         module_at(model, path).update(parameters)
