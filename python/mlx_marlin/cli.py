@@ -30,12 +30,12 @@ one bit rate per branch. mlx_marlin COMMAND --help shows the other arguments.
 Under mlx.launch, --parallel experts gives each rank whole experts in the place of a part of every one.
 Commands that write quantized weights (fuse, awq, dwq, dynamic_quant, gptq) refuse EXL3 models.
 
-mlx_marlin vlm COMMAND [ARGUMENTS] runs those of mlx-vlm (generate, chat, server, ...): models with vision, and others
-that only mlx-vlm has.
+mlx_marlin vlm COMMAND [ARGUMENTS] runs the commands of mlx-vlm (generate, chat, server, ...), for models with vision
+and for models that only mlx-vlm has.
 
-mlx_marlin info DIR [--context N] [--json] says what an EXL3 directory is, and whether it fits into this machine.
+mlx_marlin info DIR [--context N] [--json] shows what an EXL3 directory contains, and whether it fits into this machine.
 
-See also: mlx_marlin-tune (measure kernels), mlx_marlin-convert (quantize a model to EXL3)."""
+See also: mlx_marlin-tune (time kernels on this machine), mlx_marlin-convert (quantize a model to EXL3)."""
 
 _VLM_USAGE = """usage: mlx_marlin vlm COMMAND [ARGUMENTS]
 
@@ -87,12 +87,12 @@ def _info(arguments: list[str]) -> None:
     from .lm.info_report import report
 
     parser = argparse.ArgumentParser(
-        prog="mlx_marlin info", description="What an EXL3 directory is. Reads headers, no weights."
+        prog="mlx_marlin info", description="Show what an EXL3 directory contains and takes. Reads headers only."
     )
-    parser.add_argument("directory", metavar="DIR", help="of an EXL3 (ExLlamaV3) model")
-    help_context = f"tokens that memory is computed for (default: {CONTEXT})"
+    parser.add_argument("directory", metavar="DIR", help="directory of an EXL3 (ExLlamaV3) model")
+    help_context = f"tokens for which the cache's memory is computed (default: {CONTEXT})"
     parser.add_argument("--context", type=int, default=CONTEXT, metavar="N", help=help_context)
-    parser.add_argument("--json", action="store_true", help="sizes in bytes and everything else as JSON")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, sizes in bytes")
     options = parser.parse_args(arguments)
     try:
         info = describe(options.directory, options.context)

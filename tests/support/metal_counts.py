@@ -38,10 +38,14 @@ def _contents(problem: Problem, name: str, size: int) -> np.ndarray:
     return np.zeros(size, np.uint8)
 
 
-def run(problem: Problem, config: KernelConfig | None, library, **simulator) -> list[tuple[dict, Result]]:
+def run(
+    problem: Problem, config: KernelConfig | None, library, routing: np.ndarray | None = None, **simulator
+) -> list[tuple[dict, Result]]:
     """(dispatch, result) of each dispatch; `library(kernel, constants)` compiles, the rest goes to its run."""
     plan = ops.plan(problem, config)
     memory = {name: np.zeros(size, np.uint8) for name, size in plan["scratch"].items()}
+    if routing is not None:
+        memory["indices"] = routing.astype(np.uint32).view(np.uint8)
     found = []
     for dispatch in plan["dispatches"]:
         buffers = {0: dispatch["args"]}
@@ -64,6 +68,11 @@ def run(problem: Problem, config: KernelConfig | None, library, **simulator) -> 
     return found
 
 
-def count(problem: Problem, config: KernelConfig | None = None) -> list[tuple[dict, CountedResult]]:
-    """(dispatch, result with operation and register counts) of each dispatch of a problem."""
-    return run(problem, config, library)
+def count(
+    problem: Problem, config: KernelConfig | None = None, routing: np.ndarray | None = None
+) -> list[tuple[dict, CountedResult]]:
+    """(dispatch, result with operation and register counts) of each dispatch of a problem.
+
+    routing: The expert of each slot; by default the experts in turn.
+    """
+    return run(problem, config, library, routing)

@@ -106,12 +106,15 @@ def _following(problem: Problem, config: KernelConfig, refused: dict[KernelConfi
 
     prefill4 is next as it is the fastest for any number of rows that does without simdgroup matrices. A variant of
     which two configs could not be built comes after the others. Configs that sum as the refused one does come first.
-    A compiler that is wrong about one config for neural accelerators is not asked for others.
+    A compiler that is wrong about one config for neural accelerators is not asked for others: what is the default
+    without them is next.
     """
+    first = config.kernel_variant
     if any(kernels.accelerated(problem, other) for other in refused):
         problem = replace(problem, accelerators=False)
+        first = kernels.default(problem).kernel_variant if kernels.accelerated(problem, config) else first
     unbuilt = [c.kernel_variant for c, refusal in refused.items() if not refusal.built]
-    order = [config.kernel_variant, "prefill4"]
+    order = [first, "prefill4"]
 
     def rank(other: KernelConfig) -> tuple[bool, int]:
         at = order.index(other.kernel_variant) if other.kernel_variant in order else len(order)
