@@ -110,7 +110,7 @@ struct ProductCase {
 };
 
 struct SwigluCase {
-  OwnedStack gate, up, down;  // gate without experts where there is none
+  OwnedStack gate, up, down;   // gate without experts where there is none
   std::vector<int32_t> sizes;  // dtype, panel rows, rows, hidden, top_k, activation, combine, integers
   std::vector<uint8_t> x;
   std::vector<uint32_t> ids;

@@ -49,7 +49,7 @@ def test_scores_are_what_an_experts_output_weighs_in_the_layers(latent):
         assert gain**2 == pytest.approx(np.sum(weight**2) / latent, rel=0.3)
 
 
-@pytest.mark.parametrize("name", ["nemotron_h", "phixtral"])
+@pytest.mark.parametrize("name", ["nemotron_h", pytest.param("phixtral", marks=pytest.mark.slow)])
 def test_every_expert_is_quantized_with_a_width_of_its_own(name, tmp_path, quick_conversions):  # noqa: F811
     checkpoint = getattr(architectures_mlp, name)(SMALL)
     source = add_tokenizer(checkpoint.write_dense(tmp_path / "source"))

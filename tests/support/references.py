@@ -19,7 +19,7 @@ def _hadamard_matrix() -> np.ndarray:
 _HADAMARD = _hadamard_matrix()
 
 
-def _rotate(x: np.ndarray) -> np.ndarray:
+def rotate(x: np.ndarray) -> np.ndarray:
     return (x.reshape(-1, codec.HADAMARD_SIZE) @ _HADAMARD).reshape(x.shape)
 
 
@@ -31,7 +31,7 @@ def reference_linear(x: np.ndarray, w: TrellisWeight, *, padded: bool = False) -
     k, n = w.padded_shape
     x = np.pad(x.astype(np.float64), ((0, 0), (0, k - x.shape[1])))
     suh, svh = (np.array(v).astype(np.float64) for v in (w.suh, w.svh))
-    y = _rotate(_rotate(x * suh) @ codec.inner(w).astype(np.float64)) * svh
+    y = rotate(rotate(x * suh) @ codec.inner(w).astype(np.float64)) * svh
     if w.bias is not None:
         y += np.array(w.bias.astype(mx.float32)).astype(np.float64)
     return y if padded else y[:, : w.out_features]
