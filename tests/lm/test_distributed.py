@@ -265,10 +265,19 @@ def test_whole_experts_give_zeros_for_those_of_others():
     slots, sums = [], []
     for first, last in ((0, 1), (1, 4), (4, 6)):
         inner = [bank[first:last] for bank in banks]
-        slots.append(LocalExperts(TrellisSwitchGLU(*inner), first, last - first)(x, indices))
+        glu, taken = TrellisSwitchGLU(*inner), []
+        layer = LocalExperts(
+            lambda x, places, glu=glu, taken=taken: taken.append(places) or glu(x, places), first, last - first
+        )
+        slots.append(layer(x, indices))
         sums.append(LocalVlmExperts(FusedExperts(*inner), first, last - first)(x, indices, scores))
         theirs = (np.array(indices) < first) | (np.array(indices) >= last)
         assert not np.array(slots[-1])[theirs].any()
+        for places, numbers, others in zip(
+            np.array(taken[0]).reshape(-1, 2), np.array(indices).reshape(-1, 2), theirs.reshape(-1, 2)
+        ):
+            # No expert is read that a token does not take, but one where it takes none.
+            assert set(places) == (set(numbers[~others] - first) or {0})
     assert np.allclose(np.array(sum(slots)), np.array(wanted), rtol=1e-5, atol=1e-5)
     combined = (wanted * scores[..., None]).sum(-2)
     assert np.allclose(np.array(sum(sums)), np.array(combined), rtol=1e-5, atol=1e-5)

@@ -6,7 +6,9 @@ The package needs the extra ``[vlm]``, and imports mlx-vlm when it is used.
 - ``layers``: what stands for its linears and experts.
 - ``processor``: what prepares text, pictures and sound for a model.
 - ``drafters``: drafters out of the prediction layers that a checkpoint brings.
+- ``verifying``: a draft's tokens through these layers at once.
 - ``commands``: mlx-vlm's commands over all this.
+- ``serving``: its server, whose clients' requests are checked.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import mlx.nn as nn
 if TYPE_CHECKING:
     from transformers.processing_utils import ProcessorMixin
 
-__all__ = ["load", "load_drafter"]
+__all__ = ["load", "load_drafter", "sharded_load"]
 
 
 def load(
