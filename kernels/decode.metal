@@ -40,5 +40,5 @@ struct DecodeTile {
     return;
   }
   DecodeTile body = {(device const ushort*)(codes + offsets[args.expert]), out, tile, args.n, lane, args.zero};
-  for_format<down_widths, down_codebooks>(body, formats[args.expert]);
+  for_format<widths, codebooks>(body, formats[args.expert]);
 }

@@ -151,7 +151,7 @@ def _other(dispatch: dict, counted: Counted, factor: float, columns: float) -> W
 
 def _narrow(problem: Problem) -> tuple[Problem, float]:
     """A linear with as many columns as are counted, and how many times as many it has."""
-    if problem.kind == "swiglu" or problem.intermediate <= FEW_COLUMNS:
+    if problem.kind != "linear" or problem.intermediate <= FEW_COLUMNS:
         return problem, 1.0
     return replace(problem, intermediate=FEW_COLUMNS), problem.intermediate / FEW_COLUMNS
 

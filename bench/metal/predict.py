@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 from bench.metal import layer
 from bench.metal.chips import CHIPS, STAGE_US, Chip, label
@@ -50,6 +51,12 @@ def counted(problem: Problem, config: KernelConfig) -> tuple[Counted, ...]:
     return tuple(count(problem, config))
 
 
+def default_on(problem: Problem, chip: Chip) -> KernelConfig:
+    """What a chip runs where nothing else is known: the default follows from its cores."""
+    with patch.object(metal, "gpu_cores", lambda: chip.cores):
+        return kernels.default(problem)
+
+
 def predicted_us(problem: Problem, config: KernelConfig, chip: Chip) -> float:
     """Predicted microseconds of a call."""
     return layer_time(layer.work(problem, config), chip)
@@ -63,8 +70,7 @@ def candidates(problem: Problem) -> list[KernelConfig]:
         for tiles in metal.legal_tiles(variant)
         if _suits(problem, *tiles)
     ]
-    legal = (c for c in found if kernels.feasible(problem, c) is None)
-    return list(dict.fromkeys([kernels.default(problem), *legal]))
+    return [c for c in found if kernels.feasible(problem, c) is None]
 
 
 def _suits(problem: Problem, rows: int, columns: int, simdgroups: int) -> bool:
@@ -79,14 +85,15 @@ def _suits(problem: Problem, rows: int, columns: int, simdgroups: int) -> bool:
 
 def ranking(problem: Problem, chip: Chip) -> list[tuple[float, KernelConfig]]:
     """Predicted microseconds of every candidate, fastest first; the default before others that are as fast."""
-    times = ((predicted_us(problem, config, chip), config) for config in candidates(problem))
+    every = dict.fromkeys([default_on(problem, chip), *candidates(problem)])
+    times = ((predicted_us(problem, config, chip), config) for config in every)
     return sorted(times, key=lambda pair: pair[0])
 
 
 def choice(problem: Problem, chip: Chip) -> KernelConfig:
     """What a layer on a chip runs as long as nothing has been measured there."""
     best_us, best = ranking(problem, chip)[0]
-    default = kernels.default(problem)
+    default = default_on(problem, chip)
     return best if best_us <= MARGIN * predicted_us(problem, default, chip) else default
 
 
@@ -95,7 +102,8 @@ def uncertainty(problem: Problem, chip: Chip) -> Uncertainty:
     every end of the work.
     """
     chosen, saved = choice(problem, chip), {}
-    slopes = {c: (stages(w), work_range(w, chip)) for c in candidates(problem) for w in (layer.work(problem, c),)}
+    every = dict.fromkeys([default_on(problem, chip), *candidates(problem)])
+    slopes = {c: (stages(w), work_range(w, chip)) for c in every for w in (layer.work(problem, c),)}
     for stage_end, work_end in product(("low", "high"), Range.__struct_fields__):
         us = {c: n * getattr(STAGE_US, stage_end) + getattr(slope, work_end) for c, (n, slope) in slopes.items()}
         best = min(us, key=us.__getitem__)
@@ -134,7 +142,7 @@ def _describe(one: Counted) -> dict:
 def _on_chip(problem: Problem, chip: Chip) -> dict:
     """The config that a layer runs, held against the goal, and what it was chosen from."""
     bits = problem.bits[0][0]
-    config, default = choice(problem, chip), kernels.default(problem)
+    config, default = choice(problem, chip), default_on(problem, chip)
     dispatches = layer.work(problem, config)
     us = predicted_us(problem, config, chip)
     ends = time_range(dispatches, chip)
@@ -166,7 +174,7 @@ def _every_chip() -> dict:
         for bits in (2, 3, 4):
             for codebook in RANKED_CODEBOOKS:
                 problem = qwen3_30b(bits, codebook=codebook)
-                config, default = choice(problem, chip), kernels.default(problem)
+                config, default = choice(problem, chip), default_on(problem, chip)
                 times = {
                     "predicted us": config,
                     "predicted us, default": default,

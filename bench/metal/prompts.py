@@ -9,8 +9,7 @@ from dataclasses import replace
 from bench.metal import affine, layer
 from bench.metal.chips import CHIPS, SIMD_CYCLES, Chip, label
 from bench.metal.model import time_range
-from bench.metal.predict import choice, qwen3_30b
-from mlx_marlin import kernels
+from bench.metal.predict import choice, default_on, qwen3_30b
 from mlx_marlin.kernels.config import KernelConfig
 from mlx_marlin.kernels.problem import Problem
 from mlx_marlin.profile.uncertainty import Range
@@ -35,7 +34,7 @@ ACCURACIES = ("float32", "half")
 def runs(problem: Problem, chip: Chip) -> KernelConfig:
     """What a layer runs: the predicted profile's config of the nearest rows, else the default."""
     if problem.rows > LAST_PREDICTED:
-        return kernels.default(problem)
+        return default_on(problem, chip)
     nearest = min(PREDICTED_ROWS, key=lambda rows: (abs(rows - problem.rows), rows))
     asked = replace(problem, rows=nearest, accuracy="float32", accelerators=False)
     return choice(asked, chip)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from bench.metal import layer
 from bench.metal.chips import CHIPS, Chip
 from bench.metal.model import layer_time, time_range, work_time
+from bench.metal.predict import default_on
 from bench.metal.whole_model import MODELS, PROMPT, Affine, fastest, per_second
 from mlx_marlin import kernels
 from mlx_marlin.kernels.config import KernelConfig
@@ -52,7 +53,7 @@ OUTSIDE = {
 
 def _fastest_few(problem: Problem, chip: Chip):
     configs = [KernelConfig(kernels.make_name("decode"), *tiles, True, "decode") for tiles in FEW_ROW_TILES]
-    legal = [kernels.default(problem), *(c for c in configs if kernels.feasible(problem, c) is None)]
+    legal = [default_on(problem, chip), *(c for c in configs if kernels.feasible(problem, c) is None)]
     return min((layer.work(problem, c) for c in legal), key=lambda work: layer_time(work, chip))
 
 

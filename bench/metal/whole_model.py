@@ -12,6 +12,7 @@ from functools import cache
 from bench.metal import affine, layer
 from bench.metal.chips import CHIPS, STAGE_US, Chip, End
 from bench.metal.model import Work, layer_time, stages, work_time
+from bench.metal.predict import default_on
 from bench.metal.prompts import matrix_rate
 from mlx_marlin import codec, kernels
 from mlx_marlin.kernels.config import KernelConfig
@@ -102,8 +103,8 @@ def _codebook(bits: float) -> str:
     return "mul1" if codec.is_half_rate(bits) else "mcg"
 
 
-def _candidates(problem: Problem) -> list[KernelConfig]:
-    default = kernels.default(problem)
+def _candidates(problem: Problem, chip: Chip) -> list[KernelConfig]:
+    default = default_on(problem, chip)
     if problem.rows > 1:
         return [default]
     tiles = (KernelConfig(kernels.make_name("decode"), 1, *t, True, "decode") for t in ONE_ROW_TILES)
@@ -113,7 +114,7 @@ def _candidates(problem: Problem) -> list[KernelConfig]:
 @cache
 def fastest(problem: Problem, chip: Chip) -> tuple[Work, ...]:
     """The dispatches of the config that is predicted fastest, of a few."""
-    return min((layer.work(problem, c) for c in _candidates(problem)), key=lambda work: layer_time(work, chip))
+    return min((layer.work(problem, c) for c in _candidates(problem, chip)), key=lambda work: layer_time(work, chip))
 
 
 def _side_by_side(parts: list[tuple[Work, ...]]) -> list[Work]:

@@ -166,7 +166,7 @@ def test_a_prediction_is_what_the_model_gives(bits, codebook):
     committed = json.loads((BENCH / "results" / "metal_predicted.json").read_text())
     problem = metal_predict.qwen3_30b(bits, codebook=codebook)
     for name, chip in CHIPS.items():
-        now = metal_predict.predicted_us(problem, kernels.default(problem), chip)
+        now = metal_predict.predicted_us(problem, metal_predict.default_on(problem, chip), chip)
         row = committed["every chip"][name][str(bits)][codebook]
         assert now == pytest.approx(row["predicted us, default"], rel=0.01), "run bench/metal/cost.py predict"
 
@@ -181,7 +181,10 @@ def test_the_shipped_profiles_are_what_the_model_gives(bits, codebook):
     for chip in CHIPS.values():
         profile = profile_files.load(PROFILES / f"{chip.name.lower().replace(' ', '_')}.json")
         entry = profile.problems[problem]
-        for config, timing in ((entry.config, entry.samples), (kernels.default(problem), entry.baseline)):
+        for config, timing in (
+            (entry.config, entry.samples),
+            (metal_predict.default_on(problem, chip), entry.baseline),
+        ):
             now = metal_predict.predicted_us(problem, config, chip) / 1e3
             assert now == pytest.approx(timing.median_ms, rel=0.01), "run bench/metal/cost.py profiles"
 

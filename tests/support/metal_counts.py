@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from mlx_marlin import codec, ops
+from mlx_marlin import codec, kernels, ops
 from mlx_marlin.kernels import KernelConfig, Problem
 from tests.metal_sim import Result
 from tests.metal_sim.counting import CountedResult, compile_counted
@@ -23,7 +23,8 @@ def _contents(problem: Problem, name: str, size: int) -> np.ndarray:
     """A buffer that makes every expert legal and active in turn; everything else is zeros."""
     part = name.split(".")[-1]
     experts = np.arange(problem.experts)
-    index = {"gate": 0, "up": 1, "down": 2, "weight": 0}.get(name.split(".")[0])
+    names, owner = kernels.PROJECTIONS[problem.kind], name.split(".")[0]
+    index = names.index(owner) if owner in names else None
     if part == "indices":
         return (np.arange(size // 4) % problem.experts).astype(np.uint32).view(np.uint8)
     bits = [problem.bits[e % len(problem.bits)][index] for e in experts] if index is not None else []
@@ -43,14 +44,18 @@ def run(
     config: KernelConfig | None,
     library,
     wanted: Callable[[str], bool] = lambda kernel: True,
+    routing: np.ndarray | None = None,
     **simulator,
 ) -> list[tuple[dict, Result]]:
     """(dispatch, result) of each dispatch; `library(kernel, constants)` compiles, the rest goes to its run.
 
     wanted: Which kernels run, by their stem; the others leave zeros to those that follow.
+    routing: The expert of each slot; by default the experts in turn.
     """
     plan = ops.plan(problem, config)
     memory = {name: np.zeros(size, np.uint8) for name, size in plan["scratch"].items()}
+    if routing is not None:
+        memory["indices"] = routing.astype(np.uint32).view(np.uint8)
     found = []
     for dispatch in plan["dispatches"]:
         buffers = {0: dispatch["args"]}
@@ -76,7 +81,13 @@ def run(
 
 
 def count(
-    problem: Problem, config: KernelConfig | None = None, wanted: Callable[[str], bool] = lambda kernel: True
+    problem: Problem,
+    config: KernelConfig | None = None,
+    wanted: Callable[[str], bool] = lambda kernel: True,
+    routing: np.ndarray | None = None,
 ) -> list[tuple[dict, CountedResult]]:
-    """(dispatch, result with operation and register counts) of each dispatch of a problem that is wanted."""
-    return run(problem, config, library, wanted)
+    """(dispatch, result with operation and register counts) of each dispatch of a problem that is wanted.
+
+    routing: The expert of each slot; by default the experts in turn.
+    """
+    return run(problem, config, library, wanted, routing)
