@@ -28,6 +28,7 @@ _USAGE = """usage: mlx_marlin COMMAND [ARGUMENTS]
 The commands of mlx-lm (generate, chat, server, benchmark, perplexity, evaluate, lora, ...) with its arguments.
 --model also takes EXL3 directories and repositories, and --revision a branch of a repository: EXL3 repositories keep
 one bit rate per branch. mlx_marlin COMMAND --help shows the other arguments.
+Under mlx.launch, --parallel experts gives each rank whole experts in the place of a part of every one.
 Commands that write quantized weights (fuse, awq, dwq, dynamic_quant, gptq) refuse EXL3 models.
 
 mlx_marlin vlm COMMAND [ARGUMENTS] runs the commands of mlx-vlm (generate, chat, server, ...), for models with vision

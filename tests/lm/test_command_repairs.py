@@ -18,8 +18,8 @@ import mlx_marlin
 from mlx_marlin import cli
 from mlx_marlin.lm import command_line, command_repairs, commands, hub
 from tests.lm.test_commands import EXL3, HANGS, refused, run
-from tests.lm.test_distributed import free_port
 from tests.support.paths import MODELS
+from tests.support.servers import free_port
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in MODELS.iterdir() if path.is_dir()))

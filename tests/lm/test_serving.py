@@ -1,90 +1,36 @@
 """The server behind requests that nobody vouches for: a status of its own for each, and it goes on."""
 
-import http.client
 import json
 import socket
-import subprocess
-import sys
-import time
 
 import pytest
 
-from mlx_marlin.lm import serving
-from tests.lm.test_distributed import free_port
+from mlx_marlin.lm.requests import ALLOW_OTHERS
 from tests.support.paths import MODELS
+from tests.support.servers import LM, SECONDS, Server, head
 
 EXL3 = str(MODELS / "docs-moe-exl3-mixed")
-# A request that comes slowly is waited for this long.
-SECONDS = 4.0
-START = f"""
-import sys
-from mlx_marlin import cli
-from mlx_marlin.lm import serving
-serving.TIMEOUT_SECONDS = serving.Handler.timeout = {SECONDS}
-sys.exit(cli.main())
-"""
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 GOOD = {"prompt": "The list of", "max_tokens": 2, "temperature": 0.0}
 
 
-class Server:
-    def __init__(self, log, *arguments):
-        self.port, self.log = free_port(), log
-        command = [sys.executable, "-c", START, "server", "--port", str(self.port), *arguments]
-        self.process = subprocess.Popen(command, stdout=open(log, "w"), stderr=subprocess.STDOUT)
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port)).close()
-                return
-            except OSError:
-                assert self.process.poll() is None, log.read_text()
-                time.sleep(0.1)
-
-    def stop(self):
-        self.process.kill()
-        self.process.wait()
-
-    def send(self, body, path=TEXT, **headers):
-        """Status and answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port)
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("POST", path, data, {"Content-Type": "application/json", **headers})
-        response = connection.getresponse()
-        answer = json.loads(response.read())
-        connection.close()
-        return response.status, answer
-
-    def raw(self, text: bytes) -> bytes:
-        """What comes back for bytes that no client would send."""
-        with socket.create_connection(("127.0.0.1", self.port)) as connection:
-            connection.sendall(text)
-            answer = b""
-            while piece := connection.recv(4096):
-                answer += piece
-            return answer
-
-    def works(self):
-        status, answer = self.send(GOOD)
-        return status == 200 and answer["usage"]["completion_tokens"] == 2
+def works(server):
+    status, answer = server.send(GOOD, TEXT)
+    return status == 200 and answer["usage"]["completion_tokens"] == 2
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server") / "log", "--model", EXL3)
-    assert server.works()
+    server = Server(LM, tmp_path_factory.mktemp("server") / "log", "--model", EXL3)
+    assert works(server)
     yield server
-    assert server.works()
+    assert works(server)
     assert "Traceback" not in server.log.read_text(), server.log.read_text()
     server.stop()
 
 
 def test_it_listens_on_loopback_only(server):
-    (addresses,) = [
-        line.split()[1]
-        for line in open("/proc/net/tcp")
-        if line.split()[3] == "0A" and line.split()[1].endswith(f":{server.port:04X}")
-    ]
-    assert addresses.startswith("0100007F:")
+    assert server.listens_on() == ["0100007F"]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +68,7 @@ def test_it_listens_on_loopback_only(server):
     ids=lambda value: str(value)[:30],
 )
 def test_bodies(server, body, message):
-    status, answer = server.send(body)
+    status, answer = server.send(body, TEXT)
     assert status == 400 and message in answer["error"]
 
 
@@ -138,32 +84,30 @@ def test_messages(server, messages):
 @pytest.mark.parametrize("field", ["model", "draft_model", "adapters"])
 @pytest.mark.parametrize("name", ["../other", "/etc", "org/repository", str(MODELS / "docs-moe"), ""])
 def test_names_of_other_models(server, field, name):
-    status, answer = server.send({**GOOD, field: name})
+    status, answer = server.send({**GOOD, field: name}, TEXT)
     assert status == 404 and answer["error"].startswith(f"{field}: the server was not started with {name!r}")
 
 
 def test_names_of_its_model(server):
     for name in (EXL3, "default_model", None):
-        assert server.send({**GOOD, "model": name})[0] == 200
+        assert server.send({**GOOD, "model": name}, TEXT)[0] == 200
 
 
 def test_fields_that_other_servers_know(server):
-    assert server.send({**GOOD, "user": "me", "n": 1, "seed": None, "stop": None, "logit_bias": {"5": 1}})[0] == 200
-
-
-def head(length) -> bytes:
-    return f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
+    assert (
+        server.send({**GOOD, "user": "me", "n": 1, "seed": None, "stop": None, "logit_bias": {"5": 1}}, TEXT)[0] == 200
+    )
 
 
 @pytest.mark.parametrize(
     "request_bytes, status, message",
     [
-        (head(2**40), 413, b"a request may have 33554432 bytes"),
-        (head(-1), 400, b"Content-Length must be a whole number"),
-        (head("9" * 30), 400, b"Content-Length must be a whole number"),
-        (head("0x10"), 400, b"Content-Length must be a whole number"),
+        (head(TEXT, 2**40), 413, b"a request may have 33554432 bytes"),
+        (head(TEXT, -1), 400, b"Content-Length must be a whole number"),
+        (head(TEXT, "9" * 30), 400, b"Content-Length must be a whole number"),
+        (head(TEXT, "0x10"), 400, b"Content-Length must be a whole number"),
         (f"POST {TEXT} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode(), 411, b"Content-Length"),
-        (head(1000) + b'{"prompt": ', 408, b"the request did not come within 4 seconds"),
+        (head(TEXT, 1000) + b'{"prompt": ', 408, b"the request did not come within %g seconds" % SECONDS),
         (b"POST /elsewhere HTTP/1.1\r\nContent-Length: 0\r\n\r\n", 404, b"Not Found"),
     ],
     ids=lambda value: str(value)[:40],
@@ -175,22 +119,12 @@ def test_heads(server, request_bytes, status, message):
 
 def test_a_request_that_drips(server):
     """Every byte comes in time, all of them do not."""
-    with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(head(1000))
-        start, answer = time.monotonic(), b""
-        connection.settimeout(SECONDS / 4)
-        while not answer and time.monotonic() < start + 20 * SECONDS:
-            connection.sendall(b"{")
-            try:
-                answer = connection.recv(4096)
-            except TimeoutError:
-                pass
-        assert answer.split()[1] == b"408"
+    assert server.answers_a_drip(TEXT).split()[1] == b"408"
 
 
 def test_a_request_that_ends_early(server):
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(head(1000) + b"{")
+        connection.sendall(head(TEXT, 1000) + b"{")
         connection.shutdown(socket.SHUT_WR)
         assert b"the request ends after 1 of 1000 bytes" in connection.recv(4096) + connection.recv(4096)
 
@@ -200,27 +134,27 @@ def test_clients_that_do_not_read(server):
     body = json.dumps({**GOOD, "stream": True, "max_tokens": 50}).encode()
     clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
     for client in clients:
-        client.sendall(head(len(body)) + body)
+        client.sendall(head(TEXT, len(body)) + body)
     silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
-    assert server.works()
+    assert works(server)
     for client in (*clients, *silent):
         client.close()
-    assert server.works()
+    assert works(server)
 
 
 def test_an_option_lets_clients_name_models(tmp_path):
-    server = Server(tmp_path / "log", serving.ALLOW_OTHERS)
+    server = Server(LM, tmp_path / "log", ALLOW_OTHERS)
     try:
-        assert server.send({**GOOD, "model": EXL3})[0] == 200
+        assert server.send({**GOOD, "model": EXL3}, TEXT)[0] == 200
     finally:
         server.stop()
 
 
 def test_a_server_without_a_model(tmp_path):
-    server = Server(tmp_path / "log")
+    server = Server(LM, tmp_path / "log")
     try:
-        status, answer = server.send(GOOD)
+        status, answer = server.send(GOOD, TEXT)
         assert status == 404 and "was started without a model" in answer["error"]
-        assert server.send({**GOOD, "model": EXL3})[0] == 404
+        assert server.send({**GOOD, "model": EXL3}, TEXT)[0] == 404
     finally:
         server.stop()

@@ -40,12 +40,18 @@ def special(s: Sizes) -> dict[str, int]:
     return {name: s.vocab - len(SPECIAL) + i for i, name in enumerate(SPECIAL)}
 
 
-def write_processor(directory: Path) -> Path:
-    """What a Qwen3-VL processor is made of, for models of sizes :data:`PROCESSED`."""
+def write_processor(directory: Path, more: Sequence[str] = ()) -> Path:
+    """What a Qwen3-VL processor is made of, for models of sizes :data:`PROCESSED`.
+
+    Args:
+        directory: Of the model.
+        more: Tokens of text in front of :data:`SPECIAL`, for models of so many more. Default: none.
+    """
     tokenizer = json.loads((MODELS / "random-qwen3_moe" / "tokenizer.json").read_text())
     known = tokenizer["added_tokens"]
-    for name, number in special(PROCESSED).items():
-        known.append({**known[0], "id": number, "content": SPECIAL[name]})
+    added = [*((text, False) for text in more), *((text, True) for text in SPECIAL.values())]
+    for number, (text, is_special) in enumerate(added, PROCESSED.vocab - len(SPECIAL)):
+        known.append({**known[0], "id": number, "content": text, "special": is_special})
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = json.loads((MODELS / "random-qwen3_moe" / "tokenizer_config.json").read_text())
     (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": _CHAT_TEMPLATE}))

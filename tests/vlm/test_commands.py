@@ -1,16 +1,10 @@
 """The mlx_marlin vlm commands: mlx-vlm's own over EXL3 models, and what they refuse."""
 
-import base64
-import io
-import json
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fnmatch import fnmatch
 
+import mlx.core as mx
 import mlx_vlm
 import pytest
 from mlx_vlm import utils as mlx_vlm_utils
@@ -20,7 +14,8 @@ from mlx_marlin import cli, vlm
 from mlx_marlin.lm import hub
 from mlx_marlin.loader.directory import NGRAM_TABLES
 from mlx_marlin.vlm import commands
-from tests.lm.test_distributed import free_port
+from tests.lm.test_distributed import launch
+from tests.support.checkpoints import SPLITTABLE
 from tests.support.vlm_checkpoints import PROCESSED, qwen3_vl_moe, write_processor
 from tests.vlm.test_load import picture
 
@@ -63,43 +58,6 @@ def test_generate_answers_about_a_picture(directory, fresh, monkeypatch, capfd, 
     run(monkeypatch, "generate", "--model", directory, "--prompt", QUESTION, *options)
     out, err = capfd.readouterr()
     assert out.strip() == wanted.text.strip() and "the model leaves out" in err
-
-
-def _post(port: int, content: list, **more) -> dict:
-    body = {"model": "x", "messages": [{"role": "user", "content": content}], "max_tokens": 5, "temperature": 0.0}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json.dumps({**body, **more}).encode(),
-        {"Content-Type": "application/json"},
-    )
-    return json.load(urllib.request.urlopen(request))
-
-
-def test_the_server_answers_two_at_once(directory, tmp_path):
-    """One with a picture, one without: mlx-vlm's continuous batching over our layers."""
-    port, buffer = free_port(), io.BytesIO()
-    picture().save(buffer, "PNG")
-    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    text = {"type": "text", "text": QUESTION}
-    shown = [{"type": "image_url", "image_url": {"url": url}}, text]
-    command = [sys.executable, "-m", "mlx_marlin", "vlm", "server", "--model", str(directory), "--port", str(port)]
-    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
-        try:
-            while True:
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                    break
-                except urllib.error.URLError:  # not listening yet
-                    assert server.poll() is None, (tmp_path / "log").read_text()
-                    time.sleep(0.2)
-            with ThreadPoolExecutor() as pool:
-                answers = list(pool.map(lambda content: _post(port, content, model=str(directory)), (shown, [text])))
-        finally:
-            server.terminate()
-    assert all(answer["choices"][0]["message"]["content"] for answer in answers), (tmp_path / "log").read_text()
-    # The picture's tokens are in the prompt.
-    shown_tokens, text_tokens = (answer["usage"]["prompt_tokens"] for answer in answers)
-    assert shown_tokens > text_tokens
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "server"])
@@ -147,3 +105,44 @@ def test_activations_are_not_quantized(directory, fresh):
 
 def test_a_command_that_is_none(monkeypatch, capfd):
     assert "mlx-vlm has no command 'benchmark'; it has chat, " in refused(monkeypatch, capfd, "benchmark")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["tensor", "experts"])
+def test_generate_runs_on_two_ranks(parallel, tmp_path):
+    sizes = replace(SPLITTABLE, vocab=PROCESSED.vocab)
+    directory = write_processor(qwen3_vl_moe(sizes).checkpoint.write(tmp_path / "exl3"))
+    model, processor = vlm.load(directory)
+    prompt = mlx_vlm.apply_chat_template(processor, model.config, QUESTION, num_images=1)
+    picture().save(tmp_path / "a.png")
+    wanted = mlx_vlm.generate(model, processor, prompt, [str(tmp_path / "a.png")], max_tokens=6, temperature=0.0)
+    options = ("--max-tokens", 6, "--temperature", 0, "--image", tmp_path / "a.png", "--parallel", parallel)
+    command = ("-m", "mlx_marlin", "vlm", "generate", "--model", directory, "--prompt", QUESTION, *options)
+    result = launch(*map(str, command))
+    assert result.stdout.strip() == wanted.text.strip(), result.stderr
+
+
+class Ranks:
+    """A group of two, of which this is the first."""
+
+    def size(self) -> int:
+        return 2
+
+    def rank(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("server", (), "mlx_vlm server runs on one rank; generate runs on several, and so does"),
+        ("chat", (), "mlx_vlm chat runs on one rank"),
+        ("generate", ("--draft-model", "x"), "--draft-model is for one rank; leave it out"),
+        ("generate", ("--parallel", "whole"), "--parallel must be one of tensor, experts, got 'whole'"),
+        ("generate", ("--parallel", "experts"), "128 is split into 64 per rank here; a trellis can be split at"),
+    ],
+)
+def test_what_several_ranks_cannot_do(command, options, message, directory, fresh, monkeypatch, capfd):
+    monkeypatch.setattr(mx.distributed, "init", Ranks)
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, **_: x)
+    assert message in refused(monkeypatch, capfd, command, "--model", directory, *options)

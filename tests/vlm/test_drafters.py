@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -9,16 +10,22 @@ import mlx.nn as nn
 import mlx_vlm
 import numpy as np
 import pytest
+from mlx_vlm.models.cache import make_prompt_cache
 from mlx_vlm.speculative.drafters import load_drafter
 
 from mlx_marlin import vlm
+from mlx_marlin.layers.experts import TrellisSwitchGLU
 from mlx_marlin.layers.linear import TrellisLinear
+from mlx_marlin.layers.state import LayerConfigs
+from mlx_marlin.lm.model import load_exl3_model
+from mlx_marlin.vlm.host import MLX_VLM
 from mlx_marlin.vlm.layers import FusedExperts
+from tests.support import clients, drafting
 from tests.support.checkpoints import SIZES
-from tests.support.left_out_parts import draft_in_front
-from tests.support.vlm_checkpoints import PROCESSED, qwen3_5_moe, qwen3_vl_moe, write_processor
+from tests.support.servers import VLM, Server
+from tests.support.vlm_checkpoints import PROCESSED, gemma4, qwen3_5_moe, qwen3_vl_moe, write_processor
 from tests.support.vlm_ngrams import add_qwen4_exp_drafter, qwen4_exp_plain
-from tests.support.vlm_originals import add_glm5_next_drafter, glm5_next
+from tests.support.vlm_originals import add_glm5_next_drafter, deepseek_v4, glm5_next
 from tests.vlm.test_load import answer, picture
 
 
@@ -26,11 +33,7 @@ from tests.vlm.test_load import answer, picture
 def directories(tmp_path_factory):
     """The EXL3 one, and that of the dequantized weights."""
     c, folder = qwen3_5_moe(PROCESSED).checkpoint, tmp_path_factory.mktemp("vlm")
-    c.config["text_config"]["mtp_num_hidden_layers"] = 1
-    draft_in_front(c)
-    c.norm("mtp.pre_fc_norm_embedding", PROCESSED.hidden, 0.0)
-    c.gated_mlp("mtp.layers.0.mlp.shared_expert", 128)
-    c.plain("mtp.layers.0.mlp.shared_expert_gate.weight", 1, PROCESSED.hidden, spread=0.1, dtype=mx.float16)
+    drafting.add_drafter(c)
     return write_processor(c.write(folder / "exl3", shards=2)), write_processor(c.write_dense(folder / "dense"))
 
 
@@ -79,6 +82,78 @@ def test_speculation_says_the_same(directories):
         model, processor, prompt, [picture()], max_tokens=8, temperature=0.0, draft_model=drafter, draft_kind="mtp"
     )
     assert drafted.text == plain.text and sum(drafter.draft_lens) > 0
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The layers that ran, by their configs, and with how many rows."""
+    seen, choose = [], LayerConfigs.choose
+
+    def count(self, call):
+        seen.append((id(self), call.rows))
+        return choose(self, call)
+
+    monkeypatch.setattr(LayerConfigs, "choose", count)
+    return seen
+
+
+def test_drafts_are_verified_at_once(ran, tmp_path):
+    """As many rows as a draft has tokens, and one; the same text, in fewer steps the more of a draft is right."""
+    directory = write_processor(drafting.agreeing(PROCESSED).write(tmp_path / "exl3"))
+    (model, processor), drafter = vlm.load(directory, "float32"), vlm.load_drafter(directory, "float32")
+    layers = [m for m in model.language_model.modules() if isinstance(m, (TrellisLinear, TrellisSwitchGLU))]
+    ours = {id(m._derived.configs) for m in layers}
+    prompt = mlx_vlm.apply_chat_template(processor, model.config, "What is this?")
+    options = {"max_tokens": 24, "temperature": 0.0}
+    plain = mlx_vlm.generate(model, processor, prompt, **options)
+    steps = {}
+    for rows in (2, 4, 8):
+        ran.clear()
+        speculation = {"draft_model": drafter, "draft_kind": "mtp", "draft_block_size": rows}
+        assert mlx_vlm.generate(model, processor, prompt, **options, **speculation).text == plain.text
+        verified = sum(length == rows - 1 for length in drafter.draft_lens)  # the last draft may be shorter
+        assert verified > 0 and sum(run in ours and n == rows for run, n in ran) == verified * len(layers)
+        steps[rows] = len(drafter.draft_lens)
+    assert steps[2] <= 14 and steps[4] <= 9 and steps[8] < 24 / 2
+
+
+@pytest.mark.slow
+def test_the_server_drafts(tmp_path):
+    """Alone, and for several at once: the text of generation without a drafter."""
+    directory = write_processor(drafting.agreeing(PROCESSED).write(tmp_path / "exl3"))
+    model, processor = vlm.load(directory)
+    prompt = mlx_vlm.apply_chat_template(processor, model.config, clients.QUESTION)
+    wanted = mlx_vlm.generate(model, processor, prompt, max_tokens=24, temperature=0.0).text
+    options = ("--model", directory, "--draft-model", directory, "--draft-block-size", 4)
+    server = Server(VLM, tmp_path / "log", *options)
+    try:
+        client = clients.Client(server.port, str(directory))
+        with ThreadPoolExecutor() as pool:
+            texts = [client.text(max_tokens=24), *pool.map(lambda _: client.streamed(max_tokens=24)[0], range(3))]
+    finally:
+        server.stop()
+    assert "speculative decoding enabled" in server.log.read_text()
+    # mlx-vlm's generate leaves out bytes that are no text, its server marks them.
+    assert [text.replace("\N{REPLACEMENT CHARACTER}", "") for text in texts] == [wanted] * 4
+
+
+@pytest.mark.parametrize("make", [glm5_next, deepseek_v4, qwen4_exp_plain, qwen3_5_moe, gemma4])
+def test_a_block_gives_what_its_tokens_give_alone(make, ran, tmp_path):
+    case, rows = make(), 4
+    directory = case.checkpoint.write(tmp_path / "exl3")
+    model, _ = load_exl3_model(directory, host=MLX_VLM)
+    ids = mx.array(np.random.default_rng(7).integers(0, 150, (1, 24)))
+    answers = []
+    for block in (1, rows):
+        cache = make_prompt_cache(model.language_model)
+        mx.eval(model.language_model(ids, cache=cache).logits)
+        ran.clear()
+        parts = [model.language_model(ids[:, i : i + block], cache=cache).logits for i in range(0, rows, block)]
+        answers.append(np.array(mx.concatenate(parts, axis=1)))
+    assert np.abs(answers[0] - answers[1]).max() <= 1e-4 * np.abs(answers[0]).max()
+    alone = sum(n < rows for _, n in ran)
+    # DeepSeek V4 attends one token at a time.
+    assert alone == 0 or make is deepseek_v4
 
 
 def test_a_checkpoint_without_prediction_layers_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""The rules of the Metal kernels (see :class:`~.catalogue.KernelRules`). Pure.
+"""The rules of the Metal kernels (see :class:`~.catalogue.KernelRules`). Pure, but for the number of cores.
 
 The same limits as ``csrc/plan/tiling.cpp``, which throws where these functions give a reason.
 """
@@ -210,7 +210,7 @@ def legal_tiles(variant: str) -> list[Tiles]:
 
 def refuses_triple(problem: Problem, triple: Triple) -> bool:
     """A triple is compiled for just these widths."""
-    return problem.kind == "swiglu" and problem.bits != (triple,)
+    return problem.fused and problem.bits != (triple,)
 
 
 def infeasible(problem: Problem, config: KernelConfig) -> str | None:

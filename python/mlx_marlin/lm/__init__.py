@@ -15,7 +15,7 @@
 - ``memory``: what it takes to run one.
 - ``info``: what a checkpoint is, without reading its weights; ``info_report``: the same as text.
 - ``commands``: mlx-lm's commands over all this.
-- ``serving``: its server, whose clients' requests are checked.
+- ``requests``: what clients may send to a server; ``serving``: mlx-lm's, which checks that.
 - ``problems``: what a checkpoint asks of the kernels.
 """
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from ..loader.directory import INDEX_NAME, Kind, kind_of
 from .hub import DESCRIPTION_FILES, fetch, pin
+from .sharding import PARALLEL
 
 Result = TypeVar("Result")
 
@@ -94,15 +95,30 @@ def refusal(host: str, command: str) -> str:
     return reason
 
 
+def take_value(option: str) -> str | None:
+    """:func:`value_of` an option that the command does not have, which is taken off ``sys.argv``."""
+    value = value_of(option)
+    if value is not None:
+        at = next(i for i, argument in enumerate(sys.argv) if argument.partition("=")[0] == option)
+        del sys.argv[at : at + (1 if "=" in sys.argv[at] else 2)]
+    return value
+
+
+def take_parallel() -> str:
+    """Take ``--parallel`` off ``sys.argv``: how ranks share experts, one of ``sharding.PARALLEL``."""
+    value = take_value("--parallel")
+    if value is not None and value not in PARALLEL:
+        raise CheckpointError(f"--parallel must be one of {', '.join(PARALLEL)}, got {value!r}")
+    return value or PARALLEL[0]
+
+
 def take_revision() -> None:
     """Take ``--revision``, which the command does not have, off ``sys.argv``: it is of the ``--model``."""
-    revision, model = value_of("--revision"), value_of("--model")
+    revision, model = take_value("--revision"), value_of("--model")
     if revision is None:
         return
     if model is None:
         raise CheckpointError("--revision is the branch, tag or commit of a --model, and there is none")
     if Path(model).exists():
         raise CheckpointError(f"--revision is of repositories of the Hugging Face Hub, and {model} is a directory here")
-    at = next(i for i, argument in enumerate(sys.argv) if argument.partition("=")[0] == "--revision")
-    del sys.argv[at : at + (1 if "=" in sys.argv[at] else 2)]
     pin(model, revision)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,19 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import command_repairs
-from .command_line import CheckpointError, guarded, installed_commands, is_our_repo, is_ours, refusal, take_revision
+from .command_line import (
+    CheckpointError,
+    guarded,
+    installed_commands,
+    is_our_repo,
+    is_ours,
+    refusal,
+    take_parallel,
+    take_revision,
+)
 from .hub import fetch
 from .model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
+from .requests import ALLOW_OTHERS, take_option
 from .sharding import open_sharded, sharded_load
 from .tokenizer import check_tokenizer, load_tokenizer
 
@@ -40,18 +51,19 @@ def version() -> str:
     return metadata.version("mlx-lm")
 
 
-def check(repo: str, *, pipeline: bool) -> None:
+def check(repo: str, *, pipeline: bool, parallel: str = "tensor") -> None:
     """Raise :class:`CheckpointError` if this is an EXL3 model that cannot be loaded here. Reads headers only.
 
     Args:
         repo: Directory, or repository on the Hugging Face Hub.
         pipeline: Whether several ranks form a pipeline, rather than split each layer.
+        parallel: How those that split each layer share the experts. Default: ``"tensor"``.
     """
     if not is_our_repo(repo):
         return
     directory, group = guarded(fetch, repo), mx.distributed.init()
     if group.size() > 1:
-        guarded(open_sharded, directory, group if pipeline else None, None if pipeline else group)
+        guarded(open_sharded, directory, group if pipeline else None, None if pipeline else group, parallel)
     else:
         guarded(open_checkpoint, directory)
     guarded(check_tokenizer, directory)
@@ -66,12 +78,13 @@ def _check_tokenizer_early(directory: Path) -> None:
         raise
 
 
-def install(progress: LayerProgress | None = None, *, refuse: str | None = None) -> None:
+def install(progress: LayerProgress | None = None, *, refuse: str | None = None, parallel: str = "tensor") -> None:
     """Make mlx-lm load EXL3 directories, for the rest of the process.
 
     Args:
         progress: Called with (layers done, layers) after each layer. Default: ``None``.
         refuse: Why EXL3 directories are refused, if they are. Default: ``None``.
+        parallel: How ranks share experts. Default: ``"tensor"``.
     """
     load_others, load_others_sharded = mlx_lm_utils.load_model, mlx_lm_utils.sharded_load
     load_others_tokenizer = mlx_lm_utils.load_tokenizer
@@ -103,7 +116,7 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
             return load_others_sharded(repo, *args, **keywords)
         if refuse is not None:
             raise CheckpointError(refuse)
-        return guarded(sharded_load, repo, *args, **keywords, progress=progress)
+        return guarded(sharded_load, repo, *args, **keywords, parallel=parallel, progress=progress)
 
     def tokenizer_of(model_path: str | Path, *args: Any, **keywords: Any) -> TokenizerWrapper:
         if not is_ours(Path(model_path)):
@@ -115,11 +128,11 @@ def install(progress: LayerProgress | None = None, *, refuse: str | None = None)
     )
 
 
-def _check_served(arguments: argparse.Namespace) -> None:
+def _check_served(arguments: argparse.Namespace, parallel: str = "tensor") -> None:
     """:func:`check` the models that a server is started with."""
     for repo in (arguments.model, arguments.draft_model):
         if repo is not None:
-            check(repo, pipeline=getattr(arguments, "pipeline", False))
+            check(repo, pipeline=getattr(arguments, "pipeline", False), parallel=parallel)
 
 
 # What mlx-lm itself installs for a command.
@@ -138,15 +151,16 @@ def run(command: str, progress: LayerProgress | None = None) -> None:
         ModuleNotFoundError: If the command needs what is not installed; the message says how to get it.
     """
     take_revision()
-    install(progress, refuse=refusal("mlx_lm", command) if command in CONVERTERS else None)
+    parallel = take_parallel()
+    install(progress, refuse=refusal("mlx_lm", command) if command in CONVERTERS else None, parallel=parallel)
     command_repairs.count_weights()
     # argparse calls a subcommand by the program's name.
     sys.argv[0] = f"mlx_marlin {command}"
     try:
         if command == "server":
-            from .serving import guard, take_option  # imports mlx-lm's server, which other commands do without
+            from .serving import guard  # imports mlx-lm's server, which other commands do without
 
-            guard(_check_served, take_option())
+            guard(partial(_check_served, parallel=parallel), take_option(ALLOW_OTHERS))
             command_repairs.server()
         elif command in ("chat", "generate", "perplexity"):
             getattr(command_repairs, command)()

@@ -1,22 +1,26 @@
-"""Tensor and pipeline parallel loading of EXL3 checkpoints, with mlx-lm's own ``shard`` and ``pipeline``.
+"""Tensor, expert and pipeline parallel loading of EXL3 checkpoints, with a host's own ``shard`` and ``pipeline``.
 
-mlx-lm splits dense weights. It is shown index arrays instead: first lazy weights of the true shapes, of
+A host splits dense weights. It is shown index arrays instead: first lazy weights of the true shapes, of
 which only the shapes afterwards are looked at, to learn which axis of each weight it splits; then arrays
 that hold the index along that axis, to learn which indices this rank keeps. The trellis tensors are then cut
 at the same places. An output split takes trellis columns and svh, an input split trellis rows and suh; both
 must fall on 128-blocks, because the Hadamard transforms mix inside those.
+
+Expert parallelism is tensor parallelism but for the experts: each rank has some whole ones, and where the model sums
+parts of all of them over the ranks, it sums those.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.nn.layers.distributed import AllToShardedLinear, ShardedToAllLinear, sum_gradients
+from mlx.nn.layers.distributed import AllToShardedLinear, ShardedToAllLinear
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..codec import HADAMARD_SIZE
@@ -24,10 +28,11 @@ from ..layers.linear import TrellisLinear
 from ..storage.untrusted import unchanged
 from ..weights.experts import ExpertStack
 from ..weights.trellis import TrellisWeight
-from .experts import load_source, make_glu, unquantized_experts
+from .experts import kind_of, load_source, make_experts, unquantized_experts, whole_experts
 from .host import MODEL_ERRORS, Host
 from .hub import fetch
 from .mapping import WeightMap
+from .mlx_lm_host import MLX_LM
 from .model import (
     LayerProgress,
     MakeExperts,
@@ -40,34 +45,12 @@ from .model import (
     report,
 )
 from .placeholders import LinearSource
-from .sanitizing import PROJECTIONS
 from .tokenizer import check_tokenizer, load_tokenizer
 
+Result = TypeVar("Result")
 
-class AllToShardedTrellisLinear(TrellisLinear):
-    """Each rank computes some of the outputs."""
-
-    def __init__(self, w: TrellisWeight, group: mx.distributed.Group):
-        super().__init__(w)
-        self._group = group
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return super().__call__(sum_gradients(self._group)(x))
-
-
-class ShardedToAllTrellisLinear(TrellisLinear):
-    """Each rank has some of the inputs; the results are summed, and the bias is added once."""
-
-    def __init__(self, w: TrellisWeight, group: mx.distributed.Group):
-        bias, w.bias = w.bias, None
-        super().__init__(w)
-        self._group = group
-        if bias is not None:
-            self.summed_bias = bias[: w.out_features]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = mx.distributed.all_sum(super().__call__(x), group=self._group)
-        return y + self.summed_bias.astype(y.dtype) if "summed_bias" in self else y
+PARALLEL = ("tensor", "experts")
+"""How ranks that all have a part of each layer share the experts: a part of every one, or some whole ones."""
 
 
 class Makers(TypedDict, total=False):
@@ -100,13 +83,15 @@ class Cut:
 
 def _targets(mapping: WeightMap) -> dict[str, LinearSource]:
     """A source of every quantized weight, by its path; of experts the first one."""
-    experts = {f"{path}.{p}": sources[p][0] for path, sources in mapping.experts.items() for p in PROJECTIONS}
+    experts = {f"{path}.{p}": listed[0] for path, sources in mapping.experts.items() for p, listed in sources.items()}
     return {**mapping.linears, **experts}
 
 
-def _shard(model: nn.Module, group: mx.distributed.Group) -> None:
+def _shard(host: Host, model: nn.Module, group: mx.distributed.Group) -> None:
+    part = host.splits(model)
+    assert part is not None, "open_sharded has looked"
     try:
-        model.shard(group)
+        part.shard(group)
     except MODEL_ERRORS as error:
         raise ValueError(
             f"{type(model).__module__} cannot be split over {group.size()} ranks: {type(error).__name__}: {error}"
@@ -128,10 +113,16 @@ def _blocks(path: str, indices: np.ndarray, total: int) -> tuple[int, ...]:
     return tuple(blocks)
 
 
-def _split_axes(model: nn.Module, targets: dict[str, LinearSource], group: mx.distributed.Group) -> dict[str, int]:
+def _split_axes(
+    mapping: WeightMap, model: nn.Module, targets: dict[str, LinearSource], group: mx.distributed.Group
+) -> dict[str, int]:
     """Split the untouched model and see which axis of each weight got shorter: -2 (outputs) or -1 (inputs)."""
     before = {path: module_at(model, path).weight.shape for path in targets}
-    _shard(model, group)
+    whole = {path: module_at(model, path).weight.shape for path in (*mapping.joined, *mapping.grouped)}
+    _shard(mapping.host, model, group)
+    for path, shape in whole.items():
+        if module_at(model, path).weight.shape != shape:
+            raise ValueError(f"{path} is quantized in parts, and such a linear cannot be split over ranks")
     axes = {}
     for path, shape in before.items():
         after = module_at(model, path).weight.shape
@@ -152,58 +143,85 @@ def _put_indices(module: nn.Module, axis: int) -> None:
     module.weight = mx.broadcast_to(index, (*shape[:-2], *index.shape))
 
 
-def split(model: nn.Module, probe: nn.Module, mapping: WeightMap, group: mx.distributed.Group) -> dict[str, Cut]:
+def split(
+    model: nn.Module, probe: nn.Module, mapping: WeightMap, group: mx.distributed.Group, parallel: str = "tensor"
+) -> dict[str, Cut]:
     """Split a model for this rank, without reading a weight.
 
     Args:
-        model: The model that ``mapping`` was made for; mlx-lm's ``shard`` is applied to it.
+        model: The model that ``mapping`` was made for; its ``shard`` is applied to it.
         probe: Another instance of it, which is used up.
         mapping: Where everything goes. Its dense arrays are replaced by this rank's.
         group: The ranks.
+        parallel: One of :data:`PARALLEL`. Default: ``"tensor"``.
 
     Returns:
-        What this rank keeps of every quantized weight, by path of the linear or of the experts' projection.
+        What this rank keeps of every quantized weight, by path of the linear or of the experts' projection; of whole
+        experts nothing.
 
     Raises:
-        ValueError: If mlx-lm cannot split the model this way, or a trellis cannot be cut where it splits.
+        ValueError: If the model cannot be split this way, or a trellis cannot be cut where it is split.
     """
-    for path, sources in mapping.experts.items():
-        if any(unquantized_experts(sources)):
-            raise ValueError(
-                f"{path}: some of its experts are not quantized, and such a layer cannot be split over ranks; use "
-                "pipeline parallelism"
-            )
-    for path in (*mapping.joined, *mapping.grouped):
-        raise ValueError(f"{path} is quantized in parts, and such a linear cannot be split over ranks")
-    cuts, targets = {}, _targets(mapping)
-    axes = _split_axes(probe, targets, group)
+    _check_ways(mapping, group, parallel)
+    targets = _targets(mapping)
+    experts = {path for path in targets if path not in mapping.linears}
+    axes = _split_axes(mapping, probe, targets, group)
     model.load_weights(list(mapping.dense.items()), strict=False)
     shapes = {path: module_at(model, path).weight.shape[-2:] for path in targets}
+    whole = {path: dict(module_at(model, path)) for path in experts if parallel == "experts"}
     for path in targets:
         module = module_at(model, path)
-        if path in axes:
+        if path in axes and path not in whole:
             _put_indices(module, axes[path])
-        if "bias" in module:
+        if "bias" in module and path not in whole:
             module.bias = _stored_bias(mapping, path, module.bias.shape)
-    _shard(model, group)
-    for path in targets:
-        out_features, in_features = shapes[path]
-        cut = Cut(in_features, out_features)
-        if path in axes:
-            kept = np.array(module_at(model, path).weight)
-            kept = kept.reshape(-1, max(kept.shape[-2:]))
-            if (kept != kept[0]).any():
-                raise ValueError(f"{path}: experts are split differently from each other")
-            blocks = _blocks(path, kept[0], in_features if axes[path] == -1 else out_features)
-            if axes[path] == -1:
-                cut = Cut(kept.shape[1], out_features, rows=blocks)
-            else:
-                cut = Cut(in_features, kept.shape[1], columns=blocks)
-        cuts[path] = cut
-    _check_experts(mapping, cuts)
+    _shard(mapping.host, model, group)
+    cuts = {
+        path: _cut(path, module_at(model, path).weight, axes.get(path), shapes[path])
+        for path in targets
+        if path not in whole
+    }
+    if parallel == "tensor":
+        _check_experts(mapping, cuts)
+    elif group.size() > 1:
+        _check_summed(mapping, axes)
+    for path, parameters in whole.items():
+        module_at(model, path).update(parameters)
     mapping.dense.update({key: module_at(model, key) for key in mapping.dense})
     mapping.stored.clear()  # parts of tensors
     return cuts
+
+
+def _check_ways(mapping: WeightMap, group: mx.distributed.Group, parallel: str) -> None:
+    """See that a way of sharing experts is one, and that these can be shared so."""
+    if parallel not in PARALLEL:
+        raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
+    if parallel == "experts" and not mapping.experts:
+        raise ValueError("the model has no quantized experts to share among the ranks; use tensor parallelism")
+    for path, sources in mapping.experts.items():
+        count = len(next(iter(sources.values())))
+        if parallel == "experts" and count < group.size():
+            raise ValueError(f"{path} has {count} experts, fewer than {group.size()} ranks; use fewer ranks")
+        if parallel == "tensor" and any(unquantized_experts(sources)):
+            raise ValueError(
+                f"{path}: some of its experts are not quantized, and such a layer cannot be split over ranks; use "
+                "expert or pipeline parallelism"
+            )
+
+
+def _cut(path: str, weight: mx.array, axis: int | None, shape: tuple[int, int]) -> Cut:
+    """What a rank keeps of a weight of this shape, ``[out, in]``, of which it holds these indices along an axis."""
+    out_features, in_features = shape
+    if axis is None:
+        return Cut(in_features, out_features)
+    kept = np.array(weight)
+    kept = kept.reshape(-1, max(kept.shape[-2:]))
+    if (kept != kept[0]).any():
+        raise ValueError(f"{path}: experts are split differently from each other")
+    blocks = _blocks(path, kept[0], in_features if axis == -1 else out_features)
+    if axis == -1:
+        return Cut(kept.shape[1], out_features, rows=blocks)
+    return Cut(in_features, kept.shape[1], columns=blocks)
 
 
 def _stored_bias(mapping: WeightMap, path: str, shape: tuple[int, ...]) -> mx.array:
@@ -222,44 +240,75 @@ def load_bias(source: LinearSource, size: int) -> mx.array:
 
 
 def _check_experts(mapping: WeightMap, cuts: dict[str, Cut]) -> None:
-    for path in mapping.experts:
-        gate, up, down = (cuts[f"{path}.{projection}"] for projection in PROJECTIONS)
-        if gate.columns != up.columns or gate.columns != down.rows or gate.rows or up.rows or down.columns:
+    for path, projections in mapping.experts.items():
+        *reading, down = (cuts[f"{path}.{projection}"] for projection in projections)
+        if any(cut.rows or cut.columns != down.rows for cut in reading) or down.columns:
+            *names, last = projections
             raise ValueError(
-                f"{path}: gate and up must be split along their outputs and down along its inputs, all alike"
+                f"{path}: {' and '.join(names)} must be split along outputs and {last} along its inputs, all alike"
             )
 
 
-def _make_linear(cuts: dict[str, Cut], group: mx.distributed.Group) -> MakeLinear:
+def _check_summed(mapping: WeightMap, axes: dict[str, int]) -> None:
+    """See that the block around experts sums over the ranks: where it splits them, it does."""
+    for path, sources in mapping.experts.items():
+        split_along = sorted(axes.get(f"{path}.{projection}", 0) for projection in sources)
+        if split_along != [-2] * (len(sources) - 1) + [-1]:
+            raise ValueError(f"{path}: the model does not sum its experts over ranks; use pipeline parallelism")
+
+
+def _make_linear(host: Host, cuts: dict[str, Cut], group: mx.distributed.Group) -> MakeLinear:
     def make(path: str, module: nn.Module, source: LinearSource) -> TrellisLinear:
         w = cuts[path].load(source, module.get("bias"))
         if isinstance(module, AllToShardedLinear):
-            return AllToShardedTrellisLinear(w, group)
+            return host.all_to_sharded(w, group)
         if isinstance(module, ShardedToAllLinear):
-            return ShardedToAllTrellisLinear(w, group)
-        return TrellisLinear(w)
+            return host.sharded_to_all(w, group)
+        return host.linear(w)
 
     return make
 
 
 def _make_experts(host: Host, cuts: dict[str, Cut]) -> MakeExperts:
     def make(path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> nn.Module:
-        stacks: list[ExpertStack] = []
-        for projection in PROJECTIONS:
+        stacks: dict[str, ExpertStack] = {}
+        for projection, listed in sources.items():
             cut, bias = cuts[f"{path}.{projection}"], module[projection].get("bias")
-            weights = [cut.load(s, None if bias is None else bias[e]) for e, s in enumerate(sources[projection])]
-            stacks.append(ExpertStack.of(projection, weights))
-        return make_glu(host, module, *stacks)
+            weights = [cut.load(s, None if bias is None else bias[e]) for e, s in enumerate(listed)]
+            stacks[projection] = ExpertStack.of(projection, weights)
+        return make_experts(host, module, stacks)
+
+    return make
+
+
+def _make_local_experts(host: Host, group: mx.distributed.Group) -> MakeExperts:
+    def make(path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> nn.Module:
+        total = len(next(iter(sources.values())))
+        first, last = (total * rank // group.size() for rank in (group.rank(), group.rank() + 1))
+        mine = {projection: every[first:last] for projection, every in sources.items()}
+        local = kind_of(host, module).local
+        return local(whole_experts(host, path, module, mine), first, last - first)
 
     return make
 
 
 def open_sharded(
-    model_path: Path, pipeline_group: mx.distributed.Group | None, tensor_group: mx.distributed.Group | None
+    model_path: Path,
+    pipeline_group: mx.distributed.Group | None,
+    tensor_group: mx.distributed.Group | None,
+    parallel: str = "tensor",
+    host: Host = MLX_LM,
 ) -> tuple[nn.Module, dict, WeightMap, Makers]:
     """This rank's part of a model: everything checked, nothing read.
 
     Without a group, the tensor parallelism of the model is used, or else its pipeline, as mlx-lm does.
+
+    Args:
+        model_path: The checkpoint's directory.
+        pipeline_group: Ranks of which each has some of the layers.
+        tensor_group: Ranks of which each has a part of each layer.
+        parallel: How the latter share the experts, one of :data:`PARALLEL`. Default: ``"tensor"``.
+        host: Whose model. Default: mlx-lm's.
 
     Returns:
         The model, its config, where its weights go, and keywords for :func:`fill`.
@@ -267,27 +316,63 @@ def open_sharded(
     Raises:
         ValueError: If the model cannot be loaded, or not split this way.
     """
-    model, config, mapping = open_checkpoint(model_path)
-    can_pipeline, can_shard = hasattr(getattr(model, "model", None), "pipeline"), hasattr(model, "shard")
+    model, config, mapping = open_checkpoint(model_path, host=host)
+    staged, can_shard = host.pipelines(model), host.splits(model) is not None
     if pipeline_group is tensor_group is None:
-        tensor_group = mx.distributed.init() if can_shard else None
-        pipeline_group = None if can_shard else mx.distributed.init()
+        tensor_group = mx.distributed.init() if can_shard or parallel == "experts" else None
+        pipeline_group = mx.distributed.init() if tensor_group is None else None
     if tensor_group is not None and not can_shard:
-        raise ValueError(f"{type(model).__module__} has no tensor parallelism")
-    if pipeline_group is not None and not can_pipeline:
+        needs = ", which expert parallelism needs for all but the experts" if parallel == "experts" else ""
+        raise ValueError(f"{type(model).__module__} has no tensor parallelism{needs}")
+    if pipeline_group is not None and staged is None:
         raise ValueError(f"{type(model).__module__} has no pipeline parallelism")
+    if tensor_group is None and parallel != "tensor":
+        raise ValueError(f"parallel={parallel!r} is for ranks that all have a part of each layer, not for a pipeline")
     makers: Makers = {}
     if tensor_group is not None:
-        cuts = split(model, build(model_path, config), mapping, tensor_group)
-        makers = {"make_linear": _make_linear(cuts, tensor_group), "make_experts": _make_experts(mapping.host, cuts)}
-    if pipeline_group is not None:
+        cuts = split(model, build(model_path, config, host), mapping, tensor_group, parallel)
+        experts = _make_experts(host, cuts) if parallel == "tensor" else _make_local_experts(host, tensor_group)
+        makers = {"make_linear": _make_linear(host, cuts, tensor_group), "make_experts": experts}
+    if pipeline_group is not None and staged is not None:
         try:
-            model.model.pipeline(pipeline_group)
+            staged.pipeline(pipeline_group)
         except MODEL_ERRORS as error:
             raise ValueError(
                 f"{type(model).__module__} cannot be split into {pipeline_group.size()} stages: {error}"
             ) from error
     return model, config, mapping, makers
+
+
+def load_part(
+    model_path: Path,
+    pipeline_group: mx.distributed.Group | None,
+    tensor_group: mx.distributed.Group | None,
+    parallel: str,
+    prepare: Callable[[dict], Result],
+    *,
+    host: Host = MLX_LM,
+    dtype: mx.Dtype | None = None,
+    accuracy: str = "float32",
+    progress: LayerProgress | None = None,
+) -> tuple[nn.Module, dict, Result]:
+    """This rank's part of a model; the ranks wait for each other at the end.
+
+    Args:
+        model_path, pipeline_group, tensor_group, parallel, host: As for :func:`open_sharded`.
+        prepare: Called with the config when everything is checked and nothing is read.
+        dtype, accuracy, progress: As for :func:`~mlx_marlin.lm.model.load_exl3_model`.
+
+    Returns:
+        The model, its config, and what ``prepare`` returned.
+    """
+    with unchanged(model_path):
+        model, config, mapping, makers = open_sharded(model_path, pipeline_group, tensor_group, parallel, host)
+        prepared = prepare(config)
+        fill(model, mapping, config, dtype, accuracy, progress=progress, **makers)
+    report(model, mapping)
+    # All ranks wait for the slowest here, so that the first message of one does not time out.
+    mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
+    return model, config, prepared
 
 
 def sharded_load(
@@ -298,28 +383,30 @@ def sharded_load(
     *,
     tokenizer_config: dict | None = None,
     trust_remote_code: bool = False,
+    parallel: str = "tensor",
     dtype: mx.Dtype | None = None,
     accuracy: str | None = None,
     progress: LayerProgress | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper] | tuple[nn.Module, TokenizerWrapper, dict]:
-    """``mlx_lm.utils.sharded_load`` for EXL3 checkpoints; same arguments, and two of :func:`load`.
+    """``mlx_lm.utils.sharded_load`` for EXL3 checkpoints; same arguments, two of :func:`load`, and one more.
+
+    Args:
+        parallel: How ranks of a ``tensor_group`` share the experts: ``"tensor"``, each has a part of every one, or
+            ``"experts"``, each has some whole ones and reads no others. Default: ``"tensor"``.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If the model cannot be loaded, or not split this way. Nothing has been read by then.
     """
-    accuracy = product_accuracy(accuracy)
     model_path = fetch(repo)
-    with unchanged(model_path):
-        model, config, mapping, makers = open_sharded(model_path, pipeline_group, tensor_group)
+
+    def tokenizer_of(config: dict) -> TokenizerWrapper:
         check_tokenizer(model_path)
-        tokenizer = load_tokenizer(
-            model_path,
-            tokenizer_config or {"trust_remote_code": trust_remote_code},
-            eos_token_ids=config.get("eos_token_id"),
-        )
-        fill(model, mapping, config, dtype, accuracy, progress=progress, **makers)
-    report(model, mapping)
-    # All ranks wait for the slowest here, so that the first message of one does not time out.
-    mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))
+        settings = tokenizer_config or {"trust_remote_code": trust_remote_code}
+        return load_tokenizer(model_path, settings, eos_token_ids=config.get("eos_token_id"))
+
+    model, config, tokenizer = load_part(
+        model_path, pipeline_group, tensor_group, parallel, tokenizer_of,
+        dtype=dtype, accuracy=product_accuracy(accuracy), progress=progress,
+    )  # fmt: skip
     return (model, tokenizer, config) if return_config else (model, tokenizer)

@@ -43,10 +43,10 @@ class Choice:
 
 
 def shown_name(problem: Problem, config: KernelConfig) -> str:
-    """What a config's kernel is called where it is shown: the names are those of SwiGLU kernels, which a linear does
-    not run.
+    """What a config's kernel is called where it is shown: the names are those of SwiGLU kernels, which others do not
+    run.
     """
-    return config.kernel_name if problem.kind == "swiglu" else f"linear {config.kernel_variant}"
+    return config.kernel_name if problem.kind == "swiglu" else f"{problem.kind} {config.kernel_variant}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def from_profile(problem: Problem) -> Choice:
     """The choice without feedback: the tuned or predicted profile's, else the default."""
     found = profile.find(problem)
     # A layer that is no loaded model's and has not been called says 1: the reason shows what was assumed.
-    top_k = f" and top-k {problem.top_k}" if problem.kind == "swiglu" else ""
+    top_k = f" and top-k {problem.top_k}" if problem.fused else ""
     asked = f"{kernels.rows_label(problem.rows)}{top_k}"
     if found is not None:
         return Choice(problem, found.config, f"for {asked}: {found.origin}")

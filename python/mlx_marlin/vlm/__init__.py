@@ -6,7 +6,9 @@ The package needs the extra ``[vlm]``, and imports mlx-vlm when it is used.
 - ``layers``: what stands for its linears and experts.
 - ``processor``: what prepares text, pictures and sound for a model.
 - ``drafters``: drafters out of the prediction layers that a checkpoint brings.
+- ``verifying``: a draft's tokens through these layers at once.
 - ``commands``: mlx-vlm's commands over all this.
+- ``serving``: its server, whose clients' requests are checked.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import mlx.nn as nn
 if TYPE_CHECKING:
     from transformers.processing_utils import ProcessorMixin
 
-__all__ = ["load", "load_drafter"]
+__all__ = ["load", "load_drafter", "sharded_load"]
 
 
 def load(
@@ -73,6 +75,56 @@ def load(
     if adapter_path is not None:
         model = apply_lora_layers(model, adapter_path)
         model.eval()
+    return model, load_processor(model, model_path, **keywords)
+
+
+def sharded_load(
+    path_or_hf_repo: str,
+    tensor_group: mx.distributed.Group | None = None,
+    pipeline_group: mx.distributed.Group | None = None,
+    *,
+    parallel: str = "tensor",
+    dtype: mx.Dtype | str | None = None,
+    accuracy: str | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **keywords: Any,
+) -> tuple[nn.Module, ProcessorMixin]:
+    """``mlx_vlm.utils.sharded_load`` for EXL3 checkpoints: each rank of ``mlx.launch`` loads its part.
+
+    Every rank must then generate with the same prompt, and sample alike: with temperature 0, or one seed.
+
+    Args:
+        path_or_hf_repo: Directory, or repository on the Hugging Face Hub.
+        tensor_group: Ranks of which each has a part of each layer. Default: ``None``; all of them, if the model can be
+            split so and there is no pipeline.
+        pipeline_group: Ranks of which each has some of the layers. Default: ``None``.
+        parallel: How the ranks of a tensor group share the experts: ``"tensor"``, each has a part of every one, or
+            ``"experts"``, each has some whole ones and reads no others. Default: ``"tensor"``.
+        dtype, accuracy, revision, progress, keywords: As for :func:`load`.
+
+    Returns:
+        The model and its processor.
+
+    Raises:
+        FileNotFoundError: If there is no such directory or repository, or a file of it is missing.
+        ModuleNotFoundError: If mlx-vlm is not installed.
+        ValueError: If the directory cannot be loaded, or not split this way. Nothing has been read by then.
+    """
+    require_mlx_vlm()
+    from ..lm.hub import fetch
+    from ..lm.model import activation_dtype, product_accuracy
+    from ..lm.sharding import load_part
+    from .host import FILES, MLX_VLM
+    from .processor import check_processor, load_processor
+
+    dtype, accuracy = activation_dtype(dtype), product_accuracy(accuracy)
+    model_path = fetch(path_or_hf_repo, revision, FILES)
+    model, _, _ = load_part(
+        model_path, pipeline_group, tensor_group, parallel, lambda _: check_processor(model_path),
+        host=MLX_VLM, dtype=dtype, accuracy=accuracy, progress=progress,
+    )  # fmt: skip
+    model.model_path = model_path
     return model, load_processor(model, model_path, **keywords)
 
 

@@ -15,11 +15,20 @@ from mlx.utils import tree_flatten
 from mlx_vlm import utils as mlx_vlm_utils
 from mlx_vlm.models.cache import make_prompt_cache
 from mlx_vlm.models.mla import MultiLinear
-from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear
+from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 
-from ..lm.host import Host
+from ..layers.experts import TrellisSwitchMLP
+from ..lm.host import GATED, UNGATED, UNGATED_ACTIVATIONS, ExpertsKind, Host
 from ..loader.contents import AUDIO, NGRAM, VISION
-from .layers import DescribedLinear, FusedExperts, PartlyQuantizedExperts
+from . import verifying
+from .layers import (
+    AllToShardedDescribedLinear,
+    DescribedLinear,
+    FusedExperts,
+    LocalVlmExperts,
+    PartlyQuantizedExperts,
+    ShardedToAllDescribedLinear,
+)
 
 _log = logging.getLogger("mlx_marlin.lm")
 
@@ -57,18 +66,22 @@ class MlxVlm(Host):
     name = "mlx-vlm"
     loader = "mlx_vlm.load"
     model_code = "mlx_vlm.models."
-    glu = SwitchGLU
+    experts = (
+        ExpertsKind(SwitchGLU, GATED, FusedExperts, PartlyQuantizedExperts, LocalVlmExperts),
+        ExpertsKind(SwitchMLP, UNGATED, TrellisSwitchMLP),
+    )
     projection = SwitchLinear
     grouped = MultiLinear
     activations = {
+        **UNGATED_ACTIVATIONS,
         "mlx_vlm.models.switch_layers.SwiGLU": "silu",
         "mlx_vlm.models.gemma4.language.GeGLU": "gelu_tanh",
         "mlx_vlm.models.gemma4_text.language.GeGLU": "gelu_tanh",
         "mlx_vlm.models.muse_spark.language.PreciseSwiGLU": "silu",
     }
     linear = DescribedLinear
-    fused = FusedExperts
-    partly = PartlyQuantizedExperts
+    all_to_sharded = AllToShardedDescribedLinear
+    sharded_to_all = ShardedToAllDescribedLinear
 
     def load_config(self, directory: Path) -> dict:
         return mlx_vlm_utils.load_config(directory)
@@ -106,7 +119,17 @@ class MlxVlm(Host):
     def layers(self, model: nn.Module) -> int:
         return len(model.language_model.layers)
 
+    def splits(self, model: nn.Module) -> nn.Module | None:
+        parts = (model, getattr(model, "language_model", None))
+        return next((part for part in parts if hasattr(part, "shard")), None)
+
+    def pipelines(self, model: nn.Module) -> nn.Module | None:
+        language_model = getattr(model, "language_model", None)
+        inner = getattr(language_model, "model", language_model)
+        return inner if hasattr(inner, "pipeline") else None
+
     def finish(self, model: nn.Module, dtype: mx.Dtype) -> None:
+        verifying.install()
         for module in model.modules():
             if isinstance(module, DescribedLinear):
                 module.dtype = dtype

@@ -15,6 +15,7 @@ from mlx_vlm.models.switch_layers import SwitchGLU
 from ..layers.experts import TrellisSwitchGLU
 from ..layers.linear import TrellisLinear
 from ..layers.partial import PartlyQuantizedSwitchGLU
+from ..layers.sharded import AllToShardedTrellisLinear, LocalExperts, ShardedToAllTrellisLinear
 from ..weights.trellis import TrellisWeight
 
 
@@ -41,6 +42,14 @@ class DescribedLinear(TrellisLinear):
         """Shape ``[out, in]``, and the dtype that its model runs in."""
         in_features, out_features = self._sizes
         return Described((out_features, in_features), self.dtype)
+
+
+class AllToShardedDescribedLinear(AllToShardedTrellisLinear, DescribedLinear):
+    """A described linear of whose outputs each rank has some."""
+
+
+class ShardedToAllDescribedLinear(ShardedToAllTrellisLinear, DescribedLinear):
+    """A described linear of whose inputs each rank has some."""
 
 
 class FusedExperts(nn.Module):
@@ -81,6 +90,21 @@ class FusedExperts(nn.Module):
 
 class PartlyQuantizedExperts(PartlyQuantizedSwitchGLU):
     """A drop-in for mlx-vlm's ``SwitchGLU`` of which some experts were left unquantized."""
+
+    def __call__(
+        self,
+        x: mx.array,
+        indices: mx.array,
+        weights: mx.array | None = None,
+        shared: mx.array | None = None,
+        residual: tuple | None = None,
+    ) -> mx.array:
+        """As for :class:`FusedExperts`."""
+        return SwitchGLU._combine(super().__call__(x, indices), weights, shared, residual)
+
+
+class LocalVlmExperts(LocalExperts):
+    """A drop-in for mlx-vlm's ``SwitchGLU`` of whose experts each rank has some."""
 
     def __call__(
         self,

@@ -1,0 +1,53 @@
+"""Predicted: how many tokens of a draft must be right for its verification to pay, by chip and rows.
+
+A layer of Qwen3-30B-A3B, its experts and its linears, at 3 bits. No two slots share an expert, as in predict.py: by
+chance, 8 rows would take 52 experts instead of 64. Each call has the fastest of its default and a few configs for
+single rows. What a step costs beside that (attention, the drafter, mlx-vlm itself) is left out.
+
+    python -m bench.metal.drafts
+"""
+
+from __future__ import annotations
+
+from bench.metal.chips import CHIPS, Chip
+from bench.metal.predict import predicted_us, qwen3_30b
+from mlx_marlin import kernels
+from mlx_marlin.kernels.config import KernelConfig
+from mlx_marlin.kernels.problem import Problem
+
+ROWS = (1, 2, 4, 8)
+BITS = 3
+# Queries, keys, values, the output.
+LINEARS = ((2048, 4096), (2048, 512), (2048, 512), (4096, 2048))
+
+
+# Columns and simdgroups of the variant for single rows: what predict.py ranks first, by chip.
+TILES = ((64, 8), (128, 8), (128, 12))
+
+
+def _us(problem: Problem, chip: Chip) -> float:
+    decode = [KernelConfig(kernels.make_name("decode"), 1, *tiles, True, "decode") for tiles in TILES]
+    configs = [kernels.default(problem), *(c for c in decode if kernels.feasible(problem, c) is None)]
+    return min(predicted_us(problem, config, chip) for config in configs)
+
+
+def layer(chip: Chip, rows: int) -> tuple[float, float]:
+    """Microseconds of the experts, and of the linears."""
+    linears = sum(
+        _us(Problem.linear(k, n, rows=rows, bits=BITS, codebooks="mcg", device="gpu"), chip) for k, n in LINEARS
+    )
+    return _us(qwen3_30b(BITS, rows), chip), linears
+
+
+def main() -> None:
+    """Print the table of NOTES.md."""
+    print(f"| chip | experts and linears, 1 row, us | {' | '.join(f'{rows} rows' for rows in ROWS[1:])} |")
+    print("|---|---|" + "---|" * len(ROWS[1:]))
+    for name, chip in CHIPS.items():
+        (experts, linears), *more = (layer(chip, rows) for rows in ROWS)
+        alone = experts + linears
+        print(f"| {name} | {experts:.0f} + {linears:.0f} | {' | '.join(f'{sum(us) / alone:.1f}' for us in more)} |")
+
+
+if __name__ == "__main__":
+    main()
