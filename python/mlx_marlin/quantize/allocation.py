@@ -10,8 +10,8 @@ from ..codec import is_half_rate
 
 MODES = ("per-expert", "per-layer", "uniform")
 
-# Of what the experts of a group lose, by the divergence on held-out text (bench/NOTES.md): with 1, the losses as they are
-# measured, widths per expert are worse than widths per layer at 2 bits, with 1/4 they are better at 2 and 2.5.
+# Of what the experts of a group lose, by the divergence on held-out text (bench/NOTES.md): with 1, the losses as they
+# are measured, widths per expert are worse than widths per layer at 2 bits, with 1/4 they are better at 2 and 2.5.
 _POWER = 0.25
 
 
