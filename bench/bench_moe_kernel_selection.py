@@ -124,7 +124,7 @@ def selection_overhead_us(layer, top_k: int) -> dict:
     x = mx.zeros((1, layer.gate_proj.input_dims))
     indices = mx.zeros((1, top_k), mx.uint32)
     layer(x, indices)
-    call = ops.check_swiglu(x, indices, layer.stacks, layer.activation)
+    call = ops.check_experts(x, indices, layer.stacks, layer.activation)
     configs = layer._derived.configs
 
     def best(call) -> float:

@@ -59,12 +59,14 @@ struct LinearCall {
   }
 };
 
+// The experts of a layer: down(act(gate(x)) * up(x)), or without a gate down(act(up(x))).
 struct SwigluCall {
   int hidden;
   int activation;  // MARLIN_ACTIVATION_*
   float alpha;
   float limit;
   bool combine;  // scores are given
+  bool gated;    // otherwise `gate` is empty
   StackInfo gate;
   StackInfo up;
   StackInfo down;
@@ -72,8 +74,24 @@ struct SwigluCall {
 
   bool operator==(const SwigluCall&) const = default;
 
+  const char* name() const {
+    return gated ? "trellis_swiglu" : "trellis_mlp";
+  }
   int64_t size() const {
-    return int64_t(gate.k) * gate.n;
+    return int64_t(up.k) * up.n;
+  }
+  // Products of x: gate and up, or up.
+  int side_by_side() const {
+    return gated ? 2 : 1;
+  }
+  // visit(name, stack) for each projection, in the order of a primitive's inputs.
+  template <class Visit>
+  void each_stack(const Visit& visit) const {
+    if (gated) {
+      visit("gate", gate);
+    }
+    visit("up", up);
+    visit("down", down);
   }
 };
 

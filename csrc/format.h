@@ -29,6 +29,7 @@
 #define MARLIN_ACTIVATION_SILU 0
 #define MARLIN_ACTIVATION_GELU_TANH 1
 #define MARLIN_ACTIVATION_SWIGLU_OAI 2
+#define MARLIN_ACTIVATION_RELU_SQUARED 3
 
 // An expert's format word is 2 * bits | codebook << 8.
 #define MARLIN_FORMAT_HALF_BITS(format) ((format) & 0xffu)

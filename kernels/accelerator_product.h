@@ -39,7 +39,7 @@ struct AcceleratorProduct {
   template <int H, int Codebook>
   METAL_FUNC void run() thread {
     constexpr uint tile_size = 8 * H;
-    device const ushort* tile = codes + (ulong(k_begin) * tiles_per_row + first_tile) * tile_size;
+    LanePlaces<H> places = find_places<H>(k_begin * tiles_per_row + first_tile, lane);
     for (uint k = k_begin; k < k_end;) {
       float scale[M][2];
       MARLIN_UNROLL
@@ -62,8 +62,8 @@ struct AcceleratorProduct {
         MARLIN_UNROLL
         for (int pair = 0; pair < T / 2; ++pair) {
           const int t = 2 * pair;
-          const LaneWeights first = decode_lane<H, Codebook>(tile + t * tile_size, lane, zero);
-          const LaneWeights second = decode_lane<H, Codebook>(tile + (t + 1) * tile_size, lane, zero);
+          const LaneWeights first = decode_lane<H, Codebook>(codes + t * tile_size, places, lane, zero);
+          const LaneWeights second = decode_lane<H, Codebook>(codes + (t + 1) * tile_size, places, lane, zero);
           MARLIN_UNROLL
           for (uint m = 0; m < M; ++m) {
             if (2 * m < units) {
@@ -76,7 +76,7 @@ struct AcceleratorProduct {
             }
           }
         }
-        tile += ulong(tiles_per_row) * tile_size;
+        places.move(tiles_per_row);
       }
     }
   }

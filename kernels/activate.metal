@@ -1,4 +1,4 @@
-// Sums of gate and up -> down's rotated input, where the product has not done it: H, svh, bias, activation,
+// Sums of the projections of x -> down's rotated input, where the product has not done it: H, svh, bias, activation,
 // down's suh, H.
 #include "activation.h"
 #include "rotated.h"
@@ -9,11 +9,11 @@
     device const float* sums [[buffer(1)]],
     device const uint* indices [[buffer(2)]],
     device const uint* order [[buffer(3), function_constant(routed)]],
-    device const half* gate_svh [[buffer(4)]],
-    device const half* up_svh [[buffer(5)]],
-    device const half* down_suh [[buffer(6)]],
-    device const float* gate_biases [[buffer(7), function_constant(gate_bias)]],
-    device const float* up_biases [[buffer(8), function_constant(up_bias)]],
+    device const half* first_svh [[buffer(4)]],
+    device const half* second_svh [[buffer(5), function_constant(gated_epilogue)]],
+    device const float* first_biases [[buffer(6), function_constant(first_bias)]],
+    device const float* second_biases [[buffer(7), function_constant(second_bias)]],
+    device const half* down_suh [[buffer(8)]],
     device float* rotated [[buffer(9)]],
     uint group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
@@ -38,18 +38,21 @@
   if (expert >= args.experts) {
     return;
   }
+  SumsFinish finish_sums;
+  finish_sums.svh = first_svh;
+  if (first_bias) {
+    finish_sums.biases = first_biases;
+  }
+  if (gated_epilogue) {
+    finish_sums.second_svh = second_svh;
+  }
+  if (second_bias) {
+    finish_sums.second_biases = second_biases;
+  }
+  finish_sums.down_suh = down_suh;
   const ulong at = ulong(expert) * args.n + first;
-  device const float* row = sums + 2 * ulong(position) * args.n + first;
-  device const float* gate_b = nullptr;
-  device const float* up_b = nullptr;
-  if (gate_bias) {
-    gate_b = gate_biases + at;
-  }
-  if (up_bias) {
-    up_b = up_biases + at;
-  }
-  const float4 gate = finish(load_floats(row, lane), gate_svh + at, gate_b, gate_bias, lane);
-  const float4 up = finish(load_floats(row + args.n, lane), up_svh + at, up_b, up_bias, lane);
-  const float4 v = activate_block(gate, up, down_suh + at, args.alpha, args.limit, lane);
+  device const float* row = sums + (gated ? 2 : 1) * ulong(position) * args.n + first;
+  const float4 second = gated ? load_floats(row + args.n, lane) : float4(0.0f);
+  const float4 v = finish_sums.block(load_floats(row, lane), second, at, args.alpha, args.limit, lane);
   store_rotated({position_rows(args.positions), args.n, 1}, 0, rotated, position, first, lane, v);
 }

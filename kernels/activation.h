@@ -4,19 +4,26 @@
 #include "hadamard.h"
 
 // precise:: because the fast versions overflow to NaN where the exact ones saturate.
-METAL_FUNC float activate(float gate, float up, float alpha, float limit) {
+METAL_FUNC float activate(float x, float alpha, float limit) {
   if (activation == MARLIN_ACTIVATION_SILU) {
-    return gate / (1.0f + precise::exp(-gate)) * up;
+    return x / (1.0f + precise::exp(-x));
   }
   if (activation == MARLIN_ACTIVATION_GELU_TANH) {
-    // 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))), Hendrycks and Gimpel, 2016.
-    const float inner = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
-    return 0.5f * gate * (1.0f + precise::tanh(inner)) * up;
+    // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), Hendrycks and Gimpel, 2016.
+    const float inner = 0.7978845608f * (x + 0.044715f * x * x * x);
+    return 0.5f * x * (1.0f + precise::tanh(inner));
+  }
+  if (activation == MARLIN_ACTIVATION_RELU_SQUARED) {
+    return x < 0.0f ? 0.0f : x * x;  // NaN stays NaN
   }
   // gpt-oss: gate clamped above, up on both sides, (up + 1) gate sigmoid(alpha gate).
-  const float g = min(gate, limit);
-  const float u = clamp(up, -limit, limit);
-  return g / (1.0f + precise::exp(-alpha * g)) * (u + 1.0f);
+  const float g = min(x, limit);
+  return g / (1.0f + precise::exp(-alpha * g));
+}
+
+// What the activated gate is multiplied with.
+METAL_FUNC float gated_factor(float up, float limit) {
+  return activation == MARLIN_ACTIVATION_SWIGLU_OAI ? clamp(up, -limit, limit) + 1.0f : up;
 }
 
 // What follows the Hadamard transform of a product.
@@ -25,13 +32,37 @@ METAL_FUNC float4 finish(float4 sums, device const half* svh, device const float
   return has_bias ? v + load_floats(bias, lane) : v;
 }
 
-// A 128-block of gate and up sums -> the same block of down's rotated input.
-METAL_FUNC float4
-activate_block(float4 gate, float4 up, device const half* down_suh, float alpha, float limit, ushort lane) {
-  float4 v;
-  MARLIN_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    v[j] = activate(gate[j], up[j], alpha, limit);
+// What turns sums of the projections of x into down's rotated input. What there is no second projection for is not set.
+struct SumsFinish {
+  device const half* svh;
+  device const half* second_svh;
+  device const float* biases;
+  device const float* second_biases;
+  device const half* down_suh;
+
+  // A 128-block of sums, its scales from `at` on.
+  METAL_FUNC float4
+  block(float4 sums, float4 second_sums, ulong at, float alpha, float limit, ushort lane) const thread {
+    device const float* bias = nullptr;
+    if (first_bias) {
+      bias = biases + at;
+    }
+    float4 v = finish(sums, svh + at, bias, first_bias, lane);
+    float4 up = float4(0.0f);
+    if (gated) {
+      device const float* second_b = nullptr;
+      if (second_bias) {
+        second_b = second_biases + at;
+      }
+      up = finish(second_sums, second_svh + at, second_b, second_bias, lane);
+    }
+    MARLIN_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      v[j] = activate(v[j], alpha, limit);
+      if (gated) {
+        v[j] *= gated_factor(up[j], limit);
+      }
+    }
+    return hadamard(v * load_halves(down_suh + at, lane), lane);
   }
-  return hadamard(v * load_halves(down_suh, lane), lane);
-}
+};

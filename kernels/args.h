@@ -14,40 +14,39 @@
 
 // Constants that decide which code there is at all. They are fixed in the text of a source: the host defines
 // MARLIN_SOURCE_<name> for each, 0 if a dispatch does not name it. As function constants they would make Metal
-// compile all 27 decoders before it drops 26 of them. `*_widths` has bit 2 * K set where an expert has K bits per
-// weight, `*_codebooks` bit c where one has codebook c. `down_*` also stands for the only weight of a linear.
+// compile all 27 decoders before it drops 26 of them. `widths` has bit 2 * K set where an expert has K bits per weight,
+// `codebooks` bit c where one has codebook c: gate and up share a decoder for every width and codebook that either
+// has, which takes half the instructions of two loops.
 #define MARLIN_SOURCE_CONSTANTS(X)                               \
-  X(gate_widths)                                                 \
-  X(gate_codebooks)                                              \
-  X(up_widths)                                                   \
-  X(up_codebooks)                                                \
-  X(down_widths)                                                 \
-  X(down_codebooks)                                              \
+  X(widths)                                                      \
+  X(codebooks)                                                   \
   X(transposed)    /* rows times W^T: k and n change places */   \
   X(half_operands) /* x and the sums inside a tile are halves */ \
   X(accelerator)   /* products run on neural accelerators */     \
   X(max_threads)   /* per threadgroup */
 
-// Function constants: index, type, name.
-#define MARLIN_FUNCTION_CONSTANTS(X)                                                      \
-  X(0, uint, activation)                                                                  \
-  X(1, uint, dtype)                                                                       \
-  X(2, bool, gate_bias)                                                                   \
-  X(3, bool, up_bias)                                                                     \
-  X(4, bool, down_bias)                                                                   \
-  X(5, bool, routed)           /* positions are sorted by expert, see route.metal */      \
-  X(6, bool, indexed)          /* a position's expert is in `indices` */                  \
-  X(7, bool, fused_prologue)   /* the product rotates x itself */                         \
-  X(8, bool, activating_input) /* the product makes its input from sums of gate and up */ \
-  X(9, bool, local_input)      /* either: its input is in threadgroup memory */           \
-  X(10, bool, rotated_input)   /* otherwise: it reads rotated activations */              \
-  X(11, bool, fused_epilogue)  /* the product applies H and svh itself */                 \
-  X(12, bool, raw_output)      /* the product writes sums before H */                     \
-  X(13, bool, fragments)       /* rotated activations are in 8x8 fragments */             \
-  X(14, bool, weighted)        /* scores are given */                                     \
-  X(15, bool, to_slots)        /* the product's rows go to scratch, not to y */           \
-  X(16, bool, to_y)            /* the product's rows are rows of y */                     \
-  X(17, bool, paired)          /* gate and up, not one weight */
+// Function constants: index, type, name. The first of a layer's projections of x is gate, or up where there is no gate.
+#define MARLIN_FUNCTION_CONSTANTS(X)                                                 \
+  X(0, uint, activation)                                                             \
+  X(1, uint, dtype)                                                                  \
+  X(2, bool, first_bias)                                                             \
+  X(3, bool, second_bias)                                                            \
+  X(4, bool, down_bias)                                                              \
+  X(5, bool, routed)           /* positions are sorted by expert, see route.metal */ \
+  X(6, bool, indexed)          /* a position's expert is in `indices` */             \
+  X(7, bool, fused_prologue)   /* the product rotates x itself */                    \
+  X(8, bool, activating_input) /* the product makes its input from sums before H */  \
+  X(9, bool, local_input)      /* either: its input is in threadgroup memory */      \
+  X(10, bool, rotated_input)   /* otherwise: it reads rotated activations */         \
+  X(11, bool, fused_epilogue)  /* the product applies H and svh itself */            \
+  X(12, bool, raw_output)      /* the product writes sums before H */                \
+  X(13, bool, fragments)       /* rotated activations are in 8x8 fragments */        \
+  X(14, bool, weighted)        /* scores are given */                                \
+  X(15, bool, to_slots)        /* the product's rows go to scratch, not to y */      \
+  X(16, bool, to_y)            /* the product's rows are rows of y */                \
+  X(17, bool, gated)           /* two projections, gate and up, not one */           \
+  X(18, bool, gated_prologue)  /* and the product rotates x for both */              \
+  X(19, bool, gated_epilogue)  /* and what follows the sums is applied to both */
 
 // A run of positions of one expert, at most as many as a tile has rows. expert == experts: the indices
 // were out of range. count == 0: unused.

@@ -11,7 +11,8 @@ struct DecodeTile {
 
   template <int H, int Codebook>
   METAL_FUNC void run() thread {
-    const LaneWeights weights = decode_lane<H, Codebook>(codes + ulong(tile) * (8 * H), lane, zero);
+    const LanePlaces<H> places = find_places<H>(tile, lane);
+    const LaneWeights weights = decode_lane<H, Codebook>(codes, places, lane, zero);
     const uint tiles_per_row = n / MARLIN_TILE;
     const uint row = (tile / tiles_per_row) * MARLIN_TILE + 2 * (lane % 4);
     const uint column = (tile % tiles_per_row) * MARLIN_TILE + lane / 4;
@@ -39,5 +40,5 @@ struct DecodeTile {
     return;
   }
   DecodeTile body = {(device const ushort*)(codes + offsets[args.expert]), out, tile, args.n, lane, args.zero};
-  for_format<down_widths, down_codebooks>(body, formats[args.expert]);
+  for_format<widths, codebooks>(body, formats[args.expert]);
 }

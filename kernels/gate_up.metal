@@ -1,17 +1,14 @@
-// Rows times an expert's gate and up weights, and what follows up to down's rotated input.
+// Rows times what reads them of an expert, its gate and up weights or up alone, and what follows up to down's rotated
+// input.
 #include "product.h"
 
 struct GateUpFinish {
   constant MarlinProductArgs* args;
-  Items<2> items;
+  Items items;
   RowRange rows;
   uint first_column;
   threadgroup const float* sums;
-  device const half* gate_svh;
-  device const half* up_svh;
-  device const half* down_suh;
-  device const float* gate_biases;
-  device const float* up_biases;
+  SumsFinish finish_sums;
   device float* out;
   uint simdgroup;
   uint simdgroups;
@@ -21,10 +18,10 @@ struct GateUpFinish {
   METAL_FUNC void slice(uint first_row, uint count) const thread {
     const uint columns = min(args->column_tiles * MARLIN_TILE, args->n - first_column);
     if (raw_output) {
-      for (uint task = simdgroup; task < 2 * count; task += simdgroups) {
-        const uint projection = task % 2;
-        const uint row = task / 2;
-        const ulong at = (2 * ulong(rows.first + first_row + row) + projection) * args->n;
+      for (uint task = simdgroup; task < items.projections * count; task += simdgroups) {
+        const uint row = gated ? task / 2 : task;
+        const uint projection = task - row * items.projections;
+        const ulong at = (items.projections * ulong(rows.first + first_row + row) + projection) * args->n;
         for (uint column = lane; column < columns; column += MARLIN_SIMD_SIZE) {
           out[at + first_column + column] = items.sum(sums, projection, column, row);
         }
@@ -35,27 +32,14 @@ struct GateUpFinish {
     for (uint task = simdgroup; task < blocks * count; task += simdgroups) {
       const uint row = row_of_block(task, blocks);
       const uint first = (task - row * blocks) * MARLIN_HADAMARD_SIZE;
+      const uint column = first_column + first;
+      const float4 up = gated ? items.block(sums, 1, first, row, lane) : float4(0.0f);
+      const float4 v = finish_sums.block(
+          items.block(sums, 0, first, row, lane), up, ulong(rows.expert) * args->n + column, args->alpha, args->limit,
+          lane);
       const uint position = rows.first + first_row + row;
-      store(
-          position, first_column + first, items.block(sums, 0, first, row, lane),
-          items.block(sums, 1, first, row, lane));
+      store_rotated({position_rows(args->positions), args->n, 1}, 0, out, position, column, lane, v);
     }
-  }
-
-  METAL_FUNC void store(uint position, uint first, float4 gate, float4 up) const thread {
-    const ulong at = ulong(rows.expert) * args->n + first;
-    device const float* gate_b = nullptr;
-    device const float* up_b = nullptr;
-    if (gate_bias) {
-      gate_b = gate_biases + at;
-    }
-    if (up_bias) {
-      up_b = up_biases + at;
-    }
-    gate = finish(gate, gate_svh + at, gate_b, gate_bias, lane);
-    up = finish(up, up_svh + at, up_b, up_bias, lane);
-    const float4 v = activate_block(gate, up, down_suh + at, args->alpha, args->limit, lane);
-    store_rotated({position_rows(args->positions), args->n, 1}, 0, out, position, first, lane, v);
   }
 };
 
@@ -68,18 +52,18 @@ template <int Rows, int T, bool Matrix>
     device const uint* indices [[buffer(3), function_constant(indexed)]],
     device const uint* order [[buffer(4), function_constant(routed)]],
     device const MarlinRowTile* row_tiles [[buffer(5), function_constant(routed)]],
-    device const uint* gate_codes [[buffer(6)]],
-    device const long* gate_offsets [[buffer(7)]],
-    device const uint* gate_formats [[buffer(8)]],
-    device const half* gate_suh [[buffer(9), function_constant(fused_prologue)]],
-    device const half* gate_svh [[buffer(10), function_constant(fused_epilogue)]],
-    device const float* gate_biases [[buffer(11), function_constant(gate_bias)]],
-    device const uint* up_codes [[buffer(12)]],
-    device const long* up_offsets [[buffer(13)]],
-    device const uint* up_formats [[buffer(14)]],
-    device const half* up_suh [[buffer(15), function_constant(fused_prologue)]],
-    device const half* up_svh [[buffer(16), function_constant(fused_epilogue)]],
-    device const float* up_biases [[buffer(17), function_constant(up_bias)]],
+    device const uint* codes [[buffer(6)]],
+    device const long* offsets [[buffer(7)]],
+    device const uint* formats [[buffer(8)]],
+    device const half* suh [[buffer(9), function_constant(fused_prologue)]],
+    device const half* svh [[buffer(10), function_constant(fused_epilogue)]],
+    device const float* biases [[buffer(11), function_constant(first_bias)]],
+    device const uint* second_codes [[buffer(12), function_constant(gated)]],
+    device const long* second_offsets [[buffer(13), function_constant(gated)]],
+    device const uint* second_formats [[buffer(14), function_constant(gated)]],
+    device const half* second_suh [[buffer(15), function_constant(gated_prologue)]],
+    device const half* second_svh [[buffer(16), function_constant(gated_epilogue)]],
+    device const float* second_biases [[buffer(17), function_constant(second_bias)]],
     device const half* down_suh [[buffer(18), function_constant(fused_epilogue)]],
     device float* out [[buffer(19)]],
     threadgroup float* shared [[threadgroup(0)]],
@@ -103,8 +87,9 @@ template <int Rows, int T, bool Matrix>
   if (rows.count == 0 || rows.expert >= args.experts) {
     return;
   }
-  const Items<2> items = {
-      args.column_tiles / T, args.k_splits, args.k_splits_inverse, T * MARLIN_TILE, Matrix ? 8 : Rows};
+  const uint projections = gated ? 2 : 1;
+  const Items items = {projections,           args.column_tiles / T, args.k_splits,
+                       args.k_splits_inverse, T * MARLIN_TILE,       Matrix ? 8 : Rows};
   GateUpFinish finish_slice;
   finish_slice.args = &args;
   finish_slice.items = items;
@@ -116,32 +101,41 @@ template <int Rows, int T, bool Matrix>
   finish_slice.simdgroups = simdgroups;
   finish_slice.lane = lane;
   if (fused_epilogue) {
-    finish_slice.gate_svh = gate_svh;
-    finish_slice.up_svh = up_svh;
-    finish_slice.down_suh = down_suh;
+    finish_slice.finish_sums.svh = svh;
+    finish_slice.finish_sums.down_suh = down_suh;
   }
-  if (gate_bias) {
-    finish_slice.gate_biases = gate_biases;
+  if (gated_epilogue) {
+    finish_slice.finish_sums.second_svh = second_svh;
   }
-  if (up_bias) {
-    finish_slice.up_biases = up_biases;
+  if (first_bias) {
+    finish_slice.finish_sums.biases = biases;
   }
-  const ExpertWeights gate = find_expert(gate_codes, gate_offsets, gate_formats, rows.expert);
-  const ExpertWeights up = find_expert(up_codes, up_offsets, up_formats, rows.expert);
+  if (second_bias) {
+    finish_slice.finish_sums.second_biases = second_biases;
+  }
+  const ExpertWeights weights = find_expert(codes, offsets, formats, rows.expert);
+  ExpertWeights second = weights;
+  if (gated) {
+    second = find_expert(second_codes, second_offsets, second_formats, rows.expert);
+  }
 
   if constexpr (!Matrix) {
     if (fused_prologue) {
-      const LocalBuffer<Rows> local = {shared + items.count() * items.item_sums(), args.k, 2};
-      rotate_rows<Rows, 2>(args, rows, x, slots, gate_suh, up_suh, local, simdgroup, simdgroups, lane);
+      const LocalBuffer<Rows> local = {shared + items.count() * items.item_sums(), args.k, projections};
+      device const half* other_suh = suh;
+      if (gated_prologue) {
+        other_suh = second_suh;
+      }
+      rotate_rows<Rows>(args, rows, x, slots, suh, other_suh, local, simdgroup, simdgroups, lane);
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      const Operands<LocalRows> operands = {{gate, up}, {local.rows(0), local.rows(1)}};
+      const Operands<LocalRows> operands = {{weights, second}, {local.rows(0), local.rows(projections - 1)}};
       row_slices<Rows, T>(args, operands, items, rows, group.x, shared, simdgroup, simdgroups, lane, finish_slice);
       return;
     }
   }
-  const RotatedBuffer buffer = {position_rows(args.positions), args.k, 2};
+  const RotatedBuffer buffer = {position_rows(args.positions), args.k, projections};
   const Operands<DeviceRows> operands = {
-      {gate, up}, {buffer.at(rotated, 0, rows.first), buffer.at(rotated, 1, rows.first)}};
+      {weights, second}, {buffer.at(rotated, 0, rows.first), buffer.at(rotated, projections - 1, rows.first)}};
   if constexpr (Matrix) {
     matrix_slices<Rows, T>(args, operands, items, rows, group.x, shared, simdgroup, lane, finish_slice);
   } else {

@@ -1,9 +1,10 @@
-// Rows times one weight: a dense linear, or down with an expert per slot, whose rows may still be sums of gate and up.
+// Rows times one weight: a dense linear, or down with an expert per slot, whose rows may still be sums of the
+// projections of x.
 #include "product.h"
 
 struct LinearFinish {
   constant MarlinProductArgs* args;
-  Items<1> items;
+  Items items;
   RowRange rows;
   uint first_column;
   threadgroup const float* sums;
@@ -75,22 +76,14 @@ struct LinearFinish {
   }
 };
 
-// What turns sums of gate and up, [position][projection][k], into down's rotated input.
-struct ActivateSource {
-  device const float* sums;
-  device const half* gate_svh;
-  device const half* up_svh;
-  device const float* gate_biases;
-  device const float* up_biases;
-  device const half* suh;
-};
-
-// Activates the row tile's rows into threadgroup memory, one simdgroup per 128-block. Rows beyond the tile's are zeros.
+// Activates the row tile's rows, [position][projection][k], into threadgroup memory, one simdgroup per 128-block. Rows
+// beyond the tile's are zeros.
 template <int R>
 METAL_FUNC void activate_rows(
     constant MarlinProductArgs& args,
     RowRange rows,
-    ActivateSource source,
+    device const float* sums,
+    SumsFinish finish_sums,
     LocalBuffer<R> to,
     uint simdgroup,
     uint simdgroups,
@@ -102,18 +95,9 @@ METAL_FUNC void activate_rows(
     float4 v = float4(0.0f);
     if (r < rows.count) {
       const ulong at = ulong(rows.expert) * args.k + first;
-      device const float* row = source.sums + 2 * ulong(rows.first + r) * args.k + first;
-      device const float* gate_b = nullptr;
-      device const float* up_b = nullptr;
-      if (gate_bias) {
-        gate_b = source.gate_biases + at;
-      }
-      if (up_bias) {
-        up_b = source.up_biases + at;
-      }
-      const float4 gate = finish(load_floats(row, lane), source.gate_svh + at, gate_b, gate_bias, lane);
-      const float4 up = finish(load_floats(row + args.k, lane), source.up_svh + at, up_b, up_bias, lane);
-      v = activate_block(gate, up, source.suh + at, args.alpha, args.limit, lane);
+      device const float* row = sums + (gated ? 2 : 1) * ulong(rows.first + r) * args.k + first;
+      const float4 second = gated ? load_floats(row + args.k, lane) : float4(0.0f);
+      v = finish_sums.block(load_floats(row, lane), second, at, args.alpha, args.limit, lane);
     }
     to.store(0, task, lane, v);
   }
@@ -137,10 +121,10 @@ template <int Rows, int T, bool Matrix>
     device uchar* y [[buffer(12), function_constant(to_y)]],
     device float* slots [[buffer(13), function_constant(to_slots)]],
     device const float* sums [[buffer(14), function_constant(activating_input)]],
-    device const half* gate_svh [[buffer(15), function_constant(activating_input)]],
-    device const half* up_svh [[buffer(16), function_constant(activating_input)]],
-    device const float* gate_biases [[buffer(17), function_constant(gate_bias)]],
-    device const float* up_biases [[buffer(18), function_constant(up_bias)]],
+    device const half* first_svh [[buffer(15), function_constant(activating_input)]],
+    device const half* second_svh [[buffer(16), function_constant(gated_epilogue)]],
+    device const float* first_biases [[buffer(17), function_constant(first_bias)]],
+    device const float* second_biases [[buffer(18), function_constant(second_bias)]],
     threadgroup float* shared [[threadgroup(0)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
@@ -184,8 +168,8 @@ template <int Rows, int T, bool Matrix>
     finish_slice.store_nan();
     return;
   }
-  const Items<1> items = {
-      args.column_tiles / T, args.k_splits, args.k_splits_inverse, T * MARLIN_TILE, Matrix ? 8 : Rows};
+  const Items items = {
+      1, args.column_tiles / T, args.k_splits, args.k_splits_inverse, T * MARLIN_TILE, Matrix ? 8 : Rows};
   finish_slice.items = items;
   const ExpertWeights weights = find_expert(codes, offsets, formats, rows.expert);
 
@@ -193,20 +177,21 @@ template <int Rows, int T, bool Matrix>
     if (local_input) {
       const LocalBuffer<Rows> local = {shared + items.count() * items.item_sums(), args.k, 1};
       if (fused_prologue) {
-        rotate_rows<Rows, 1>(args, rows, x, finish_slice.order, suh, suh, local, simdgroup, simdgroups, lane);
+        rotate_rows<Rows>(args, rows, x, finish_slice.order, suh, suh, local, simdgroup, simdgroups, lane);
       } else if (activating_input) {
-        ActivateSource source;
-        source.sums = sums;
-        source.gate_svh = gate_svh;
-        source.up_svh = up_svh;
-        source.suh = suh;
-        if (gate_bias) {
-          source.gate_biases = gate_biases;
+        SumsFinish finish_sums;
+        finish_sums.svh = first_svh;
+        finish_sums.down_suh = suh;
+        if (gated_epilogue) {
+          finish_sums.second_svh = second_svh;
         }
-        if (up_bias) {
-          source.up_biases = up_biases;
+        if (first_bias) {
+          finish_sums.biases = first_biases;
         }
-        activate_rows<Rows>(args, rows, source, local, simdgroup, simdgroups, lane);
+        if (second_bias) {
+          finish_sums.second_biases = second_biases;
+        }
+        activate_rows<Rows>(args, rows, sums, finish_sums, local, simdgroup, simdgroups, lane);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       Operands<LocalRows> operands;

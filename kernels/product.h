@@ -41,17 +41,10 @@ find_expert(device const uint* codes, device const long* offsets, device const u
   return {codes + offsets[expert], formats[expert]};
 }
 
-// Gate and up share a decoder for every width and codebook that either has: half the instructions of two loops.
-template <int Projections>
-struct Formats {
-  static constant constexpr const uint widths = Projections == 2 ? gate_widths | up_widths : down_widths;
-  static constant constexpr const uint codebooks = Projections == 2 ? gate_codebooks | up_codebooks : down_codebooks;
-};
-
 // How a threadgroup's items and their sums are numbered. The sums of an item: [16 * T columns][slice_rows]. Nothing is
 // divided by a number that is not known when the kernel is compiled: these GPUs have no instruction for it.
-template <int Projections>
 struct Items {
+  uint projections;    // 1 or 2: a constant of the kernel or of its function constants
   uint column_groups;  // per projection
   uint k_splits;
   uint k_splits_inverse;
@@ -59,10 +52,10 @@ struct Items {
   uint slice_rows;
 
   METAL_FUNC uint count() const thread {
-    return Projections * column_groups * k_splits;
+    return projections * column_groups * k_splits;
   }
   METAL_FUNC bool second(uint item) const thread {
-    return Projections == 2 && item >= column_groups * k_splits;
+    return projections == 2 && item >= column_groups * k_splits;
   }
   // item / k_splits: exact for items and splits up to 256.
   METAL_FUNC uint group(uint item) const thread {
@@ -147,9 +140,9 @@ METAL_FUNC uint row_of_x(constant MarlinProductArgs& args, device const uint* or
   return slot / args.slots_per_row;
 }
 
-// Rotates the row tile's rows of x into threadgroup memory, one simdgroup per 128-block; with two copies also by
+// Rotates the row tile's rows of x into threadgroup memory, one simdgroup per 128-block; for two copies also by
 // another projection's scales. Rows beyond the tile's are zeros.
-template <int R, int Copies>
+template <int R>
 METAL_FUNC void rotate_rows(
     constant MarlinProductArgs& args,
     RowRange rows,
@@ -173,12 +166,12 @@ METAL_FUNC void rotate_rows(
       const uint x_row = R == 1 ? first_row : row_of_x(args, order, rows.first + r);
       const float4 row = load_row(x, x_row, args.in_columns, first, lane);
       v = hadamard(row * load_halves(suh + expert + first, lane), lane);
-      if (Copies == 2) {
+      if (to.copies == 2) {
         second = hadamard(row * load_halves(second_suh + expert + first, lane), lane);
       }
     }
     to.store(0, task, lane, v);
-    if (Copies == 2) {
+    if (to.copies == 2) {
       to.store(1, task, lane, second);
     }
   }
@@ -192,12 +185,12 @@ struct Operands {
 };
 
 // Fills in what all products of a threadgroup have in common with an item's place.
-template <int Projections, typename Product, typename X>
+template <typename Product, typename X>
 METAL_FUNC bool place_item(
     thread Product& product,
     constant MarlinProductArgs& args,
     const thread Operands<X>& operands,
-    Items<Projections> items,
+    Items items,
     uint item,
     uint column_group,
     ushort lane) {
@@ -215,15 +208,11 @@ METAL_FUNC bool place_item(
   return product.first_tile < args.n / MARLIN_TILE;
 }
 
-template <int Projections, typename Product, typename X>
-METAL_FUNC void run_item(
-    thread Product& product,
-    const thread Operands<X>& operands,
-    Items<Projections> items,
-    uint item) {
+template <typename Product, typename X>
+METAL_FUNC void run_item(thread Product& product, const thread Operands<X>& operands, Items items, uint item) {
   product.clear();
   const uint format = items.second(item) ? operands.weights[1].format : operands.weights[0].format;
-  for_format<Formats<Projections>::widths, Formats<Projections>::codebooks>(product, format);
+  for_format<widths, codebooks>(product, format);
 }
 
 // What only products with W, not with W^T, need to know.
@@ -245,11 +234,11 @@ struct RowProducts<X, R, T, true> {
 };
 
 // A row tile's products, then `finish_slice(first_row, rows)`, which sees their sums.
-template <int R, int T, int Projections, typename X, typename Finish>
+template <int R, int T, typename X, typename Finish>
 METAL_FUNC void row_slices(
     constant MarlinProductArgs& args,
     const thread Operands<X>& operands,
-    Items<Projections> items,
+    Items items,
     RowRange rows,
     uint column_group,
     threadgroup float* sums,
@@ -280,11 +269,11 @@ using UnitProduct = MatrixProduct<Units, T>;
 #endif
 
 // The same on matrices: a simdgroup has one item, and the sums of 8 rows at a time go through threadgroup memory.
-template <int M, int T, int Projections, typename Finish>
+template <int M, int T, typename Finish>
 METAL_FUNC void matrix_slices(
     constant MarlinProductArgs& args,
     const thread Operands<DeviceRows>& operands,
-    Items<Projections> items,
+    Items items,
     RowRange rows,
     uint column_group,
     threadgroup float* sums,

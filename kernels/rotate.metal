@@ -33,7 +33,7 @@ struct RotateSource {
     device const uint* indices [[buffer(2), function_constant(indexed)]],
     device const uint* order [[buffer(3), function_constant(routed)]],
     device const half* suh [[buffer(4)]],
-    device const half* second_suh [[buffer(5), function_constant(paired)]],
+    device const half* second_suh [[buffer(5), function_constant(gated)]],
     device float* rotated [[buffer(6)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint simdgroup [[simdgroup_index_in_threadgroup]],
@@ -43,14 +43,14 @@ struct RotateSource {
   const uint rows_per_unit = fragments ? 8 : 1;
   const uint units = (args.positions + rows_per_unit - 1) / rows_per_unit;
   const uint blocks = args.k / MARLIN_HADAMARD_SIZE;
-  const uint projections = paired ? 2 : 1;
+  const uint projections = gated ? 2 : 1;
   const uint block = group.y * simdgroups + simdgroup;
   if (block >= blocks) {
     return;
   }
   const uint first = block * MARLIN_HADAMARD_SIZE;
   const uint unit = group.x;
-  const bool second = paired && group.z != 0;
+  const bool second = gated && group.z != 0;
   RotateSource source = {x, nullptr, nullptr};
   if (indexed) {
     source.indices = indices;
@@ -59,7 +59,7 @@ struct RotateSource {
     source.order = order;
   }
   device const half* scales = suh;
-  if (paired) {
+  if (gated) {
     scales = second ? second_suh : suh;
   }
   const RotatedBuffer layout = {units * rows_per_unit, args.k, projections};

@@ -42,7 +42,7 @@ struct RowProduct {
   template <int H, int Codebook>
   METAL_FUNC void run() thread {
     constexpr uint tile_size = 8 * H;
-    device const ushort* tile = codes + (ulong(k_begin) * tiles_per_row + first_tile) * tile_size;
+    LanePlaces<H> places = find_places<H>(k_begin * tiles_per_row + first_tile, lane);
     for (uint k = k_begin; k < k_end;) {
       float scale[R];
       if constexpr (half_operands != 0) {
@@ -59,7 +59,7 @@ struct RowProduct {
         }
         MARLIN_UNROLL
         for (int t = 0; t < T; ++t) {
-          const LaneWeights w = decode_lane<H, Codebook>(tile + t * tile_size, lane, zero);
+          const LaneWeights w = decode_lane<H, Codebook>(codes + t * tile_size, places, lane, zero);
           MARLIN_UNROLL
           for (int r = 0; r < R; ++r) {
             MARLIN_UNROLL
@@ -80,7 +80,7 @@ struct RowProduct {
             }
           }
         }
-        tile += ulong(tiles_per_row) * tile_size;
+        places.move(tiles_per_row);
       }
     }
   }
@@ -134,6 +134,7 @@ struct TransposedProduct {
   METAL_FUNC void run() thread {
     constexpr uint tile_size = 8 * H;
     const uint column = lane / 4;
+    LanePlaces<H> places = find_places<H>(first_tile * depth + k_begin, lane);
     for (uint k = k_begin; k < k_end; ++k) {
       float2 v[R];
       MARLIN_UNROLL
@@ -144,8 +145,7 @@ struct TransposedProduct {
       }
       MARLIN_UNROLL
       for (int t = 0; t < T; ++t) {
-        device const ushort* tile = codes + (ulong(first_tile + t) * depth + k) * tile_size;
-        const LaneWeights w = decode_lane<H, Codebook>(tile, lane, zero);
+        const LaneWeights w = decode_lane<H, Codebook>(codes + t * depth * tile_size, places, lane, zero);
         MARLIN_UNROLL
         for (int r = 0; r < R; ++r) {
           MARLIN_UNROLL
@@ -155,6 +155,7 @@ struct TransposedProduct {
           }
         }
       }
+      places.move(1);
     }
   }
 
@@ -263,13 +264,13 @@ struct MatrixProduct {
   template <int H, int Codebook>
   METAL_FUNC void run() thread {
     constexpr uint tile_size = 8 * H;
-    device const ushort* tile = codes + (ulong(k_begin) * tiles_per_row + first_tile) * tile_size;
+    LanePlaces<H> places = find_places<H>(k_begin * tiles_per_row + first_tile, lane);
     for (uint k = k_begin; k < k_end; ++k) {
       Pair v[M][2];
       load(v, 0, kEarly, k);
       MARLIN_UNROLL
       for (int t = 0; t < T; ++t) {
-        const LaneWeights weights = decode_lane<H, Codebook>(tile + t * tile_size, lane, zero);
+        const LaneWeights weights = decode_lane<H, Codebook>(codes + t * tile_size, places, lane, zero);
         Pair w[2][2];
         MARLIN_UNROLL
         for (int c = 0; c < 2; ++c) {
@@ -288,7 +289,7 @@ struct MatrixProduct {
           add_floats(t, w, v);
         }
       }
-      tile += ulong(tiles_per_row) * tile_size;
+      places.move(tiles_per_row);
     }
   }
 

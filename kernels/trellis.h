@@ -32,19 +32,58 @@ struct LaneCodes {
   ushort piece[size];
 };
 
-// The stream's 16-bit pieces lie swapped in each 32-bit word. The first piece of lane 0 is the tile's last.
+// Where a lane's pieces lie, counted from the codes of an expert: offsets of 32 bits, to which a load adds its base by
+// itself. A pointer that moves would be an addition of 64 bits for every load, which takes 4 clocks (M1, M2). They reach
+// over 8 GB, more than an array may have. The stream's 16-bit pieces lie swapped in each 32-bit word.
 template <int H>
-METAL_FUNC LaneCodes<H> load_codes(device const ushort* tile, ushort lane) {
+struct LanePlaces {
+  // Own bits are whole words at K = 4 and pairs of them at K = 8.
+  static constant constexpr const uint unit = H == 8 ? 2 : H == 16 ? 4 : 1;
+  static constant constexpr const int loads = unit == 1 ? LaneCodes<H>::size - 1 : 1;
+  uint before;      // the piece before the lane's own bits
+  uint own[loads];  // in units
+
+  METAL_FUNC void move(uint tiles) thread {
+    before += tiles * (8 * H);
+    MARLIN_UNROLL
+    for (int i = 0; i < loads; ++i) {
+      own[i] += tiles * (8 * H / unit);
+    }
+  }
+};
+
+// In tile `tiles`. The first piece of lane 0 is the tile's last.
+template <int H>
+METAL_FUNC LanePlaces<H> find_places(uint tiles, ushort lane) {
   constexpr ushort last = 8 * H - 1;
-  LaneCodes<H> codes;
+  LanePlaces<H> places;
   const ushort first = ushort(lane * H) >> 2;
-  codes.piece[0] = tile[(first == 0 ? last : first - 1) ^ 1];
+  places.before = (first == 0 ? last : first - 1) ^ 1;
+  if constexpr (LanePlaces<H>::unit != 1) {
+    places.own[0] = lane;
+  } else {
+    MARLIN_UNROLL
+    for (int i = 0; i < LanePlaces<H>::loads; ++i) {
+      // At half rates the bits of the last lane may end before its last piece, which is then any: no load depends on a
+      // condition.
+      const ushort at = first + i;
+      places.own[i] = (H % 2 == 0 ? at : min(at, last)) ^ 1;
+    }
+  }
+  places.move(tiles);
+  return places;
+}
+
+template <int H>
+METAL_FUNC LaneCodes<H> load_codes(device const ushort* stream, const thread LanePlaces<H>& places) {
+  LaneCodes<H> codes;
+  codes.piece[0] = stream[places.before];
   if constexpr (H == 8) {
-    const ushort2 word = as_type<ushort2>(((device const uint*)tile)[lane]);
+    const ushort2 word = as_type<ushort2>(((device const uint*)stream)[places.own[0]]);
     codes.piece[1] = word.y;
     codes.piece[2] = word.x;
   } else if constexpr (H == 16) {
-    const uint2 words = ((device const uint2*)tile)[lane];
+    const uint2 words = ((device const uint2*)stream)[places.own[0]];
     const ushort2 a = as_type<ushort2>(words.x);
     const ushort2 b = as_type<ushort2>(words.y);
     codes.piece[1] = a.y;
@@ -53,11 +92,8 @@ METAL_FUNC LaneCodes<H> load_codes(device const ushort* tile, ushort lane) {
     codes.piece[4] = b.x;
   } else {
     MARLIN_UNROLL
-    for (int i = 1; i < LaneCodes<H>::size; ++i) {
-      // At half rates the bits of the last lane may end before its last piece, which is then any: no load depends on a
-      // condition.
-      const ushort at = first + i - 1;
-      codes.piece[i] = tile[(H % 2 == 0 ? at : min(at, last)) ^ 1];
+    for (int i = 0; i < LanePlaces<H>::loads; ++i) {
+      codes.piece[i + 1] = stream[places.own[i]];
     }
   }
   return codes;
@@ -144,10 +180,11 @@ METAL_FUNC void decode_window(thread LaneWeights& weights, const thread LaneCode
   }
 }
 
-// The eight weights that a lane holds of a tile.
+// The eight weights that a lane holds of a tile. `stream`: the codes that places are counted from, or a tile further on.
 template <int H, int Codebook>
-METAL_FUNC LaneWeights decode_lane(device const ushort* tile, ushort lane, uint zero) {
-  LaneCodes<H> codes = load_codes<H>(tile, lane);
+METAL_FUNC LaneWeights
+decode_lane(device const ushort* stream, const thread LanePlaces<H>& places, ushort lane, uint zero) {
+  LaneCodes<H> codes = load_codes<H>(stream, places);
   if constexpr (LaneCodes<H>::offset != 0) {
     align_codes<H>(codes, align_factor<H>(lane, zero));
   }

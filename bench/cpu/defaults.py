@@ -1,4 +1,4 @@
-"""The default config beside the candidates, on this machine: what a layer loses that nobody has tuned.
+"""The default config beside the candidates, on this machine: what tuning would save.
 
     python -m bench.cpu.defaults [--rounds 40] [--output FILE]
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 from bench.metal.chips import CHIPS, Chip, label
 from bench.metal.model import COMPLEX, dispatch_time, layer_time
@@ -44,13 +45,19 @@ def counted(problem: Problem, config: KernelConfig) -> tuple[Counted, ...]:
     return tuple(count(problem, config))
 
 
+def default_on(problem: Problem, chip: Chip) -> KernelConfig:
+    """What a chip runs where nothing else is known: the default follows from its cores."""
+    with patch.object(metal, "gpu_cores", lambda: chip.cores):
+        return kernels.default(problem)
+
+
 def predicted_us(problem: Problem, config: KernelConfig, chip: Chip) -> float:
     """Predicted microseconds of a call."""
     return layer_time([c.work for c in counted(problem, config)], chip)
 
 
 def candidates(problem: Problem) -> list[KernelConfig]:
-    """The default, and the tiles whose rows suit the problem, with fp32 accumulation."""
+    """The tiles whose rows suit the problem, with fp32 accumulation."""
     rows = {1: (1,), 2: (1, 2), 4: (2, 3, 4), 8: (2, 4, 8)}[problem.rows]
     found = [
         KernelConfig(kernels.make_name(variant), *tiles, True, variant)
@@ -58,20 +65,20 @@ def candidates(problem: Problem) -> list[KernelConfig]:
         for tiles in metal.legal_tiles(variant)
         if tiles[0] in rows and tiles[1] in COLUMNS
     ]
-    legal = (c for c in found if kernels.feasible(problem, c) is None)
-    return list(dict.fromkeys([kernels.default(problem), *legal]))
+    return [c for c in found if kernels.feasible(problem, c) is None]
 
 
 def ranking(problem: Problem, chip: Chip) -> list[tuple[float, KernelConfig]]:
     """Predicted microseconds of every candidate, fastest first; the default before others that are as fast."""
-    times = ((predicted_us(problem, config, chip), config) for config in candidates(problem))
+    every = dict.fromkeys([default_on(problem, chip), *candidates(problem)])
+    times = ((predicted_us(problem, config, chip), config) for config in every)
     return sorted(times, key=lambda pair: pair[0])
 
 
 def choice(problem: Problem, chip: Chip) -> KernelConfig:
     """What a layer on a chip runs as long as nothing has been measured there."""
     best_us, best = ranking(problem, chip)[0]
-    default = kernels.default(problem)
+    default = default_on(problem, chip)
     return best if best_us <= MARGIN * predicted_us(problem, default, chip) else default
 
 
@@ -104,7 +111,7 @@ def _stages(dispatches: tuple[Counted, ...]) -> int:
 def _on_chip(problem: Problem, chip: Chip) -> dict:
     """The config that a layer runs, held against the goal, and what it was chosen from."""
     bits = problem.bits[0][0]
-    config, default = choice(problem, chip), kernels.default(problem)
+    config, default = choice(problem, chip), default_on(problem, chip)
     dispatches = counted(problem, config)
     us = predicted_us(problem, config, chip)
     floor2, floor3, goal = FLOORS[chip.name]
@@ -134,7 +141,7 @@ def _every_chip() -> dict:
         for bits in (2, 3, 4):
             for codebook in CODEBOOKS:
                 problem = qwen3_30b(bits, codebook=codebook)
-                config, default = choice(problem, chip), kernels.default(problem)
+                config, default = choice(problem, chip), default_on(problem, chip)
                 times = {
                     "predicted us": config,
                     "predicted us, default": default,

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.metal.chips import CHIPS, Chip
-from bench.metal.predict import RANKED, choice, predicted_us, qwen3_30b, ranking
-from mlx_marlin import codec, kernels
+from bench.metal.predict import RANKED, choice, default_on, predicted_us, qwen3_30b, ranking
+from mlx_marlin import codec
 from mlx_marlin.kernels.problem import Problem
 from mlx_marlin.profile import json as profile_json
 from mlx_marlin.profile.schema import AutotuneConfig, Entry, Measured, Timing
@@ -41,7 +41,7 @@ def profile(chip: Chip) -> AutotuneConfig:
     """The predicted profile of a chip."""
     table = AutotuneConfig(chip.name, chip.family, source="predicted")
     for problem in problems():
-        config, default = choice(problem, chip), kernels.default(problem)
+        config, default = choice(problem, chip), default_on(problem, chip)
         us, baseline = (predicted_us(problem, c, chip) for c in (config, default))
         ratio = us / baseline
         table.add(

@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 from bench.metal.chips import ACCELERATOR_TFLOPS, CHIPS, Chip, label
 from bench.metal.model import Work, dispatch_time, layer_time
-from bench.metal.predict import counted, qwen3_30b
+from bench.metal.predict import counted, default_on, qwen3_30b
 from bench.metal.work import Counted
-from mlx_marlin import kernels
 from mlx_marlin.kernels import metal
 from mlx_marlin.kernels.config import KernelConfig
 
@@ -82,7 +81,7 @@ def _work(one: Counted, full: Counted, rows: int, config: KernelConfig, routed: 
 
 
 def _unit(config: KernelConfig) -> int:
-    return 16 if metal.accelerated(config) else 8
+    return 16 if metal.accelerated(config) else min(8, config.tile_size_m)
 
 
 def work(rows: int, codebook: str, config: KernelConfig) -> list[Work]:
@@ -108,12 +107,12 @@ def _products_us(rows: float, chip: Chip) -> float:
     return 2 * sum(k * n for k, n in LAYER.shapes) * rows / (tflops * 1e6)
 
 
-def configs(rows: int, codebook: str) -> dict[str, KernelConfig]:
+def configs(rows: int, codebook: str, chip: Chip) -> dict[str, KernelConfig]:
     """What a layer runs by default, without and with accelerators, by name."""
     problem = replace(LAYER, rows=rows, codebooks=(codebook,))
-    accelerators = kernels.default(replace(problem, accelerators=True))
+    accelerators = default_on(replace(problem, accelerators=True), chip)
     return {
-        "matrices": kernels.default(problem),
+        "matrices": default_on(problem, chip),
         "accelerators": accelerators,
         "accelerators, half": replace(accelerators, use_fp32_acc=False),
     }
@@ -121,7 +120,7 @@ def configs(rows: int, codebook: str) -> dict[str, KernelConfig]:
 
 def _row(rows: int, codebook: str, chip: Chip) -> dict:
     found = {"codebook": codebook, "rows": rows, "chip": chip.name, "us": {}, "config": {}, "bound": {}}
-    for form, config in configs(rows, codebook).items():
+    for form, config in configs(rows, codebook, chip).items():
         dispatches = work(rows, codebook, config)
         products = [w for w in dispatches if {"tensor_multiply", "matrix_multiply"} & w.simd.keys()]
         found["us"][form] = round(layer_time(dispatches, chip), 1)

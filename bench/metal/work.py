@@ -54,13 +54,21 @@ class Counted:
         )
 
 
-def _few_experts(problem: Problem) -> Problem:
-    """As many experts as there are slots: memory stays small, and the plan does not depend on the rest."""
-    return replace(problem, experts=min(problem.experts, problem.rows * problem.top_k))
+def _few_experts(problem: Problem, routing: np.ndarray | None = None) -> Problem:
+    """As many experts as have slots: memory stays small, and the plan does not depend on the rest."""
+    used = problem.rows * problem.top_k if routing is None else int(routing.max()) + 1
+    return replace(problem, experts=min(problem.experts, used))
 
 
-def count(problem: Problem, config: KernelConfig) -> list[Counted]:
-    """Run a fused MoE layer's plan and count every dispatch; every slot has an expert of its own."""
+def count(problem: Problem, config: KernelConfig, routing: np.ndarray | None = None) -> list[Counted]:
+    """Run a problem's plan and count every dispatch.
+
+    Args:
+        problem: What is asked.
+        config: How it runs.
+        routing: The expert of each slot, of those that have one. Default: ``None``, every slot has an expert of its
+            own.
+    """
     return [
         Counted(
             dispatch["kernel"],
@@ -71,7 +79,7 @@ def count(problem: Problem, config: KernelConfig) -> list[Counted]:
             result.loop_registers,
             dispatch,
         )
-        for dispatch, result in metal_counts.count(_few_experts(problem), config)
+        for dispatch, result in metal_counts.count(_few_experts(problem, routing), config, routing)
     ]
 
 

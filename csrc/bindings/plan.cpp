@@ -1,3 +1,4 @@
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unordered_map.h>
 #include <nanobind/stl/vector.h>
@@ -76,13 +77,15 @@ void bind_plan(nb::module_& m) {
 
   m.def(
       "plan_swiglu",
-      [](int64_t rows, int top_k, int dtype, const StackInfo& gate, const StackInfo& up, const StackInfo& down,
-         int hidden, int activation, float alpha, float limit, bool combine, const KernelConfig& config) {
-        return to_python(
-            plan_swiglu({hidden, activation, alpha, limit, combine, gate, up, down, config}, rows, top_k, dtype));
+      [](int64_t rows, int top_k, int dtype, const std::optional<StackInfo>& gate, const StackInfo& up,
+         const StackInfo& down, int hidden, int activation, float alpha, float limit, bool combine,
+         const KernelConfig& config) {
+        const SwigluCall call{hidden, activation, alpha, limit, combine, gate.has_value(), gate.value_or(StackInfo{}),
+                              up,     down,       config};
+        return to_python(plan_swiglu(call, rows, top_k, dtype));
       },
-      "rows"_a, "top_k"_a, "dtype"_a, "gate"_a, "up"_a, "down"_a, "hidden"_a, "activation"_a, "alpha"_a, "limit"_a,
-      "combine"_a, "config"_a, "The Metal dispatches of a trellis_swiglu. See mlx_marlin.plan.");
+      "rows"_a, "top_k"_a, "dtype"_a, "gate"_a.none(), "up"_a, "down"_a, "hidden"_a, "activation"_a, "alpha"_a,
+      "limit"_a, "combine"_a, "config"_a, "The Metal dispatches of a trellis_swiglu. See mlx_marlin.plan.");
 
   m.def(
       "plan_decode", [](const StackInfo& stack, int expert) { return to_python(plan_decode({expert, stack})); },

@@ -46,7 +46,7 @@ struct ProductArgs {
 };
 void product(const ProductArgs& args, const Config& config);
 
-// out[r, s] = down(act(gate(x[r]), up(x[r]))) of expert ids[r, s]; with scores,
+// out[r, s] = down(act(gate(x[r])) * up(x[r])) of expert ids[r, s], or without a gate down(act(up(x[r]))); with scores,
 // out[r] = sum over s in slot order of scores[r, s] * (that), summed in float32.
 struct SwigluArgs {
   DType dtype;          // of x and out
@@ -56,11 +56,12 @@ struct SwigluArgs {
   void* out;            // [rows, top_k, hidden], or [rows, hidden] with scores
   int64_t rows;
   int top_k;
-  int hidden;      // logical; gate.k is the padded size
+  int hidden;      // logical; up.k is the padded size
   int activation;  // MARLIN_ACTIVATION_*
   float alpha;     // swiglu_oai only
   float limit;
-  Stack gate, up, down;
+  Stack gate;  // without codes where there is none
+  Stack up, down;
 };
 void swiglu(const SwigluArgs& args, const Config& config);
 

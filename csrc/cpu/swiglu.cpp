@@ -29,10 +29,11 @@ struct Swiglu {
   const SwigluArgs& args;
   const Config& config;
   const Tier& tier;
+  bool gated;
   int hidden, inner;        // padded
   int64_t hidden_row;       // floats that a rotated row of `hidden` values takes
   int64_t inner_row;        // the same of `inner`
-  float* gate_x = nullptr;  // [batch rows, hidden_row]: rotated for gate
+  float* gate_x = nullptr;  // [batch rows, hidden_row]: rotated for gate, if there is one
   float* up_x = nullptr;    // the same for up
   float* down_x = nullptr;  // [batch rows, inner_row]: rotated for down
   float* slots = nullptr;   // [rows * top_k, args.hidden]: what is combined, with scores
@@ -51,7 +52,9 @@ struct Swiglu {
               args.dtype, x, args.hidden, expert_row(stack.suh, segment.expert, hidden), hidden,
               {to + at * hidden_row, segment.rows, row, hidden, 0, config.panel_rows});
     };
-    rotate(args.gate, gate_x);
+    if (gated) {
+      rotate(args.gate, gate_x);
+    }
     rotate(args.up, up_x);
   }
 
@@ -74,21 +77,25 @@ struct Swiglu {
   // Gate, up, activation and down's input transform for columns [column, column + columns).
   void gate_up(const Segment& segment, int64_t at, int column, int columns) const {
     int64_t size = static_cast<int64_t>(segment.rows) * columns;
-    const int64_t scratch = std::max(
-        way(args.gate, segment).multiply_scratch(segment.rows, columns),
-        way(args.up, segment).multiply_scratch(segment.rows, columns));
-    float* gate = task_scratch().floats(2 * size + scratch);
-    float* up = gate + size;
-    project(args.gate, segment, gate_x + at * hidden_row, column, columns, gate, up + size);
+    int64_t scratch = way(args.up, segment).multiply_scratch(segment.rows, columns);
+    if (gated) {
+      scratch = std::max(scratch, way(args.gate, segment).multiply_scratch(segment.rows, columns));
+    }
+    float* first = task_scratch().floats((gated ? 2 : 1) * size + scratch);
+    float* up = gated ? first + size : first;
+    if (gated) {
+      project(args.gate, segment, gate_x + at * hidden_row, column, columns, first, up + size);
+    }
     project(args.up, segment, up_x + at * hidden_row, column, columns, up, up + size);
     const uint16_t* scale = expert_row(args.down.suh, segment.expert, inner) + column;
-    for (int r = 0; r < segment.rows; ++r) {
-      float* act = gate + static_cast<int64_t>(r) * columns;
-      tier.activate(act, up + static_cast<int64_t>(r) * columns, columns, args.activation, args.alpha, args.limit);
+    for (int64_t r = 0; r < segment.rows; ++r) {
+      float* act = first + r * columns;
+      const float* factor = gated ? up + r * columns : nullptr;
+      tier.activate(act, factor, columns, args.activation, args.alpha, args.limit);
       way(args.down, segment)
           .rotate(
               DType::float32, act, columns, scale, columns,
-              {down_x + at * inner_row, segment.rows, r, inner, column, config.panel_rows});
+              {down_x + at * inner_row, segment.rows, static_cast<int>(r), inner, column, config.panel_rows});
     }
   }
 
@@ -124,20 +131,20 @@ struct Swiglu {
 void swiglu_rows(Swiglu& job, int64_t begin, int64_t rows) {
   const SwigluArgs& args = job.args;
   job.first_slot = begin * args.top_k;
-  Segments segments(args.ids + job.first_slot, rows * args.top_k, args.gate.experts, segment_rows(job.config));
+  Segments segments(args.ids + job.first_slot, rows * args.top_k, args.up.experts, segment_rows(job.config));
   for (int64_t& slot : segments.order) {
     slot += job.first_slot;
   }
-  auto batches =
-      make_batches(segments.list, std::max<int64_t>(1, kBatchBytes / (8 * job.hidden_row + 4 * job.inner_row)));
+  const int64_t first_row = (job.gated ? 2 : 1) * job.hidden_row;  // of a slot's rotated x, for all that read it
+  auto batches = make_batches(segments.list, std::max<int64_t>(1, kBatchBytes / (4 * (first_row + job.inner_row))));
   int64_t most = 0;
   for (const Batch& batch : batches) {
     most = std::max(most, batch.rows);
   }
   int64_t combined = args.scores ? rows * args.top_k * args.hidden : 0;
-  job.gate_x = call_scratch().floats(most * (2 * job.hidden_row + job.inner_row) + combined);
-  job.up_x = job.gate_x + most * job.hidden_row;
-  job.down_x = job.up_x + most * job.hidden_row;
+  job.gate_x = call_scratch().floats(most * (first_row + job.inner_row) + combined);
+  job.down_x = job.gate_x + most * first_row;
+  job.up_x = job.down_x - most * job.hidden_row;
   job.slots = job.down_x + most * job.inner_row;
 
   const int inner_block = block_columns(job.config, job.inner);
@@ -185,10 +192,11 @@ void swiglu(const SwigluArgs& args, const Config& config) {
       args,
       config,
       tier,
-      args.gate.k,
-      args.gate.n,
-      row_floats(tier, config, args.gate.k),
-      row_floats(tier, config, args.gate.n)};
+      args.gate.codes != nullptr,
+      args.up.k,
+      args.up.n,
+      row_floats(tier, config, args.up.k),
+      row_floats(tier, config, args.up.n)};
   // With scores the outputs of all slots wait for their sum: as many rows at once as 64 MB hold.
   int64_t most = args.rows;
   if (args.scores) {

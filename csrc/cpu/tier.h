@@ -70,8 +70,8 @@ struct Tier {
   // One block of 128 columns of one row, in place: y = H(y) * scale + bias. bias may be null.
   void (*finish)(float* y, const uint16_t* scale, const float* bias);
 
-  // gate = act(gate) * up.
-  void (*activate)(float* gate, const float* up, int count, int activation, float alpha, float limit);
+  // x = act(x) * up, or act(x) where up is null.
+  void (*activate)(float* x, const float* up, int count, int activation, float alpha, float limit);
 
   // y += score * x.
   void (*add_scaled)(float* y, const float* x, float score, int count);

@@ -356,9 +356,7 @@ void encode_swiglu(const SwigluCall& call, mx::Stream stream, const std::vector<
   const int dtype = dtype_id(out.dtype());
   const auto prepared = prepared_calls<SwigluCall>().find({call, rows, top_k, dtype}, [&] {
     Names names = {"x", "indices"};
-    name_stack(names, "gate", call.gate);
-    name_stack(names, "up", call.up);
-    name_stack(names, "down", call.down);
+    call.each_stack([&](const char* name, const StackInfo& stack) { name_stack(names, name, stack); });
     if (call.combine) {
       names.push_back("scores");
     }
@@ -368,10 +366,10 @@ void encode_swiglu(const SwigluCall& call, mx::Stream stream, const std::vector<
   std::vector<mx::array> arrays = inputs;
   const auto slots = static_cast<int64_t>(inputs[1].size());
   size_t codes = 2;
-  for (const StackInfo* stack : {&call.gate, &call.up, &call.down}) {
-    arrays[codes] = as_read(inputs[codes], slots, stack->experts);
-    codes += static_cast<size_t>(stack->num_arrays());
-  }
+  call.each_stack([&](const char*, const StackInfo& stack) {
+    arrays[codes] = as_read(inputs[codes], slots, stack.experts);
+    codes += static_cast<size_t>(stack.num_arrays());
+  });
   run(*prepared, stream, std::move(arrays), out);
 }
 

@@ -24,8 +24,8 @@ void encode_linear(const LinearCall&, mx::Stream, const std::vector<mx::array>&,
   refuse("trellis_linear");
 }
 
-void encode_swiglu(const SwigluCall&, mx::Stream, const std::vector<mx::array>&, mx::array&) {
-  refuse("trellis_swiglu");
+void encode_swiglu(const SwigluCall& call, mx::Stream, const std::vector<mx::array>&, mx::array&) {
+  refuse(call.name());
 }
 
 void encode_decode(const DecodeCall&, mx::Stream, const std::vector<mx::array>&, mx::array&) {

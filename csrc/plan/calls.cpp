@@ -96,7 +96,7 @@ Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
       add_route(plan, p);
     }
     if (rotated) {
-      add_rotate(plan, p, &weights, nullptr, in_columns);
+      add_rotate(plan, p, weights, nullptr, in_columns);
     }
     const Input input = rotated ? Input::rotated : Input::x;
     add_linear(plan, p, {weights, tiling, in_columns, out_columns, input, raw, !raw});
@@ -108,14 +108,15 @@ Plan plan_linear(const LinearCall& call, int64_t rows, int dtype) {
 }
 
 Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
-  check_sizes(rows, top_k, call.gate.experts);
-  const Tiling tiling = make_tiling(call.config, 2, call.gate.k, call.gate.n);
+  check_sizes(rows, top_k, call.up.experts);
+  const int side_by_side = call.side_by_side();
+  const Tiling tiling = make_tiling(call.config, side_by_side, call.up.k, call.up.n);
   const Tiling down_tiling = make_tiling(call.config, 1, call.down.k, call.down.n);
   const bool routed = tiling.rows > 1;
   Pass pass{};
   pass.dtype = dtype;
   pass.slots_per_row = static_cast<uint32_t>(top_k);
-  pass.experts = static_cast<uint32_t>(call.gate.experts);
+  pass.experts = static_cast<uint32_t>(call.up.experts);
   pass.indexed = true;
   pass.routed = routed;
   pass.fragments = tiling.matrix && !tiling.accelerator;
@@ -125,16 +126,15 @@ Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
   if (routed) {
     check_route(pass);
   }
-  const Weights gate{"gate", call.gate};
-  const Weights up{"up", call.up};
+  const SideBySide reading(call);
   const Weights down{"down", call.down};
-  const bool rotated = !rotates_itself(call.config, tiling, 2, call.gate.k);
+  const bool rotated = !rotates_itself(call.config, tiling, side_by_side, call.up.k);
   const bool raw = !tiling.whole_blocks();
   const bool to_slots = raw || call.combine;
   const uint32_t hidden = static_cast<uint32_t>(call.hidden);
   const bool activates = raw && makes_input(call.config, down_tiling, 1, call.down.k);
-  const uint64_t slot_bytes = rotated * operand_bytes(2, call.gate.k, pass.halves, pass.accelerator) +
-      raw * 8ull * call.gate.n + !activates * operand_bytes(1, call.gate.n, pass.halves, pass.accelerator) +
+  const uint64_t slot_bytes = rotated * operand_bytes(side_by_side, call.up.k, pass.halves, pass.accelerator) +
+      raw * 4ull * side_by_side * call.up.n + !activates * operand_bytes(1, call.up.n, pass.halves, pass.accelerator) +
       to_slots * 4ull * call.down.n;
   const uint64_t row_bytes = pass.slots_per_row * slot_bytes;
   Plan plan;
@@ -143,7 +143,7 @@ Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype) {
       add_route(plan, p);
     }
     if (rotated) {
-      add_rotate(plan, p, &gate, &up, hidden);
+      add_rotate(plan, p, reading.first, reading.gated ? &reading.up : nullptr, hidden);
     }
     add_gate_up(plan, p, call, tiling, rotated);
     if (raw && !activates) {

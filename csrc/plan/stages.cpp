@@ -36,6 +36,10 @@ MarlinProductArgs product_args(
   return args;
 }
 
+uint64_t sums_bytes(const Pass& pass, const SwigluCall& call) {
+  return uint64_t(call.side_by_side()) * pass.positions() * call.up.n * 4;
+}
+
 }  // namespace
 
 uint64_t Pass::element_size() const {
@@ -73,15 +77,15 @@ void add_route(Plan& plan, const Pass& pass) {
                .done());
 }
 
-void add_rotate(Plan& plan, const Pass& pass, const Weights* only, const Weights* up, uint32_t columns) {
-  const int k = only->info.k;
+void add_rotate(Plan& plan, const Pass& pass, const Weights& first, const Weights* second, uint32_t columns) {
+  const int k = first.info.k;
   MarlinRotateArgs args{};
   args.k = static_cast<uint32_t>(k);
   args.columns = columns;
   args.positions = pass.positions();
   args.experts = pass.experts;
   args.slots_per_row = pass.slots_per_row;
-  const uint64_t projections = up ? 2 : 1;
+  const uint64_t projections = second ? 2 : 1;
   const uint64_t units = pass.position_rows() / (pass.fragments ? 8 : 1);
   const uint64_t bytes = projections * pass.rotated_bytes(k);
   // Threadgroups of equal parts of a row's blocks.
@@ -94,11 +98,11 @@ void add_rotate(Plan& plan, const Pass& pass, const Weights* only, const Weights
       .constant("routed", pass.routed)
       .constant("indexed", pass.indexed)
       .constant("fragments", pass.fragments)
-      .constant("paired", up != nullptr)
+      .constant("gated", second != nullptr)
       .constant("half_operands", pass.halves)
       .constant("accelerator", pass.accelerator)
       .x(1, pass, columns)
-      .suh(4, *only)
+      .suh(4, first)
       .write(6, "rotated", bytes);
   if (pass.indexed) {
     b.indices(2, pass);
@@ -106,34 +110,35 @@ void add_rotate(Plan& plan, const Pass& pass, const Weights* only, const Weights
   if (pass.routed) {
     b.order(3, pass);
   }
-  if (up) {
-    b.suh(5, *up);
+  if (second) {
+    b.suh(5, *second);
   }
   plan.reserve("rotated", bytes);
   plan.add(b.done());
 }
 
 void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Tiling& t, bool rotated) {
-  const Weights gate{"gate", call.gate};
-  const Weights up{"up", call.up};
-  const bool fused = t.whole_blocks();
-  const uint32_t columns = static_cast<uint32_t>(call.hidden);
-  MarlinProductArgs args = product_args(pass, call.gate, t, columns, 0);
+  const SideBySide reading(call);
+  const bool gated = reading.gated, fused = t.whole_blocks();
+  const Weights &first = reading.first, &up = reading.up;
+  const uint32_t columns = static_cast<uint32_t>(call.hidden), projections = gated ? 2 : 1;
+  MarlinProductArgs args = product_args(pass, call.up, t, columns, 0);
   args.alpha = call.alpha;
   args.limit = call.limit;
-  const uint64_t copies = rotated ? 0 : operand_bytes(2u * t.rows, call.gate.k, pass.halves);
+  const uint64_t copies = rotated ? 0 : operand_bytes(uint64_t(projections) * t.rows, call.up.k, pass.halves);
   Builder b(product_name("gate_up", t), t.simdgroups);
-  b.grid(ceil_div(call.gate.n, t.columns()), pass.row_tiles())
+  b.grid(ceil_div(call.up.n, t.columns()), pass.row_tiles())
       .threadgroup_bytes(t.sums_bytes + static_cast<uint32_t>(copies))
       .args(args)
-      .constant("gate_widths", call.gate.widths)
-      .constant("gate_codebooks", call.gate.codebooks)
-      .constant("up_widths", call.up.widths)
-      .constant("up_codebooks", call.up.codebooks)
+      .constant("widths", first.info.widths | up.info.widths)
+      .constant("codebooks", first.info.codebooks | up.info.codebooks)
       .constant("activation", call.activation)
       .constant("dtype", pass.dtype)
-      .constant("gate_bias", fused && call.gate.bias)
-      .constant("up_bias", fused && call.up.bias)
+      .constant("gated", gated)
+      .constant("gated_prologue", gated && !rotated)
+      .constant("gated_epilogue", gated && fused)
+      .constant("first_bias", fused && first.info.bias)
+      .constant("second_bias", gated && fused && up.info.bias)
       .constant("routed", pass.routed)
       .constant("indexed", !pass.routed)
       .constant("fused_prologue", !rotated)
@@ -143,12 +148,11 @@ void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Til
       .constant("fragments", pass.fragments)
       .constant("half_operands", pass.halves)
       .constant("accelerator", pass.accelerator)
-      .codes(6, gate)
-      .codes(12, up);
+      .codes(6, first);
   if (rotated) {
-    b.read(2, "rotated", 2 * pass.rotated_bytes(call.gate.k));
+    b.read(2, "rotated", projections * pass.rotated_bytes(call.up.k));
   } else {
-    b.x(1, pass, columns).suh(9, gate).suh(15, up);
+    b.x(1, pass, columns).suh(9, first);
   }
   if (pass.routed) {
     b.order(4, pass).read(5, "row_tiles", pass.row_tiles() * sizeof(MarlinRowTile));
@@ -156,79 +160,85 @@ void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Til
     b.indices(3, pass);
   }
   if (fused) {
-    b.svh(10, gate).svh(16, up).suh(18, {"down", call.down});
+    b.svh(10, first).suh(18, {"down", call.down});
   }
-  if (fused && call.gate.bias) {
-    b.bias(11, gate);
+  if (fused && first.info.bias) {
+    b.bias(11, first);
   }
-  if (fused && call.up.bias) {
-    b.bias(17, up);
+  if (gated) {
+    b.codes(12, up);
+    if (!rotated) {
+      b.suh(15, up);
+    }
+    if (fused) {
+      b.svh(16, up);
+    }
+    if (fused && up.info.bias) {
+      b.bias(17, up);
+    }
   }
   const std::string out = fused ? "activated" : "sums";
-  const uint64_t bytes = fused ? pass.rotated_bytes(call.gate.n) : 2ull * pass.positions() * call.gate.n * 4;
+  const uint64_t bytes = fused ? pass.rotated_bytes(call.up.n) : sums_bytes(pass, call);
   b.write(19, out, bytes);
   plan.reserve(out, bytes);
   plan.add(b.done());
 }
 
+namespace {
+
+// What a kernel needs to activate sums: they are at `slot`, what finishes them in the four slots from `finish` on.
+void read_sums(Builder& b, const Pass& pass, const SwigluCall& call, int slot, int finish) {
+  const SideBySide reading(call);
+  const Weights &first = reading.first, &up = reading.up;
+  const bool gated = reading.gated;
+  b.constant("activation", call.activation)
+      .constant("gated", gated)
+      .constant("gated_epilogue", gated)
+      .constant("first_bias", first.info.bias)
+      .constant("second_bias", gated && up.info.bias)
+      .read(slot, "sums", sums_bytes(pass, call))
+      .svh(finish, first);
+  if (gated) {
+    b.svh(finish + 1, up);
+  }
+  if (first.info.bias) {
+    b.bias(finish + 2, first);
+  }
+  if (gated && up.info.bias) {
+    b.bias(finish + 3, up);
+  }
+}
+
+}  // namespace
+
 void add_activate(Plan& plan, const Pass& pass, const SwigluCall& call) {
-  const Weights gate{"gate", call.gate};
-  const Weights up{"up", call.up};
   MarlinActivateArgs args{};
-  args.n = static_cast<uint32_t>(call.gate.n);
+  args.n = static_cast<uint32_t>(call.up.n);
   args.positions = pass.positions();
   args.experts = pass.experts;
   args.alpha = call.alpha;
   args.limit = call.limit;
-  const uint64_t blocks = static_cast<uint64_t>(call.gate.n) / MARLIN_HADAMARD_SIZE;
+  const uint64_t blocks = static_cast<uint64_t>(call.up.n) / MARLIN_HADAMARD_SIZE;
+  const uint64_t bytes = pass.rotated_bytes(call.up.n);
   Builder b("activate", kStageSimdgroups);
   b.grid(ceil_div(pass.positions() * blocks, kStageSimdgroups))
       .args(args)
-      .constant("activation", call.activation)
-      .constant("gate_bias", call.gate.bias)
-      .constant("up_bias", call.up.bias)
       .constant("routed", pass.routed)
       .constant("fragments", pass.fragments)
       .constant("half_operands", pass.halves)
       .constant("accelerator", pass.accelerator)
-      .read(1, "sums", 2ull * pass.positions() * call.gate.n * 4)
       .indices(2, pass)
-      .svh(4, gate)
-      .svh(5, up)
-      .suh(6, {"down", call.down})
-      .write(9, "activated", pass.rotated_bytes(call.gate.n));
+      .suh(8, {"down", call.down})
+      .write(9, "activated", bytes);
+  read_sums(b, pass, call, 1, 4);
   if (pass.routed) {
     b.order(3, pass);
   }
-  if (call.gate.bias) {
-    b.bias(7, gate);
-  }
-  if (call.up.bias) {
-    b.bias(8, up);
-  }
-  plan.reserve("activated", pass.rotated_bytes(call.gate.n));
+  plan.reserve("activated", bytes);
   plan.add(b.done());
 }
 
 namespace {
-
-// The buffers and constants by which a product activates sums of gate and up.
-void read_sums(Builder& b, const Pass& pass, const SwigluCall& call) {
-  const Weights gate{"gate", call.gate};
-  const Weights up{"up", call.up};
-  b.constant("activation", call.activation)
-      .constant("gate_bias", call.gate.bias)
-      .constant("up_bias", call.up.bias)
-      .read(14, "sums", 2ull * pass.positions() * call.gate.n * 4)
-      .svh(15, gate)
-      .svh(16, up);
-  if (call.gate.bias) {
-    b.bias(17, gate);
-  }
-  if (call.up.bias) {
-    b.bias(18, up);
-  }
-}
 
 // Where a product's rows go.
 void write_product(Plan& plan, Builder& b, const Pass& pass, const LinearStage& stage) {
@@ -256,8 +266,8 @@ void add_linear(Plan& plan, const Pass& pass, const LinearStage& stage) {
   Builder b(product_name("linear", t), t.simdgroups);
   b.grid(ceil_div(info.n, t.columns()), pass.row_tiles())
       .threadgroup_bytes(t.sums_bytes + static_cast<uint32_t>(copies))
-      .constant("down_widths", info.widths)
-      .constant("down_codebooks", info.codebooks)
+      .constant("widths", info.widths)
+      .constant("codebooks", info.codebooks)
       .constant("dtype", pass.dtype)
       .constant("down_bias", bias)
       .constant("routed", pass.routed)
@@ -286,7 +296,7 @@ void add_linear(Plan& plan, const Pass& pass, const LinearStage& stage) {
   if (activates) {
     args.alpha = stage.call->alpha;
     args.limit = stage.call->limit;
-    read_sums(b, pass, *stage.call);
+    read_sums(b, pass, *stage.call, 14, 15);
   }
   if (indexed) {
     b.indices(3, pass);
@@ -352,8 +362,8 @@ Plan plan_decode(const DecodeCall& call) {
   plan.add(Builder("decode", kStageSimdgroups)
                .grid(ceil_div(args.tiles, kStageSimdgroups))
                .args(args)
-               .constant("down_widths", info.widths)
-               .constant("down_codebooks", info.codebooks)
+               .constant("widths", info.widths)
+               .constant("codebooks", info.codebooks)
                .codes(1, weights)
                .write(4, "y", static_cast<uint64_t>(info.k) * info.n * 2)
                .done());

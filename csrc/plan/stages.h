@@ -17,6 +17,16 @@ struct Weights {
   bool transposed = false;  // W^T: k and n of the info have changed places, and so have suh and svh
 };
 
+// The projections of a layer's experts that read x: gate and up, or up alone, which is `first` then.
+struct SideBySide {
+  explicit SideBySide(const SwigluCall& call)
+      : gated(call.gated), up{"up", call.up}, first(gated ? Weights{"gate", call.gate} : up) {}
+
+  bool gated;
+  Weights up;
+  Weights first;
+};
+
 // The rows of x and y that one pass over the stages covers, and how their slots find their experts.
 struct Pass {
   int dtype;
@@ -88,8 +98,8 @@ struct CombineStage {
 };
 
 void add_route(Plan& plan, const Pass& pass);
-// up: null for a single weight.
-void add_rotate(Plan& plan, const Pass& pass, const Weights* gate_or_only, const Weights* up, uint32_t columns);
+// second: null for a single weight.
+void add_rotate(Plan& plan, const Pass& pass, const Weights& first, const Weights* second, uint32_t columns);
 void add_gate_up(Plan& plan, const Pass& pass, const SwigluCall& call, const Tiling& tiling, bool rotated);
 void add_activate(Plan& plan, const Pass& pass, const SwigluCall& call);
 void add_linear(Plan& plan, const Pass& pass, const LinearStage& stage);

@@ -25,32 +25,46 @@ mx::Shape swiglu_shape(const mx::array& indices, const SwigluCall& call) {
   return shape;
 }
 
-// gate, up -> activation, in MLX ops: what the vjp differentiates. The same formulas as cpu/activation.
-mx::array activate(const mx::array& gate, const mx::array& up, const SwigluCall& call, mx::Stream s) {
+// The products of x -> down's input, in MLX ops: what the vjp differentiates. The same formulas as cpu/tier/activation.h.
+mx::array activate(const std::vector<mx::array>& products, const SwigluCall& call, mx::Stream s) {
   const auto f32 = [](float value) { return mx::array(value, mx::float32); };
+  const mx::array& x = products[0];
+  const auto gating = [&](const mx::array& activated) {
+    return call.gated ? mx::multiply(activated, products[1], s) : activated;
+  };
   switch (call.activation) {
     case MARLIN_ACTIVATION_SILU:
-      return mx::multiply(mx::multiply(gate, mx::sigmoid(gate, s), s), up, s);
+      return gating(mx::multiply(x, mx::sigmoid(x, s), s));
     case MARLIN_ACTIVATION_GELU_TANH: {
-      // 0.5 g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))), Hendrycks and Gimpel, 2016.
-      const mx::array cube = mx::multiply(mx::multiply(gate, gate, s), gate, s);
-      const mx::array inner =
-          mx::multiply(f32(0.7978845608f), mx::add(gate, mx::multiply(f32(0.044715f), cube, s), s), s);
-      const mx::array gelu =
-          mx::multiply(mx::multiply(f32(0.5f), gate, s), mx::add(f32(1.0f), mx::tanh(inner, s), s), s);
-      return mx::multiply(gelu, up, s);
+      // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), Hendrycks and Gimpel, 2016.
+      const mx::array cube = mx::multiply(mx::multiply(x, x, s), x, s);
+      const mx::array inner = mx::multiply(f32(0.7978845608f), mx::add(x, mx::multiply(f32(0.044715f), cube, s), s), s);
+      return gating(mx::multiply(mx::multiply(f32(0.5f), x, s), mx::add(f32(1.0f), mx::tanh(inner, s), s), s));
     }
+    case MARLIN_ACTIVATION_RELU_SQUARED:
+      return gating(mx::square(mx::maximum(x, f32(0.0f), s), s));
     default: {
       // gpt-oss: gate clamped above, up on both sides, (up + 1) gate sigmoid(alpha gate).
-      const mx::array g = mx::minimum(gate, f32(call.limit), s);
-      const mx::array u = mx::clip(up, f32(-call.limit), f32(call.limit), s);
+      const mx::array g = mx::minimum(x, f32(call.limit), s);
+      const mx::array u = mx::clip(products[1], f32(-call.limit), f32(call.limit), s);
       const mx::array swish = mx::multiply(g, mx::sigmoid(mx::multiply(f32(call.alpha), g, s), s), s);
       return mx::multiply(swish, mx::add(u, f32(1.0f), s), s);
     }
   }
 }
 
-// The three gathered products that a fused call stands for, used by its vjp: float32 between them.
+// Where the arrays of the stacks begin among the inputs.
+constexpr size_t kStacks = 2;
+
+size_t up_first(const SwigluCall& call) {
+  return kStacks + (call.gated ? static_cast<size_t>(call.gate.num_arrays()) : 0);
+}
+
+size_t down_first(const SwigluCall& call) {
+  return up_first(call) + static_cast<size_t>(call.up.num_arrays());
+}
+
+// The gathered products that a fused call stands for, used by its vjp: float32 between them.
 struct Slots {
   const SwigluCall& call;
   const std::vector<mx::array>& primals;
@@ -74,14 +88,17 @@ struct Slots {
     return trellis_linear(x, ids, stack, linear, stream);
   }
 
-  size_t gate_first() const {
-    return 2;
+  // By each projection of x; `transposed`: rows of the products, back to rows of x.
+  std::vector<mx::array> side_by_side(const std::vector<mx::array>& rows, bool transposed) const {
+    std::vector<mx::array> found;
+    if (call.gated) {
+      found.push_back(product(rows.front(), call.gate, kStacks, call.hidden, call.gate.n, transposed));
+    }
+    found.push_back(product(rows.back(), call.up, up_first(call), call.hidden, call.up.n, transposed));
+    return found;
   }
-  size_t up_first() const {
-    return gate_first() + static_cast<size_t>(call.gate.num_arrays());
-  }
-  size_t down_first() const {
-    return up_first() + static_cast<size_t>(call.up.num_arrays());
+  mx::array down(const mx::array& rows, bool transposed) const {
+    return product(rows, call.down, down_first(call), call.up.n, call.hidden, transposed);
   }
 };
 
@@ -89,15 +106,19 @@ std::string describe(const StackInfo& info) {
   return std::to_string(info.experts) + " of [" + std::to_string(info.k) + ", " + std::to_string(info.n) + "]";
 }
 
-// One index serves all three projections, and the width of gate and up flows into down.
+// One index serves all projections, and the width of gate and up flows into down.
 void require_one_layer(const SwigluCall& call) {
-  const StackInfo &gate = call.gate, &up = call.up, &down = call.down;
-  const bool experts = gate.experts == up.experts && gate.experts == down.experts;
-  if (!experts || gate.k != up.k || gate.n != up.n || down.k != gate.n || down.n != gate.k) {
+  const StackInfo &gate = call.gated ? call.gate : call.up, &up = call.up, &down = call.down;
+  const bool experts = gate.experts == up.experts && up.experts == down.experts;
+  if (!experts || gate.k != up.k || gate.n != up.n || down.k != up.n || down.n != up.k) {
+    std::string found;
+    call.each_stack([&](const char* name, const StackInfo& info) {
+      found += std::string(found.empty() ? "" : ", ") + name + " " + describe(info);
+    });
     throw std::invalid_argument(
-        "[trellis_swiglu] gate, up and down must have the same experts, up the sizes of gate, and down its sizes "
-        "exchanged; got gate " +
-        describe(gate) + ", up " + describe(up) + ", down " + describe(down) + ".");
+        std::string("[") + call.name() +
+        "] all projections must have the same experts, gate the sizes of up, and down its sizes exchanged; got " +
+        found + ".");
   }
 }
 
@@ -119,11 +140,9 @@ mx::array trellis_swiglu(
 
 void TrellisSwiglu::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
   out.set_data(mx::allocator::malloc(out.nbytes()));
-  require_contiguous("trellis_swiglu", inputs);
+  require_contiguous(call_.name(), inputs);
   const mx::array& x = inputs[0];
   const mx::array& indices = inputs[1];
-  const size_t up_first = 2 + static_cast<size_t>(call_.gate.num_arrays());
-  const size_t down_first = up_first + static_cast<size_t>(call_.up.num_arrays());
   const cpu::SwigluArgs args{
       .dtype = cpu_dtype(x.dtype()),
       .x = x.data<void>(),
@@ -136,19 +155,19 @@ void TrellisSwiglu::eval_cpu(const std::vector<mx::array>& inputs, mx::array& ou
       .activation = call_.activation,
       .alpha = call_.alpha,
       .limit = call_.limit,
-      .gate = cpu_stack(call_.gate, inputs, 2),
-      .up = cpu_stack(call_.up, inputs, up_first),
-      .down = cpu_stack(call_.down, inputs, down_first)};
+      .gate = call_.gated ? cpu_stack(call_.gate, inputs, kStacks) : cpu::Stack{},
+      .up = cpu_stack(call_.up, inputs, up_first(call_)),
+      .down = cpu_stack(call_.down, inputs, down_first(call_))};
   const auto size = static_cast<int64_t>(out.size());
-  mx::cpu::get_command_encoder(stream()).dispatch([args, size, config = cpu_config(call_.config)] {
+  mx::cpu::get_command_encoder(stream()).dispatch([args, size, name = call_.name(), config = cpu_config(call_.config)] {
     const int64_t slots = args.rows * args.top_k;
-    require_ids_or_nan("trellis_swiglu", args.ids, slots, args.gate.experts, args.dtype, args.out, size);
+    require_ids_or_nan(name, args.ids, slots, args.up.experts, args.dtype, args.out, size);
     cpu::swiglu(args, config);
   });
 }
 
 void TrellisSwiglu::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
-  require_contiguous("trellis_swiglu", inputs);
+  require_contiguous(call_.name(), inputs);
   metal::encode_swiglu(call_, stream(), inputs, out);
 }
 
@@ -156,7 +175,7 @@ std::vector<mx::Shape> TrellisSwiglu::output_shapes(const std::vector<mx::array>
   return {swiglu_shape(inputs[1], call_)};
 }
 
-// Recomputes gate and up by gathered products, then walks back through down, the activation, gate and up.
+// Recomputes the products of x by gathered products, then walks back through down, the activation and those products.
 // Every product decodes tile by tile; nothing of the size of a weight matrix is made.
 std::vector<mx::array> TrellisSwiglu::vjp(
     const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents, const std::vector<int>& argnums,
@@ -165,22 +184,20 @@ std::vector<mx::array> TrellisSwiglu::vjp(
   for (const int argnum : argnums) {
     if (argnum != 0 && argnum != scores_argnum) {
       throw std::invalid_argument(
-          "[trellis_swiglu] the gradient is defined with respect to x and scores only; freeze the trellis weights.");
+          std::string("[") + call_.name() +
+          "] the gradient is defined with respect to x and scores only; freeze the trellis weights.");
     }
   }
   const mx::Stream s = stream();
   const mx::array& x = primals[0];
   const int top_k = primals[1].shape(-1);
   const int hidden = call_.hidden;
-  const int inter = call_.gate.n;
   const Slots slots{call_, primals, mx::reshape(primals[1], {-1}, s), s};
 
   const mx::array x32 = mx::reshape(mx::astype(x, mx::float32, s), {-1, hidden}, s);
-  const std::vector<mx::array> gate_up = {
-      slots.product(x32, call_.gate, slots.gate_first(), hidden, inter, false),
-      slots.product(x32, call_.up, slots.up_first(), hidden, inter, false)};
+  const std::vector<mx::array> products = slots.side_by_side({x32}, false);
   const auto act = [this, s](const std::vector<mx::array>& in) {
-    return std::vector<mx::array>{activate(in[0], in[1], call_, s)};
+    return std::vector<mx::array>{activate(in, call_, s)};
   };
 
   // Cotangent of every slot's output, [rows * top_k, hidden].
@@ -194,18 +211,15 @@ std::vector<mx::array> TrellisSwiglu::vjp(
   std::vector<mx::array> grads;
   for (const int argnum : argnums) {
     if (argnum == scores_argnum) {
-      const mx::array h = act(gate_up)[0];
-      const mx::array y = slots.product(h, call_.down, slots.down_first(), inter, hidden, false);
+      const mx::array y = slots.down(act(products)[0], false);
       const mx::array terms =
           mx::multiply(mx::reshape(y, {-1, top_k, hidden}, s), mx::reshape(ct, {-1, 1, hidden}, s), s);
       grads.push_back(mx::reshape(mx::sum(terms, 2, false, s), primals.back().shape(), s));
       continue;
     }
-    const mx::array h_ct = slots.product(slot_ct, call_.down, slots.down_first(), inter, hidden, true);
-    const auto act_ct = mx::vjp(act, gate_up, {h_ct}).second;
-    const mx::array slot_grad = mx::add(
-        slots.product(act_ct[0], call_.gate, slots.gate_first(), hidden, inter, true),
-        slots.product(act_ct[1], call_.up, slots.up_first(), hidden, inter, true), s);
+    const auto act_ct = mx::vjp(act, products, {slots.down(slot_ct, true)}).second;
+    const std::vector<mx::array> parts = slots.side_by_side(act_ct, true);
+    const mx::array slot_grad = call_.gated ? mx::add(parts[0], parts[1], s) : parts[0];
     const mx::array grad = mx::sum(mx::reshape(slot_grad, {-1, top_k, hidden}, s), 1, false, s);
     grads.push_back(mx::reshape(mx::astype(grad, x.dtype(), s), x.shape(), s));
   }

@@ -18,7 +18,7 @@ mx::array trellis_swiglu(
     const mx::array& x, const mx::array& indices, const std::optional<mx::array>& scores,
     const std::vector<mx::array>& bank, const SwigluCall& call, mx::StreamOrDevice s);
 
-// Inputs: x, indices, stack arrays of gate, up and down, scores if combined.
+// Inputs: x, indices, stack arrays of gate if there is one, up and down, scores if combined.
 class TrellisSwiglu : public TrellisPrimitive<SwigluCall> {
   MARLIN_PRIMITIVE(TrellisSwiglu)
 };

@@ -17,10 +17,10 @@ from .dispatch import (
     get_expert_bits,
 )
 from .kernels import KernelConfig, Problem, candidates, default, feasible
-from .layers import GridLinear, TrellisEmbedding, TrellisLinear, TrellisSwitchGLU
+from .layers import GridLinear, TrellisEmbedding, TrellisLinear, TrellisSwitchGLU, TrellisSwitchMLP
 from .lm import load
 from .loader import TrellisModelLoader
-from .ops import plan, set_num_threads, trellis_decode, trellis_linear, trellis_swiglu
+from .ops import plan, set_num_threads, trellis_decode, trellis_linear, trellis_mlp, trellis_swiglu
 from .profile import ProfileError, default_path, use_profile
 from .selection import (
     Choice,
@@ -61,6 +61,7 @@ __all__ = [
     "TrellisLinear",
     "TrellisModelLoader",
     "TrellisSwitchGLU",
+    "TrellisSwitchMLP",
     "TrellisWeight",
     "adapt",
     "analyze_expert_activation_pattern",
@@ -89,6 +90,7 @@ __all__ = [
     "set_num_threads",
     "trellis_decode",
     "trellis_linear",
+    "trellis_mlp",
     "trellis_swiglu",
     "unpack",
     "unpack_signs",

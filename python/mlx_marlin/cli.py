@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
+
+from mlx_marlin_commands import INTERRUPTED
 
 from ._abi import VERSION
 from .lm import require_mlx_lm
@@ -28,12 +30,12 @@ one bit rate per branch. mlx_marlin COMMAND --help shows the other arguments.
 Under mlx.launch, --parallel experts gives each rank whole experts in the place of a part of every one.
 Commands that write quantized weights (fuse, awq, dwq, dynamic_quant, gptq) refuse EXL3 models.
 
-mlx_marlin vlm COMMAND [ARGUMENTS] runs those of mlx-vlm (generate, chat, server, ...): models with vision, and others
-that only mlx-vlm has.
+mlx_marlin vlm COMMAND [ARGUMENTS] runs the commands of mlx-vlm (generate, chat, server, ...), for models with vision
+and for models that only mlx-vlm has.
 
-mlx_marlin info DIR [--context N] [--json] says what an EXL3 directory is, and whether it fits into this machine.
+mlx_marlin info DIR [--context N] [--json] shows what an EXL3 directory contains, and whether it fits into this machine.
 
-See also: mlx_marlin-tune (measure kernels), mlx_marlin-convert (quantize a model to EXL3)."""
+See also: mlx_marlin-tune (time kernels on this machine), mlx_marlin-convert (quantize a model to EXL3)."""
 
 _VLM_USAGE = """usage: mlx_marlin vlm COMMAND [ARGUMENTS]
 
@@ -41,17 +43,28 @@ The commands of mlx-vlm with its arguments: {}.
 --model also takes EXL3 directories and repositories, and --revision a branch of a repository.
 mlx_marlin vlm COMMAND --help shows the other arguments."""
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
 _BAR = 30  # characters
+# Between lines about loading where lines stay: loading takes seconds to a few minutes.
+_LINE_SECONDS = 10.0
 
 
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        filled = _BAR * done // total
-        print(f"\rLoading [{'#' * filled}{'.' * (_BAR - filled)}] {done}/{total}", end="", file=sys.stderr, flush=True)
-    if done == total:
-        print("" if sys.stderr.isatty() else f"Loaded {total} groups of weights", file=sys.stderr, flush=True)
+class _Loading:
+    """Progress on stderr: a bar on a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        self._moves, self._last = sys.stderr.isatty(), time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show it."""
+        if self._moves:
+            filled = _BAR * done // total
+            bar = f"\rLoading [{'#' * filled}{'.' * (_BAR - filled)}] {done}/{total}"
+            print(bar, end="\n" if done == total else "", file=sys.stderr, flush=True)
+        elif done == total:
+            print(f"Loaded {total} groups of weights", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._last >= _LINE_SECONDS:
+            print(f"Loading: {done} of {total} groups of weights", file=sys.stderr, flush=True)
+            self._last = time.monotonic()
 
 
 def _show_what_is_left_out() -> None:
@@ -74,12 +87,12 @@ def _info(arguments: list[str]) -> None:
     from .lm.info_report import report
 
     parser = argparse.ArgumentParser(
-        prog="mlx_marlin info", description="What an EXL3 directory is. Reads headers, no weights."
+        prog="mlx_marlin info", description="Show what an EXL3 directory contains and takes. Reads headers only."
     )
-    parser.add_argument("directory", metavar="DIR", help="of an EXL3 (ExLlamaV3) model")
-    help_context = f"tokens that memory is computed for (default: {CONTEXT})"
+    parser.add_argument("directory", metavar="DIR", help="directory of an EXL3 (ExLlamaV3) model")
+    help_context = f"tokens for which the cache's memory is computed (default: {CONTEXT})"
     parser.add_argument("--context", type=int, default=CONTEXT, metavar="N", help=help_context)
-    parser.add_argument("--json", action="store_true", help="sizes in bytes and everything else as JSON")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, sizes in bytes")
     options = parser.parse_args(arguments)
     try:
         info = describe(options.directory, options.context)
@@ -98,8 +111,11 @@ def main() -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, interrupt)
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         _main()
+    except BaseException:  # in the middle of an import an interrupt can become any other
+        if not interrupted:
+            raise
     if interrupted:
         print("\nmlx_marlin: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -159,7 +175,7 @@ def _run(host: str, commands: Commands, command: str) -> None:
         _fail(f"{host} has no command {command!r}; it has {', '.join(commands.names())}")
     progress = None
     if mx.distributed.init().rank() == 0:
-        progress = _show_progress
+        progress = _Loading()
         _show_what_is_left_out()
     try:
         commands.run(command, progress)

@@ -37,6 +37,8 @@ def test_names_tell_problems_apart():
         "swiglu 7168x2048 256/8 2..6 #1",
         "swiglu 7168x2048 256/8 2..6 #2",
     ]
+    two_matrices = Problem.mlp(2688, 1856, experts=128, top_k=6, bits=((2, 3),))
+    assert labels.problem_label(two_matrices) == "mlp 2688x1920 128/6 2_3"
     assert labels.names([LINEAR]) == {LINEAR: "linear 7168x16384 3"}
     assert (kernels.rows_label(1), kernels.rows_label(4)) == ("1 row", "4 rows")
 

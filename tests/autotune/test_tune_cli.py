@@ -244,10 +244,10 @@ def launch(*arguments):
 
 def test_two_processes_split_the_work(tmp_path):
     path = tmp_path / "p.json"
-    done = launch(*SMALL, "--batch-sizes", "1,2,4,8", "--output", str(path))
+    done = launch(*SMALL, "--batch-sizes", "1,2", "--output", str(path))
     assert done.returncode == 0, done.stderr
-    assert {p.rows for p in profile.load(path).problems} == {1, 2, 4, 8}
-    assert "[2/2]" in done.stderr + done.stdout and "[4/4]" not in done.stderr + done.stdout
+    assert {p.rows for p in profile.load(path).problems} == {1, 2}
+    assert "[1/1]" in done.stderr + done.stdout and "[2/2]" not in done.stderr + done.stdout
     assert not list(tmp_path.glob("*.session*"))
 
 

@@ -13,6 +13,7 @@ from mlx_marlin.autotune.workload import ConfigClock, Workload
 from mlx_marlin.kernels import Problem
 from mlx_marlin.layers.linear import TrellisLinear
 from mlx_marlin.ops import reference
+from mlx_marlin.weights.experts import ExpertBank
 from tests.support import cases
 from tests.support.tuning import linear, mixed_experts
 
@@ -97,22 +98,35 @@ def test_checks_agree_with_the_codec(activation, dtype):
     assert 0 <= Workload.synthetic(p).check(kernels.default(p)) < workload.TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
+@pytest.mark.parametrize("activation", [name for name in cases.AXES["activation"] if name != "none"])
 def test_the_reference_is_that_of_the_cases(activation):
     """Two independent ways through the codec."""
     case = cases.Case(3, "mul1", "float32", 5, "padded", activation, mix="both", bias=True, top_k=2, scores=True)
     x, indices, scores = case.inputs()
     bank = case.bank()
-    ours = reference.swiglu(
+    ours = reference.experts_output(
         np.array(x).astype(np.float64),
         np.array(indices),
-        (bank.gate, bank.up, bank.down),
+        bank.stacks,
         np.array(scores),
-        activation,
+        case.function,
         case.alpha,
         case.limit,
     )
     np.testing.assert_allclose(ours, case.reference(x, indices, scores), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("activation", kernels.UNGATED)
+def test_experts_without_a_gate(activation):
+    bits = ((2, 3), (3.5, 1))
+    asked = Problem.mlp(256, 128, rows=7, experts=4, top_k=2, bits=bits, activation=activation, combine=True, bias=True)
+    made = Workload.synthetic(asked)
+    up, down = (stack.source for stack in made.sets[0])
+    assert sorted(set(zip(up.bits, down.bits))) == list(bits)
+    assert 0 <= made.check(kernels.default(asked)) < workload.TOLERANCE["float32"]
+    of_bank = Workload.of_layer(ExpertBank(None, up, down), 7, top_k=2)
+    assert of_bank.problem.kind == "mlp" and of_bank.problem.bits == bits
+    assert of_bank.check(kernels.default(of_bank.problem)) < workload.TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 20, 33, 500])

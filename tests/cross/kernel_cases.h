@@ -110,7 +110,7 @@ struct ProductCase {
 };
 
 struct SwigluCase {
-  OwnedStack gate, up, down;
+  OwnedStack gate, up, down;   // gate without experts where there is none
   std::vector<int32_t> sizes;  // dtype, panel rows, rows, hidden, top_k, activation, combine, integers
   std::vector<uint8_t> x;
   std::vector<uint32_t> ids;
@@ -142,7 +142,7 @@ struct SwigluCase {
         .activation = sizes[5],
         .alpha = 1.702f,
         .limit = 7.0f,
-        .gate = gate.view(),
+        .gate = gate.sizes[0] != 0 ? gate.view() : Stack{},
         .up = up.view(),
         .down = down.view()};
     swiglu(args, {sizes[1], kTaskColumns, threads, sizes[7] != 0});

@@ -12,22 +12,15 @@ import numpy as np
 import pytest
 
 from mlx_marlin import codec, ops
-from mlx_marlin.kernels import ACTIVATIONS, DTYPES
+from mlx_marlin.kernels import ACTIVATIONS, DTYPES, UNGATED
 from mlx_marlin.ops import reference
 from mlx_marlin.weights.experts import ExpertStack
 from mlx_marlin.weights.synthetic import random_weight
 from tests.support import attention, golden
-from tests.support.cases import (
-    FORMATS,
-    TOLERANCE,
-    random_experts,
-    random_rows,
-    reference_linear,
-    reference_swiglu,
-    row_error,
-)
+from tests.support.cases import FORMATS, TOLERANCE, random_experts, random_rows, row_error
 from tests.support.objects import compiled
 from tests.support.paths import ROOT
+from tests.support.references import reference_experts, reference_linear
 
 QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 # Not zig: it would first build a C++ library, which takes longer than all other tests of a folder together.
@@ -117,6 +110,12 @@ class Cases:
         self.parts += [np.int64(values.size).tobytes(), values.tobytes()]
 
     def stack(self, weights):
+        """The arrays of a projection; of none, as of a gate that there is not: zeros and no items."""
+        if not weights:
+            self.array([0, 0, 0], np.int32)
+            for dtype in (np.uint32, np.int64, np.uint32, np.uint16, np.uint16, np.float32):
+                self.array([], dtype)
+            return
         stack = ExpertStack.of("weights", weights)
         self.array([len(weights), *stack.padded_shape], np.int32)
         self.array(np.array(stack.codes), np.uint32)
@@ -162,11 +161,11 @@ class Cases:
         x = x.astype(getattr(mx, dtype))
         if exact is None:
             x64 = np.array(x.astype(mx.float32)).astype(np.float64)
-            projections = [experts[name] for name in ("gate", "up", "down")]
+            options = scores, activation, 1.702, 7.0
             exact = (
-                reference.swiglu(x64, ids, projections, scores, activation, 1.702, 7.0, reference.integer_linear)
+                reference.experts_output(x64, ids, experts.values(), *options, reference.integer_linear)
                 if integers
-                else reference_swiglu(x64, ids, experts, scores, activation)
+                else reference_experts(x64, ids, experts, scores, activation)
             )
         self.swiglus.append((experts, x, ids, scores, dtype, panel_rows, activation, exact, integers))
 
@@ -192,8 +191,8 @@ class Cases:
             self.array(to_bytes(x), np.uint8)
         for experts, x, ids, scores, dtype, panel_rows, activation, _, integers in self.swiglus:
             for name in ("gate", "up", "down"):
-                self.stack(experts[name])
-            hidden, kind = experts["gate"][0].in_features, ACTIVATIONS.index(activation)
+                self.stack(experts.get(name, []))
+            hidden, kind = experts["up"][0].in_features, ACTIVATIONS.index(activation)
             combine = scores is not None
             sizes = [DTYPES.index(dtype), panel_rows, x.shape[0], hidden, ids.shape[1], kind, combine, integers]
             self.array(sizes, np.int32)
@@ -265,6 +264,14 @@ def add_vectors(cases: Cases) -> None:
             cases.swiglu(golden.experts(z), mx.array(z["x"]), z["ids"], z["probs"], dtype, 4, "silu", exact)
 
 
+# Activations of experts with a gate, then without.
+KINDS = [*((name, True) for name in ACTIVATIONS), *((name, False) for name in UNGATED)]
+
+
+def projections(experts: dict, gated: bool) -> dict:
+    return {name: weights for name, weights in experts.items() if gated or name != "gate"}
+
+
 def add_random(cases: Cases) -> None:
     """Every dtype with every activation, ragged sizes, few rows and many; all formats, decoded and multiplied."""
     rng = np.random.default_rng(0)
@@ -276,15 +283,14 @@ def add_random(cases: Cases) -> None:
             for transposed in (False, True):
                 x = random_rows(rng, rows, (192, 320)[transposed], dtype)
                 cases.product(w, x, dtype, panel_rows, transposed)
-    for i, activation in enumerate(ACTIVATIONS):
+    for i, (activation, gated) in enumerate(KINDS):
         for j, dtype in enumerate(DTYPES):
-            for combine in (False, True):
-                rows, panel_rows = SHAPES[(i + j + 2 * combine) % len(SHAPES)]
-                formats = [[FORMATS[(7 * e + 5 * p + i) % len(FORMATS)] for p in range(3)] for e in range(4)]
-                experts = random_experts(rng, 192, 96, formats, bias=(i + j + combine) % 2 == 0)
-                ids = rng.permuted(np.tile(np.arange(4), (rows, 1)), axis=1)[:, :2].astype(np.uint32)
-                scores = rng.dirichlet(np.ones(2), rows).astype(np.float32) if combine else None
-                cases.swiglu(experts, random_rows(rng, rows, 192, dtype), ids, scores, dtype, panel_rows, activation)
+            rows, panel_rows = SHAPES[(i + 2 * j) % len(SHAPES)]
+            formats = [[FORMATS[(7 * e + 5 * p + i) % len(FORMATS)] for p in range(3)] for e in range(4)]
+            experts = projections(random_experts(rng, 192, 96, formats, bias=j % 2 == 0), gated)
+            ids = rng.permuted(np.tile(np.arange(4), (rows, 1)), axis=1)[:, :2].astype(np.uint32)
+            scores = rng.dirichlet(np.ones(2), rows).astype(np.float32) if (i + j) % 2 else None
+            cases.swiglu(experts, random_rows(rng, rows, 192, dtype), ids, scores, dtype, panel_rows, activation)
 
 
 def add_integers(cases: Cases) -> None:
@@ -298,7 +304,9 @@ def add_integers(cases: Cases) -> None:
         formats = [[FORMATS[(7 * e + 5 * p + rows) % len(FORMATS)] for p in range(3)] for e in range(3)]
         experts = random_experts(rng, 192, 96, [*formats, [(2, "mul1")] * 3])
         ids = rng.permuted(np.tile(np.arange(4), (rows, 1)), axis=1)[:, :2].astype(np.uint32)
-        cases.swiglu(experts, random_rows(rng, rows, 192), ids, None, "float32", panel_rows, "silu", integers=True)
+        for gated in (True, False):
+            of_kind, x = projections(experts, gated), random_rows(rng, rows, 192)
+            cases.swiglu(of_kind, x, ids, None, "float32", panel_rows, "silu", integers=True)
 
 
 def add_attention(cases: Cases) -> None:

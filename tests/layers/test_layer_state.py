@@ -25,13 +25,8 @@ from mlx_marlin import (
 from mlx_marlin.layers import state
 from mlx_marlin.weights.experts import ExpertStack
 from mlx_marlin.weights.synthetic import random_weight
-from tests.support.cases import (
-    expert_formats,
-    random_experts,
-    reference_linear,
-    reference_swiglu,
-    row_error,
-)
+from tests.support.cases import expert_formats, random_experts, row_error
+from tests.support.references import reference_experts, reference_linear
 
 FORMATS = expert_formats(2, "mcg", "both")
 
@@ -282,7 +277,7 @@ def test_a_compiled_function_sees_new_formats():
     mx.eval(compiled(ROWS, INDICES))
     turned = {name: weights[::-1] for name, weights in experts.items()}  # as many words, cut elsewhere
     layer.update(TrellisSwitchGLU(**turned).parameters())
-    expected = reference_swiglu(np.array(ROWS).astype(np.float64), np.array(INDICES), turned)
+    expected = reference_experts(np.array(ROWS).astype(np.float64), np.array(INDICES), turned)
     assert row_error(compiled(ROWS, INDICES), expected) < 2e-5
 
 
@@ -306,7 +301,7 @@ def test_parameters_of_other_shapes_are_refused_while_tracing():
         compiled(ROWS, INDICES)
     layer.update(TrellisSwitchGLU(**larger).parameters())  # MLX leaves its tracers behind where a trace fails
     mx.eval(layer(ROWS, INDICES))
-    expected = reference_swiglu(np.array(ROWS).astype(np.float64), np.array(INDICES), larger)
+    expected = reference_experts(np.array(ROWS).astype(np.float64), np.array(INDICES), larger)
     assert row_error(compiled(ROWS, INDICES), expected) < 2e-5
 
 

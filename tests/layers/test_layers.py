@@ -9,13 +9,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_marlin import ExpertBank, Problem, TrellisLinear, TrellisSwitchGLU, codec
 from mlx_marlin.weights.synthetic import random_weight
-from tests.support.cases import (
-    expert_formats,
-    random_experts,
-    reference_linear,
-    reference_swiglu,
-    row_error,
-)
+from tests.support.cases import expert_formats, random_experts, row_error
+from tests.support.references import reference_experts, reference_linear
 
 
 @pytest.fixture
@@ -70,7 +65,7 @@ def test_switch_glu_shapes_and_values(rng, experts, glu, leading):
     y = glu(x, indices)
     assert y.shape == (*leading, 2, 128)
     flat = np.array(x).reshape(-1, 128).astype(np.float64), np.array(indices).reshape(-1, 2)
-    expected = reference_swiglu(*flat, experts)
+    expected = reference_experts(*flat, experts)
     assert row_error(y.reshape(-1, 2, 128), expected) < 2e-5
 
 
@@ -123,7 +118,7 @@ def test_loaded_formats_decide(rng, experts, glu):
     turned = {name: weights[::-1] for name, weights in experts.items()}
     glu.update(TrellisSwitchGLU(**turned).parameters())
     x = x_of(rng, 2, 128)
-    expected = reference_swiglu(np.array(x).astype(np.float64), np.array([[0, 3], [1, 2]]), turned)
+    expected = reference_experts(np.array(x).astype(np.float64), np.array([[0, 3], [1, 2]]), turned)
     assert row_error(glu(x, mx.array([[0, 3], [1, 2]])), expected) < 2e-5
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models import switch_layers
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+from mlx_lm.models.switch_layers import SwitchGLU
 
 import mlx_marlin
-from mlx_marlin import TrellisEmbedding, TrellisLinear, TrellisSwitchGLU, codec
-from mlx_marlin.layers.experts import TrellisExperts
+from mlx_marlin import TrellisEmbedding, TrellisLinear, TrellisSwitchGLU, TrellisSwitchMLP, codec
+from mlx_marlin.layers.experts import TrellisExperts, TrellisSwitch
 from mlx_marlin.lm.model import load_exl3_model
+from mlx_marlin.lm.placeholders import EXPERT
 from tests.support import architectures, architectures_gemma, generic_checkpoints
-from tests.support.checkpoints import HALF_RATES, SIZES, Checkpoint, Sizes
+from tests.support.checkpoints import HALF_RATES, SIZES, Sizes
 from tests.support.generic_checkpoints import logits
 from tests.support.left_out_parts import PARTS, extend
 from tests.support.paths import MODELS
@@ -53,7 +53,7 @@ def load(directory):
 
 def assert_top_k_is_known(model) -> None:
     """The top-k that layers took from the config is the one that the model's router gave them."""
-    layers = [module for _, module in model.named_modules() if isinstance(module, TrellisSwitchGLU)]
+    layers = [module for _, module in model.named_modules() if isinstance(module, TrellisSwitch)]
     assert [layer.top_k for layer in layers] == [layer.explain(1).problem.top_k for layer in layers]
 
 
@@ -85,10 +85,11 @@ def test_logits_equal_those_of_the_dequantized_weights(name, tmp_path, caplog):
     dropped = {key.rpartition(".")[0] for names in left_out.values() for key in names}
     used = {name: bits for name, bits in checkpoint.bits.items() if name not in dropped}
     assert set(HALF_RATES) <= set(used.values())
-    experts = [name for name in used if ".experts." in name]
+    experts = [name for name in used if EXPERT.fullmatch(name)]
     kinds = kinds_of(model)
     assert kinds[TrellisLinear] == len(used) - len(experts) and kinds[TrellisEmbedding] == 1
-    assert kinds[TrellisSwitchGLU] == len(experts) // (3 * SIZES.experts)
+    matrices = 3 * kinds[TrellisSwitchGLU] + 2 * kinds[TrellisSwitchMLP]
+    assert matrices * SIZES.experts == len(experts) and not (kinds[TrellisSwitchGLU] and kinds[TrellisSwitchMLP])
     assert_top_k_is_known(model)
 
 
@@ -135,66 +136,14 @@ def test_experts_without_a_fused_kernel_keep_their_activation(tmp_path):
     assert {type(glu[name]) for name in generic_checkpoints.PROJECTIONS} == {TrellisExperts}
 
 
-# Experts of two matrices: mlx-lm's SwitchMLP. Config, and the names of the first expert's matrices in the original.
-REFUSED = {
-    "nemotron_h": (
-        {
-            "hybrid_override_pattern": ["*", "E"],
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 32,
-            "mamba_proj_bias": False,
-            "ssm_state_size": 16,
-            "conv_kernel": 4,
-            "n_groups": 1,
-            "mlp_bias": False,
-            "layer_norm_epsilon": 1e-5,
-            "use_bias": False,
-            "use_conv_bias": True,
-            "moe_intermediate_size": SIZES.width,
-            "moe_shared_expert_intermediate_size": 128,
-            "n_group": 1,
-            "topk_group": 1,
-            "n_routed_experts": SIZES.experts,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 1.5,
-        },
-        "backbone.layers.1.mixer.experts.{}",
-        ("up_proj", "down_proj"),
-    ),
-    "phixtral": (
-        {"num_vocab": SIZES.vocab, "model_dim": SIZES.hidden, "num_heads": 3, "num_layers": 1, "rotary_dim": 32},
-        "transformer.h.0.moe.mlp.{}",
-        ("fc1", "fc2"),
-    ),
-}
 # Its attention is a Metal kernel: nothing can be compared without a GPU.
 GPU_ONLY = {"muse_spark"}
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_experts_of_two_matrices_are_refused(name, tmp_path):
-    config, expert, leaves = REFUSED[name]
-    checkpoint = Checkpoint(SIZES, {"model_type": name, **config}, dense=False)
-    model = generic_checkpoints.new_model(checkpoint.config)
-    (experts,) = [module for _, module in model.named_modules() if isinstance(module, SwitchMLP)]
-    for e in range(SIZES.experts):
-        for leaf, part in zip(leaves, (experts.fc1, experts.fc2)):
-            checkpoint.linear(f"{expert.format(e)}.{leaf}", *reversed(part.weight.shape[1:]))
-    for key, value in tree_flatten(model.parameters()):
-        if "switch_mlp" not in key:
-            checkpoint.plain(key, *value.shape)
-    first = expert.format(0).replace(".", r"\.")
-    with pytest.raises(ValueError, match=rf"{first}\.\w+ is quantized.* in a SwitchGLU only, not in a SwitchMLP"):
-        load_exl3_model(checkpoint.write(tmp_path / "model"))
-
-
-def test_every_module_of_mlx_lm_with_experts_is_tested_or_refused():
+def test_every_module_of_mlx_lm_with_experts_is_tested():
     """A new version of mlx-lm shows here what is new in it."""
     folder = Path(switch_layers.__file__).parent
     modules = {file.stem for file in folder.glob("*.py") if re.search(r"\bSwitch(GLU|MLP)\b", file.read_text("utf-8"))}
     # gemma4's text model is a module of its own.
     tested = {*architectures.ARCHITECTURES, *generic_checkpoints.CONFIGS, "gemma4_text"}
-    assert modules - tested - {"switch_layers"} <= {*REFUSED, *GPU_ONLY}
-    assert not tested & {*REFUSED, *GPU_ONLY}
+    assert modules - tested - {"switch_layers"} <= GPU_ONLY and not tested & GPU_ONLY

@@ -55,6 +55,17 @@ def test_generate():
     assert "Loaded 4 groups of weights" in result.stderr and "Loaded" not in result.stdout
 
 
+def test_loading_shows_a_line_now_and_then(monkeypatch, capsys):
+    """Where stderr is a file: each group takes 4 seconds here."""
+    times = iter(range(0, 100, 4))
+    monkeypatch.setattr(cli.time, "monotonic", lambda: float(next(times)))
+    loading = cli._Loading()
+    for done in range(1, 7):
+        loading(done, 6)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["Loading: 3 of 6 groups of weights", "Loaded 6 groups of weights"]
+
+
 def test_benchmark():
     result = run("benchmark", "--model", str(EXL3), "-p", "8", "-g", "4", "-n", "1")
     assert result.returncode == 0, result.stderr

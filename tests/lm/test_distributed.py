@@ -16,7 +16,7 @@ from mlx_marlin.layers.experts import TrellisExperts, TrellisSwitchGLU
 from mlx_marlin.layers.sharded import AllToShardedTrellisLinear, LocalExperts, ShardedToAllTrellisLinear
 from mlx_marlin.lm import sharding
 from mlx_marlin.lm.expert_parallel import PARALLEL
-from mlx_marlin.lm.host import Host
+from mlx_marlin.lm.host import GATED, UNGATED, Host
 from mlx_marlin.lm.mapping import WeightMap
 from mlx_marlin.lm.mlx_lm_host import MLX_LM
 from mlx_marlin.lm.model import build, fill, load_exl3_model, open_checkpoint
@@ -66,7 +66,7 @@ def assert_ranks_equal_one(folder: Path, jobs: list[tuple[Path, Host, str]]) -> 
             saved = np.load(file)
             assert_same(saved["logits"], wanted)
             if way != "pipeline":  # of whole ones, the widths differ
-                assert abs(saved["experts"] / size - 1 / 2) < (0.1 if way == "experts" else 0.02)
+                assert abs(saved["experts"] / size - 1 / 2) < (0.2 if way == "experts" else 0.02)
 
 
 @NO_TENSOR_PARALLELISM
@@ -81,13 +81,14 @@ def test_logits_of_two_ranks_equal_those_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_logits_of_two_ranks_of_more_models(tmp_path):
-    """With biases of experts; with shared ones; with no tensor parallelism; as a pipeline."""
+    """With biases of experts; with shared ones; with no tensor parallelism, also of two matrices; as a pipeline."""
     gpt_oss = architectures.gpt_oss(SPLITTABLE).write(tmp_path / "gpt_oss")
     deepseek = architectures.deepseek_v3().write(tmp_path / "deepseek_v3")
     glm = architectures.glm4_moe(SPLITTABLE).write(tmp_path / "glm4_moe")
     mixtral = architectures.mixtral().write(tmp_path / "mixtral")
+    nemotron = architectures.ARCHITECTURES["nemotron_h_latent"]().write(tmp_path / "nemotron_h")
     jobs = [(directory, way) for directory in (gpt_oss, glm) for way in PARALLEL]
-    jobs += [(mixtral, "experts"), (deepseek, "pipeline")]
+    jobs += [(mixtral, "experts"), (nemotron, "experts"), (deepseek, "pipeline")]
     assert_ranks_equal_one(tmp_path, [(directory, MLX_LM, way) for directory, way in jobs])
 
 
@@ -244,14 +245,16 @@ def test_gradients_of_shared_inputs_are_summed(biased, monkeypatch):
     ],
 )
 def test_experts_must_be_split_alike(gate, up, down):
-    weights = WeightMap(MLX_LM, experts={"mlp": {}})
+    weights = WeightMap(MLX_LM, experts={"mlp": dict.fromkeys(GATED, [])})
     cuts = {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": down}
-    with pytest.raises(ValueError, match="mlp: gate and up must be split along their outputs and down along its"):
+    with pytest.raises(
+        ValueError, match="mlp: gate_proj and up_proj must be split along outputs and down_proj along its"
+    ):
         sharding._check_experts(weights, cuts)
 
 
 def test_experts_that_are_split_alike():
-    weights = WeightMap(MLX_LM, experts={"mlp": {}})
+    weights = WeightMap(MLX_LM, experts={"mlp": dict.fromkeys(GATED, [])})
     gate, down = Cut(256, 128, columns=(0,)), Cut(128, 256, rows=(0,))
     sharding._check_experts(weights, {"mlp.gate_proj": gate, "mlp.up_proj": gate, "mlp.down_proj": down})
 
@@ -283,3 +286,11 @@ def test_whole_experts_give_zeros_for_those_of_others():
     assert np.allclose(np.array(sum(slots)), np.array(wanted), rtol=1e-5, atol=1e-5)
     combined = (wanted * scores[..., None]).sum(-2)
     assert np.allclose(np.array(sum(sums)), np.array(combined), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_of_two_matrices_are_split_alike():
+    """No model of mlx-lm with such experts has tensor parallelism yet."""
+    weights = WeightMap(MLX_LM, experts={"mlp": dict.fromkeys(UNGATED, [])})
+    sharding._check_experts(weights, {"mlp.fc1": Cut(256, 128, columns=(0,)), "mlp.fc2": Cut(128, 256, rows=(0,))})
+    with pytest.raises(ValueError, match="mlp: fc1 must be split along outputs and fc2 along its inputs, all alike"):
+        sharding._check_experts(weights, {"mlp.fc1": Cut(256, 128, columns=(0,)), "mlp.fc2": Cut(128, 256, rows=(1,))})

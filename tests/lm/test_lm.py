@@ -13,8 +13,8 @@ from mlx_lm.models import qwen3_moe
 from mlx_lm.models.switch_layers import SwitchGLU
 
 import mlx_marlin
-from mlx_marlin import TrellisLinear, TrellisSwitchGLU, codec
-from mlx_marlin.lm.experts import activation_of, make_glu
+from mlx_marlin import TrellisLinear, TrellisSwitchGLU, TrellisSwitchMLP, codec
+from mlx_marlin.lm.experts import activation_of, make_experts
 from mlx_marlin.lm.mlx_lm_host import MLX_LM
 from mlx_marlin.lm.model import cast_dense, load_exl3_model, replace_module
 from mlx_marlin.lm.placeholders import LinearSource, Placeholders
@@ -271,7 +271,8 @@ def test_experts_with_any_activation(rows, activation):
     x = mx.array(rng.standard_normal((1, rows, 192)).astype(np.float32))
     indices = mx.array(rng.integers(0, 4, (1, rows, 2)).astype(np.uint32))
     expected = np.array(glu(x, indices)).astype(np.float64)
-    made = make_glu(MLX_LM, glu, **{name: ExpertStack.of(name, weights) for name, weights in experts.items()})
+    stacks = {f"{name}_proj": ExpertStack.of(name, weights) for name, weights in experts.items()}
+    made = make_experts(MLX_LM, glu, stacks)
     assert isinstance(made, SwitchGLU if type(activation) is Clamped else TrellisSwitchGLU)
     assert row_error(made(x, indices), expected) < 1e-5
     assert made(x.astype(mx.bfloat16), indices).dtype == mx.bfloat16
@@ -281,6 +282,16 @@ def test_problems_of_layers_that_are_not_fused_are_left_out(tmp_path):
     checkpoint, _ = generic_checkpoints.make("step3p5")
     directory = checkpoint.write(tmp_path / "model")
     assert {problem.kind for problem in model_problems(directory, "float32", "cpu")} == {"linear"}
+
+
+def test_problems_of_experts_of_two_matrices(tmp_path):
+    """What the tuner times is what the loaded layer asks for."""
+    directory = architectures.ARCHITECTURES["nemotron_h_latent"]().write(tmp_path / "model")
+    (problem,) = [p for p in model_problems(directory, "float32", "cpu", "float32") if p.kind == "mlp"]
+    assert (problem.hidden, problem.intermediate, problem.experts, problem.top_k) == (96, 128, 4, 2)
+    model, _ = load_exl3_model(directory)
+    (layer,) = [m for m in model.modules() if isinstance(m, TrellisSwitchMLP)]
+    assert layer.problem(1, "float32", "cpu") == problem and problem.activation == "relu_squared"
 
 
 def test_unknown_children_of_the_experts_are_kept():

@@ -198,8 +198,8 @@ def test_a_folder_in_the_place_of_a_file(sharded):
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-def leave_unquantized(directory: Path, names: list[str], dtype=mx.float32) -> None:
-    """Put the dense form in the place of quantized linears."""
+def leave_unquantized(directory: Path, names: list[str], dtype=mx.float32, shape: tuple | None = None) -> None:
+    """Put the dense form in the place of quantized linears, of shape ``[out, in]``; by default experts of ``SIZES``."""
     loader, file = TrellisModelLoader(directory), directory / "model.safetensors"
     tensors = dict(mx.load(str(file)))
     mx.eval(tensors)
@@ -207,6 +207,8 @@ def leave_unquantized(directory: Path, names: list[str], dtype=mx.float32) -> No
         down = name.endswith(("down_proj", "w2"))
         sizes = {"in_features": SIZES.width} if down else {"in_features": SIZES.hidden}
         sizes["out_features"] = SIZES.hidden if down else SIZES.width
+        if shape is not None:
+            sizes = {"in_features": shape[1], "out_features": shape[0]}
         w = loader.load_weight(name, **sizes)
         for suffix in loader.quantized[name].parts:
             del tensors[f"{name}.{suffix}"]
@@ -249,13 +251,17 @@ def test_experts_that_were_left_unquantized(intact, whole, names):
         ("mixtral", "model.layers.1.block_sparse_moe.experts.1.w2"),
         ("gpt_oss", "model.layers.1.mlp.experts.1.up_proj"),  # fused in the original, with biases
         ("gemma4", "model.language_model.layers.1.experts.1.gate_proj"),
+        ("nemotron_h", "backbone.layers.1.mixer.experts.1.up_proj"),
+        ("nemotron_h_latent", "backbone.layers.1.mixer.experts.3.down_proj"),
+        ("phixtral", "transformer.h.1.moe.mlp.1.fc2"),  # with biases
     ],
 )
 def test_unquantized_experts_of_other_architectures(tmp_path, name, linear):
     checkpoint = architectures.ARCHITECTURES[name]()
     directory = checkpoint.write(tmp_path / "model")
     wanted = logits(load_exl3_model(directory)[0])
-    leave_unquantized(directory, [linear])
+    dense = checkpoint.dense.get(f"{linear}.weight")  # of a fused original there is none
+    leave_unquantized(directory, [linear], shape=None if dense is None else dense.shape)
     assert close(logits(load_exl3_model(directory)[0]), wanted)
 
 

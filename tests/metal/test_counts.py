@@ -8,7 +8,7 @@ from mlx_marlin import codec, kernels
 from mlx_marlin.kernels import KernelConfig, Problem, make_name, metal
 from tests import metal_sim
 from tests.support import cases
-from tests.support.metal_counts import count
+from tests.support.metal_counts import count, library
 
 pytestmark = pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(metal_sim.unavailable()))
 
@@ -58,6 +58,18 @@ def test_operations_on_the_multiplier_pipe(bits, codebook):
         assert counts["store"] == 0, "sums stay in registers"
         # One branch per pass of the loop, which decodes eight weights of two tiles or four.
         assert counts["branch"] / result.inner_loop.weights <= 1 / 16, "no load depends on a condition"
+
+
+@pytest.mark.parametrize("bits, codebook", [(2, "mcg"), (2.5, "mul1"), (3, "mul1"), (4, "mcg")])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_no_pointer_moves_in_the_inner_loop(rows, bits, codebook):
+    """Loads take an offset of 32 bits; a pointer that moves is an addition of 64 bits for each."""
+    for dispatch, result in count(layer(rows, bits, codebook)):
+        if result.inner_loop.weights:
+            compiled = library(dispatch["kernel"], tuple(dispatch["constants"].items()))
+            blocks = [compiled._module.blocks[b] for b in compiled._hottest_loop(result.blocks)]
+            phis = [i for b in blocks for i in b.instructions if i.op == "phi"]
+            assert phis and not [i for i in phis if i.rest.lstrip().startswith("ptr")]
 
 
 @pytest.mark.slow

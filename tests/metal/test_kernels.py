@@ -18,7 +18,7 @@ from mlx_marlin.ops import shaders
 from mlx_marlin.weights.experts import ExpertBank, ExpertStack
 from mlx_marlin.weights.synthetic import random_weight
 from tests import metal_sim
-from tests.support import cases, metal_executor, metal_selection
+from tests.support import cases, metal_executor, metal_selection, references
 from tests.support.metal_backends import BACKENDS, Gpu, require, run
 from tests.support.metal_selection import TILES, config, key_of, selection, tile
 
@@ -91,6 +91,8 @@ def test_selection_covers_every_pair_and_every_tile():
     assert wanted <= met
     mixes = {(chosen.kernel_variant, case.mix) for case, chosen in selection() if not case.linear}
     assert mixes == set(product(kernels.VARIANTS, cases.OPTIONS["mix"]))
+    assert set(product(TILES, (True, False))) == {(key_of(c), case.gated) for case, c in selection() if not case.linear}
+    assert {case.activation for case, _ in selection()} == set(cases.AXES["activation"])
     assert tiles == {(metal_selection.variant_of(key), *tile) for key, listed in TILES.items() for tile in listed}
 
 
@@ -251,7 +253,7 @@ def test_scores_are_added_in_slot_order(backend, tiles):
 
 
 @pytest.mark.parametrize("variant", kernels.VARIANTS)
-@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize("activation", ["none", "silu", "mlp_relu_squared"])
 def test_no_rows(backend, variant, activation):
     case = cases.Case(3, "mcg", "float16", 0, "block", activation)
     assert run(backend, case, case.inputs(), kernels.config_for(case.problem("gpu"), make_name(variant))).size == 0
@@ -266,7 +268,9 @@ def test_gathered_linear(backend, tiles):
     indices = rng.integers(0, len(bank), (5, 2))
     require(backend, config(*tiles))
     y = backend.linear(x, stack, config(*tiles), indices, x_divisor=2)
-    expected = np.stack([cases.reference_linear(np.array(x)[[r // 2]], bank[e])[0] for r, e in enumerate(indices.flat)])
+    expected = np.stack(
+        [references.reference_linear(np.array(x)[[r // 2]], bank[e])[0] for r, e in enumerate(indices.flat)]
+    )
     assert cases.row_error(y, expected) <= cases.TOLERANCE["float32"]
 
 
@@ -315,7 +319,7 @@ def test_the_calls_of_the_gpu_backend_fit_the_extension(monkeypatch):
     x, indices, _ = case.inputs()
     y = Gpu.linear(x, stack, None, np.array(indices), x_divisor=2)
     pairs = list(enumerate(np.array(indices).flat))
-    expected = np.stack([cases.reference_linear(np.array(x)[[r // 2]], bank[e])[0] for r, e in pairs])
+    expected = np.stack([references.reference_linear(np.array(x)[[r // 2]], bank[e])[0] for r, e in pairs])
     assert cases.row_error(y, expected) <= case.tolerance
     back = Gpu.linear(mx.array(y), stack, None, np.array(indices).reshape(-1), transposed=True)
     assert cases.row_error(back, transposed(y, bank, [e for _, e in pairs])) <= case.tolerance
@@ -332,10 +336,10 @@ def test_one_row_of_a_wide_layer(backend, fp32_acc):
     indices, scores = mx.array([[1, 0]], mx.uint32), mx.array([[0.25, 0.75]])
     chosen = config("decode", 1, 128, 16, fp32_acc)
     bank = ExpertBank(**experts)
-    problem = ops.swiglu_problem(bank.gate, bank.up, bank.down, 1, 2, "silu", x.dtype, "gpu", True)
+    problem = ops.experts_problem(bank.stacks, 1, 2, "silu", x.dtype, "gpu", True)
     assert [d["kernel"].split("<")[0] for d in ops.plan(problem, chosen)["dispatches"]][0] == "trellis_rotate"
-    y = backend.swiglu(x, indices, bank, scores=scores, config=chosen)
-    expected = cases.reference_swiglu(
+    y = backend.experts(x, indices, bank, scores=scores, config=chosen)
+    expected = references.reference_experts(
         np.array(x.astype(mx.float32)).astype(np.float64), np.array(indices), experts, np.array(scores)
     )
     assert cases.row_error(y, expected) <= (cases.TOLERANCE["float16"] if fp32_acc else HALF_TOLERANCE["float16"])
@@ -382,7 +386,7 @@ def test_offsets_beyond_32_bits(simulator, tiles, tmp_path):
     y = simulator.linear(
         x, stack, config(*tiles), np.zeros(3, np.uint32), codes=far, offsets=np.array([1 << 32], np.int64)
     )
-    assert cases.row_error(y, cases.reference_linear(np.array(x), w)) <= cases.TOLERANCE["float32"]
+    assert cases.row_error(y, references.reference_linear(np.array(x), w)) <= cases.TOLERANCE["float32"]
 
 
 @pytest.mark.slow

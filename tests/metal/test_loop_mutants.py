@@ -140,7 +140,7 @@ class Simulated:
             scores = None if case["scores"] is None else mx.array(case["scores"])
             indices, bank = mx.array(case["indices"]), ExpertBank(*case["weights"])
             keywords = {"scores": scores, "activation": problem.activation, "config": config}
-            return metal_executor.swiglu(x, indices, bank, **keywords, **self.options)
+            return metal_executor.experts(x, indices, bank, **keywords, **self.options)
         stack = ops.prepare(ExpertStack.of("experts", case["weights"]))
         if case.get("of") == "weight":
             return metal_executor.decode(stack, **self.options)

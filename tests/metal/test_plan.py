@@ -50,11 +50,18 @@ def linear(size: str, bits: float = 3, dtype="float16", bias=False) -> Problem:
     return Problem.linear(hidden, intermediate, rows=rows, bits=bits, dtype=dtype, device="gpu", bias=bias)
 
 
+def mlp(size: str, bits=((2, 3),), dtype="float16", bias=False) -> Problem:
+    rows, top_k, hidden, intermediate, experts = SIZES[size]
+    options = {"rows": rows, "experts": experts, "top_k": top_k, "dtype": dtype, "combine": True, "bias": bias}
+    return Problem.mlp(hidden, intermediate, bits=bits, device="gpu", **options)
+
+
 PROBLEMS = [swiglu(size, TRIPLES[i % 3], kernels.DTYPES[i % 3], i % 2 == 0, i % 3 == 1) for i, size in enumerate(SIZES)]
 PROBLEMS += [
     linear(size, bits, kernels.DTYPES[i % 3], i % 2 == 1)
     for i, (size, bits) in enumerate(zip(SIZES, (1, 2, 2.5, 4, 3.5, 6, 1.5), strict=True))
 ]
+PROBLEMS += [mlp("ragged", ((2.5, 3), (8, 1)), "bfloat16", bias=True), mlp("mixtral"), mlp("qwen3-30b prefill")]
 
 ALL_TILES = [(variant, *tiles) for variant in kernels.VARIANTS for tiles in metal.legal_tiles(variant)]
 
@@ -92,10 +99,8 @@ def sizes(problem: Problem, plan: dict) -> dict[str, int]:
         "y": (problem.rows if problem.combine else slots) * out * element,
         **plan["scratch"],
     }
-    shapes = (
-        {"weight": (k, n, 0)} if problem.kind == "linear" else {"gate": (k, n, 0), "up": (k, n, 1), "down": (n, k, 2)}
-    )
-    for name, (rows, columns, index) in shapes.items():
+    shapes = {name: (n, k) if name == "down" else (k, n) for name in kernels.PROJECTIONS[problem.kind]}
+    for index, (name, (rows, columns)) in enumerate(shapes.items()):
         known |= {
             f"{name}.codes": int(e * rows * columns * max(group[index] for group in problem.bits) / 8),
             f"{name}.offsets": e * 8,
@@ -188,8 +193,9 @@ def test_feasible_is_what_the_plan_accepts(problem):
                 return _ext.plan_linear(
                     problem.rows, 0, info, problem.hidden, problem.intermediate, 1, False, False, native
                 )
+            gate = info if problem.kind == "swiglu" else None
             return _ext.plan_swiglu(
-                problem.rows, problem.top_k, 0, info, info, back, problem.hidden, 0, 1.0, 1.0, False, native
+                problem.rows, problem.top_k, 0, gate, info, back, problem.hidden, 0, 1.0, 1.0, False, native
             )
 
         if reason is None:
@@ -268,13 +274,25 @@ def test_dependencies_follow_the_data():
 def test_constants_are_the_widths_and_codebooks_present():
     plan = ops.plan(swiglu("qwen3-30b", bits=((6, 2, 3),)), "moe_trellis_swiglu_decode_6_2_3")
     gate_up, down, _ = plan["dispatches"]
-    assert gate_up["constants"]["gate_widths"] == 1 << 2 * 6 and gate_up["constants"]["up_widths"] == 1 << 2 * 2
-    assert down["constants"]["down_widths"] == 1 << 2 * 3
-    assert gate_up["constants"]["gate_codebooks"] == 1 << codec.CODEBOOKS.index("mcg")
+    assert gate_up["constants"]["widths"] == 1 << 2 * 6 | 1 << 2 * 2
+    assert down["constants"]["widths"] == 1 << 2 * 3
+    assert gate_up["constants"]["codebooks"] == 1 << codec.CODEBOOKS.index("mcg")
     gate_up, down, _ = ops.plan(swiglu("qwen3-30b", bits=((2.5, 1.5, 3.5), (8, 1, 3))))["dispatches"]
-    constants = gate_up["constants"] | down["constants"]
-    assert constants["gate_widths"] == 1 << 5 | 1 << 16 and constants["up_widths"] == 1 << 3 | 1 << 2
-    assert constants["down_widths"] == 1 << 7 | 1 << 6
+    assert gate_up["constants"]["widths"] == 1 << 5 | 1 << 16 | 1 << 3 | 1 << 2
+    assert down["constants"]["widths"] == 1 << 7 | 1 << 6
+    up, down, _ = ops.plan(mlp("qwen3-30b", bits=((2.5, 3.5), (8, 3))))["dispatches"]
+    assert up["constants"]["widths"] == 1 << 5 | 1 << 16 and down["constants"]["widths"] == 1 << 7 | 1 << 6
+
+
+def test_experts_without_a_gate_read_no_second_projection():
+    problem = mlp("qwen3-30b prefill", bias=True)
+    for chosen in configs(problem)[::5]:
+        plan = ops.plan(problem, chosen)
+        assert not any(b["name"].startswith("gate") for d in plan["dispatches"] for b in d["buffers"])
+        gated = ops.plan(replace(problem, kind="swiglu", bits=((2, 2, 3),)), chosen)
+        for name in ("rotated", "sums"):
+            if name in plan["scratch"] and len(gated["dispatches"]) == len(plan["dispatches"]):
+                assert 2 * plan["scratch"][name] == gated["scratch"][name], (name, chosen)
 
 
 def test_no_rows_need_no_dispatch():

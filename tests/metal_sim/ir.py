@@ -162,6 +162,23 @@ def _width(instruction):
     return max(16, bits) * (int(vector[1]) if vector else 1) / 32
 
 
+def _widened_offsets(function: Function) -> dict[str, str]:
+    """Offsets of 32 bits that are widened for an address only, and what they are made of: loads and stores add them to
+    their base as they are.
+    """
+    users: dict[str, list] = {}
+    for block in function.blocks:
+        for i in block.instructions:
+            for operand in i.operands:
+                users.setdefault(operand, []).append(i)
+    widened = (i for b in function.blocks for i in b.instructions if i.op == "zext" and i.operands)
+    return {
+        i.result: i.operands[0]
+        for i in widened
+        if "i32" in i.rest and all(u.op == "getelementptr" for u in users.get(i.result, []))
+    }
+
+
 def live_registers(function: Function, loop: set[int] | None = None) -> int:
     """The most 32-bit registers live at once, from liveness in the IR. An estimate: no scheduling, no
     spilling.
@@ -172,6 +189,7 @@ def live_registers(function: Function, loop: set[int] | None = None) -> int:
             loop uses (Apple's GPUs keep arguments and uniform values in other registers).
     """
     width = {i.result: _width(i) for b in function.blocks for i in b.instructions if i.result}
+    same = _widened_offsets(function)
     position = {b.label.strip('"'): n for n, b in enumerate(function.blocks)}
     inside = set(function.block_ids) if loop is None else set(loop)
     if loop is not None:
@@ -190,7 +208,7 @@ def live_registers(function: Function, loop: set[int] | None = None) -> int:
                 if function.block_ids[n] in inside:
                     most = max(most, sum(width[v] for v in live))
                 live.discard(i.result)
-                live |= {v for v in i.operands if v in width}
+                live |= {v for v in (same.get(o, o) for o in i.operands) if v in width}
             if live != live_in[n]:
                 live_in[n], changed = live, True
     return round(most)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from mlx_marlin import _ext, codec
-from mlx_marlin.kernels import KernelConfig, make_name
+from mlx_marlin.kernels import ACTIVATIONS, UNGATED, KernelConfig, make_name
 from mlx_marlin.kernels.cpu import TILE_ROWS, cpu_threads
-from mlx_marlin.ops import trellis_linear, trellis_swiglu
+from mlx_marlin.ops import trellis_linear, trellis_mlp, trellis_swiglu
 from mlx_marlin.weights.experts import ExpertBank
 from mlx_marlin.weights.synthetic import random_weight
-from tests.support.cases import TOLERANCE, random_rows, reference_linear, reference_swiglu, row_error
+from tests.support.cases import TOLERANCE, bank_of, random_rows, row_error
+from tests.support.references import reference_experts, reference_linear
 
 
 def config(panel_rows=64, threads=None):
@@ -56,8 +57,11 @@ def test_linear(instruction_set, dtype, rows):
             assert row_error(y, exact) <= TOLERANCE[dtype], (bits, panel_rows)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "swiglu_oai"])
-def test_swiglu(instruction_set, activation):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts(instruction_set, activation, gated):
+    if not gated and activation not in UNGATED:
+        pytest.skip("needs a gate")
     rng = np.random.default_rng(2)
 
     def experts(k, n):
@@ -66,13 +70,15 @@ def test_swiglu(instruction_set, activation):
         ]
 
     weights = {"gate": experts(256, 384), "up": experts(256, 384), "down": experts(384, 256)}
-    bank = ExpertBank(**weights)
+    if not gated:
+        del weights["gate"]
+    bank, op = bank_of(weights), trellis_swiglu if gated else trellis_mlp
     for rows in (1, 40):
         x = 3 * random_rows(rng, rows, 256, "float32")
         indices = rng.permuted(np.tile(np.arange(4), (rows, 1)), axis=1)[:, :3].astype(np.uint32)
         scores = rng.dirichlet(np.ones(3), rows).astype(np.float32)
-        exact = reference_swiglu(np.array(x).astype(np.float64), indices, weights, scores, activation)
-        y = trellis_swiglu(x, mx.array(indices), bank, scores=mx.array(scores), activation=activation, config=config())
+        exact = reference_experts(np.array(x).astype(np.float64), indices, weights, scores, activation)
+        y = op(x, mx.array(indices), bank, scores=mx.array(scores), activation=activation, config=config())
         assert row_error(np.array(y), exact) <= TOLERANCE["float32"]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_marlin import TrellisLinear, TrellisWeight, codec, kernels
 from mlx_marlin.kernels.cpu import TILE_ROWS, cpu_threads
-from mlx_marlin.ops import reference, trellis_linear, trellis_swiglu
+from mlx_marlin.ops import reference, trellis_linear
 from mlx_marlin.weights.synthetic import random_weight
 from tests.support import cases
 from tests.support.cases import TOLERANCE, random_rows, row_error
@@ -34,18 +34,16 @@ def as64(x: mx.array) -> np.ndarray:
 
 
 def run(case: cases.Case, x, indices, scores, config) -> mx.array:
-    if case.linear:
-        return trellis_linear(x, case.weight(), config=config)
-    return trellis_swiglu(x, indices, case.bank(), scores=scores, activation=case.activation, config=config)
+    return case.run(x, indices, scores, config=config)
 
 
 def integer_reference(case: cases.Case, x, indices, scores) -> np.ndarray:
     if case.linear:
         return reference.integer_linear(as64(x), case.weight())
-    experts = [case.experts()[name] for name in ("gate", "up", "down")]
+    experts = case.experts().values()
     given = None if scores is None else as64(scores)
-    activation = case.activation, case.alpha, case.limit
-    return reference.swiglu(as64(x), np.array(indices), experts, given, *activation, reference.integer_linear)
+    activation = case.function, case.alpha, case.limit
+    return reference.experts_output(as64(x), np.array(indices), experts, given, *activation, reference.integer_linear)
 
 
 @pytest.mark.parametrize("bits", codec.WIDTHS)

@@ -9,17 +9,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_marlin import kernels, trellis_linear, trellis_swiglu
-from tests.support import cases
+from mlx_marlin import kernels, trellis_linear
+from tests.support import cases, references
 
 ROWS = (2, 17)
 ACTIVATIONS = cases.AXES["activation"]
 
 
 def call(case: cases.Case, x, indices, scores, **keywords) -> mx.array:
-    if case.linear:
-        return trellis_linear(x, case.weight(), **keywords)
-    return trellis_swiglu(x, indices, case.bank(), scores=scores, activation=case.activation, **keywords)
+    return case.run(x, indices, scores, **keywords)
 
 
 def make(activation: str, dtype: str = "float32", rows: int = 5, **options) -> cases.Case:
@@ -275,7 +273,7 @@ def test_the_gradient_of_a_linear_is_the_transposed_product(dims, dtype):
     (grad,) = mx.vjp(lambda x: trellis_linear(x, case.weight()), [x], [ct])[1]
     assert grad.dtype == x.dtype
     unit = np.eye(cases.DIMS[dims][0])
-    w = cases.reference_linear(unit, case.weight()) - cases.reference_linear(0 * unit, case.weight())
+    w = references.reference_linear(unit, case.weight()) - references.reference_linear(0 * unit, case.weight())
     assert cases.row_error(grad, np.array(ct.astype(mx.float32)).astype(np.float64) @ w.T) <= case.tolerance
 
 
@@ -290,7 +288,7 @@ def test_the_gradient_of_the_experts_is_the_slope_of_the_reference(activation, d
     experts = case.experts()
 
     def reference(x64, s64):
-        return cases.reference_swiglu(x64, np.array(indices), experts, s64, activation)
+        return references.reference_experts(x64, np.array(indices), experts, s64, activation)
 
     x64 = np.array(x).astype(np.float64)
     s64 = np.array(scores).astype(np.float64) if scores_given else None
@@ -304,7 +302,7 @@ def test_the_gradient_of_the_experts_is_the_slope_of_the_reference(activation, d
     size = np.linalg.norm(np.array(grads[0])) * np.linalg.norm(direction)
     assert abs((np.array(grads[0]) * direction).sum() - slope) < 1e-5 * size
     if scores_given:
-        slots = cases.reference_swiglu(x64, np.array(indices), experts, None, activation)
+        slots = references.reference_experts(x64, np.array(indices), experts, None, activation)
         assert cases.row_error(grads[1], np.einsum("rsh,rh->rs", slots, ct)) < 2e-5
 
 

@@ -4,9 +4,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_marlin import ExpertBank, Problem, TrellisSwitchGLU, kernels, trellis_linear, trellis_swiglu
+from mlx_marlin import (
+    Problem,
+    TrellisSwitchGLU,
+    TrellisSwitchMLP,
+    kernels,
+    trellis_linear,
+    trellis_mlp,
+    trellis_swiglu,
+)
 from mlx_marlin.weights.synthetic import random_weight
-from tests.support import cases
+from tests.support import cases, references
 
 
 def random_config(rng, problem: Problem) -> kernels.KernelConfig | None:
@@ -24,17 +32,22 @@ def check_random_layer(seed: int) -> None:
     hidden, intermediate = (int(v) for v in rng.integers(1, 420, 2))
     rows = int(rng.choice([1, 2, 4, 7, 16, 33, 65, 130]))
     dtype = cases.DTYPES[rng.integers(3)]
-    activation = kernels.ACTIVATIONS[rng.integers(3)]
+    gated = bool(rng.integers(2))
+    activations = kernels.ACTIVATIONS if gated else kernels.UNGATED
+    activation = activations[rng.integers(len(activations))]
     formats = [[random_format(rng) for _ in range(3)] for _ in range(experts)]
     weights = cases.random_experts(rng, hidden, intermediate, formats, bias=bool(rng.integers(2)))
-    bank = ExpertBank(**weights)
+    if not gated:
+        del weights["gate"]
+    bank = cases.bank_of(weights)
     x = cases.random_rows(rng, rows, hidden, dtype)
     # A skewed routing, as trained routers have it: some experts get many rows, some none.
     popularity = rng.dirichlet(np.full(experts, 0.5))
     indices = rng.choice(experts, (rows, top_k), p=popularity).astype(np.uint32)
     scores = rng.standard_normal((rows, top_k)).astype(np.float32) if rng.integers(2) else None
-    problem = TrellisSwitchGLU(bank=bank, activation=activation).problem(rows, x.dtype, "cpu", top_k=top_k)
-    y = trellis_swiglu(
+    layer = TrellisSwitchGLU if gated else TrellisSwitchMLP
+    problem = layer(bank=bank, activation=activation).problem(rows, x.dtype, "cpu", top_k=top_k)
+    y = (trellis_swiglu if gated else trellis_mlp)(
         x,
         indices,
         bank,
@@ -44,7 +57,7 @@ def check_random_layer(seed: int) -> None:
         stream=mx.cpu,
     )
     x64 = np.array(x.astype(mx.float32)).astype(np.float64)
-    slots = cases.reference_swiglu(x64, indices, weights, None, activation)
+    slots = references.reference_experts(x64, indices, weights, None, activation)
     if scores is None:
         error = np.linalg.norm(np.array(y.astype(mx.float32)) - slots, axis=-1)
         # A slot of few outputs may be near zero by chance; all slots together are not.
@@ -72,7 +85,7 @@ def check_random_linear(seed: int) -> None:
         bias=w.bias is not None,
     )
     y = trellis_linear(x, w, config=random_config(rng, problem), stream=mx.cpu)
-    expected = cases.reference_linear(np.array(x.astype(mx.float32)), w)
+    expected = references.reference_linear(np.array(x.astype(mx.float32)), w)
     # One output may be near zero by chance; a row of many is not.
     scale = np.maximum(np.linalg.norm(expected, axis=-1), np.sqrt(w.out_features))
     error = np.linalg.norm(np.array(y.astype(mx.float32)) - expected, axis=-1)

@@ -157,5 +157,5 @@ def test_an_apple_machine(cpus, monkeypatch):
 @pytest.mark.parametrize("name, l1", [("M1 Pro", 8192), ("M2", 8192), ("M3 Max", 0), ("M5", 0)])
 def test_apple_gpus(cpus, monkeypatch, name, l1):
     monkeypatch.setattr(machine, "device_name", lambda on: name)
-    monkeypatch.setattr(machine, "_gpu_cores", lambda: 16)
+    monkeypatch.setattr(machine, "gpu_cores", lambda: 16)
     assert device.hardware("gpu") == kernels.Hardware(cores=16, gpu_l1=l1)

@@ -9,6 +9,7 @@ from msgspec import structs
 
 from mlx_marlin import kernels, profile
 from mlx_marlin.kernels import Problem
+from mlx_marlin.profile import lookup, schema
 from mlx_marlin.profile.active import ProfileError
 from mlx_marlin.selection import choices
 from tests.support.tuning import DECODE, DOCUMENT, LARGE, PREFILL, cpu_profile, entry
@@ -160,3 +161,30 @@ def test_a_bad_file_at_the_default_path_is_ignored_aloud(caplog):
 def test_a_gpu_problem_without_a_gpu_has_no_profile():
     if not mx.is_available(mx.Device(mx.gpu)):
         assert config_of(layer_problem(1, device="gpu", dtype="float16")) is None
+
+
+def test_kinds_of_problems_do_not_mix():
+    """Behind one key each kind has its own entry, and another's is no neighbour."""
+    gated = layer_problem(bits=((2, 4, 4),))
+    two = Problem.mlp(256, 128, experts=4, top_k=2, bits=((2, 4),))
+    one = Problem.linear(256, 128, bits=(2, 4))
+    configs = {gated: replace(DECODE, tile_size_n=64), two: replace(DECODE, tile_size_n=128), one: DECODE}
+    made = cpu_profile({p: entry(config) for p, config in configs.items()})
+    assert len({schema.table_key(p) for p in configs}) == 1
+    assert made.lookup_table[1][256][2, 4] == configs[gated]
+    for p, config in configs.items():
+        assert lookup.table_of(made, p.kind)[1][256][2, 4] == config, p.kind
+    made = cpu_profile({p: entry(configs[p]) for p in (two, one)})
+    assert made.lookup_table[1][256][2, 4] == configs[two]
+    assert not lookup.table_of(made, "swiglu").get(1, {}).get(256)
+
+
+def test_a_layer_of_two_matrices_finds_its_entry_and_its_neighbours(tmp_path):
+    two = Problem.mlp(256, 128, experts=4, top_k=2, bits=((2, 4),))
+    path = tmp_path / "profile.json"
+    write_profile(path, {two: DECODE, layer_problem(): LARGE})
+    profile.use_profile(path)
+    assert config_of(two) == DECODE
+    assert list(profile.load(path).problems) == [two, layer_problem()]
+    assert config_of(replace(two, activation="gelu_tanh")) == DECODE
+    assert config_of(replace(two, bits=((3, 3),))) is None

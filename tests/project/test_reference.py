@@ -71,8 +71,12 @@ def test_no_markup_is_left(folder, name):
 def test_the_layers_show_how_they_are_made_and_called(folder):
     """pdoc leaves both out: constructors of dictionaries, which MLX's modules are, and double underscores."""
     page = page_of(folder, "mlx_marlin.layers")
-    for name in ("TrellisLinear", "TrellisSwitchGLU"):
-        assert f'id="{name}.__init__"' in page and f'id="{name}.__call__"' in page
+    for name, base in (
+        ("TrellisLinear",) * 2,
+        ("TrellisSwitchGLU", "TrellisSwitch"),
+        ("TrellisSwitchMLP", "TrellisSwitch"),
+    ):
+        assert f'id="{name}.__init__"' in page and f'id="{base}.__call__"' in page
 
 
 def test_the_packages_page_links_the_others(folder):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from bench.quality import tile_error
+from bench.quality import gaussian_errors, tile_error
 from mlx_marlin import TrellisWeight, codec
 from mlx_marlin.quantize import hessian as hessians
 from mlx_marlin.quantize import quantize_weight
 from mlx_marlin.quantize.ldlq import ldlq, quantize_tiles
-from mlx_marlin.quantize.regularise import expected_scale, feedback_scale
+from mlx_marlin.quantize.regularise import INPUT_SCALE, expected_scale, feedback_scale, gaussian_error
 from mlx_marlin.quantize.weight import expected_loss, prepare, quantize_prepared
 
 TABLE = tile_error.REFERENCE
@@ -27,6 +27,25 @@ def test_tile_error_of_4000_tiles(codebook, bits):
     error = tile_error.tile_error(codebook, bits, 4000)
     print(f"{codebook} K={bits}: {error:.4g}, table {TABLE[codebook, bits]:.4g}")
     assert error <= (1.015 if bits <= 6 else 1.3) * TABLE[codebook, bits]
+
+
+@pytest.mark.parametrize("codebook, bits", list(TABLE))
+def test_expected_errors_follow_the_table(codebook, bits):
+    """The curves by which losses are expected, against ExLlamaV3's errors, at the scale that each codebook has best.
+
+    At 6 bits and more the curves bend there, as values begin to be clipped; 7 and 8 have few such values.
+    """
+    scale = INPUT_SCALE[codebook, bits]
+    found = float(gaussian_error(np.array([scale**2]), bits, codebook)[0]) / scale**2
+    assert found == pytest.approx(TABLE[codebook, bits], rel=0.06 if bits < 6 else 0.12 if bits == 6 else 0.4)
+
+
+@pytest.mark.parametrize("bits", [2, 3.5])
+def test_expected_errors_of_other_scales(bits):
+    """A few of the tiles that the curves are made of, at every width of the targets."""
+    found = np.exp(gaussian_errors.log_errors("mul1", bits, tiles=8))
+    expected = gaussian_error(np.square(gaussian_errors.DEVIATIONS), bits, "mul1")
+    np.testing.assert_allclose(expected, found, rtol=0.15)
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ Plan linear(FILE* file) {
   return plan_linear(call, rows, dtype);
 }
 
-// 1, rows, top_k, dtype, hidden, activation, combine, gate, up, down, config
+// 1, rows, top_k, dtype, hidden, activation, combine, gated, gate if gated, up, down, config
 Plan swiglu(FILE* file) {
   const int64_t rows = next(file);
   const int top_k = number(file);
@@ -73,7 +73,10 @@ Plan swiglu(FILE* file) {
   call.alpha = 1.0f;
   call.limit = 1.0f;
   call.combine = number(file) != 0;
-  call.gate = stack(file);
+  call.gated = number(file) != 0;
+  if (call.gated) {
+    call.gate = stack(file);
+  }
   call.up = stack(file);
   call.down = stack(file);
   call.config = config(file);

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mlx_marlin import _ext, codec, kernels, ops
-from mlx_marlin.kernels import ACTIVATIONS, DTYPES
-from tests.cross.test_neon import FORMATS, SHAPES, Cases, add_attention
+from mlx_marlin.kernels import DTYPES
+from tests.cross.test_neon import FORMATS, KINDS, SHAPES, Cases, add_attention, projections
 from tests.metal import test_plan
 from tests.sanitize import build
-from tests.support import attention
+from tests.support import attention, metal_executor
 from tests.support.cases import random_experts, random_rows, random_weight
 
 pytestmark = pytest.mark.slow
@@ -75,9 +75,9 @@ def add_edges(cases: Cases) -> None:
             x = random_rows(rng, 11, (333, 129)[transposed], dtype)
             divisor = 1 if transposed else 3
             cases.product(odd, x, dtype, 4, transposed, rng.integers(0, 4, 11 * divisor).astype(np.uint32), divisor)
-    for i, activation in enumerate(ACTIVATIONS):
+    for i, (activation, gated) in enumerate(KINDS):
         formats = [[FORMATS[(7 * e + 5 * p + i) % len(FORMATS)] for p in range(3)] for e in range(4)]
-        experts = random_experts(rng, 192, 96, formats, bias=i % 2 == 0)
+        experts = projections(random_experts(rng, 192, 96, formats, bias=i % 2 == 0), gated)
         for rows, panel_rows, ids in ((0, 4, None), (1, 1, None), (33, 8, None), (33, 64, 3), (7, 4, 0)):
             for combine in (False, True):
                 dtype = DTYPES[(rows + i + combine) % len(DTYPES)]
@@ -145,10 +145,11 @@ def call_numbers(problem, config) -> list[int]:
     if problem.kind == "linear":
         sizes = [problem.hidden, problem.intermediate, 1, 0, 0]
         return [0, problem.rows, dtype, *sizes, *stack_numbers(k, n, problem, widths[0]), *native(config)]
-    gate, up = (stack_numbers(k, n, problem, w) for w in widths[:2])
-    down = stack_numbers(n, k, problem, widths[2])
-    head = [problem.rows, problem.top_k, dtype, problem.hidden, 0, int(problem.combine)]
-    return [1, *head, *gate, *up, *down, *native(config)]
+    *reading, down = widths
+    stacks = [*(stack_numbers(k, n, problem, w) for w in reading), stack_numbers(n, k, problem, down)]
+    gated = problem.side_by_side == 2
+    head = [problem.rows, problem.top_k, dtype, problem.hidden, 0, int(problem.combine), int(gated)]
+    return [1, *head, *(number for stack in stacks for number in stack), *native(config)]
 
 
 def test_plan_of_every_config(tmp_path):
@@ -163,8 +164,10 @@ def test_plan_of_every_config(tmp_path):
             for tiles in test_plan.ALL_TILES:
                 config = test_plan.config(*tiles, floats)
                 calls.append(call_numbers(problem, config))
-                if kernels.feasible(problem, config) is None:
-                    plan = ops.plan(problem, config)
+                # A plan is the same whether or not the machine has what it is for.
+                allowed = metal_executor.allowing(problem, config)
+                if kernels.feasible(allowed, config) is None:
+                    plan = ops.plan(allowed, config)
                     expected.append(f"{len(plan['dispatches'])} {sum(plan['scratch'].values())}")
                 else:
                     expected.append(None)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
 import pytest
 
 from mlx_marlin import kernels
@@ -23,6 +24,13 @@ PROBLEMS = [
 
 def label(problem):
     return f"{problem.kind}-{problem.hidden}x{problem.intermediate}x{problem.experts}"
+
+
+def routed(problem):
+    """The expert of each slot, drawn evenly, distinct ones for a row; of as many experts as occur."""
+    draws = np.random.default_rng(0).random((problem.rows, problem.experts))
+    chosen = np.argpartition(draws, problem.top_k - 1, axis=1)[:, : problem.top_k]
+    return np.unique(chosen, return_inverse=True)[1].reshape(-1)
 
 
 def every_config(problem, threads):
@@ -69,24 +77,61 @@ def test_defaults_follow_from_rows_per_matrix(problem):
         assert shared[16] == pytest.approx(16 * 8 / (128 * (1 - (15 / 16) ** 16)))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(metal_sim.unavailable()))
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32])
-def test_default_on_a_gpu(rows):
-    """By the cost model, on a chip of the middle; known chips have a predicted profile each."""
-    from bench.metal.chips import CHIPS
-    from bench.metal.predict import predicted_us
+def gpu_configs(problem):
+    """Row tiles near the problem's rows; not prefill4 with 16 simdgroups, which the model does not know to spill."""
+    shared = problem.rows_per_matrix
+    for variant, columns, simdgroups in product(kernels.VARIANTS, (16, 32, 64, 128), (8, 16)):
+        for rows in metal.TILE_ROWS[variant]:
+            config = KernelConfig(kernels.make_name(variant), rows, columns, simdgroups, True, variant)
+            spills = variant == "prefill4" and simdgroups == 16
+            if rows <= max(4, 4 * shared) and shared <= 16 * rows and not spills:
+                if kernels.feasible(problem, config) is None:
+                    yield config
 
-    problem = Problem.linear(1024, 2048, rows=rows, bits=3, device="gpu")
-    default = kernels.default(problem)
-    tiles = ((32, 8), (64, 16), (128, 8), (128, 16))
-    found = [
-        KernelConfig(kernels.make_name(variant), panel, *tile, True, variant)
-        for variant in kernels.VARIANTS
-        for panel in metal.TILE_ROWS[variant]
-        for tile in tiles
-        if panel <= 8 * rows and rows <= 8 * panel
-    ]
-    legal = [config for config in found if kernels.feasible(problem, config) is None]
-    times = {config: predicted_us(problem, config, CHIPS["M2 Pro"]) for config in {default, *legal}}
-    assert times[default] <= 1.1 * min(times.values()), (default, min(times, key=times.get))
+
+GPU_LINEARS = [
+    pytest.param(
+        Problem.linear(2048, 512, rows=n, bits=3, codebooks="mcg", device="gpu"), id=f"linear-{n}", marks=marks
+    )
+    for n, marks in ((1, ()), (8, ()), *((n, pytest.mark.slow) for n in (2, 4, 16, 32)))
+]
+GPU_LARGE = [
+    *(Problem.linear(1024, 2048, rows=n, bits=3, codebooks="mul1", device="gpu") for n in (1, 4, 16, 64)),
+    *(Problem.linear(1024, 512, rows=n, experts=16, bits=3, codebooks="mcg", device="gpu") for n in (4, 48)),
+    *(
+        Problem.swiglu(1024, 512, rows=n, experts=16, top_k=4, bits=3, codebooks="mcg", device="gpu")
+        for n in (1, 2, 4, 16)
+    ),
+]
+
+
+@pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(metal_sim.unavailable()))
+@pytest.mark.parametrize(
+    "problem",
+    [*GPU_LINEARS, *(pytest.param(p, id=f"{label(p)}-{p.rows}", marks=pytest.mark.slow) for p in GPU_LARGE)],
+)
+def test_default_on_a_gpu(problem, monkeypatch):
+    """By the cost model, on chips of 8 to 80 cores."""
+    from bench.metal.chips import CHIPS
+    from bench.metal.model import layer_time
+    from bench.metal.work import count
+
+    configs, counted = list(gpu_configs(problem)), {}
+    routing = None if problem.experts == 1 else routed(problem)
+    for chip in ("M1", "M4", "M2 Pro", "M1 Max", "M4 Max", "M2 Ultra", "M3 Ultra"):
+        monkeypatch.setattr(metal, "gpu_cores", lambda cores=CHIPS[chip].cores: cores)
+        default = kernels.default(problem)
+        for config in {default, *configs} - counted.keys():
+            counted[config] = [c.work for c in count(problem, config, routing)]
+        times = {config: layer_time(work, CHIPS[chip]) for config, work in counted.items()}
+        assert times[default] <= 1.1 * min(times.values()), (chip, default, min(times, key=times.get))
+
+
+def test_a_gpus_default_follows_from_its_cores(monkeypatch):
+    """Few threadgroups of wide tiles would leave most of 80 cores idle; 8 cores have enough of them."""
+    problem = Problem.linear(2048, 4096, rows=8, device="gpu")
+    columns = {}
+    for cores in (8, 80):
+        monkeypatch.setattr(metal, "gpu_cores", lambda cores=cores: cores)
+        columns[cores] = kernels.default(problem).tile_size_n
+    assert columns[80] < columns[8]

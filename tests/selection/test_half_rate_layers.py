@@ -13,7 +13,8 @@ from mlx_marlin.autotune import cli as tune_cli
 from mlx_marlin.kernels import Problem
 from mlx_marlin.selection.selector import MixedKernelSelector
 from mlx_marlin.weights.synthetic import random_weight
-from tests.support.cases import TOLERANCE, random_experts, reference_linear, reference_swiglu, row_error
+from tests.support.cases import TOLERANCE, random_experts, row_error
+from tests.support.references import reference_experts, reference_linear
 from tests.support.tuning import BASE, DOCUMENT
 
 pytestmark = pytest.mark.usefixtures("tuning_sandbox")
@@ -49,7 +50,7 @@ def call(rows: int, ids=None) -> tuple[mx.array, np.ndarray, mx.array]:
 
 def error(experts, y, x, ids, scores=None) -> float:
     scores = None if scores is None else np.array(scores)
-    return row_error(y, reference_swiglu(np.array(x), ids, experts, scores))
+    return row_error(y, reference_experts(np.array(x), ids, experts, scores))
 
 
 def linear_error(weight, y, x) -> float:
@@ -69,7 +70,7 @@ def test_explain_tells_what_runs(experts, glu, rows):
 def test_every_kernel_that_the_dispatcher_tries(experts, glu, fp32acc):
     dispatcher = MixedBpwMoEDispatcher(glu, use_fp32_acc=fp32acc, exploration_rate=1.0)
     x, ids, scores = call(5)
-    expected = reference_swiglu(np.array(x), ids, experts, np.array(scores))
+    expected = reference_experts(np.array(x), ids, experts, np.array(scores))
     names = set()
     for _ in range(20):
         y, metadata = dispatcher.dispatch(x, mx.array(ids), scores)
@@ -151,7 +152,7 @@ def test_older_profiles_stay_valid(experts, glu, weight, tmp_path):
 
 def test_adaptation_in_use(experts, glu):
     x, ids, _ = call(20)
-    expected = reference_swiglu(np.array(x), ids, experts)
+    expected = reference_experts(np.array(x), ids, experts)
     with mlx_marlin.adapt(glu, exploration=1.0, max_overhead=1.0, seed=0) as adaptation:
         for _ in range(12):
             assert row_error(glu(x, mx.array(ids)), expected) <= TOLERANCE["float32"]

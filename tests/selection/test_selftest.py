@@ -15,6 +15,7 @@ from tests.support.planted_runs import (
     BUILD_ERROR,
     GATHERED,
     LINEAR,
+    MLP,
     SWIGLU,
     Planted,
     halved,
@@ -43,6 +44,8 @@ def fresh_choices(monkeypatch):
         replace(GATHERED, rows=1, bias=True),
         replace(SWIGLU, activation="gelu_tanh", dtype="float16"),
         replace(SWIGLU, dtype="bfloat16"),
+        MLP,
+        replace(MLP, combine=True, bias=True, activation="gelu_tanh", rows=20),
     ],
 )
 def test_right_kernels_pass(tmp_path, problem):

@@ -7,12 +7,13 @@ import pytest
 
 from mlx_marlin import kernels, ops
 from mlx_marlin.selection import selftest, small_cases
-from tests.support.planted_runs import GATHERED, LINEAR, SWIGLU
+from tests.support.planted_runs import GATHERED, LINEAR, MLP, SWIGLU
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 64])
-def test_the_small_case_is_small(rows):
-    problem = replace(SWIGLU, rows=rows)
+@pytest.mark.parametrize("kind", [SWIGLU, MLP], ids=["swiglu", "mlp"])
+def test_the_small_case_is_small(kind, rows):
+    problem = replace(kind, rows=rows)
     for config in kernels.candidates(problem)[::17]:
         small = small_cases.small_problem(problem, config)
         assert kernels.feasible(small, config) is None
@@ -104,3 +105,17 @@ def test_rows_in_several_passes_have_a_small_case(hidden, intermediate, top_k):
 def test_candidates_of_a_wide_layer_have_a_small_case(problem):
     for config in kernels.candidates(problem)[::7]:
         small_cases.small_problem(problem, config)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+@pytest.mark.parametrize("problem", [SWIGLU, MLP, LINEAR], ids=["swiglu", "mlp", "linear"])
+def test_layers_of_every_width_have_a_small_case(problem, rows):
+    """Rows are rotated by as many simdgroups as a row's blocks can be shared among evenly."""
+    threads = set()
+    for blocks in range(1, 50, 1 if rows == 64 else 6):
+        asked = replace(problem, hidden=128 * blocks, rows=rows)
+        config = kernels.default(asked)
+        small = small_cases.small_problem(asked, config)
+        plan = ops.plan(small, config)
+        threads |= {d["threads"][0] for d in plan["dispatches"] if d["kernel"] == "trellis_rotate"}
+    assert rows < 64 or threads == {32 * simdgroups for simdgroups in range(1, 9)}

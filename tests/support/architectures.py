@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 
 from tests.support.architectures_gemma import gemma3, gemma4
+from tests.support.architectures_mlp import nemotron_h, nemotron_h_latent, phixtral
 from tests.support.checkpoints import SIZES, Checkpoint, Sizes
 
 OLD_MLX_LM = metadata.version("mlx-lm").startswith("0.31.")
@@ -334,6 +335,9 @@ ARCHITECTURES = {
         qwen3,
         gemma3,
         gemma4,
+        nemotron_h,
+        nemotron_h_latent,
+        phixtral,
     )
 }
 

@@ -13,17 +13,22 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_marlin import codec
-from mlx_marlin.kernels import ACTIVATIONS, DTYPES, Problem
+from mlx_marlin.kernels import ACTIVATIONS, DTYPES, UNGATED, Problem
+from mlx_marlin.ops import trellis_linear, trellis_mlp, trellis_swiglu
 from mlx_marlin.weights.experts import ExpertBank
 from mlx_marlin.weights.synthetic import random_weight
 from mlx_marlin.weights.trellis import TrellisWeight
 from tests.support.covering import covering_array
+from tests.support.references import reference_experts, reference_linear
 
 TOLERANCE = {"float32": 2e-5, "float16": 5e-4, "bfloat16": 4e-3}
 """Largest relative error of an output row."""
 
 EXPERTS = 5
 ROWS = (0, 1, 2, 3, 5, 8, 17, 64, 300)
+
+MLP = {f"mlp_{name}": name for name in UNGATED}
+"""Activations of experts without a gate, by what the axis calls them."""
 
 # Logical (hidden, intermediate), or (in, out) of a linear. Files pad both to multiples of 128.
 DIMS = {
@@ -41,9 +46,15 @@ AXES = {
     "dtype": DTYPES,
     "rows": ROWS,
     "dims": tuple(DIMS),
-    "activation": ("none", *ACTIVATIONS),
+    # In an order whose selection has no case that hides a planted decoder in its rounding.
+    "activation": (
+        *("none", "relu_squared", "mlp_relu_squared", "silu", "mlp_silu"),
+        *("gelu_tanh", "mlp_gelu_tanh", "swiglu_oai"),
+    ),
 }
-"""The axes of the full product, but for half rates of other codebooks than mul1; activation "none" is a linear."""
+"""The axes of the full product, but for half rates of other codebooks than mul1. Activation "none" is a linear, those
+of :data:`MLP` are experts without a gate.
+"""
 
 FORMATS = tuple(f for f in product(codec.WIDTHS, codec.CODEBOOKS) if f[1] == "mul1" or not codec.is_half_rate(f[0]))
 """(bits, codebook) pairs that the format has."""
@@ -96,6 +107,15 @@ class Case:
         return self.activation == "none"
 
     @property
+    def gated(self) -> bool:
+        return self.activation in ACTIVATIONS
+
+    @property
+    def function(self) -> str:
+        """The activation as the kernels call it."""
+        return MLP.get(self.activation, self.activation)
+
+    @property
     def tolerance(self) -> float:
         return TOLERANCE[self.dtype]
 
@@ -108,12 +128,12 @@ class Case:
         return _bank(*self._bank_key)[0]
 
     def experts(self) -> dict[str, list[TrellisWeight]]:
-        """The weights in the bank: ``gate``, ``up`` and ``down``, a list each."""
+        """The weights in the bank: ``gate`` where there is one, ``up`` and ``down``, a list each."""
         return _bank(*self._bank_key)[1]
 
     @property
     def _bank_key(self) -> tuple:
-        return self.bits, self.codebook, self.dims, self.mix, self.bias
+        return self.bits, self.codebook, self.dims, self.mix, self.bias, self.gated
 
     def problem(self, device: str = "cpu") -> Problem:
         """The case as the kernels see it."""
@@ -130,15 +150,16 @@ class Case:
                 bias=self.bias,
             )
         bank = self.bank()
-        return Problem.swiglu(
+        make = Problem.swiglu if self.gated else Problem.mlp
+        return make(
             hidden,
             bank.intermediate,
             rows=self.rows,
             experts=EXPERTS,
             top_k=self.top_k,
             bits=bank.triples,
-            codebooks=[c for s in (bank.gate, bank.up, bank.down) for c in s.codebooks],
-            activation=self.activation,
+            codebooks=[c for s in bank.stacks for c in s.codebooks],
+            activation=self.function,
             dtype=self.dtype,
             device=device,
             combine=self.scores,
@@ -159,17 +180,26 @@ class Case:
         scores = scores.astype(getattr(mx, self.score_dtype)) if self.scores else None
         return x, mx.array(indices.astype(np.uint32)), scores
 
+    def run(self, x: mx.array, indices=None, scores: mx.array | None = None, **keywords) -> mx.array:
+        """The op on inputs such as those of :meth:`inputs`; keywords: ``config`` and ``stream``."""
+        if self.linear:
+            return trellis_linear(x, self.weight(), **keywords)
+        if not self.gated:
+            return trellis_mlp(x, indices, self.bank(), scores=scores, activation=self.function, **keywords)
+        numbers = {"alpha": self.alpha, "limit": self.limit}
+        return trellis_swiglu(x, indices, self.bank(), scores=scores, activation=self.function, **numbers, **keywords)
+
     def reference(self, x, indices=None, scores=None) -> np.ndarray:
         """The exact result in float64, for x as it is (already rounded to its dtype)."""
         x = np.array(x.astype(mx.float32)).astype(np.float64)
         if self.linear:
             return reference_linear(x, self.weight())
-        return reference_swiglu(
+        return reference_experts(
             x,
             np.array(indices),
             self.experts(),
             None if scores is None else np.array(scores.astype(mx.float32)),
-            self.activation,
+            self.function,
             self.alpha,
             self.limit,
         )
@@ -249,61 +279,17 @@ def _linear(bits: float, codebook: str, dims: str, bias: bool) -> TrellisWeight:
 
 
 @lru_cache(maxsize=32)
-def _bank(bits: float, codebook: str, dims: str, mix: str, bias: bool):
+def _bank(bits: float, codebook: str, dims: str, mix: str, bias: bool, gated: bool):
     rng = _rng("bank", (bits, codebook, dims, mix, bias))
     experts = random_experts(rng, *DIMS[dims], expert_formats(bits, codebook, mix), bias)
-    return ExpertBank(**experts), experts
+    if not gated:
+        del experts["gate"]
+    return bank_of(experts), experts
 
 
-def _hadamard_matrix() -> np.ndarray:
-    matrix = np.ones((1, 1))
-    while len(matrix) < codec.HADAMARD_SIZE:
-        matrix = np.kron(np.array([[1.0, 1.0], [1.0, -1.0]]), matrix)
-    return matrix / codec.HADAMARD_SIZE**0.5
-
-
-_HADAMARD = _hadamard_matrix()
-
-
-def _rotate(x: np.ndarray) -> np.ndarray:
-    return (x.reshape(-1, codec.HADAMARD_SIZE) @ _HADAMARD).reshape(x.shape)
-
-
-def reference_linear(x: np.ndarray, w: TrellisWeight, *, padded: bool = False) -> np.ndarray:
-    """float64 ``[rows, out_features]``, or the padded width.
-
-    Uses the codec for the inner matrix only; the transforms are written out as matrix products.
-    """
-    k, n = w.padded_shape
-    x = np.pad(x.astype(np.float64), ((0, 0), (0, k - x.shape[1])))
-    suh, svh = (np.array(v).astype(np.float64) for v in (w.suh, w.svh))
-    y = _rotate(_rotate(x * suh) @ codec.inner(w).astype(np.float64)) * svh
-    if w.bias is not None:
-        y += np.array(w.bias.astype(mx.float32)).astype(np.float64)
-    return y if padded else y[:, : w.out_features]
-
-
-def reference_activation(gate: np.ndarray, up: np.ndarray, activation: str, alpha: float, limit: float) -> np.ndarray:
-    """The activation between gate/up and down, float64."""
-    if activation == "gelu_tanh":
-        return 0.5 * gate * (1 + np.tanh((2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
-    if activation == "swiglu_oai":
-        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit) + 1
-        return gate / (1 + np.exp(-alpha * gate)) * up
-    if activation == "silu":
-        return gate / (1 + np.exp(-gate)) * up
-    raise ValueError(f"no activation is called {activation!r}")
-
-
-def reference_swiglu(x, indices, experts, scores=None, activation="silu", alpha=1.702, limit=7.0) -> np.ndarray:
-    """float64 ``[rows, top_k, hidden]``, or ``[rows, hidden]`` with scores."""
-    out = np.zeros((*indices.shape, experts["down"][0].out_features))
-    for e in np.unique(indices):
-        row, slot = np.nonzero(indices == e)
-        gate, up = (reference_linear(x[row], experts[name][e], padded=True) for name in ("gate", "up"))
-        hidden = reference_activation(gate, up, activation, alpha, limit)
-        out[row, slot] = reference_linear(hidden, experts["down"][e])
-    return out if scores is None else np.einsum("rs,rsh->rh", scores.astype(np.float64), out)
+def bank_of(experts: dict[str, list[TrellisWeight]]) -> ExpertBank:
+    """Of gate, up and down, or of up and down."""
+    return ExpertBank(experts.get("gate"), experts["up"], experts["down"])
 
 
 def row_error(actual, expected: np.ndarray) -> float:
@@ -380,3 +366,4 @@ def full() -> tuple[Case, ...]:
 
 
 assert {f.name for f in fields(Case)} == {*AXES, *OPTIONS}
+assert {*AXES["activation"]} == {"none", *ACTIVATIONS, *MLP}

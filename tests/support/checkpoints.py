@@ -14,7 +14,7 @@ from mlx_marlin import TrellisWeight, codec
 
 MARKERS = {"mcg": -877912083, "mul1": -2082680531}
 HALF_RATES = [width for width in codec.WIDTHS if codec.is_half_rate(width)]
-TOKEN_EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")
+TOKEN_EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "backbone.embeddings.weight", "wte.weight")
 # Widths that linears take in turn, shuffled, so that every checkpoint of nine linears has each of them.
 WIDTHS = [width for width in codec.WIDTHS if width <= 6]
 

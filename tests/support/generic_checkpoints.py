@@ -61,13 +61,14 @@ def make(
         if "language_model" in model and name != "language_model" and host is not MLX_LM:
             setattr(model, name, None)
     for path, module in model.named_modules():
-        if isinstance(module, host.glu):
+        kind = host.kind_of(module)
+        if kind is not None:
             block = path.rpartition(".")[0]
-            for p in PROJECTIONS:
+            for p in kind.projections:
                 experts, n, k = module[p].weight.shape
                 names = [f"{block}.experts.{e}.{p}" for e in range(experts)]
                 for name in names:
-                    c.linear(name, k, n, zero_padding=p != "down_proj", bias="bias" in module[p])
+                    c.linear(name, k, n, zero_padding=p != kind.projections[-1], bias="bias" in module[p])
                     if p == "up_proj":
                         c.exl3[f"{name}.svh"] = c.exl3[f"{name}.svh"] / UP_DIVISORS.get(model_type, 1)
                 for leaf in ("weight", "bias") if "bias" in module[p] else ("weight",):

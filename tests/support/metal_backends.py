@@ -23,7 +23,7 @@ class Simulated:
         return metal_sim.unavailable() or ""
 
     linear = staticmethod(metal_executor.linear)
-    swiglu = staticmethod(metal_executor.swiglu)
+    experts = staticmethod(metal_executor.experts)
     decode = staticmethod(metal_executor.decode)
 
 
@@ -57,10 +57,13 @@ class Gpu:
         return np.array(y.astype(mx.float32))
 
     @staticmethod
-    def swiglu(x, indices, bank, **keywords) -> np.ndarray:
-        """As :func:`metal_executor.swiglu`. The indices are not known yet when the op checks them."""
+    def experts(x, indices, bank, **keywords) -> np.ndarray:
+        """As :func:`metal_executor.experts`. The indices are not known yet when the op checks them."""
         lazy = mx.array(np.array(indices)) + mx.array(0, mx.uint32)
-        return np.array(ops.trellis_swiglu(x, lazy, bank, stream=mx.gpu, **keywords).astype(mx.float32))
+        if bank.gate is None:
+            keywords = {name: value for name, value in keywords.items() if name not in ("alpha", "limit")}
+        op = ops.trellis_mlp if bank.gate is None else ops.trellis_swiglu
+        return np.array(op(x, lazy, bank, stream=mx.gpu, **keywords).astype(mx.float32))
 
     @staticmethod
     def decode(stack, expert: int = 0) -> np.ndarray:
@@ -84,12 +87,12 @@ def run(backend, case, inputs: tuple, config: kernels.KernelConfig | None = None
     x, indices, scores = inputs
     if case.linear:
         return backend.linear(x, ops.prepare_weight("test", case.weight()), config, **options)
-    return backend.swiglu(
+    return backend.experts(
         x,
         indices,
         case.bank(),
         scores=scores,
-        activation=case.activation,
+        activation=case.function,
         alpha=case.alpha,
         limit=case.limit,
         config=config,

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from mlx_marlin import codec, ops
+from mlx_marlin import codec, kernels, ops
 from mlx_marlin.kernels import KernelConfig, Problem
 from tests.metal_sim import Result
 from tests.metal_sim.counting import CountedResult, compile_counted
@@ -22,7 +22,8 @@ def _contents(problem: Problem, name: str, size: int) -> np.ndarray:
     """A buffer that makes every expert legal and active in turn; everything else is zeros."""
     part = name.split(".")[-1]
     experts = np.arange(problem.experts)
-    index = {"gate": 0, "up": 1, "down": 2, "weight": 0}.get(name.split(".")[0])
+    names, owner = kernels.PROJECTIONS[problem.kind], name.split(".")[0]
+    index = names.index(owner) if owner in names else None
     if part == "indices":
         return (np.arange(size // 4) % problem.experts).astype(np.uint32).view(np.uint8)
     bits = [problem.bits[e % len(problem.bits)][index] for e in experts] if index is not None else []
@@ -37,10 +38,14 @@ def _contents(problem: Problem, name: str, size: int) -> np.ndarray:
     return np.zeros(size, np.uint8)
 
 
-def run(problem: Problem, config: KernelConfig | None, library, **simulator) -> list[tuple[dict, Result]]:
+def run(
+    problem: Problem, config: KernelConfig | None, library, routing: np.ndarray | None = None, **simulator
+) -> list[tuple[dict, Result]]:
     """(dispatch, result) of each dispatch; `library(kernel, constants)` compiles, the rest goes to its run."""
     plan = ops.plan(problem, config)
     memory = {name: np.zeros(size, np.uint8) for name, size in plan["scratch"].items()}
+    if routing is not None:
+        memory["indices"] = routing.astype(np.uint32).view(np.uint8)
     found = []
     for dispatch in plan["dispatches"]:
         buffers = {0: dispatch["args"]}
@@ -63,6 +68,11 @@ def run(problem: Problem, config: KernelConfig | None, library, **simulator) -> 
     return found
 
 
-def count(problem: Problem, config: KernelConfig | None = None) -> list[tuple[dict, CountedResult]]:
-    """(dispatch, result with operation and register counts) of each dispatch of a problem."""
-    return run(problem, config, library)
+def count(
+    problem: Problem, config: KernelConfig | None = None, routing: np.ndarray | None = None
+) -> list[tuple[dict, CountedResult]]:
+    """(dispatch, result with operation and register counts) of each dispatch of a problem.
+
+    routing: The expert of each slot; by default the experts in turn.
+    """
+    return run(problem, config, library, routing)

@@ -154,7 +154,7 @@ def linear(
     return _rows(y, problem.dtype, (slots, columns))
 
 
-def swiglu(
+def experts(
     x: mx.array,
     indices: mx.array,
     bank,
@@ -167,17 +167,16 @@ def swiglu(
     **simulator,
 ) -> np.ndarray:
     """x [rows, hidden], indices [rows, k] -> float32 [rows, k, hidden], or [rows, hidden] with scores."""
-    stacks = {name: ops.prepare(getattr(bank, name)) for name in ("gate", "up", "down")}
+    names = kernels.PROJECTIONS["mlp" if bank.gate is None else "swiglu"]
+    stacks = {name: ops.prepare(getattr(bank, name)) for name in names}
     rows, top_k = indices.shape
-    hidden = bank.gate.in_features
-    problem = ops.swiglu_problem(
-        bank.gate, bank.up, bank.down, rows, top_k, activation, x.dtype, "gpu", scores is not None
-    )
+    hidden = bank.hidden
+    problem = ops.experts_problem(bank.stacks, rows, top_k, activation, x.dtype, "gpu", scores is not None)
     plan = _ext.plan_swiglu(
         rows,
         top_k,
         kernels.DTYPES.index(problem.dtype),
-        *(s.info for s in stacks.values()),
+        *(stacks[name].info if name in stacks else None for name in ("gate", "up", "down")),
         hidden,
         kernels.ACTIVATIONS.index(activation),
         alpha,

@@ -64,6 +64,10 @@ AXES = {
 MIXES = ("uniform", "both", "uniform", "bits", "uniform", "codebooks")
 
 
+# With a gate and without, in turn.
+ACTIVATIONS = ("silu", "mlp_relu_squared", "gelu_tanh", "mlp_silu", "swiglu_oai", "mlp_gelu_tanh", "relu_squared")
+
+
 def legal(values: dict) -> bool:
     if (values.get("bits", 1), values.get("codebook", "mul1")) not in cases.FORMATS:
         return False
@@ -73,8 +77,7 @@ def legal(values: dict) -> bool:
 
 def selection() -> list:
     """Pairs of a case and a config."""
-    others = list(kernels.ACTIVATIONS)
-    chosen, turns, mixed = [], Counter(), Counter()
+    chosen, turns, mixed, fused, met = [], Counter(), Counter(), Counter(), set()
     for i, row in enumerate(covering_array(AXES, legal)):
         key = row["variant"], row["prologue"], row["epilogue"]
         sizes = TILES[key][turns[key] % len(TILES[key])]
@@ -100,11 +103,18 @@ def selection() -> list:
             row["dtype"],
             row["rows"],
             dims,
-            "none" if linear else others[i % len(others)],
+            "none" if linear else ACTIVATIONS[(fused[key] + list(TILES).index(key)) % len(ACTIVATIONS)],
             bias=i % 4 == 1,
             **options,
         )
+        fused[key] += not linear
+        met |= set() if linear else {(key, case.gated)}
         mixed[row["variant"]] += not linear and mix == turn
         chosen.append((case, config(row["variant"], *sizes, row["sums"] == "float")))
+    for key in TILES:
+        for activation in ACTIVATIONS[:2]:
+            case = cases.Case(3, "mcg", "float16", 5, "blocks", activation, top_k=2)
+            if (key, case.gated) not in met:
+                chosen.append((case, config(key[0], *TILES[key][0])))
     left = [(key[0], *sizes) for key, tiles in TILES.items() for sizes in tiles[turns[key] :]]
     return chosen + [(case, config(*one)) for (case, _), one in zip(chosen, left)]

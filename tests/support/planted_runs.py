@@ -20,6 +20,16 @@ SWIGLU = Problem.swiglu(
     dtype="float32",
     device="gpu",
 )
+MLP = Problem.mlp(
+    2688,  # Nemotron 3 Nano
+    1856,
+    experts=128,
+    top_k=6,
+    bits=((2, 3), (3, 4)),
+    codebooks=("3inst", "mcg"),
+    dtype="float32",
+    device="gpu",
+)
 # One projection of experts; rows are slots.
 GATHERED = Problem.linear(1024, 768, rows=8, experts=64, bits=(2, 3), codebooks=("mcg", "mul1"), device="gpu")
 LINEAR = Problem.linear(1024, 1024, rows=4, bits=3, dtype="float32", device="gpu")
@@ -32,9 +42,10 @@ def right(problem, config, case):
         y = selftest.gathered(replace(problem, device="cpu", accuracy="float32"), None, case, x)
     else:
         scores = None if case["scores"] is None else mx.array(case["scores"])
-        bank = ExpertBank(*case["weights"])
+        bank = ExpertBank(*case["weights"]) if problem.kind == "swiglu" else ExpertBank(None, *case["weights"])
+        op = ops.trellis_swiglu if problem.kind == "swiglu" else ops.trellis_mlp
         indices = mx.array(case["indices"])
-        y = ops.trellis_swiglu(x, indices, bank, scores=scores, activation=problem.activation, stream=mx.cpu)
+        y = op(x, indices, bank, scores=scores, activation=problem.activation, stream=mx.cpu)
     return np.array(y.astype(mx.float32))
 
 

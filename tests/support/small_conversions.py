@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_marlin import codec, ops
-from mlx_marlin.quantize import calibration, regularise
+from mlx_marlin.quantize import calibration
 from mlx_marlin.quantize.calibration import BUNDLED
 from mlx_marlin.storage.safetensors import TensorInfo, read_header
 from tests.support import architectures
@@ -88,10 +88,6 @@ def quick_conversions(monkeypatch):
     """Conversions with :func:`stepping_search`, windows of :data:`LENGTH` tokens."""
     monkeypatch.setattr(ops, "viterbi_search", stepping_search)
     monkeypatch.setattr(calibration, "LENGTH", LENGTH)
-    # What one search measured must not serve the other.
-    regularise._log_errors.cache_clear()
-    yield
-    regularise._log_errors.cache_clear()
 
 
 def source_of(

@@ -55,8 +55,8 @@ GENERIC = {
         for name in (
             "afmoe bailing_moe bailing_moe_linear deepseek deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe "
             "exaone_moe glm4_moe glm4_moe_lite gpt_oss granitemoe granitemoehybrid hunyuan jamba kimi_k3 kimi_linear "
-            "laguna lfm2_moe longcat_flash mellum mimo_v2_flash minimax minimax_m3_vl mixtral olmoe phimoe qwen2_moe "
-            "qwen3_moe qwen3_next step3p5"
+            "laguna lfm2_moe longcat_flash mellum mimo_v2_flash minimax minimax_m3_vl mixtral nemotron_h olmoe phimoe "
+            "phixtral qwen2_moe qwen3_moe qwen3_next step3p5"
         ).split()
     },
     "klear": "Klear",
@@ -83,7 +83,6 @@ def test_logits_of_further_architectures(name, tmp_path):
 # What mlx-vlm 0.7.10 has experts in, and no test here: why.
 _NO_FILES = "ExLlamaV3 1.6.5 does not convert it"
 NOT_TESTED = {
-    **dict.fromkeys(("nemotron_h", "phixtral"), "experts of two matrices (SwitchMLP) are refused"),
     **dict.fromkeys(
         (
             "cohere2_moe deepseek_v41 deepseek_vl_v2 deepseekocr diffusion_gemma ernie4_5_moe_vl flint hy_v4 inkling "

@@ -90,8 +90,9 @@ def test_commands_refuse_a_model_that_is_nowhere(fresh, monkeypatch, capfd, tmp_
     assert "no such model is no directory here, and could not be had from the Hugging Face Hub: " in line
 
 
-@pytest.mark.parametrize(("command", "option"), [("convert", "--hf-path"), ("train", "--model")])
+@pytest.mark.parametrize(("command", "option"), [("convert", "--hf-path"), ("convert", "--hf"), ("train", "--model")])
 def test_what_writes_other_formats_refuses_exl3(command, option, directory, fresh, monkeypatch, capfd):
+    """By the option, or where it is abbreviated when the model is loaded."""
     line = refused(monkeypatch, capfd, command, option, directory)
     assert f"mlx_vlm {command} cannot work on EXL3 weights; give it the model that they were made from" in line
 

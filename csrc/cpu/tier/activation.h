@@ -30,33 +30,56 @@ MARLIN_INLINE V times_sigmoid(V x, V z) {
   return x / (set1(1.0f) + exp(set1(0.0f) - z));
 }
 
-template <int ACTIVATION>
-static void activate_row(float* gate, const float* up, int count, float alpha, float limit) {
+// act(x) * up, or with GATED off act(x).
+template <int ACTIVATION, bool GATED>
+static void activate_row(float* x, const float* up, int count, float alpha, float limit) {
   for (int i = 0; i < count; i += kLanes) {
-    V g = load(gate + i), u = load(up + i);
+    V g = load(x + i);
+    V factor = set1(1.0f);
+    if constexpr (GATED) {
+      factor = load(up + i);
+    }
     if constexpr (ACTIVATION == MARLIN_ACTIVATION_SILU) {
-      g = times_sigmoid(g, g) * u;
+      g = times_sigmoid(g, g);
     } else if constexpr (ACTIVATION == MARLIN_ACTIVATION_GELU_TANH) {
       // 0.5 * (1 + tanh(z)) = sigmoid(2 z), z = sqrt(2 / pi) * (g + 0.044715 g^3)
       V z = g * fma(g * g, set1(2 * 0.7978845608f * 0.044715f), set1(2 * 0.7978845608f));
-      g = times_sigmoid(g, z) * u;
+      g = times_sigmoid(g, z);
+    } else if constexpr (ACTIVATION == MARLIN_ACTIVATION_RELU_SQUARED) {
+      // NaN stays NaN: max and min give their second operand then.
+      g = max(set1(0.0f), g);
+      g = g * g;
     } else {
       g = min(set1(limit), g);
-      u = max(set1(-limit), min(set1(limit), u));
-      g = times_sigmoid(g, set1(alpha) * g) * (u + set1(1.0f));
+      factor = max(set1(-limit), min(set1(limit), factor)) + set1(1.0f);
+      g = times_sigmoid(g, set1(alpha) * g);
     }
-    store(gate + i, g);
+    if constexpr (GATED) {
+      g = g * factor;
+    }
+    store(x + i, g);
   }
 }
 
-static void activate(float* gate, const float* up, int count, int activation, float alpha, float limit) {
+template <bool GATED>
+static void activate_as(float* x, const float* up, int count, int activation, float alpha, float limit) {
   switch (activation) {
     case MARLIN_ACTIVATION_SILU:
-      return activate_row<MARLIN_ACTIVATION_SILU>(gate, up, count, alpha, limit);
+      return activate_row<MARLIN_ACTIVATION_SILU, GATED>(x, up, count, alpha, limit);
     case MARLIN_ACTIVATION_GELU_TANH:
-      return activate_row<MARLIN_ACTIVATION_GELU_TANH>(gate, up, count, alpha, limit);
+      return activate_row<MARLIN_ACTIVATION_GELU_TANH, GATED>(x, up, count, alpha, limit);
+    case MARLIN_ACTIVATION_RELU_SQUARED:
+      return activate_row<MARLIN_ACTIVATION_RELU_SQUARED, GATED>(x, up, count, alpha, limit);
     case MARLIN_ACTIVATION_SWIGLU_OAI:
-      return activate_row<MARLIN_ACTIVATION_SWIGLU_OAI>(gate, up, count, alpha, limit);
+      return activate_row<MARLIN_ACTIVATION_SWIGLU_OAI, GATED>(x, up, count, alpha, limit);
+  }
+}
+
+static void activate(float* x, const float* up, int count, int activation, float alpha, float limit) {
+  if (up) {
+    activate_as<true>(x, up, count, activation, alpha, limit);
+  } else {
+    activate_as<false>(x, up, count, activation, alpha, limit);
   }
 }
 

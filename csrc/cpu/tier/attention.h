@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cfloat>
-#include <cmath>
 
 namespace mlx_marlin::cpu::MARLIN_TIER {
 
@@ -247,7 +246,7 @@ static void start_state(const AttentionArgs& args, const AttentionTask& task, co
   for (int64_t r = 0; r < whole_vectors(task.rows); ++r) {
     // A sink is a score without a value. It counts once, with the first keys.
     const bool sink = args.sinks && task.first_key == 0 && r < task.rows;
-    state.maximum[r] = sink ? args.sinks[query_head(args, task, r)] : -INFINITY;
+    state.maximum[r] = sink ? args.sinks[query_head(args, task, r)] : -__builtin_inff();
     state.total[r] = sink ? 1.0f : 0.0f;
   }
 }

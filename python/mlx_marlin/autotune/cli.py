@@ -17,6 +17,8 @@ from typing import TypeVar
 
 import mlx.core as mx
 
+from mlx_marlin_commands import INTERRUPTED, imports
+
 from .. import codec, kernels, ops
 from ..device.machine import default_device, is_present, memory_bytes, mlx_device
 from ..kernels import Problem, Triple
@@ -39,8 +41,6 @@ DEFAULT_SHAPE, DEFAULT_MIXES, DEFAULT_LINEAR = (
     (2048, 4096),
 )
 Number = TypeVar("Number", int, float)
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -102,7 +102,9 @@ def parser() -> argparse.ArgumentParser:
     )
     what = p.add_mutually_exclusive_group()
     what.add_argument("--model", metavar="DIR", help="tune for the problems of this EXL3 directory")
-    what.add_argument("--shape", type=_shape, metavar="HIDDEN,INTER,EXPERTS,TOP_K", help="tune for an expert layer")
+    what.add_argument(
+        "--shape", type=_shape, metavar="HIDDEN,INTER,EXPERTS,TOP_K", help="tune for a layer of experts of this shape"
+    )
     p.add_argument(
         "--bits",
         type=_bits,
@@ -113,14 +115,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-sizes", type=_batch_sizes, metavar="1,4,8", help="rows; default 1,4,8,16,32,64")
     p.add_argument("--iterations", type=_positive(int), metavar="N", help="samples per candidate; default 20")
     p.add_argument("--warmup", type=int, default=5, metavar="N", help="calls before the first sample; default 5")
-    p.add_argument("--budget", type=_positive(float), metavar="SECONDS", help="stop after this time")
+    p.add_argument(
+        "--budget", type=_positive(float), metavar="SECONDS", help="stop after this time; the same command continues"
+    )
     p.add_argument(
         "--memory-limit",
         type=_positive(float),
         metavar="GB",
         help="for weight copies and scratch; default half of the device's memory",
     )
-    p.add_argument("--output", type=Path, metavar="FILE", help="profile to write; default where the layers look")
+    p.add_argument("--output", type=Path, metavar="FILE", help="profile to write; default: the one that layers use")
     p.add_argument(
         "--check",
         action="store_true",
@@ -132,14 +136,14 @@ def parser() -> argparse.ArgumentParser:
         type=_positive(float),
         default=0.25,
         metavar="PART",
-        help="with --check: slowdown that is put down to the machine's state; default 0.25",
+        help="with --check: slowdown that counts as noise, as a fraction; default 0.25",
     )
     p.add_argument("--device", choices=kernels.DEVICES, help="default: MLX's default device")
     p.add_argument("--dtype", choices=kernels.DTYPES, help="of the activations; default float32 on cpu, float16 on gpu")
     p.add_argument(
         "--accuracy",
         choices=kernels.ACCURACIES,
-        help="of the products; default that of load for --model, else float32",
+        help="of the products; default: with --model as load has it, else float32",
     )
     p.add_argument("--json", action="store_true", help="results as JSON on stdout")
     p.add_argument("--verbose", action="store_true", help="log rejected configs with their reasons")
@@ -151,7 +155,8 @@ def layers(args: argparse.Namespace, device: str) -> list[Problem]:
     dtype = args.dtype or kernels.USUAL_DTYPE[device]
     accuracy = args.accuracy or "float32"  # as layers have it that no model is made of
     if args.model:
-        from ..lm.problems import model_problems
+        with imports("mlx_marlin-tune"):
+            from ..lm.problems import model_problems  # takes seconds
 
         return list(model_problems(args.model, dtype, device, args.accuracy))
     hidden, inter, experts, top_k = args.shape or DEFAULT_SHAPE

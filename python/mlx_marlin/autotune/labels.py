@@ -13,7 +13,7 @@ _MOST_BITS = 11
 
 
 def _sizes(p: Problem) -> str:
-    return f"{p.kind} {p.hidden}x{p.intermediate}" + (f" {p.experts}/{p.top_k}" if p.kind == "swiglu" else "")
+    return f"{p.kind} {p.hidden}x{p.intermediate}" + (f" {p.experts}/{p.top_k}" if p.fused else "")
 
 
 def _bits(p: Problem) -> str:

@@ -1,5 +1,4 @@
-"""What the tuning command says about its results: a table with what it needs to be read, and the same in full for
-programs.
+"""The results of tuning: a table with the explanations that it needs, and everything as JSON for programs.
 
 Gains are time saved everywhere: in percent of the default config's time.
 """

@@ -39,8 +39,18 @@ def at_rows(problems: Iterable[Problem], batch_sizes: Iterable[int]) -> list[Pro
 
 
 def one_step(problem: Problem) -> list[KernelConfig]:
-    """The candidates that differ from the default in one thing: rows (with the variant), columns, simdgroups, sums."""
-    return [c for c in kernels.candidates_on(problem, hardware(problem.device)) if steps(problem, c) <= 1]
+    """The candidates that differ from the default in one thing: rows (with the variant), columns, simdgroups, sums.
+    Also the predicted config and those that may be faster: a tuned entry takes the place of the prediction.
+    """
+    near = [c for c in kernels.candidates_on(problem, hardware(problem.device)) if steps(problem, c) <= 1]
+    expected = profile.prediction(problem)
+    return list(dict.fromkeys([*near, *(expected.first if expected else ())]))
+
+
+def left_open(problem: Problem) -> float:
+    """Part of a call's time that measuring saves at most, by the range of the predictions; 0 where there are none."""
+    expected = profile.prediction(problem)
+    return expected.open if expected else 0.0
 
 
 def clock_lock() -> FileLock:
@@ -114,20 +124,23 @@ class Run:
         # All processes must agree on what is left before they split it.
         self._exchange(peers, session)
         self.tuner.checked.update(session.verdicts)
-        # What failed is tried again, after all else: there may be more memory by now.
+        # What failed is tried again, after all else: there may be more memory by now. First is what the predictions
+        # leave open: should time run out, they are right about the others.
         tuned = self._tuned(session)
-        waiting = sorted((p for p in problems if p not in tuned), key=session.failed.__contains__)
+        waiting = sorted((p for p in problems if p not in tuned), key=lambda p: (p in session.failed, -left_open(p)))
         mine = waiting[peers.rank :: peers.size]
         before = (len(problems) - len(waiting)) // peers.size
         if tuned or session.failed or session.verdicts:
             done = len(problems) - len(waiting)
             bar.say(f"mlx_marlin-tune: continues an earlier run: {done} of {len(problems)} problems were done")
         known = names(problems)
+        if undecided := sum(left_open(p) > 0 for p in waiting):
+            bar.say(f"mlx_marlin-tune: first the {undecided} of them whose fastest config the predictions leave open")
         bar.total(before + len(mine), before)
         for i, problem in enumerate(mine):
             if time.perf_counter() > deadline:
                 break
-            bar.begin(f"{known[problem]}, {kernels.rows_label(problem.rows)}")
+            bar.begin(f"{known[problem]}, {kernels.rows_label(problem.rows)}{_expected_time(problem)}")
             self._tune_one(problem, session, deadline, (len(mine) - i) * peers.neighbours, bar)
             bar.end()
         self._exchange(peers, session)
@@ -188,6 +201,16 @@ class Run:
         self._save()
         for text in peers.gather(session.encode()):
             session.absorb(text)
+
+
+def _expected_time(problem: Problem) -> str:
+    """The range of a problem's prediction, for the line of progress; empty where it has none."""
+    expected = profile.prediction(problem)
+    if expected is None or expected.uncertainty is None:
+        return ""
+    total = expected.uncertainty.total_us
+    saved = f", up to {100 * expected.open:.0f} % open" if expected.open else ""
+    return f", predicted {total.low:.3g} to {total.high:.3g} us{saved}"
 
 
 class _Peers:

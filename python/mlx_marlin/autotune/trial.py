@@ -91,6 +91,7 @@ class Trial:
         objective: What a faster config is worth.
         memory_limit: Bytes that the workload and a call may take, or ``None``.
         checked: Verdicts of earlier checks; those of this trial are added.
+        first: Configs that enter the race before the others, in this order.
     """
 
     def __init__(
@@ -100,9 +101,10 @@ class Trial:
         objective: Objective,
         memory_limit: int | None,
         checked: Verdicts,
+        first: Sequence[KernelConfig] = (),
     ):
         self.workload, self.settings, self.objective = workload, settings, objective
-        self.memory_limit, self.checked = memory_limit, checked
+        self.memory_limit, self.checked, self.first = memory_limit, checked, tuple(first)
 
     def run(
         self, configs: Sequence[KernelConfig], limits: Limits = NO_LIMITS, on_round: OnRound | None = None
@@ -123,8 +125,7 @@ class Trial:
         problem, default = self.workload.problem, kernels.default(self.workload.problem)
         reasons = {c: kernels.feasible(problem, c) for c in configs}
         rejected = {c: f"infeasible: {reason}" for c, reason in reasons.items() if reason is not None}
-        # Of equals the first wins: the one nearest to the default, so that tuning twice gives the same.
-        near = sorted((c for c in reasons if c not in rejected and c != default), key=lambda c: steps(problem, c))
+        near = sorted((c for c in reasons if c not in rejected and c != default), key=self._place)
         floor = measure.launch_floor()
         clocks = {c: self._clock(c, floor) for c in (default, *near)}
         self._fit(clocks[default])
@@ -141,6 +142,13 @@ class Trial:
             rejected[config] = verdict if isinstance(verdict, str) else failure
         timings = tuple(self._measured(outcome, clocks[c]) for c in clocks if c in outcome.samples)
         return _entry(outcome, default, timings, _refusals(rejected), self.objective)
+
+    def _place(self, config: KernelConfig) -> tuple[int, int]:
+        """Where a challenger enters. Of equals the first wins: the one that was to be first, or the nearest to the
+        default, so that tuning twice gives the same.
+        """
+        ahead = self.first.index(config) if config in self.first else len(self.first)
+        return ahead, steps(self.workload.problem, config)
 
     def _clock(self, config: KernelConfig, floor: float) -> ConfigClock:
         return ConfigClock(self.workload, config, floor, self.memory_limit, check=lambda: self._require(config))

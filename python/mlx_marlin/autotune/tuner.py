@@ -117,12 +117,13 @@ class MixedBPWAutoTuner:
         """Time configs on a layer and enter the outcome into the table.
 
         Args:
-            layer: TrellisLinear, TrellisSwitchGLU, TrellisWeight, or a :class:`Problem`, which is given random weights.
+            layer: TrellisLinear, TrellisSwitchGLU or -MLP, TrellisWeight, or a :class:`Problem`, which is given random
+                weights.
             batch_size: Rows, at least 1.
             configs: What to time; the default config is always timed too. Default: ``None``, all candidates.
             num_warmup: Calls before the first sample.
             num_iter: Samples per config; fewer for those that cannot win.
-            top_k: Experts per token of a TrellisSwitchGLU. Default: ``8``.
+            top_k: Experts per token of a TrellisSwitchGLU or -MLP. Default: ``8``.
             limits: When to end early. Default: never.
             on_round: See :func:`~.race.race`.
 
@@ -143,7 +144,9 @@ class MixedBPWAutoTuner:
             workload = self._workload(layer, batch_size, top_k)
             problem = workload.problem
             settings = replace(self.race, rounds=max(2, num_iter), warmup=num_warmup)
-            trial = Trial(workload, settings, self.objective, self.memory_limit, self.checked)
+            expected = profile.prediction(problem)
+            first = expected.first if expected else ()
+            trial = Trial(workload, settings, self.objective, self.memory_limit, self.checked, first)
             wanted = kernels.candidates_on(problem, machine.hardware(self._device)) if configs is None else configs
             entry = trial.run(wanted, limits, on_round)
             touched = workload.bytes_touched

@@ -16,7 +16,7 @@ import numpy as np
 from .. import codec, kernels, ops
 from ..device.machine import last_level_cache, mlx_device
 from ..kernels import KernelConfig, Problem
-from ..layers.experts import TrellisSwitchGLU
+from ..layers.experts import TrellisSwitch, TrellisSwitchGLU, TrellisSwitchMLP
 from ..layers.linear import TrellisLinear
 from ..measure.clock import Chain
 from ..ops import Stack, reference
@@ -39,7 +39,7 @@ CACHE_FACTOR = 1.25
 
 Projections = tuple[Stack, ...]
 
-Layer = TrellisLinear | TrellisSwitchGLU | TrellisWeight | ExpertBank
+Layer = TrellisLinear | TrellisSwitch | TrellisWeight | ExpertBank
 """What can be timed, besides a problem."""
 
 Routing = tuple[mx.array, mx.array | None]
@@ -57,7 +57,7 @@ def tolerance(problem: Problem, config: KernelConfig) -> float:
     return max(TOLERANCE[problem.dtype], _HALF_TOLERANCE if halves else 0.0)
 
 
-def as_layer(layer: Layer) -> TrellisLinear | TrellisSwitchGLU:
+def as_layer(layer: Layer) -> TrellisLinear | TrellisSwitch:
     """The layer that the tuner times for what it was given.
 
     Raises:
@@ -66,11 +66,11 @@ def as_layer(layer: Layer) -> TrellisLinear | TrellisSwitchGLU:
     if isinstance(layer, TrellisWeight):
         return TrellisLinear(layer)
     if isinstance(layer, ExpertBank):
-        return TrellisSwitchGLU(bank=layer)
-    if isinstance(layer, (TrellisLinear, TrellisSwitchGLU)):
+        return TrellisSwitchMLP(bank=layer) if layer.gate is None else TrellisSwitchGLU(bank=layer)
+    if isinstance(layer, (TrellisLinear, TrellisSwitch)):
         return layer
     raise ValueError(
-        "a layer for the tuner is a TrellisLinear, a TrellisSwitchGLU, a TrellisWeight or an ExpertBank, "
+        "a layer for the tuner is a TrellisLinear, a TrellisSwitchGLU or -MLP, a TrellisWeight or an ExpertBank, "
         f"got {type(layer).__name__}"
     )
 
@@ -103,7 +103,7 @@ class Workload:
 
     Args:
         problem: What is asked; at least 1 row.
-        stacks: One stack for a linear; gate, up and down for a swiglu.
+        stacks: One stack for a linear; those of all projections for experts.
         activation: ``(name, alpha, limit)``.
         memory_limit: Bytes that weights, their copies, inputs and a call may take. Default: ``None``, any number.
         seed: Of inputs and routings. Default: ``0``.
@@ -128,7 +128,7 @@ class Workload:
         self.stream = mlx_device(problem.device)
         self._dtype = getattr(mx, problem.dtype)
         self.x = self._rows(problem.rows)
-        self._routings = [self._routing(problem.rows) for _ in range(ROUTINGS if problem.kind == "swiglu" else 1)]
+        self._routings = [self._routing(problem.rows) for _ in range(ROUTINGS if problem.fused else 1)]
         self.bytes_touched = self._bytes_touched(stacks)
         self.sets = self._copies(stacks, room)
         self._reference: tuple[mx.array, Routing | None, np.ndarray] | None = None
@@ -148,7 +148,7 @@ class Workload:
         """The workload of a layer.
 
         Args:
-            layer: TrellisLinear, TrellisSwitchGLU, TrellisWeight or ExpertBank.
+            layer: TrellisLinear, TrellisSwitchGLU, TrellisSwitchMLP, TrellisWeight or ExpertBank.
             rows: Tokens.
             top_k: Experts per token, cut to the experts that there are. Default: ``8``.
             dtype: Of x. Default: ``"float32"``.
@@ -159,7 +159,7 @@ class Workload:
         make = partial(cls, memory_limit=memory_limit, seed=seed)
         if isinstance(layer, TrellisLinear):
             return make(layer.problem(rows, getattr(mx, dtype), device), (layer.stack,))
-        top_k = min(top_k, layer.gate_proj.num_experts)
+        top_k = min(top_k, layer.num_experts)
         problem = layer.problem(rows, getattr(mx, dtype), device, top_k=top_k)
         return make(problem, layer.stacks, layer.activation)
 
@@ -225,11 +225,8 @@ class Workload:
             call = ops.check_linear(x, stacks[0], stream=self.stream, accuracy=accuracy)
         else:
             indices, scores = routing
-            gate, up, down = stacks
             activation = ops.Activation(*self.activation)
-            call = ops.check_swiglu(
-                x, indices, (gate, up, down), activation, scores, stream=self.stream, accuracy=accuracy
-            )
+            call = ops.check_experts(x, indices, stacks, activation, scores, stream=self.stream, accuracy=accuracy)
         return ops.run(call, ops.resolve(call.op, call.problem(self.problem.device), config))
 
     def _rows(self, rows: int) -> mx.array:
@@ -240,7 +237,7 @@ class Workload:
     def _routing(self, rows: int, experts: list[int] | None = None) -> Routing | None:
         """Distinct random experts per token; ``None`` for a linear."""
         p = self.problem
-        if p.kind == "linear":
+        if not p.fused:
             return None
         pool = np.arange(p.experts) if experts is None else np.array(experts)
         chosen = np.stack([self._rng.permutation(pool)[: p.top_k] for _ in range(rows)])
@@ -288,7 +285,7 @@ class Workload:
             return x, None, reference.linear(x64, sources[0][0])
         indices, scores = routing
         given = None if scores is None else np.array(scores)
-        expected = reference.swiglu(x64, np.array(indices), sources, given, *self.activation)
+        expected = reference.experts_output(x64, np.array(indices), sources, given, *self.activation)
         return x, routing, expected
 
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 from .. import ops
 from ..kernels import Hardware
 from ..kernels.cpu import cpu_threads
+from ..kernels.metal import gpu_cores
 from .fingerprint import Fingerprint, canonical_name, check_device, device_family
 
 # Apple publishes no size for the system-level cache; 96 MB (M1 Ultra, M3 Ultra) is the largest that has been measured.
@@ -64,7 +65,7 @@ def fingerprint(device: str) -> Fingerprint:
     return Fingerprint(
         device="gpu" if gpu else "cpu",
         chip=device_name("gpu") if gpu else _cpu_model(),
-        cores=_gpu_cores() if gpu else cpu_threads(),
+        cores=gpu_cores() if gpu else cpu_threads(),
         instruction_set="" if gpu else ops.instruction_set(),
         os=f"{platform.system()} {platform.release()}",
         mlx_version=importlib.metadata.version("mlx"),
@@ -101,7 +102,7 @@ def hardware(device: str) -> Hardware:
         device: ``"cpu"`` or ``"gpu"``.
     """
     if check_device(device) == "gpu":
-        return Hardware(cores=_gpu_cores(), gpu_l1=_GPU_L1.get(device_family(device_name("gpu")), 0))
+        return Hardware(cores=gpu_cores(), gpu_l1=_GPU_L1.get(device_family(device_name("gpu")), 0))
     caches = _apple_caches() if platform.system() == "Darwin" else _linux_caches()
     fast = int(_sysctl("hw.perflevel0.logicalcpu") or 0) or _fast_cores()
     return Hardware(cores=cpu_threads(), fast_cores=min(fast or cpu_threads(), cpu_threads()), **caches)
@@ -180,20 +181,6 @@ def _cpu_model() -> str:
     # Virtual machines report a bare "Intel Xeon Processor" for many generations: the model number tells them apart.
     number = "-".join(filter(None, (_cpuinfo("cpu family"), _cpuinfo("model"))))
     return f"{canonical_name(name)} {number}".strip()
-
-
-@lru_cache(maxsize=1)
-def _gpu_cores() -> int:
-    if platform.system() != "Darwin":
-        return 0
-    run = subprocess.run(
-        ["/usr/sbin/ioreg", "-rc", "AGXAccelerator", "-d1", "-k", "gpu-core-count"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    match = re.search(r'"gpu-core-count"\s*=\s*(\d+)', run.stdout)
-    return int(match[1]) if match else 0
 
 
 def _kernel_hash(device: str) -> str:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from .. import kernels, ops
 from ..kernels import KernelConfig, Problem
-from ..layers.experts import TrellisSwitchGLU
+from ..layers.experts import TrellisSwitch
 from ..layers.linear import TrellisLinear
 from ..selection import choices, selftest
 from ..selection.evidence import MIN_SAMPLES, Ledger
@@ -113,7 +113,7 @@ class _Price:
 class _Tap:
     """Stands in a layer's calls while it is adapted."""
 
-    def __init__(self, adaptation: Adaptation, layer: TrellisLinear | TrellisSwitchGLU):
+    def __init__(self, adaptation: Adaptation, layer: TrellisLinear | TrellisSwitch):
         self._adaptation = adaptation
         self._problem_of = layer.problem
         self._run: Callable[..., mx.array] = layer.run
@@ -168,7 +168,7 @@ class Adaptation:
         for what, value in (("exploration", exploration), ("max_overhead", max_overhead)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
                 raise ValueError(f"{what} must be a number in [0, 1], got {value!r}")
-        self._layers = [m for m in model.modules() if isinstance(m, (TrellisLinear, TrellisSwitchGLU))]
+        self._layers = [m for m in model.modules() if isinstance(m, (TrellisLinear, TrellisSwitch))]
         if not self._layers:
             raise ValueError("the model has no TrellisLinear or TrellisSwitchGLU to adapt")
         if any(layer._adaptation is not None for layer in self._layers):
@@ -278,7 +278,8 @@ def adapt(
     take the overhead above it; only the very first calls go unbounded, from which the bound is reckoned.
 
     Args:
-        model: Any module; its :class:`TrellisLinear` and :class:`TrellisSwitchGLU` layers are adapted.
+        model: Any module; its :class:`TrellisLinear`, :class:`TrellisSwitchGLU` and :class:`TrellisSwitchMLP` layers
+            are adapted.
         exploration: Fraction of the calls to time, in [0, 1]. Default: ``0.05``.
         max_overhead: Bound of the time spent beyond what the calls would cost, as a share of that. Default:
             ``0.02``.

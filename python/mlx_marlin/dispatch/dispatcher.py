@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import codec, device, kernels
 from ..kernels import KernelConfig, Problem, Triple
-from ..layers.experts import TrellisSwitchGLU
+from ..layers.experts import TrellisSwitch, TrellisSwitchGLU, TrellisSwitchMLP
 from ..ops import Indices
 from ..selection import choices, selftest
 from ..selection.selector import MixedKernelSelector
@@ -125,12 +125,21 @@ def _runnable(problem: Problem, triple: Triple | None, fp32acc: bool, generation
     return {name: config for name, config in configs.items() if selftest.fault(problem, config) is None}
 
 
+def _only_triple(found: set[tuple[float, ...]]) -> Triple | None:
+    """The (gate, up, down) bits that all experts have; kernels without a gate have no names by widths."""
+    if len(found) != 1:
+        return None
+    *gate, up, down = next(iter(found))
+    return (gate[0], up, down) if gate else None
+
+
 class MixedBpwMoEDispatcher:
     """Runs a layer's experts with the kernel that suits each call's routing, and learns from its latency.
 
     Args:
-        layer_or_bank: A :class:`TrellisSwitchGLU` or an :class:`ExpertBank`.
-        expert_bit_metadata: ``{expert: (gate, up, down)}`` bits. Default: ``None``, those of the weights.
+        layer_or_bank: A :class:`TrellisSwitchGLU`, a :class:`TrellisSwitchMLP` or an :class:`ExpertBank`.
+        expert_bit_metadata: ``{expert: (gate, up, down)}`` bits, without a gate ``(up, down)``. Default: ``None``,
+            those of the weights.
         use_fp32_acc: Take ``_fp32acc`` kernels. Default: ``False``.
         enable_ab_testing: Whether to explore. Default: ``True``.
         exploration_rate: Share of the calls that try another kernel. Default: ``0.05``.
@@ -141,15 +150,16 @@ class MixedBpwMoEDispatcher:
 
     def __init__(
         self,
-        layer_or_bank: TrellisSwitchGLU | ExpertBank,
-        expert_bit_metadata: Mapping[int, Triple] | None = None,
+        layer_or_bank: TrellisSwitch | ExpertBank,
+        expert_bit_metadata: Mapping[int, tuple[float, ...]] | None = None,
         use_fp32_acc: bool = False,
         enable_ab_testing: bool = True,
         exploration_rate: float = 0.05,
     ):
         if isinstance(layer_or_bank, ExpertBank):
-            layer_or_bank = TrellisSwitchGLU(bank=layer_or_bank)
-        if not isinstance(layer_or_bank, TrellisSwitchGLU):
+            fused = TrellisSwitchMLP if layer_or_bank.gate is None else TrellisSwitchGLU
+            layer_or_bank = fused(bank=layer_or_bank)
+        if not isinstance(layer_or_bank, TrellisSwitch):
             raise ValueError(f"wanted a TrellisSwitchGLU or an ExpertBank, got {type(layer_or_bank).__name__}")
         self.layer = layer_or_bank
         self.use_fp32_acc = bool(use_fp32_acc)
@@ -162,12 +172,12 @@ class MixedBpwMoEDispatcher:
         self._warm: set[tuple[Problem, KernelConfig]] = set()
         self._lock = threading.Lock()
 
-    def _check_metadata(self, metadata: Mapping[int, Triple]) -> None:
-        for expert, triple in metadata.items():
-            if self._bits.get(expert) != tuple(triple):
+    def _check_metadata(self, metadata: Mapping[int, tuple[float, ...]]) -> None:
+        for expert, bits in metadata.items():
+            if self._bits.get(expert) != tuple(bits):
                 has = f"has {self._bits[expert]}" if expert in self._bits else "does not exist"
                 raise ValueError(
-                    f"expert_bit_metadata says {tuple(triple)} for expert {expert}, which {has} in the layer"
+                    f"expert_bit_metadata says {tuple(bits)} for expert {expert}, which {has} in the layer"
                 )
 
     def dispatch(self, activations: mx.array, expert_ids: Indices, expert_probs: mx.array) -> tuple[mx.array, dict]:
@@ -240,8 +250,7 @@ class MixedBpwMoEDispatcher:
         self, rows: int, active: list[int], pattern: dict | None, problem: Problem
     ) -> tuple[KernelConfig, dict, list[float], float]:
         bits = get_expert_bits(active, self._bits)
-        triples = {self._bits[expert] for expert in active}
-        triple = triples.pop() if len(triples) == 1 else None
+        triple = _only_triple({self._bits[expert] for expert in active})
         runnable = _runnable(problem, triple, self.use_fp32_acc, choices.generation())
         if triple is not None and not any(kernels.parse_name(name).triple for name in runnable):
             triple = None

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from .. import codec
-from ..kernels import Triple
 from ..ops import Indices
 
 
@@ -18,12 +17,12 @@ def expert_id_array(expert_ids: Indices) -> np.ndarray:
     return ids
 
 
-def get_expert_bits(expert_ids: Indices, expert_bit_metadata: Mapping[int, Triple]) -> list[float]:
+def get_expert_bits(expert_ids: Indices, expert_bit_metadata: Mapping[int, tuple[float, ...]]) -> list[float]:
     """The up projection's bits of each distinct active expert, by ascending expert id.
 
     Args:
         expert_ids: Integers of any shape: the routed experts. Evaluated.
-        expert_bit_metadata: ``{expert: (gate, up, down)}`` bits.
+        expert_bit_metadata: ``{expert: (gate, up, down)}`` bits, without a gate ``(up, down)``.
 
     Raises:
         ValueError: If an active expert is not in the metadata.
@@ -32,7 +31,8 @@ def get_expert_bits(expert_ids: Indices, expert_bit_metadata: Mapping[int, Tripl
     missing = [expert for expert in active if expert not in expert_bit_metadata]
     if missing:
         raise ValueError(f"expert_bit_metadata has no (gate, up, down) for the active experts {missing}")
-    return [codec.as_width(expert_bit_metadata[expert][1], "bits in expert_bit_metadata") for expert in active]
+    # Of (gate, up, down) and of (up, down).
+    return [codec.as_width(expert_bit_metadata[expert][-2], "bits in expert_bit_metadata") for expert in active]
 
 
 def analyze_expert_activation_pattern(expert_ids: Indices, num_experts: int) -> dict[str, float]:

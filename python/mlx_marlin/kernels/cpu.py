@@ -139,7 +139,7 @@ def _tasks(problem: Problem, rows: int, columns: int) -> int:
     slots = max(1, problem.rows * problem.top_k)
     segment = _LARGEST_SEGMENT if rows == TILE_ROWS["large_batch"][-1] else rows
     # An expert's last segment may be incomplete.
-    segments = min(slots, problem.experts + slots // segment) if problem.kind == "swiglu" else -(-slots // segment)
+    segments = min(slots, problem.experts + slots // segment) if problem.fused else -(-slots // segment)
     return max(slots, segments * -(-max(problem.outputs) // columns))
 
 

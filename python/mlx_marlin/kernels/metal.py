@@ -1,12 +1,17 @@
-"""The rules of the Metal kernels (see :class:`~.catalogue.KernelRules`). Pure.
+"""The rules of the Metal kernels (see :class:`~.catalogue.KernelRules`). Pure, but for the number of cores.
 
 The same limits as ``csrc/plan/tiling.cpp``, which throws where these functions give a reason.
 """
 
 from __future__ import annotations
 
+import math
+import platform
+import re
+import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 
 from .. import codec
@@ -43,11 +48,33 @@ MAX_EXPERTS = 2046
 
 COMPILED_AT_RUN_TIME = True
 
-# A 40-core GPU, the widest that is one die, should have a threadgroup per core.
-_FEW_GROUPS = 40
+# Cores that are assumed where the system does not tell: those of most chips that are one die, within a factor of two.
+_ASSUMED_CORES = 20
 
-# Rows from which tiles of 64 take less time than several of 16.
-_BASE_ROWS = 32
+# Products of a 16 x 16 tile with a row, by the operations that the simulator counts (bench/metal/work.py): what
+# decoding the tile takes as much as; per threadgroup a simdgroup's part in adding up the sums, and an input value's
+# transform; a dispatch that waits for another one.
+_DECODE_ROWS, _SIMDGROUP_ROWS, _ROTATION_ROWS, _STAGE_ROWS = 5.5, 30.0, 0.1, 2000.0
+
+# A transform of units of 8 rows, in other dispatches.
+_MATRIX_TRANSFORM = 2.0
+
+# The same on the accelerators of an M5, of float32: a row, decoding beside it, and a tile at least.
+_ACCELERATED_ROW, _ACCELERATED_DECODE, _ACCELERATED_TILE = 0.7, 2.0, 11.5
+# Rows of a linear with which others have measured a loss on them.
+_ACCELERATOR_LOSS = 8
+
+# Of the columns, those among which the others lie.
+_USUAL_COLUMNS = (16, 32, 64, 128)
+
+# A core with fewer simdgroups cannot hide latency, and waits in proportion (bench/metal/model.py).
+_BUSY_SIMDGROUPS = 24
+
+# csrc/plan/tiling.cpp: decode transforms its input itself where that leaves room in threadgroup memory.
+_ROTATED_BYTES = 16 << 10
+
+# Rows of an expert, in the mean, from which its last row tile may be taken for half full.
+_MANY_ROWS = 32
 
 # Sums of a lane: 4 per tile and 8 rows. With 32 of them and as many values of x a kernel stays near 96 registers, which
 # 512 threads may have on an M1. On the accelerators two tiles are multiplied at a time, beside fewer values of x.
@@ -63,51 +90,118 @@ def accelerated(config: KernelConfig) -> bool:
     return config.tile_size_m == ACCELERATOR_ROWS.get(config.kernel_variant)
 
 
+@lru_cache(maxsize=1)
+def gpu_cores() -> int:
+    """Cores of this machine's GPU; 0 where the system does not tell."""
+    if platform.system() != "Darwin":
+        return 0
+    run = subprocess.run(
+        ["/usr/sbin/ioreg", "-rc", "AGXAccelerator", "-d1", "-k", "gpu-core-count"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    match = re.search(r'"gpu-core-count"\s*=\s*(\d+)', run.stdout)
+    return int(match[1]) if match else 0
+
+
 def usual_variant(problem: Problem) -> str:
-    """By rows per matrix: a tile of so many rows decodes a weight once for them.
-
-    Decode is the only one that does not sort the slots by expert. large_batch has few, wide threadgroups: base where
-    those would leave cores without one.
-    """
-    rows = problem.rows_per_matrix
-    decode_rows = TILE_ROWS["decode"][-1] if problem.experts == 1 else 1
-    if problem.experts > MAX_EXPERTS or problem.rows <= decode_rows:
-        return "decode"
-    if rows <= TILE_ROWS["prefill4"][-1]:
-        return "prefill4"
-    largest = _most_rows(problem, "large_batch")
-    return "base" if rows <= _BASE_ROWS or _few_groups(problem, largest) else "large_batch"
-
-
-def _most_rows(problem: Problem, variant: str) -> int:
-    """The most rows of a tile, of the accelerators where there are any."""
-    return ACCELERATOR_ROWS[variant] if problem.accelerators else MATRIX_ROWS[variant][-1]
+    """The variant for the fewest rows whose tiles cost as little as any; decode alone does not sort the slots."""
+    legal = VARIANTS if problem.experts <= MAX_EXPERTS else VARIANTS[:1]
+    return min(legal, key=lambda variant: min(_cost(problem, variant, *t) for t in _usual_tiles(problem, variant)))
 
 
 def default_tiles(problem: Problem, variant: str) -> Tiles:
-    """128 columns: whole Hadamard blocks. 16 simdgroups, whose ranges of k keep a narrow layer's few threadgroups busy;
-    8 for 4 rows, and for 48 on accelerators, whose sums and x need more than the 96 registers that an M1 has for each
-    of 512 threads. 32 columns where 128 would leave cores without a threadgroup, as a single weight and few rows do.
+    """The widest tiles of those that cost least."""
+    return min(_usual_tiles(problem, variant), key=lambda tiles: _cost(problem, variant, *tiles))
+
+
+def _usual_tiles(problem: Problem, variant: str) -> list[Tiles]:
+    return _tiles_of_layer(replace(problem, rows=1), variant)
+
+
+@lru_cache(maxsize=1024)
+def _tiles_of_layer(problem: Problem, variant: str) -> list[Tiles]:
+    """Tiles that a default may have, whatever the number of rows, widest first.
+
+    With 16 simdgroups an M1 has 96 registers for each thread, and 4 rows take more, as 48 on the accelerators do.
     """
-    few, many = TILE_ROWS[variant][0], TILE_ROWS[variant][-1]
-    rows = few
-    # Accelerators from 9 rows of a linear on: with 8 others have measured a loss. Of experts that see 4 rows in the
-    # mean many see more.
-    several = problem.rows_per_matrix > few or (problem.accelerators and problem.experts > 1)
-    if variant == "large_batch" or (variant == "base" and several):
-        rows = _most_rows(problem, variant)
-    if variant == "decode" and problem.experts == 1:
-        rows = min(max(few, problem.rows * problem.top_k), many)
-    if variant != "large_batch" and problem.kind == "linear" and _few_groups(problem, rows):
-        return rows, 32, 8
-    many_registers = variant == "prefill4" or (variant == "large_batch" and problem.accelerators)
-    return rows, codec.HADAMARD_SIZE, 8 if many_registers and not _few_groups(problem, rows) else 16
+    columns = (LARGE_BATCH_COLUMNS,) if variant == "large_batch" else _USUAL_COLUMNS
+    found: list[Tiles] = []
+    for rows in TILE_ROWS[variant]:
+        if ACCELERATOR_ROWS.get(variant) == rows:
+            simdgroups: tuple[int, ...] = (8,) if variant == "large_batch" else (16,)
+        elif problem.accelerators and rows == MATRIX_ROWS.get(variant, (0,))[-1]:
+            continue  # its place
+        else:
+            simdgroups = (8,) if variant == "prefill4" else (8, 16)
+        found += product((rows,), columns, simdgroups)
+    name = make_name(variant)
+    legal = [t for t in found if infeasible(problem, KernelConfig(name, *t, True, variant)) is None]
+    return sorted(legal or found, key=lambda tiles: -tiles[1])
 
 
-def _few_groups(problem: Problem, rows: int) -> bool:
-    """Whether tiles of whole Hadamard blocks are fewer than cores."""
-    row_tiles = -(-problem.rows * problem.top_k // rows)
-    return row_tiles * problem.intermediate < _FEW_GROUPS * codec.HADAMARD_SIZE
+def _cost(problem: Problem, variant: str, rows: int, columns: int, simdgroups: int) -> float:
+    """Products of a 16 x 16 tile with a row that a busy core does until the call is over.
+
+    A row tile decodes each weight once for all of its rows, but the fewer threadgroups there are, the more cores wait.
+    """
+    cores, row_tiles = gpu_cores() or _ASSUMED_CORES, _row_tiles(problem, rows)
+    of_tile = _decoded_and_multiplied(problem, variant, rows, row_tiles)
+    rotates = variant == "decode" and columns > codec.TILE and 4 * rows * codec.padded(problem.hidden) <= _ROTATED_BYTES
+    transforms = 0.0 if rotates else _MATRIX_TRANSFORM if variant in MATRIX_ROWS else 1.0
+    total = _STAGE_ROWS * (transforms + (problem.experts > 1 and rows > 1))  # of the input, and to sort
+    for phase, (outputs, inputs) in enumerate(zip(problem.outputs, (problem.hidden, problem.intermediate))):
+        weights = (problem.side_by_side if phase == 0 else 1) * columns * codec.padded(inputs) / codec.TILE**2
+        groups = row_tiles * -(-outputs // columns)
+        # Where it depends on the routing how many there are, a core that is done waits for half of one.
+        known = problem.experts == 1 or rows == 1
+        rounds = math.ceil(groups / cores) if known else max(1.0, groups / cores + 0.5)
+        own = _SIMDGROUP_ROWS * simdgroups + (_ROTATION_ROWS * rows * inputs if rotates and phase == 0 else 0.0)
+        total += max(rounds, _BUSY_SIMDGROUPS / simdgroups) * (weights * of_tile + own)
+        total += _STAGE_ROWS * (columns % codec.HADAMARD_SIZE != 0)  # the output's transform
+    return total
+
+
+def _row_tiles(problem: Problem, rows: int) -> float:
+    """Row tiles of all experts together, if rows choose their experts evenly."""
+    slots = max(1, problem.rows * problem.top_k)
+    if problem.experts == 1 or rows == 1:
+        return -(-slots // rows)
+    chosen = min(problem.top_k, problem.experts) / problem.experts
+    return problem.experts * _tiles_of_expert(max(1, problem.rows), chosen, rows)
+
+
+@lru_cache(maxsize=4096)
+def _tiles_of_expert(rows: int, chosen: float, tile_rows: int) -> float:
+    """The mean of an expert's row tiles; ``chosen``: the probability that a row chooses it."""
+    if rows * chosen > _MANY_ROWS:
+        return rows * chosen / tile_rows + (1 - 1 / tile_rows) / 2  # the last one is half full
+    if chosen == 1:
+        return math.ceil(rows / tile_rows)
+    probability, total = (1 - chosen) ** rows, 0.0
+    for n in range(1, min(rows, 4 * _MANY_ROWS) + 1):
+        probability *= (rows - n + 1) / n * chosen / (1 - chosen)
+        total += probability * math.ceil(n / tile_rows)
+    return total
+
+
+def _decoded_and_multiplied(problem: Problem, variant: str, rows: int, row_tiles: float) -> float:
+    """What a row tile does with a tile of weights."""
+    slots = max(1, problem.rows * problem.top_k)
+    if ACCELERATOR_ROWS.get(variant) != rows:
+        return _DECODE_ROWS + (_multiplied(problem, rows, row_tiles, 8) if variant in MATRIX_ROWS else rows)
+    if problem.experts == 1 and slots <= _ACCELERATOR_LOSS:
+        return math.inf
+    return max(_ACCELERATED_TILE, _ACCELERATED_ROW * _multiplied(problem, rows, row_tiles, 16) + _ACCELERATED_DECODE)
+
+
+def _multiplied(problem: Problem, rows: int, row_tiles: float, unit: int) -> float:
+    """Rows of a tile with those of incomplete units: units without any are left out."""
+    slots = max(1, problem.rows * problem.top_k)
+    if problem.experts == 1:
+        return min(rows, -(-slots // unit) * unit / row_tiles)
+    return min(rows, slots * (1 + (unit - 1) / 2 / problem.rows_per_matrix) / row_tiles)
 
 
 def legal_tiles(variant: str) -> list[Tiles]:
@@ -116,7 +210,7 @@ def legal_tiles(variant: str) -> list[Tiles]:
 
 def refuses_triple(problem: Problem, triple: Triple) -> bool:
     """A triple is compiled for just these widths."""
-    return problem.kind == "swiglu" and problem.bits != (triple,)
+    return problem.fused and problem.bits != (triple,)
 
 
 def infeasible(problem: Problem, config: KernelConfig) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -12,8 +12,14 @@ import msgspec
 from .. import codec
 from .config import Triple
 
-ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai")
-"""What the fused kernels compute of gate and up; the position is the id that the kernels use."""
+ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai", "relu_squared")
+"""What the fused kernels apply to the gate, or without one to up; the position is the id that the kernels use."""
+
+UNGATED = tuple(name for name in ACTIVATIONS if name != "swiglu_oai")
+"""Those that need no gate."""
+
+PROJECTIONS = {"linear": ("weight",), "mlp": ("up", "down"), "swiglu": ("gate", "up", "down")}
+"""The weights of each kind of problem: those that read x, then, of experts, the one that reads what they make of it."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 """Names of the dtypes of x; the position is the id that the kernels use."""
@@ -40,7 +46,7 @@ if TYPE_CHECKING:
     Device = str
     Accuracy = str
 else:
-    Kind = Literal["linear", "swiglu"]
+    Kind = Literal[tuple(PROJECTIONS)]
     Codebook = Literal[codec.CODEBOOKS]
     Activation = Literal[("none", *ACTIVATIONS)]
     Dtype = Literal[DTYPES]
@@ -49,6 +55,11 @@ else:
 _Rows = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 _Width = Annotated[int, msgspec.Meta(ge=1, le=codec.MAX_BITS)] | Annotated[float, msgspec.Meta(ge=1, le=codec.MAX_BITS)]
+
+
+def activations_of(kind: str) -> tuple[str, ...]:
+    """Names of the activations that a kind of problem may have."""
+    return {"linear": ("none",), "mlp": UNGATED}.get(kind, ACTIVATIONS)
 
 
 def rows_label(rows: int) -> str:
@@ -68,7 +79,7 @@ def checked_accuracy(accuracy: str) -> str:
 
 
 class Asks(Protocol):
-    """What a problem can be asked of: TrellisLinear, TrellisSwitchGLU."""
+    """What a problem can be asked of: TrellisLinear, TrellisSwitchGLU, TrellisSwitchMLP."""
 
     def problem(self, rows: int, dtype: Any, device: str, *, combine: bool = False) -> Problem: ...
 
@@ -78,13 +89,14 @@ class Problem:
     """One call, described by shapes and dtypes only. Limits in annotations are checked where one is read from a file.
 
     Attributes:
-        kind: ``"linear"`` or ``"swiglu"``.
+        kind: ``"linear"``; or, of experts, ``"swiglu"`` (gate, up, down) or ``"mlp"`` (up, down).
         rows: Tokens, before top-k. May be 0.
         top_k: Experts per token; 1 for a linear.
         hidden: Logical input size.
-        intermediate: Padded width between gate/up and down; for a linear, the logical output size.
+        intermediate: Padded width between up and down; for a linear, the logical output size.
         experts: Experts in the bank; 1 for a linear, more for one projection of experts, whose rows are slots.
-        bits: Sorted distinct (gate, up, down) bits present; for a linear, ``((K,),)``. Ints, half rates floats.
+        bits: Sorted distinct (gate, up, down) bits present, without a gate (up, down); for a linear, ``((K,),)``. Ints,
+            half rates floats.
         codebooks: Sorted distinct codebooks present.
         activation: One of :data:`ACTIVATIONS`; ``"none"`` for a linear.
         dtype: Dtype of x, one of :data:`DTYPES`.
@@ -114,7 +126,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", _checked_bits(self.kind, self.bits, self.codebooks))
-        if (self.activation == "none") != (self.kind == "linear"):
+        if self.activation not in activations_of(self.kind):
             raise ValueError(f"kind {self.kind!r} does not go with activation {self.activation!r}")
 
     @property
@@ -123,21 +135,31 @@ class Problem:
         return tuple(sorted({b for group in self.bits for b in group}))
 
     @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the weights, in the order of ``bits``."""
+        return PROJECTIONS[self.kind]
+
+    @property
+    def fused(self) -> bool:
+        """Whether these are experts with all that they compute, not a linear."""
+        return len(self.projections) > 1
+
+    @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(inputs, outputs) of each projection: gate, up and down, or the one of a linear."""
+        """(inputs, outputs) of each of the projections."""
         first = self.hidden, self.intermediate
-        return (first, first, first[::-1]) if self.kind == "swiglu" else (first,)
+        return (first,) * self.side_by_side + ((first[::-1],) if self.fused else ())
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """Padded columns of each product: of gate and up, then of down; for a linear, of itself."""
-        sizes = (self.intermediate, self.hidden) if self.kind == "swiglu" else (self.intermediate,)
+        """Padded columns of each product: of what reads x, then of down; for a linear, of itself."""
+        sizes = (self.intermediate, self.hidden) if self.fused else (self.intermediate,)
         return tuple(map(codec.padded, sizes))
 
     @property
     def side_by_side(self) -> int:
         """Weights that the first product has for each column: gate and up, or one."""
-        return 2 if self.kind == "swiglu" else 1
+        return len(self.projections) - self.fused
 
     @property
     def rows_per_matrix(self) -> float:
@@ -215,7 +237,7 @@ class Problem:
         accuracy: str = "float32",
         accelerators: bool = False,
     ) -> Problem:
-        """The experts of a layer.
+        """The experts of a layer, of three matrices.
 
         Args:
             hidden: Logical hidden size.
@@ -252,6 +274,28 @@ class Problem:
         )
 
     @classmethod
+    def mlp(
+        cls,
+        hidden: int,
+        intermediate: int,
+        *,
+        bits: float | Iterable[tuple[float, float]] = 4,
+        activation: str = "relu_squared",
+        **others: Any,
+    ) -> Problem:
+        """The experts of a layer, of two matrices.
+
+        Args:
+            hidden: Logical hidden size.
+            intermediate: Size between up and down; its padded size is what the kernels see.
+            bits: The width of all weights, or all (up, down) that occur. Default: ``4``.
+            activation: One of :data:`UNGATED`. Default: ``"relu_squared"``.
+            others: What else :meth:`swiglu` takes.
+        """
+        pairs = _distinct(map(tuple, bits) if isinstance(bits, Iterable) else [(bits,) * 2])
+        return replace(cls.swiglu(hidden, intermediate, **others), kind="mlp", bits=pairs, activation=activation)
+
+    @classmethod
     def of(cls, layer: Asks, rows: int, dtype: object, device: str, *, combine: bool = False) -> Problem:
         """The problem that a layer (or weight, or bank) poses for a number of rows.
 
@@ -267,7 +311,9 @@ class Problem:
 @lru_cache(maxsize=4096)
 def _checked_bits(kind: str, bits: tuple, codebooks: tuple[str, ...]) -> tuple[tuple[float, ...], ...]:
     """The widths of a problem as ``codec.WIDTHS`` writes them."""
-    wanted = 1 if kind == "linear" else 3
+    if kind not in PROJECTIONS:
+        raise ValueError(f"kind must be one of {', '.join(PROJECTIONS)}, got {kind!r}")
+    wanted = len(PROJECTIONS[kind])
     if any(len(group) != wanted for group in bits):
         raise ValueError(f"each element of bits must have {wanted} widths for kind {kind!r}")
     for name, values in (("bits", bits), ("codebooks", codebooks)):

@@ -1,7 +1,7 @@
-"""Modules over trellis weights, drop-ins for ``nn.Linear`` and mlx-lm's ``SwitchGLU``."""
+"""Modules over trellis weights, drop-ins for ``nn.Linear`` and mlx-lm's ``SwitchGLU`` and ``SwitchMLP``."""
 
 from .embedding import TrellisEmbedding
-from .experts import TrellisExperts, TrellisSwitchGLU
+from .experts import TrellisExperts, TrellisSwitch, TrellisSwitchGLU, TrellisSwitchMLP
 from .grid import GridLinear
 from .linear import TrellisLinear
 from .partial import PartlyQuantizedSwitchGLU
@@ -12,5 +12,7 @@ __all__ = [
     "PartlyQuantizedSwitchGLU",
     "TrellisExperts",
     "TrellisLinear",
+    "TrellisSwitch",
     "TrellisSwitchGLU",
+    "TrellisSwitchMLP",
 ]

@@ -1,4 +1,4 @@
-"""A drop-in for mlx-lm's ``SwitchGLU`` over trellis weights.
+"""Drop-ins for mlx-lm's ``SwitchGLU`` and ``SwitchMLP`` over trellis weights.
 
 Trellis words, formats and scales are parameters, so that they survive save and load; they are frozen, and stay so
 when the model is unfrozen.
@@ -7,6 +7,7 @@ when the model is unfrozen.
 from __future__ import annotations
 
 from operator import is_
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +22,7 @@ from .state import StackArrays, StackedModule, TrellisModule
 
 
 class TrellisExperts(StackedModule):
-    """One projection of all experts, the child of a :class:`TrellisSwitchGLU`. A drop-in for mlx-lm's ``SwitchLinear``.
+    """One projection of all experts, the child of a :class:`TrellisSwitch`. A drop-in for mlx-lm's ``SwitchLinear``.
 
     Parameters: ``trellis`` (uint32, flat), ``formats`` (uint32 ``[experts]``, 2 * bits | codebook id << 8), ``suh``,
     ``svh`` and optionally ``bias``.
@@ -91,57 +92,49 @@ class TrellisExperts(StackedModule):
         return f"{self.num_experts} experts, {self._sizes[0]} -> {self._sizes[1]}, bits={widths}"
 
 
-class TrellisSwitchGLU(TrellisModule):
-    """The experts of a mixture-of-experts layer, fused. A drop-in for mlx-lm's ``SwitchGLU``.
+class TrellisSwitch(TrellisModule):
+    """The experts of a mixture-of-experts layer, fused.
 
     Args:
-        gate: One :class:`TrellisWeight` per expert; or an :class:`ExpertStack` of all.
-        up: The same.
-        down: The same.
-        activation: ``"silu"``, ``"gelu_tanh"`` or ``"swiglu_oai"``. Default: ``"silu"``.
-        alpha: For ``"swiglu_oai"``. Default: ``1.702``.
-        limit: For ``"swiglu_oai"``. Default: ``7.0``.
-        bank: Instead of gate, up and down: an :class:`ExpertBank`.
+        bank: Their weights, one stack for each of ``PROJECTIONS``.
+        activation: What stands before down.
+
+    Attributes:
+        PROJECTIONS: Names of the children, those that read x first.
     """
 
-    def __init__(
-        self,
-        gate: Experts | None = None,
-        up: Experts | None = None,
-        down: Experts | None = None,
-        activation: str = "silu",
-        alpha: float = 1.702,
-        limit: float = 7.0,
-        *,
-        bank: ExpertBank | None = None,
-    ):
+    PROJECTIONS: ClassVar[tuple[str, ...]]
+
+    def __init__(self, bank: ExpertBank, activation: Activation):
         super().__init__()
-        self._activation = Activation.checked(activation, alpha, limit)
-        self._top_k: int | None = None
-        if bank is None and gate is not None and up is not None and down is not None:
-            bank = ExpertBank(gate, up, down)
-        elif bank is None or not gate is up is down is None:
-            raise ValueError("pass either gate, up and down (a list of TrellisWeight each) or bank")
         if not isinstance(bank, ExpertBank):
             raise ValueError(f"bank must be an ExpertBank, got {type(bank).__name__}")
-        self.gate_proj = TrellisExperts(bank.gate)
-        self.up_proj = TrellisExperts(bank.up)
-        self.down_proj = TrellisExperts(bank.down)
+        if len(bank.stacks) != len(self.PROJECTIONS):
+            other, has = ("TrellisSwitchMLP", "no gate") if bank.gate is None else ("TrellisSwitchGLU", "a gate")
+            raise ValueError(f"the experts of the bank have {has}; use {other}")
+        self._activation = activation
+        self._top_k: int | None = None
+        for name, stack in zip(self.PROJECTIONS, bank.stacks):
+            self[name] = TrellisExperts(stack)
 
     @property
-    def stacks(self) -> tuple[ops.Stack, ops.Stack, ops.Stack]:
-        """Gate, up and down as the kernels take them; whether they fit together is checked when one changed."""
-        gate, up, down = self["gate_proj"].stack, self["up_proj"].stack, self["down_proj"].stack
-        derived, sources = self._derived, (gate.source, up.source, down.source)
+    def stacks(self) -> tuple[ops.Stack, ...]:
+        """The projections as the kernels take them; whether they fit together is checked when one changed."""
+        stacks = tuple([self[name].stack for name in self.PROJECTIONS])
+        derived, sources = self._derived, tuple([stack.source for stack in stacks])
         if not all(map(is_, sources, derived.checked)):
             check_projections(*sources)
             derived.checked = sources
-        return gate, up, down
+        return stacks
 
     @property
     def activation(self) -> Activation:
-        """What stands between gate and up on one side and down on the other."""
+        """What stands before down."""
         return self["_activation"]
+
+    @property
+    def num_experts(self) -> int:
+        return self[self.PROJECTIONS[0]].num_experts
 
     @property
     def top_k(self) -> int | None:
@@ -152,14 +145,14 @@ class TrellisSwitchGLU(TrellisModule):
 
     @top_k.setter
     def top_k(self, top_k: int | None) -> None:
-        experts = self["gate_proj"].num_experts
+        experts = self.num_experts
         if top_k is not None and not 1 <= top_k <= experts:
             raise ValueError(f"top_k must be in [1, {experts}], the number of experts, or None; got {top_k}")
         self._top_k = top_k
 
     @property
-    def expert_bits(self) -> tuple[tuple[float, float, float], ...]:
-        """(gate, up, down) bits of each expert."""
+    def expert_bits(self) -> tuple[tuple[float, ...], ...]:
+        """(gate, up, down) bits of each expert; (up, down) where there is no gate."""
         return tuple(zip(*(stack.source.bits for stack in self.stacks)))
 
     def problem(
@@ -169,10 +162,8 @@ class TrellisSwitchGLU(TrellisModule):
         model's, else 1.
         """
         top_k = (self._derived.configs.top_k or self._top_k or 1) if top_k is None else top_k
-        gate, up, down = (stack.source for stack in self.stacks)
-        return ops.swiglu_problem(
-            gate, up, down, rows, top_k, self.activation.name, dtype, device, combine, self._accuracy
-        )
+        sources = [stack.source for stack in self.stacks]
+        return ops.experts_problem(sources, rows, top_k, self.activation.name, dtype, device, combine, self._accuracy)
 
     def __call__(self, x: mx.array, indices: mx.array, scores: mx.array | None = None) -> mx.array:
         """The experts' outputs.
@@ -199,7 +190,7 @@ class TrellisSwitchGLU(TrellisModule):
         config: KernelConfig | None = None,
     ) -> mx.array:
         """The call with a given config, or with the one that is selected for it."""
-        call = ops.check_swiglu(x, indices, self.stacks, self.activation, scores, accuracy=self._accuracy)
+        call = ops.check_experts(x, indices, self.stacks, self.activation, scores, accuracy=self._accuracy)
         return self._derived.configs.run(call, config)
 
     def explain(
@@ -221,3 +212,65 @@ class TrellisSwitchGLU(TrellisModule):
         dtype = latest.dtype if dtype is None else dtype
         combine = latest.combine if combine is None else combine
         return choices.choose(self.problem(rows, dtype, ops.device_of(None), combine=combine, top_k=top_k))
+
+
+class TrellisSwitchGLU(TrellisSwitch):
+    """The experts of a mixture-of-experts layer, fused. A drop-in for mlx-lm's ``SwitchGLU``, called as
+    :class:`TrellisSwitch` says.
+
+    Args:
+        gate: One :class:`TrellisWeight` per expert; or an :class:`ExpertStack` of all.
+        up: The same.
+        down: The same.
+        activation: ``"silu"``, ``"gelu_tanh"``, ``"relu_squared"`` or ``"swiglu_oai"``. Default: ``"silu"``.
+        alpha: For ``"swiglu_oai"``. Default: ``1.702``.
+        limit: For ``"swiglu_oai"``. Default: ``7.0``.
+        bank: Instead of gate, up and down: an :class:`ExpertBank`.
+    """
+
+    PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+    def __init__(
+        self,
+        gate: Experts | None = None,
+        up: Experts | None = None,
+        down: Experts | None = None,
+        activation: str = "silu",
+        alpha: float = 1.702,
+        limit: float = 7.0,
+        *,
+        bank: ExpertBank | None = None,
+    ):
+        if bank is None and gate is not None and up is not None and down is not None:
+            bank = ExpertBank(gate, up, down)
+        elif bank is None or not gate is up is down is None:
+            raise ValueError("pass either gate, up and down (a list of TrellisWeight each) or bank")
+        super().__init__(bank, Activation.checked(activation, alpha, limit))
+
+
+class TrellisSwitchMLP(TrellisSwitch):
+    """The experts of a mixture-of-experts layer without a gate, fused. A drop-in for mlx-lm's ``SwitchMLP``,
+    called as :class:`TrellisSwitch` says.
+
+    Args:
+        fc1: Up: one :class:`TrellisWeight` per expert; or an :class:`ExpertStack` of all.
+        fc2: Down, the same.
+        activation: ``"gelu_tanh"``, ``"relu_squared"`` or ``"silu"``. Default: ``"gelu_tanh"``, that of ``SwitchMLP``.
+        bank: Instead of fc1 and fc2: an :class:`ExpertBank` made with ``gate=None``.
+    """
+
+    PROJECTIONS = ("fc1", "fc2")
+
+    def __init__(
+        self,
+        fc1: Experts | None = None,
+        fc2: Experts | None = None,
+        activation: str = "gelu_tanh",
+        *,
+        bank: ExpertBank | None = None,
+    ):
+        if bank is None and fc1 is not None and fc2 is not None:
+            bank = ExpertBank(None, fc1, fc2)
+        elif bank is None or not fc1 is fc2 is None:
+            raise ValueError("pass either fc1 and fc2 (a list of TrellisWeight each) or bank")
+        super().__init__(bank, Activation.checked(activation, gated=False))

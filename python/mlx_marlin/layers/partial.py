@@ -9,11 +9,11 @@ import mlx.nn as nn
 
 
 class PartlyQuantizedSwitchGLU(nn.Module):
-    """A drop-in for mlx-lm's ``SwitchGLU`` over two banks of experts. Each slot is computed by both and taken from its
-    own, which costs no synchronisation: which experts are active is not looked at.
+    """A drop-in for mlx-lm's ``SwitchGLU`` or ``SwitchMLP`` over two banks of experts. Each slot is computed by both
+    and taken from its own, which costs no synchronisation: which experts are active is not looked at.
 
     Args:
-        quantized: The quantized experts, called as ``SwitchGLU`` is.
+        quantized: The quantized experts, called as those are.
         dense: The others, the same.
         is_dense: Whether each expert of the layer is one of the others; both banks are in the layer's order.
     """

@@ -84,7 +84,7 @@ class Derived:
         configs: Its configs.
         adaptation: Stands in the calls while the layer is adapted, or ``None``.
         collected: The parameters, and the stack that was made of them; one tuple, so that threads see both or none.
-        checked: The three projections that were found to fit together.
+        checked: The projections that were found to fit together.
     """
 
     __slots__ = ("adaptation", "checked", "collected", "configs")

@@ -73,6 +73,28 @@ def value_of(option: str) -> str | None:
     return None
 
 
+# What the commands of either host call the models that they make others from.
+_SOURCES = ("--model", "--quantized-model", "--reference-model", "--hf-path", "--model-path")
+
+
+def refusal(host: str, command: str) -> str:
+    """What a command that makes other models says where it is given an EXL3 model: now, or when it loads one.
+
+    Args:
+        host: The library's name.
+        command: Its command.
+
+    Raises:
+        CheckpointError: If ``sys.argv`` names one, before anything large is downloaded.
+    """
+    reason = f"{host} {command} cannot work on EXL3 weights; give it the model that they were made from"
+    for option in _SOURCES:
+        repo = value_of(option)
+        if repo is not None and is_our_repo(repo):
+            raise CheckpointError(reason)
+    return reason
+
+
 def take_value(option: str) -> str | None:
     """:func:`value_of` an option that the command does not have, which is taken off ``sys.argv``."""
     value = value_of(option)

@@ -27,9 +27,9 @@ from .command_line import (
     installed_commands,
     is_our_repo,
     is_ours,
+    refusal,
     take_parallel,
     take_revision,
-    value_of,
 )
 from .hub import fetch
 from .model import LayerProgress, load_exl3_model, open_checkpoint, product_accuracy
@@ -151,14 +151,8 @@ def run(command: str, progress: LayerProgress | None = None) -> None:
         ModuleNotFoundError: If the command needs what is not installed; the message says how to get it.
     """
     take_revision()
-    parallel, refuse = take_parallel(), None
-    if command in CONVERTERS:
-        refuse = f"mlx_lm {command} cannot work on EXL3 weights; give it the model that they were made from"
-        for option in ("--model", "--quantized-model"):
-            repo = value_of(option)
-            if repo is not None and is_our_repo(repo):  # before anything large is downloaded
-                raise CheckpointError(refuse)
-    install(progress, refuse=refuse, parallel=parallel)
+    parallel = take_parallel()
+    install(progress, refuse=refusal("mlx_lm", command) if command in CONVERTERS else None, parallel=parallel)
     command_repairs.count_weights()
     # argparse calls a subcommand by the program's name.
     sys.argv[0] = f"mlx_marlin {command}"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import mlx.nn as nn
 
-from .experts import unquantized_experts, whole_experts
+from .experts import kind_of, unquantized_experts, whole_experts
 from .host import Host
 from .mapping import WeightMap
 from .model import MakeExperts
@@ -71,7 +71,7 @@ def make_local_experts(host: Host, group: mx.distributed.Group, block_sums: bool
         total = len(next(iter(sources.values())))
         first, last = (total * rank // group.size() for rank in (group.rank(), group.rank() + 1))
         mine = {projection: every[first:last] for projection, every in sources.items()}
-        experts = whole_experts(host, path, module, mine)
-        return host.local(experts, first, last - first, None if block_sums else group)
+        local = kind_of(host, module).local
+        return local(whole_experts(host, path, module, mine), first, last - first, None if block_sums else group)
 
     return make

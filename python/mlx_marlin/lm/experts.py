@@ -23,9 +23,8 @@ from ..storage.reads import read_all
 from ..storage.untrusted import is_whole
 from ..weights.experts import ExpertStack, stacked_biases
 from ..weights.trellis import TrellisWeight
-from .host import Host
+from .host import ExpertsKind, Host
 from .placeholders import LinearSource
-from .sanitizing import PROJECTIONS
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -61,14 +60,15 @@ def experts_per_token(config: dict, experts: int, path: str) -> int | None:
 
 
 def activation_of(host: Host, module: nn.Module) -> Activation | None:
-    """The activation of gated experts as the fused kernels know it; ``None`` if they do not.
+    """The activation of experts as the fused kernels know it; ``None`` if they do not.
 
     Nor do they know what a class derived from the host's computes beside it, such as Inkling's scales of each expert.
     """
-    if type(module) is not host.glu:
+    if all(type(module) is not kind.module for kind in host.experts):
         return None
     activation = module.activation
-    name = host.activations.get(f"{type(activation).__module__}.{type(activation).__qualname__}")
+    variant = f":{activation._approx}" if isinstance(activation, nn.GELU) else ""
+    name = host.activations.get(f"{type(activation).__module__}.{type(activation).__qualname__}{variant}")
     if name is None:
         return None
     if hasattr(activation, "_alpha"):
@@ -76,23 +76,31 @@ def activation_of(host: Host, module: nn.Module) -> Activation | None:
     return Activation(name)
 
 
-def make_glu(host: Host, module: nn.Module, gate: ExpertStack, up: ExpertStack, down: ExpertStack) -> nn.Module:
-    """What stands for gated experts: a fused layer, or the module itself over trellis projections.
+def make_experts(host: Host, module: nn.Module, stacks: dict[str, ExpertStack]) -> nn.Module:
+    """What stands for experts: a fused layer, or the module itself over trellis projections.
 
     Args:
         host: Whose module it is.
         module: The experts.
-        gate, up, down: The experts' weights.
+        stacks: The experts' weights by projection, those that read x first.
     """
-    activation = activation_of(host, module)
+    kind, activation = kind_of(host, module), activation_of(host, module)
     if activation is not None:
-        return host.fused(gate, up, down, *activation)
-    # As in the fused kernels, the padded width flows from gate and up into down.
-    for name, stack in zip(PROJECTIONS, (gate, up, down)):
-        in_features, out_features = (None, stack.out_features) if stack is down else (stack.in_features, None)
+        return kind.fused(*stacks.values(), *(activation if len(stacks) == 3 else activation[:1]))
+    # As in the fused kernels, the padded width flows from what reads x into down.
+    for name, stack in stacks.items():
+        is_down = name == kind.projections[-1]
+        in_features, out_features = (None, stack.out_features) if is_down else (stack.in_features, None)
         arrays = stack.codes, stack.formats, stack.suh, stack.svh, stack.bias
         module[name] = TrellisExperts(ExpertStack(*arrays, in_features, out_features))
     return module
+
+
+def kind_of(host: Host, module: nn.Module) -> ExpertsKind:
+    """Which of the host's experts a module is that was mapped as experts."""
+    kind = host.kind_of(module)
+    assert kind is not None, type(module)  # map_weights: experts are of a kind
+    return kind
 
 
 def load_stack(sources: Sequence[LinearSource], in_features: int, out_features: int) -> ExpertStack:
@@ -189,14 +197,14 @@ def make_head(embeddings: nn.Embedding, source: LinearSource, dtype: mx.Dtype | 
 
 def unquantized_experts(sources: dict[str, list[LinearSource]]) -> list[bool]:
     """Whether any projection of each expert was left unquantized."""
-    rows = zip(*(sources[projection] for projection in PROJECTIONS))
+    rows = zip(*sources.values())
     return [any(isinstance(source.linear, PlainLinear) for source in row) for row in rows]
 
 
 def whole_experts(host: Host, _path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> nn.Module:
-    """What stands for gated experts. Experts of which a projection was left unquantized are dense ones."""
+    """What stands for experts. Those of which a projection was left unquantized are dense ones."""
     is_dense = unquantized_experts(sources)
-    shapes = {projection: module[projection].weight.shape[1:] for projection in PROJECTIONS}
+    shapes = {projection: module[projection].weight.shape[1:] for projection in sources}
     dense: nn.Module | None = None
     if any(is_dense):
         dense = copy.copy(module)
@@ -210,11 +218,12 @@ def whole_experts(host: Host, _path: str, module: nn.Module, sources: dict[str, 
                 dense[projection].bias = mx.stack([bias[:out_features] for bias in biases])
     if dense is not None and all(is_dense):
         return dense
-    gate, up, down = (
-        load_stack([s for s, kind in zip(sources[p], is_dense) if not kind], *reversed(shapes[p])) for p in PROJECTIONS
-    )
-    quantized = make_glu(host, module, gate, up, down)
-    return quantized if dense is None else host.partly(quantized, dense, is_dense)
+    stacks = {
+        p: load_stack([s for s, kind in zip(listed, is_dense) if not kind], *reversed(shapes[p]))
+        for p, listed in sources.items()
+    }
+    quantized = make_experts(host, module, stacks)
+    return quantized if dense is None else kind_of(host, module).partly(quantized, dense, is_dense)
 
 
 def _dense_weight(source: LinearSource, in_features: int, out_features: int) -> mx.array:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..layers.experts import TrellisSwitchGLU, TrellisSwitchMLP
 from ..layers.linear import TrellisLinear
 from ..layers.partial import PartlyQuantizedSwitchGLU
 from ..layers.sharded import AllToShardedTrellisLinear, LocalExperts, ShardedToAllTrellisLinear
@@ -33,6 +35,42 @@ class UnknownArchitecture(ValueError):
     """A model that this host has no class for; the message says which one it has it in, if any."""
 
 
+GATED = TrellisSwitchGLU.PROJECTIONS
+"""Children of gated experts, in every host."""
+
+UNGATED = TrellisSwitchMLP.PROJECTIONS
+"""Children of experts of two matrices, in every host."""
+
+UNGATED_ACTIVATIONS = {
+    "mlx.nn.layers.activations.ReLU2": "relu_squared",
+    "mlx.nn.layers.activations.SiLU": "silu",
+    # As GELU's argument says.
+    "mlx.nn.layers.activations.GELU:precise": "gelu_tanh",
+    "mlx.nn.layers.activations.GELU:tanh": "gelu_tanh",
+}
+"""Activations of experts of two matrices, by their full names: what the fused kernels call them."""
+
+
+@dataclass(frozen=True)
+class ExpertsKind:
+    """A class of a host's experts.
+
+    Attributes:
+        module: The class.
+        projections: Names of its children: those that read x, then the one that reads what they make of it.
+        fused: What stands for them where their activation has a kernel; takes a stack for each projection, and what
+            :class:`~mlx_marlin.ops.Activation` has, of experts without a gate the name alone.
+        partly: What stands for those of which some were left unquantized.
+        local: What stands for those of which each rank has some.
+    """
+
+    module: type[nn.Module]
+    projections: tuple[str, ...]
+    fused: Callable[..., nn.Module]
+    partly: type[PartlyQuantizedSwitchGLU] = PartlyQuantizedSwitchGLU
+    local: type[LocalExperts] = LocalExperts
+
+
 class Host(ABC):
     """A library of models.
 
@@ -41,14 +79,11 @@ class Host(ABC):
         whole: Whether its models go from tokens to logits; drafters are parts of those.
         loader: Its function that loads models which are not EXL3.
         model_code: The package whose modules are model code, with a dot behind.
-        glu: Its class of gated experts, whose children are called gate_proj, up_proj and down_proj.
+        experts: Its classes of experts.
         projection: Its class of one projection of all experts.
         grouped: Its class of a linear for each group of inputs, if it has one.
         activations: Its classes of activations of experts, by their full names: what the fused kernels call them.
         linear: What stands for quantized linears.
-        fused: What stands for quantized experts, called as the host calls its own.
-        partly: What stands for experts of which some were left unquantized, called the same way.
-        local: What stands for experts of which each rank has some, called the same way.
         all_to_sharded: What stands for quantized linears of whose outputs each rank has some.
         sharded_to_all: What stands for quantized linears of whose inputs each rank has some.
     """
@@ -57,16 +92,17 @@ class Host(ABC):
     whole: bool = True
     loader: str
     model_code: str
-    glu: type[nn.Module]
+    experts: tuple[ExpertsKind, ...]
     projection: type[nn.Module]
     grouped: type[nn.Module] | None
     activations: Mapping[str, str]
     linear: type[TrellisLinear]
-    fused: Callable[..., nn.Module]
-    partly: type[PartlyQuantizedSwitchGLU]
-    local: type[LocalExperts] = LocalExperts
     all_to_sharded: type[AllToShardedTrellisLinear] = AllToShardedTrellisLinear
     sharded_to_all: type[ShardedToAllTrellisLinear] = ShardedToAllTrellisLinear
+
+    def kind_of(self, module: nn.Module) -> ExpertsKind | None:
+        """Which experts a module is, itself or its class derived from theirs; ``None`` if none."""
+        return next((kind for kind in self.experts if isinstance(module, kind.module)), None)
 
     @abstractmethod
     def load_config(self, directory: Path) -> dict:

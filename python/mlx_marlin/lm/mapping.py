@@ -19,7 +19,7 @@ from .embedding import make_placeholders, take_embeddings
 from .graphs import changed, unread
 from .host import Host
 from .placeholders import LinearSource, Placeholders
-from .sanitizing import PROJECTIONS, parameters_of, sanitize
+from .sanitizing import parameters_of, sanitize
 
 
 @dataclass
@@ -32,7 +32,8 @@ class WeightMap:
         joined: Sources of each ``nn.Linear`` that is quantized in parts, in the order of its outputs, and how many
             outputs each has.
         grouped: Sources of each quantized layer with a linear for each group of inputs.
-        experts: Sources of each quantized block of experts: path -> projection -> one source per expert.
+        experts: Sources of each quantized block of experts: path -> projection -> one source per expert; what reads x
+            first.
         heads: Source of the output head, by the path of the embeddings that the model would use instead.
         tables: Each n-gram table in a file of its own, by its path in the model.
         embeddings: Each quantized token embedding, by its path in the model.
@@ -162,16 +163,20 @@ def _place(mapping: WeightMap, checkpoint: _Checkpoint, key: str, codes: np.ndar
         raise ValueError(f"{where}, which the model does not have; {checkpoint.seems_to_be(name)}")
     if isinstance(module, checkpoint.host.projection) and codes.ndim == 3 and codes.shape[2] == 1:
         parent, _, projection = path.rpartition(".")
-        if not isinstance(modules[parent], checkpoint.host.glu) or projection not in PROJECTIONS:
+        kind = checkpoint.host.kind_of(modules[parent])
+        if kind is None or projection not in kind.projections:
+            known = " or a ".join(kind.module.__name__ for kind in checkpoint.host.experts)
             raise ValueError(
-                f"{where}; experts can be quantized in a SwitchGLU only, not in a {type(modules[parent]).__name__}"
+                f"{where}; experts can be quantized in a {known} only, not in a {type(modules[parent]).__name__}"
             )
         if len(codes) != module.weight.shape[0]:
             raise ValueError(
                 f"{where}, where the model has {module.weight.shape[0]} experts; the checkpoint has {len(codes)}"
             )
         sources = [placeholders.read(f"{key}[{e}]", c[:, 0], module.weight.shape[1]) for e, c in enumerate(codes)]
-        mapping.experts.setdefault(parent, {})[projection] = sources
+        # In the order of the kind, whatever that of the checkpoint is.
+        found = {**mapping.experts.get(parent, {}), projection: sources}
+        mapping.experts[parent] = {name: found[name] for name in kind.projections if name in found}
     elif checkpoint.host.grouped is not None and type(module) is checkpoint.host.grouped and codes.ndim == 3:
         sources = [placeholders.read(f"{key}[{g}]", c[:, 0], module.weight.shape[1]) for g, c in enumerate(codes)]
         mapping.grouped[path] = sources
@@ -267,7 +272,8 @@ def _check_complete(model: nn.Module, checkpoint: _Checkpoint, mapping: WeightMa
     """Every parameter has a tensor that fits; what is left over belongs to a part that text models leave out."""
     loader = checkpoint.loader
     for path, projections in mapping.experts.items():
-        for projection in PROJECTIONS:
+        kind = checkpoint.host.kind_of(checkpoint.modules[path])
+        for projection in kind.projections if kind else ():
             if projection not in projections:
                 raise ValueError(
                     f"{loader.directory}: {path} is quantized, but its {projection} is not in the checkpoint"
@@ -277,7 +283,7 @@ def _check_complete(model: nn.Module, checkpoint: _Checkpoint, mapping: WeightMa
         *mapping.joined,
         *mapping.grouped,
         *mapping.embeddings,
-        *(f"{path}.{projection}" for path in mapping.experts for projection in PROJECTIONS),
+        *(f"{path}.{projection}" for path, projections in mapping.experts.items() for projection in projections),
     }
     parameters = {key: value for key, value in parameters_of(model).items() if key.rpartition(".")[0] not in replaced}
     of_tables = tuple(f"{path}." for path in mapping.tables)

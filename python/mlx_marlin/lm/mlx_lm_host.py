@@ -11,12 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 
-from ..layers.experts import TrellisSwitchGLU
+from ..layers.experts import TrellisSwitchGLU, TrellisSwitchMLP
 from ..layers.linear import TrellisLinear
-from ..layers.partial import PartlyQuantizedSwitchGLU
-from .host import Host, UnknownArchitecture
+from .host import GATED, UNGATED, UNGATED_ACTIVATIONS, ExpertsKind, Host, UnknownArchitecture
 
 _VLM = "mlx_vlm"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)$")
@@ -37,10 +36,14 @@ class MlxLm(Host):
     name = "mlx-lm"
     loader = "mlx_lm.load"
     model_code = "mlx_lm.models."
-    glu = SwitchGLU
+    experts = (
+        ExpertsKind(SwitchGLU, GATED, TrellisSwitchGLU),
+        ExpertsKind(SwitchMLP, UNGATED, TrellisSwitchMLP),
+    )
     projection = SwitchLinear
     grouped = None  # its MultiLinear takes matrices apart that EXL3 keeps whole
     activations = {
+        **UNGATED_ACTIVATIONS,
         "mlx_lm.models.switch_layers.SwiGLU": "silu",
         "mlx_lm.models.muse_spark.PreciseSwiGLU": "silu",
         "mlx_lm.models.gemma4_text.GeGLU": "gelu_tanh",
@@ -49,8 +52,6 @@ class MlxLm(Host):
         "mlx_lm.models.gpt_oss.SwiGLU": "swiglu_oai",
     }
     linear = TrellisLinear
-    fused = TrellisSwitchGLU
-    partly = PartlyQuantizedSwitchGLU
 
     def load_config(self, directory: Path) -> dict:
         return mlx_lm_utils.load_config(directory)

@@ -1,7 +1,7 @@
 """Building a host's models over EXL3 checkpoints.
 
-The model is made by the host's own class. Its linears and gated experts that are quantized in the
-checkpoint are then replaced, layer by layer, by :class:`TrellisLinear` and :class:`TrellisSwitchGLU`.
+The model is made by the host's own class. Its linears and experts that are quantized in the checkpoint are then
+replaced, layer by layer, by :class:`TrellisLinear`, :class:`TrellisSwitchGLU` and :class:`TrellisSwitchMLP`.
 Whatever can be wrong is found before the first weight is read.
 """
 
@@ -21,7 +21,8 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import kernels, ops
-from ..layers.experts import TrellisSwitchGLU
+from ..layers.experts import TrellisSwitch
+from ..layers.partial import PartlyQuantizedSwitchGLU
 from ..layers.state import TrellisModule
 from ..layers.streamed import StreamedEmbedding
 from ..loader.directory import Kind, TrellisModelLoader
@@ -33,11 +34,10 @@ from ..storage.untrusted import is_listed, unchanged
 from . import dense_ops
 from .embedding import EmbeddingWithHead, make_embedding
 from .experts import experts_per_token, grouped_linear, joined_linear, make_head, whole_experts, whole_linear
-from .host import MODEL_ERRORS, Host, UnknownArchitecture
+from .host import GATED, MODEL_ERRORS, UNGATED, Host, UnknownArchitecture
 from .mapping import WeightMap, map_weights
 from .mlx_lm_host import MLX_LM
 from .placeholders import LinearSource
-from .sanitizing import PROJECTIONS
 from .shapes import check_call
 from .tokenizer import check_keys
 
@@ -213,7 +213,7 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     parent_path, _, leaf = path.rpartition(".")
     parent = module_at(model, parent_path) if parent_path else model
     for name, child in module_at(model, path).children().items():
-        if name not in new and name not in ("activation", *PROJECTIONS):
+        if name not in new and name not in ("activation", *GATED, *UNGATED):
             new[name] = child
     if isinstance(parent, list):
         parent[int(leaf)] = new
@@ -295,7 +295,7 @@ def fill(
             else:
                 made = make_experts(path, module, mapping.experts[path])
                 if target is not None:
-                    for partly in (m for m in made.modules() if isinstance(m, mapping.host.partly)):
+                    for partly in (m for m in made.modules() if isinstance(m, PartlyQuantizedSwitchGLU)):
                         partly.dense.set_dtype(target)
                 replace_module(model, path, made)
         if not lazy:
@@ -309,8 +309,8 @@ def fill(
     for path, module in model.named_modules():
         if isinstance(module, TrellisModule):
             module.accuracy = accuracy
-        if isinstance(module, TrellisSwitchGLU):
-            module.top_k = experts_per_token(config, module.gate_proj.num_experts, path)
+        if isinstance(module, TrellisSwitch):
+            module.top_k = experts_per_token(config, module.num_experts, path)
     mapping.host.finish(model, target or next((v.dtype for v in dense.values() if v.dtype in DTYPE_NAMES), mx.float16))
     model.eval()
 

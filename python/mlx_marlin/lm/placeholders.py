@@ -16,7 +16,8 @@ from ..codec import HADAMARD_SIZE, padded
 from ..loader.directory import TrellisModelLoader
 from ..loader.exl3 import PlainLinear, QuantizedLinear
 
-EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<expert>\d{1,9})\.(?P<projection>\w+)")
+# Phixtral calls them moe.mlp.
+EXPERT = re.compile(r"(?P<block>(?P<layer>.+)\.(?:experts|moe\.mlp))\.(?P<expert>\d{1,9})\.(?P<projection>\w+)")
 
 
 @dataclass(frozen=True)
@@ -149,5 +150,5 @@ def _check_complete(loader: TrellisModelLoader, present: dict[tuple[str, str], s
     for (block, projection), experts in present.items():
         if len(experts) != max(in_block[block]) + 1:  # numbers may be anything up to 10^9
             missing = next(i for i in range(len(experts) + 1) if i not in experts)
-            name = f"{block}.experts.{missing}.{projection}"
+            name = f"{block}.{missing}.{projection}"
             raise ValueError(f"{loader.directory}: {name}.trellis is missing, but other experts of the layer are there")

@@ -8,7 +8,6 @@ from .. import ops
 from ..kernels import Problem
 from .experts import TOP_K_KEYS, activation_of, experts_per_token, unquantized_experts
 from .model import module_at, open_checkpoint, product_accuracy
-from .sanitizing import PROJECTIONS
 
 
 def model_problems(
@@ -32,9 +31,9 @@ def model_problems(
     for path, sources in mapping.experts.items():
         activation = activation_of(mapping.host, module_at(model, path))
         if activation is None:
-            continue  # three products of which the tuner times none: they are not fused
+            continue  # products of which the tuner times none: they are not fused
         is_dense = unquantized_experts(sources)
-        stacks = [[s.quantized for s, dense in zip(sources[p], is_dense) if not dense] for p in PROJECTIONS]
+        stacks = [[s.quantized for s, dense in zip(listed, is_dense) if not dense] for listed in sources.values()]
         if not stacks[0]:
             continue
         experts = len(stacks[0])
@@ -42,8 +41,9 @@ def model_problems(
         if top_k is None:
             keys = ", ".join(TOP_K_KEYS)
             raise ValueError(f"config.json does not say how many experts a token takes; looked for {keys}")
-        problem = Problem.swiglu(
-            module_at(model, path)[PROJECTIONS[0]].weight.shape[2],
+        make = Problem.swiglu if len(stacks) == 3 else Problem.mlp
+        problem = make(
+            module_at(model, path)[next(iter(sources))].weight.shape[2],
             stacks[0][0].padded_shape[1],
             experts=experts,
             top_k=top_k,

@@ -18,9 +18,6 @@ from .graphs import unread
 from .host import MODEL_ERRORS, Host
 from .placeholders import EXPERT, Placeholders
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-"""Children of gated experts, in every host."""
-
 # Mixtral's names for the projections.
 _PROJECTION_ALIASES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _SLICE = re.compile(r"(?P<name>.+\.wo_a)\.slice\.(?P<slice>\d{1,9})\.weight")
@@ -62,12 +59,12 @@ def _check_untouched(host: Host, directory: Path, stand_ins: dict[str, mx.array]
 
 def _stack_experts(host: Host, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Stack experts that ``sanitize`` left single, because it knows them only fused (gpt_oss, qwen3_5_moe)."""
-    banks = {path: module for path, module in model.named_modules() if isinstance(module, host.glu)}
+    banks = {path: module for path, module in model.named_modules() if host.kind_of(module)}
     result: dict[str, mx.array] = {}
     stacks: dict[str, dict[int, mx.array]] = {}
     for key, value in weights.items():
         match = EXPERT.fullmatch(key.removesuffix(".weight"))
-        inside = _inside(banks, match["block"]) if match else []
+        inside = _inside(banks, match["layer"]) if match else []
         if match and key.endswith(".weight") and len(inside) == 1:
             projection = _PROJECTION_ALIASES.get(match["projection"], match["projection"])
             stacks.setdefault(f"{inside[0]}.{projection}.weight", {})[int(match["expert"])] = value

@@ -26,7 +26,7 @@ from ..storage.untrusted import unchanged
 from ..weights.experts import ExpertStack
 from ..weights.trellis import TrellisWeight
 from .expert_parallel import check_summed, check_ways, make_local_experts
-from .experts import load_source, make_glu
+from .experts import load_source, make_experts
 from .host import MODEL_ERRORS, Host
 from .hub import fetch
 from .mapping import WeightMap
@@ -43,7 +43,6 @@ from .model import (
     report,
 )
 from .placeholders import LinearSource
-from .sanitizing import PROJECTIONS
 from .tokenizer import check_tokenizer, load_tokenizer
 
 Result = TypeVar("Result")
@@ -79,7 +78,7 @@ class Cut:
 
 def _targets(mapping: WeightMap) -> dict[str, LinearSource]:
     """A source of every quantized weight, by its path; of experts the first one."""
-    experts = {f"{path}.{p}": sources[p][0] for path, sources in mapping.experts.items() for p in PROJECTIONS}
+    experts = {f"{path}.{p}": listed[0] for path, sources in mapping.experts.items() for p, listed in sources.items()}
     return {**mapping.linears, **experts}
 
 
@@ -219,11 +218,12 @@ def load_bias(source: LinearSource, size: int) -> mx.array:
 
 
 def _check_experts(mapping: WeightMap, cuts: dict[str, Cut]) -> None:
-    for path in mapping.experts:
-        gate, up, down = (cuts[f"{path}.{projection}"] for projection in PROJECTIONS)
-        if gate.columns != up.columns or gate.columns != down.rows or gate.rows or up.rows or down.columns:
+    for path, projections in mapping.experts.items():
+        *reading, down = (cuts[f"{path}.{projection}"] for projection in projections)
+        if any(cut.rows or cut.columns != down.rows for cut in reading) or down.columns:
+            *names, last = projections
             raise ValueError(
-                f"{path}: gate and up must be split along their outputs and down along its inputs, all alike"
+                f"{path}: {' and '.join(names)} must be split along outputs and {last} along its inputs, all alike"
             )
 
 
@@ -241,12 +241,12 @@ def _make_linear(host: Host, cuts: dict[str, Cut], group: mx.distributed.Group) 
 
 def _make_experts(host: Host, cuts: dict[str, Cut]) -> MakeExperts:
     def make(path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> nn.Module:
-        stacks: list[ExpertStack] = []
-        for projection in PROJECTIONS:
+        stacks: dict[str, ExpertStack] = {}
+        for projection, listed in sources.items():
             cut, bias = cuts[f"{path}.{projection}"], module[projection].get("bias")
-            weights = [cut.load(s, None if bias is None else bias[e]) for e, s in enumerate(sources[projection])]
-            stacks.append(ExpertStack.of(projection, weights))
-        return make_glu(host, module, *stacks)
+            weights = [cut.load(s, None if bias is None else bias[e]) for e, s in enumerate(listed)]
+            stacks[projection] = ExpertStack.of(projection, weights)
+        return make_experts(host, module, stacks)
 
     return make
 

@@ -1,4 +1,4 @@
-"""Factors that ExLlamaV3 folds into stored weights, and no file tells."""
+"""Factors that ExLlamaV3 folds into stored weights, and that no file states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time measured, compared and told apart from noise. Knows callables, nothing of kernels."""
+"""Timing of callables: a clock, comparisons, statistics. Knows nothing of kernels."""
 
 from .clock import Chain, control, launch_floor
 

@@ -20,7 +20,7 @@ import mlx.core as mx
 from .. import _ext
 from . import shaders
 from .attention import attention, attention_runs, run_attention
-from .calls import Call, check_gathered, check_linear, check_swiglu, run
+from .calls import Call, check_experts, check_gathered, check_linear, run
 from .embedding import trellis_embedding
 from .planning import plan, scratch_bytes
 from .problems import (
@@ -30,11 +30,11 @@ from .problems import (
     NativeConfig,
     StreamOrDevice,
     device_of,
+    experts_problem,
     linear_problem,
     resolve,
-    swiglu_problem,
 )
-from .products import is_traced, trellis_decode, trellis_linear, trellis_swiglu
+from .products import is_traced, trellis_decode, trellis_linear, trellis_mlp, trellis_swiglu
 from .runtime import (
     cpu_digest,
     has_accelerators,
@@ -60,11 +60,12 @@ __all__ = [
     "StreamOrDevice",
     "attention",
     "attention_runs",
+    "check_experts",
     "check_gathered",
     "check_linear",
-    "check_swiglu",
     "cpu_digest",
     "device_of",
+    "experts_problem",
     "half_scales",
     "has_accelerators",
     "instruction_set",
@@ -80,10 +81,10 @@ __all__ = [
     "run_attention",
     "scratch_bytes",
     "set_num_threads",
-    "swiglu_problem",
     "trellis_decode",
     "trellis_embedding",
     "trellis_linear",
+    "trellis_mlp",
     "trellis_swiglu",
     "uninitialized",
     "viterbi_search",

@@ -21,8 +21,8 @@ from .problems import (
     Indices,
     NativeConfig,
     StreamOrDevice,
+    experts_problem,
     linear_problem,
-    swiglu_problem,
 )
 from .stacks import Stack
 
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     Attributes:
         op: The op, for error messages.
         x: float32, float16 or bfloat16.
-        stacks: The weights: one projection, or gate, up and down.
+        stacks: The weights: one projection, or gate, up and down, or up and down.
         rows: Rows of x; of one projection of experts, slots.
         top_k: Experts per row; 1 for a linear.
         indices: uint32, the experts of each row; ``None`` for a linear.
@@ -60,9 +60,9 @@ class Call(NamedTuple):
         """What the call asks for on ``"cpu"`` or ``"gpu"``."""
         if self.activation is None:
             return linear_problem(self.stacks[0].source, self.rows, self.x.dtype, device, self.accuracy)
-        gate, up, down = (stack.source for stack in self.stacks)
+        sources = [stack.source for stack in self.stacks]
         name, combine = self.activation.name, self.scores is not None
-        return swiglu_problem(gate, up, down, self.rows, self.top_k, name, self.x.dtype, device, combine, self.accuracy)
+        return experts_problem(sources, self.rows, self.top_k, name, self.x.dtype, device, combine, self.accuracy)
 
 
 def check_linear(x: mx.array, stack: Stack, *, stream: StreamOrDevice = None, accuracy: str = "float32") -> Call:
@@ -97,18 +97,20 @@ def check_gathered(
     return Call(op, x, (stack,), indices.size, 1, indices, stream=stream, accuracy=accuracy)
 
 
-def check_swiglu(
+def check_experts(
     x: mx.array,
     indices: Indices,
-    stacks: tuple[Stack, Stack, Stack],
+    stacks: tuple[Stack, ...],
     activation: Activation,
     scores: mx.array | None = None,
     *,
     stream: StreamOrDevice = None,
     accuracy: str = "float32",
 ) -> Call:
-    """The call of the experts of a layer, fused; the arguments as :func:`trellis_swiglu` has them."""
-    op, source = "trellis_swiglu", stacks[0].source
+    """The call of the experts of a layer, fused; the arguments as :func:`trellis_swiglu` and :func:`trellis_mlp` have
+    them. Two stacks are up and down, three gate, up and down.
+    """
+    op, source = "trellis_swiglu" if len(stacks) == 3 else "trellis_mlp", stacks[0].source
     hidden = source.in_features
     _check_x(op, x, hidden)
     indices = _check_indices(op, indices, x.shape[:-1], len(source.bits), stream)
@@ -130,7 +132,7 @@ def run(call: Call, native: NativeConfig) -> mx.array:
     """
     indices, activation = call.indices, call.activation
     if indices is not None and activation is not None:
-        return _run_swiglu(call, indices, activation, native)
+        return _run_experts(call, indices, activation, native)
     (stack,) = call.stacks
     sizes = stack.source.in_features, stack.source.out_features
     if indices is None:
@@ -138,18 +140,18 @@ def run(call: Call, native: NativeConfig) -> mx.array:
     return _ext.trellis_gather_linear(call.x, indices, stack.arrays, stack.info, *sizes, native, call.stream)
 
 
-def _run_swiglu(call: Call, indices: mx.array, activation: Activation, native: NativeConfig) -> mx.array:
-    gate, up, down = call.stacks
+def _run_experts(call: Call, indices: mx.array, activation: Activation, native: NativeConfig) -> mx.array:
+    *gate, up, down = call.stacks
     name, alpha, limit = activation
     return _ext.trellis_swiglu(
         call.x,
         indices,
         call.scores,
-        gate.arrays + up.arrays + down.arrays,
-        gate.info,
+        [*(gate[0].arrays if gate else ()), *up.arrays, *down.arrays],
+        gate[0].info if gate else None,
         up.info,
         down.info,
-        gate.source.in_features,
+        up.source.in_features,
         kernels.ACTIVATIONS.index(name),
         alpha,
         limit,

@@ -15,8 +15,8 @@ def scratch_bytes(problem: Problem) -> int:
     """What a call with the default config takes at most beside inputs, weights and output."""
     if problem.device == "gpu":
         return sum(plan(problem)["scratch"].values())
-    slots, inner = problem.rows * problem.top_k, problem.intermediate if problem.kind == "swiglu" else 0
-    rotated = min(_ROTATED_BYTES, 4 * slots * (2 * codec.padded(problem.hidden) + inner))
+    slots, inner = problem.rows * problem.top_k, problem.intermediate if problem.fused else 0
+    rotated = min(_ROTATED_BYTES, 4 * slots * (problem.side_by_side * codec.padded(problem.hidden) + inner))
     return rotated + (min(_COMBINED_BYTES, 4 * slots * problem.hidden) if problem.combine else 0)
 
 
@@ -55,7 +55,7 @@ def plan(
         bits = [group[part] for group in problem.bits]
         return stack_info(problem.experts, k, n, bias=problem.bias, bits=bits, codebooks=problem.codebooks)
 
-    if problem.kind == "linear":
+    if not problem.fused:
         return _ext.plan_linear(
             problem.rows,
             dtype,
@@ -71,9 +71,9 @@ def plan(
         problem.rows,
         problem.top_k,
         dtype,
-        stack(0, k, n),
-        stack(1, k, n),
-        stack(2, n, k),
+        stack(0, k, n) if problem.side_by_side == 2 else None,
+        stack(problem.side_by_side - 1, k, n),
+        stack(problem.side_by_side, n, k),
         problem.hidden,
         kernels.ACTIVATIONS.index(problem.activation),
         alpha,

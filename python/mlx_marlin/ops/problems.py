@@ -30,7 +30,7 @@ DTYPE_NAMES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloa
 
 
 class Activation(NamedTuple):
-    """What stands between gate and up on one side and down on the other.
+    """What stands between gate and up, or up alone, on one side and down on the other.
 
     Attributes:
         name: One of :data:`kernels.ACTIVATIONS`.
@@ -43,14 +43,16 @@ class Activation(NamedTuple):
     limit: float = 7.0
 
     @classmethod
-    def checked(cls, name: str, alpha: float, limit: float) -> Activation:
+    def checked(cls, name: str, alpha: float = 1.702, limit: float = 7.0, *, gated: bool = True) -> Activation:
         """From a caller's arguments.
 
         Raises:
-            ValueError: If no activation has this name, or a number is none.
+            ValueError: If no activation has this name, it needs a gate and there is none, or a number is none.
         """
-        if name not in kernels.ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(kernels.ACTIVATIONS)}, got {name!r}")
+        legal = kernels.ACTIVATIONS if gated else kernels.UNGATED
+        if name not in legal:
+            without = "" if gated else " without a gate"
+            raise ValueError(f"activation{without} must be one of {', '.join(legal)}, got {name!r}")
         for what, value in (("alpha", alpha), ("limit", limit)):
             if not isinstance(value, Real):
                 raise ValueError(f"{what} must be a number, got {value!r}")
@@ -145,10 +147,8 @@ def linear_problem(
     )
 
 
-def swiglu_problem(
-    gate: ExpertStack,
-    up: ExpertStack,
-    down: ExpertStack,
+def experts_problem(
+    stacks: Sequence[ExpertStack],
     rows: int,
     top_k: int,
     activation: str,
@@ -157,20 +157,27 @@ def swiglu_problem(
     combine: bool,
     accuracy: str = "float32",
 ) -> Problem:
-    """The problem that a layer of experts poses for a number of rows."""
-    return Problem.swiglu(
-        gate.in_features,
-        gate.padded_shape[1],
+    """The problem that a layer of experts poses for a number of rows.
+
+    Args:
+        stacks: Gate, up and down; of experts without a gate, up and down.
+        rows, top_k, activation, dtype, device, combine, accuracy: As :class:`Problem` has them.
+    """
+    up = stacks[-2]
+    make = Problem.swiglu if len(stacks) == 3 else Problem.mlp
+    return make(
+        up.in_features,
+        up.padded_shape[1],
         rows=_row_count(rows),
-        experts=len(gate.bits),
+        experts=len(up.bits),
         top_k=top_k,
-        bits=_distinct(gate.bits, up.bits, down.bits),
-        codebooks=_united(gate.codebooks, up.codebooks, down.codebooks),
+        bits=_distinct(*(stack.bits for stack in stacks)),
+        codebooks=_united(*(stack.codebooks for stack in stacks)),
         activation=activation,
         dtype=_dtype_name(dtype),
         device=device,
         combine=combine,
-        bias=any(stack.bias is not None for stack in (gate, up, down)),
+        bias=any(stack.bias is not None for stack in stacks),
         accuracy=accuracy,
         accelerators=has_accelerators(device),
     )

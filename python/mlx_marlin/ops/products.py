@@ -8,7 +8,7 @@ from .. import _ext
 from ..kernels import KernelConfig
 from ..weights.experts import ExpertBank
 from ..weights.trellis import TrellisWeight
-from .calls import check_linear, check_swiglu, run
+from .calls import check_experts, check_linear, run
 from .problems import Activation, Indices, StreamOrDevice, device_of, resolve
 from .stacks import prepare, prepare_weight
 
@@ -55,8 +55,8 @@ def trellis_swiglu(
         bank: The experts' weights; bits and codebooks may differ per expert and projection.
         scores: Optional, floating point, shape ``[..., k]``: the top-k sum is then taken inside, in slot order,
             in float32. Default: ``None``.
-        activation: ``"silu"``, ``"gelu_tanh"`` or ``"swiglu_oai"`` (gpt-oss: gate clamped above at ``limit``, up
-            to +-``limit``, ``(up + 1) * gate * sigmoid(alpha * gate)``). Default: ``"silu"``.
+        activation: ``"silu"``, ``"gelu_tanh"``, ``"relu_squared"`` or ``"swiglu_oai"`` (gpt-oss: gate clamped above at
+            ``limit``, up to +-``limit``, ``(up + 1) * gate * sigmoid(alpha * gate)``). Default: ``"silu"``.
         alpha: For ``"swiglu_oai"``. Default: ``1.702``.
         limit: For ``"swiglu_oai"``. Default: ``7.0``.
         config: A :class:`KernelConfig` or a kernel name. Default: ``None``, the default for this problem.
@@ -69,11 +69,61 @@ def trellis_swiglu(
         ValueError: If an argument does not fit, or an index is out of range and already known. An index that is
             only known later makes the evaluation fail on the CPU, and its slot NaN on a GPU.
     """
+    act = Activation.checked(activation, alpha, limit)
+    return _experts("trellis_swiglu", x, indices, bank, act, scores, config, stream)
+
+
+def trellis_mlp(
+    x: mx.array,
+    indices: Indices,
+    bank: ExpertBank,
+    *,
+    scores: mx.array | None = None,
+    activation: str = "relu_squared",
+    config: KernelConfig | str | None = None,
+    stream: StreamOrDevice = None,
+) -> mx.array:
+    """The experts of a layer without a gate, fused: ``down(activation(up(x)))`` for each (token, slot).
+
+    Args:
+        x: float32, float16 or bfloat16, shape ``[..., hidden]``.
+        indices: Integers, shape ``[..., k]``: the experts of each token. NumPy or MLX.
+        bank: The experts' weights, made with ``gate=None``; bits and codebooks may differ per expert and projection.
+        scores: Optional, floating point, shape ``[..., k]``: the top-k sum is then taken inside, in slot order,
+            in float32. Default: ``None``.
+        activation: ``"relu_squared"`` (``max(x, 0) ** 2``), ``"gelu_tanh"`` or ``"silu"``. Default:
+            ``"relu_squared"``.
+        config: A :class:`KernelConfig` or a kernel name. Default: ``None``, the default for this problem.
+        stream: Stream or device. Default: ``None``, the default stream.
+
+    Returns:
+        Shape ``[..., k, hidden]``, or ``[..., hidden]`` with scores; dtype of x.
+
+    Raises:
+        ValueError: As :func:`trellis_swiglu` does.
+    """
+    act = Activation.checked(activation, gated=False)
+    return _experts("trellis_mlp", x, indices, bank, act, scores, config, stream)
+
+
+def _experts(
+    op: str,
+    x: mx.array,
+    indices: Indices,
+    bank: ExpertBank,
+    activation: Activation,
+    scores: mx.array | None,
+    config: KernelConfig | str | None,
+    stream: StreamOrDevice,
+) -> mx.array:
     if not isinstance(bank, ExpertBank):
-        raise ValueError(f"[trellis_swiglu] bank must be an ExpertBank, got {type(bank).__name__}")
-    device, act = device_of(stream), Activation.checked(activation, alpha, limit)
-    stacks = prepare(bank.gate), prepare(bank.up), prepare(bank.down)
-    call = check_swiglu(x, indices, stacks, act, scores, stream=stream)
+        raise ValueError(f"[{op}] bank must be an ExpertBank, got {type(bank).__name__}")
+    other = "trellis_mlp" if bank.gate is None else "trellis_swiglu"
+    if op != other:
+        has = "no gate" if bank.gate is None else "a gate"
+        raise ValueError(f"[{op}] the experts of the bank have {has}; use {other}")
+    device = device_of(stream)
+    call = check_experts(x, indices, tuple(map(prepare, bank.stacks)), activation, scores, stream=stream)
     return run(call, resolve(call.op, call.problem(device), config))
 
 

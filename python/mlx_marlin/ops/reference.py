@@ -61,20 +61,29 @@ def integer_linear(x: np.ndarray, w: TrellisWeight, *, padded: bool = False) -> 
     return y if padded else y[:, : w.out_features]
 
 
-def activate(gate: np.ndarray, up: np.ndarray, activation: str, alpha: float, limit: float) -> np.ndarray:
-    """The activation between gate/up and down, by the formulas of :func:`mlx_marlin.trellis_swiglu`."""
+def activate(x: np.ndarray, up: np.ndarray | None, activation: str, alpha: float, limit: float) -> np.ndarray:
+    """The activation before down, by the formulas of :func:`mlx_marlin.trellis_swiglu` and ``trellis_mlp``.
+
+    Args:
+        x: Of the gate, or where there is none of up.
+        up: What it is multiplied with; ``None`` without a gate.
+        activation, alpha, limit: As the ops have them.
+    """
+    factor = 1.0 if up is None else up
     if activation == "gelu_tanh":
-        return 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) * factor
+    if activation == "relu_squared":
+        return np.maximum(x, 0) ** 2 * factor
     if activation == "swiglu_oai":
-        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit) + 1
-        return gate / (1 + np.exp(-alpha * gate)) * up
-    return gate / (1 + np.exp(-gate)) * up
+        x, factor = np.minimum(x, limit), np.clip(factor, -limit, limit) + 1
+        return x / (1 + np.exp(-alpha * x)) * factor
+    return x / (1 + np.exp(-x)) * factor
 
 
-def swiglu(
+def experts_output(
     x: np.ndarray,
     indices: np.ndarray,
-    experts: Iterable[ByExpert],
+    projections: Iterable[ByExpert],
     scores: np.ndarray | None,
     activation: str,
     alpha: float,
@@ -86,7 +95,7 @@ def swiglu(
     Args:
         x: float64, shape ``[rows, hidden]``.
         indices: Integers, shape ``[rows, top_k]``.
-        experts: Gate, up and down, each indexed by expert.
+        projections: Gate, up and down, each indexed by expert; without a gate up and down.
         scores: Optional, shape ``[rows, top_k]``.
         activation, alpha, limit: As for :func:`activate`.
         product: :func:`linear` or :func:`integer_linear`. Default: :func:`linear`.
@@ -94,12 +103,13 @@ def swiglu(
     Returns:
         float64, shape ``[rows, top_k, hidden]``, or ``[rows, hidden]`` with scores.
     """
-    gate, up, down = experts
+    *reading, down = projections
     out = np.zeros((*indices.shape, x.shape[1]))
     for e in np.unique(indices):
         row, slot = np.nonzero(indices == e)
-        gated, upper = (product(x[row], projection[e], padded=True) for projection in (gate, up))
-        out[row, slot] = product(activate(gated, upper, activation, alpha, limit), down[e])
+        first, *others = (product(x[row], projection[e], padded=True) for projection in reading)
+        up = others[0] if others else None
+        out[row, slot] = product(activate(first, up, activation, alpha, limit), down[e])
     return out if scores is None else np.einsum("rs,rsh->rh", scores.astype(np.float64), out)
 
 

@@ -1,6 +1,6 @@
 """The tuned table of a machine: its schema, its file, and the one that the layers of this process select from."""
 
-from .active import find, generation, predicted, refresh, tuned, use_profile
+from .active import find, generation, predicted, prediction, refresh, tuned, use_profile
 from .files import default_path, load, save
 from .schema import AutotuneConfig, ProfileError
 
@@ -12,6 +12,7 @@ __all__ = [
     "generation",
     "load",
     "predicted",
+    "prediction",
     "refresh",
     "save",
     "tuned",

@@ -9,6 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from msgspec import structs
+
 from .. import kernels
 from ..device.fingerprint import device_family
 from ..device.machine import device_name, is_present
@@ -16,7 +18,8 @@ from ..kernels import KernelConfig, Problem
 from . import files
 from .files import default_path, load
 from .lookup import search_table, table_of
-from .schema import AutotuneConfig, ProfileError
+from .schema import AutotuneConfig, Entry, ProfileError
+from .uncertainty import Uncertainty
 
 _log = logging.getLogger("mlx_marlin")
 
@@ -26,6 +29,23 @@ class Tuned(NamedTuple):
 
     config: KernelConfig
     origin: str
+
+
+class Predicted(NamedTuple):
+    """A predicted config, and how far its time can be off; ``None``: by 25 % at most."""
+
+    config: KernelConfig
+    uncertainty: Uncertainty | None
+
+    @property
+    def first(self) -> tuple[KernelConfig, ...]:
+        """What is worth measuring first: the config, then those that may be faster within the range."""
+        return (self.config, *(self.uncertainty.contenders if self.uncertainty else ()))
+
+    @property
+    def open(self) -> float:
+        """Part of the time that is saved at most by measuring which of them is the fastest."""
+        return self.uncertainty.saved if self.uncertainty else 0.0
 
 
 class _Active:
@@ -133,19 +153,52 @@ def find(problem: Problem) -> Tuned | None:
     ``lookup_table``, as far as it is about this kind of problem. Configs from elsewhere are fitted to the problem.
     """
     for origin, profile in _active.sources(problem.device):
-        found = _find_in(profile, problem)
+        found = _entry_of(profile, problem)
         if found is not None:
-            return Tuned(found[0], f"{found[1]} in the {origin}")
+            doubt = f"; {found.entry.uncertainty}" if found.entry.uncertainty else ""
+            return Tuned(found.config, f"{_described(found.problem, problem)} in the {origin}{doubt}")
+        config = _of_table(profile, problem)
+        if config is not None:
+            return Tuned(config, f"lookup_table in the {origin}")
     return None
 
 
-def _find_in(profile: AutotuneConfig, problem: Problem) -> tuple[KernelConfig, str] | None:
-    alike = {p: e.config for p, e in profile.problems.items() if _alike(p, problem)}
-    for candidates in ({p: c for p, c in alike.items() if p.rows == problem.rows}, alike):
+def prediction(problem: Problem) -> Predicted | None:
+    """What the predicted profile of this machine says of a problem, with contenders that can run it; ``None`` if there
+    is none, or it does not know the problem.
+    """
+    shipped = predicted(device_name(problem.device)) if is_present(problem.device) else None
+    found = None if shipped is None else _entry_of(shipped[1], problem)
+    if found is None:
+        return None
+    doubt = found.entry.uncertainty
+    if doubt is not None:
+        runs = kernels.effective(problem, found.config)
+        fitted = (c for c in (kernels.fitted(problem, c) for c in doubt.contenders) if c is not None)
+        contenders = tuple(dict.fromkeys(c for c in fitted if kernels.effective(problem, c) != runs))
+        doubt = structs.replace(doubt, contenders=contenders, saved=doubt.saved if contenders else 0.0)
+    return Predicted(found.config, doubt)
+
+
+class _Found(NamedTuple):
+    """An entry that answers a problem, and its config as it fits there."""
+
+    problem: Problem
+    entry: Entry
+    config: KernelConfig
+
+
+def _entry_of(profile: AutotuneConfig, problem: Problem) -> _Found | None:
+    alike = {p: e for p, e in profile.problems.items() if _alike(p, problem)}
+    for candidates in ({p: e for p, e in alike.items() if p.rows == problem.rows}, alike):
         for p in sorted(candidates, key=lambda p: (*_unlikeness(p, problem), abs(p.rows - problem.rows), p.rows)):
-            config = kernels.fitted(problem, candidates[p])
+            config = kernels.fitted(problem, candidates[p].config)
             if config is not None:
-                return config, _described(p, problem)
+                return _Found(p, candidates[p], config)
+    return None
+
+
+def _of_table(profile: AutotuneConfig, problem: Problem) -> KernelConfig | None:
     variant = kernels.default_variant(problem.rows)
     table = {b: row for b, row in table_of(profile, problem.kind).items() if kernels.default_variant(b) == variant}
     # A config from elsewhere keeps its tiles verbatim in the file; here it must fit this problem.
@@ -153,8 +206,7 @@ def _find_in(profile: AutotuneConfig, problem: Problem) -> tuple[KernelConfig, s
         b: {h: {w: fit for w, c in cell.items() if (fit := _fit(problem, c))} for h, cell in row.items()}
         for b, row in table.items()
     }
-    config = search_table(fits, problem.rows, problem.hidden, problem.widths, lambda c: True)
-    return (config, "lookup_table") if config else None
+    return search_table(fits, problem.rows, problem.hidden, problem.widths, lambda c: True)
 
 
 def _fit(problem: Problem, config: KernelConfig) -> KernelConfig | None:

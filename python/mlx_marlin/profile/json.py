@@ -101,6 +101,10 @@ def _settle_entries(where: Where, raw: object) -> None:
             for j, part in enumerate(parts if isinstance(parts, list) else ()):
                 if isinstance(part, dict):
                     _settle(where, part.get("config"), KernelConfig, f"{path}.{name}[{j}].config")
+        doubt = entry.get("uncertainty")
+        contenders = doubt.get("contenders") if isinstance(doubt, dict) else None
+        for j, config in enumerate(contenders if isinstance(contenders, list) else ()):
+            _settle(where, config, KernelConfig, f"{path}.uncertainty.contenders[{j}]")
 
 
 def _items(where: Where, value: object, path: str, pattern: str, wanted: str) -> Iterator[tuple[str, object, str]]:
@@ -141,7 +145,7 @@ def _check_entry(where: Where, entry: _StoredEntry, path: str) -> None:
     problem = entry.problem
     if problem.top_k > problem.experts:
         _fail(where, f"{path}.problem", f"top_k {problem.top_k} is more than the {problem.experts} experts")
-    for config in (entry.config, entry.default):
+    for config in (entry.config, entry.default, *(entry.uncertainty.contenders if entry.uncertainty else ())):
         try:
             kernels.parse_name(config.kernel_name)
         except ValueError as error:  # an error here, not a silent default later
@@ -185,6 +189,14 @@ def decode(data: bytes, where: Where = "profile") -> AutotuneConfig:
     )
 
 
+def _stored(entry: Entry) -> dict[str, Any]:
+    """The fields of an entry; without the uncertainty where there is none, as in files from before there was any."""
+    stored = structs.asdict(entry)
+    if entry.uncertainty is None:
+        del stored["uncertainty"]
+    return stored
+
+
 def encode(profile: AutotuneConfig) -> bytes:
     """The JSON text of a profile: sorted, indented, and decoding to an equal profile."""
     table = {
@@ -209,5 +221,5 @@ def encode(profile: AutotuneConfig) -> bytes:
     if profile.fingerprint is not None or profile.problems or profile.source != "measured":
         out["source"] = profile.source
         ordered = sorted(profile.problems.items(), key=lambda item: repr(item[0]))
-        out["problems"] = [{"problem": problem, **structs.asdict(entry)} for problem, entry in ordered]
+        out["problems"] = [{"problem": problem, **_stored(entry)} for problem, entry in ordered]
     return msgspec.json.format(msgspec.json.encode(out), indent=2) + b"\n"

@@ -69,13 +69,13 @@ def search_table(
 
 
 def table_of(profile: AutotuneConfig, kind: str) -> LookupTable:
-    """What a profile's table says about problems of one kind. Cells that no problem stands behind are of experts."""
-    keys: dict[str, set] = {"linear": set(), "swiglu": set()}
-    for problem in profile.problems:
-        keys[problem.kind].add(table_key(problem))
-    if kind == "linear":
-        return projected({p: e for p, e in profile.problems.items() if p.kind == "linear"})
-    others = keys["linear"] - keys["swiglu"]
+    """What a profile's table says about problems of one kind. Cells that no problem stands behind are of experts
+    of three matrices.
+    """
+    if kind != "swiglu":
+        return projected({p: e for p, e in profile.problems.items() if p.kind == kind})
+    keys = {gated: {table_key(p) for p in profile.problems if (p.kind == "swiglu") == gated} for gated in (False, True)}
+    others = keys[False] - keys[True]
     return {
         batch: {h: {w: c for w, c in cell.items() if (batch, h, w) not in others} for h, cell in row.items()}
         for batch, row in profile.lookup_table.items()

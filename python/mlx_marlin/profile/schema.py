@@ -12,9 +12,10 @@ import msgspec
 
 from ..device.fingerprint import Fingerprint, canonical_name, device_family
 from ..device.machine import device_name, fingerprint
-from ..kernels import KernelConfig, Problem
+from ..kernels import PROJECTIONS, KernelConfig, Problem
 from ..kernels.search_space import SIMDGROUPS, TILE_SIZES
 from ..measure.race import Decision
+from .uncertainty import Uncertainty
 
 LookupTable = dict[int, dict[int, dict[tuple[float, ...], KernelConfig]]]
 
@@ -92,6 +93,8 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         objective: Weights of latency, throughput and memory that the decision was made with.
         over_control: Time of ``config`` over that of a fixed product of MLX's, interleaved, with its 95 % interval:
             what a later check compares with, whatever the machine's speed then. ``None`` where not measured.
+        uncertainty: How far the time can be off in a predicted profile, where that is more than 25 %. ``None``
+            elsewhere.
     """
 
     config: KernelConfig
@@ -106,6 +109,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rejected: tuple[Rejected, ...] = ()
     objective: tuple[_Positive, _Positive, _Positive] = (1.0, 0.0, 0.0)
     over_control: tuple[_Ratio, _Ratio, _Ratio] | None = None
+    uncertainty: Uncertainty | None = None
 
 
 @dataclass
@@ -173,14 +177,15 @@ def projected(problems: Mapping[Problem, Entry]) -> LookupTable:
 def project(profile: AutotuneConfig, keys: set | None = None) -> None:
     """Bring ``lookup_table`` up to date with ``problems``.
 
-    Experts and single products are timed with different work behind the same key: they do not mix, and the experts
-    have the keys that both pose. Nor do the accuracies, of which float32 has the keys: its configs run both.
+    Kinds of problems are timed with different work behind the same key: they do not mix, and of the keys that several
+    pose experts of three matrices have theirs, then those of two. Nor do the accuracies mix, of which float32 has the
+    keys: its configs run both.
 
     Args:
         keys: ``(tokens, hidden, widths)`` to bring up to date. Default: all that ``problems`` has.
     """
     asked = {p: e for p, e in profile.problems.items() if keys is None or table_key(p) in keys}
-    for kind in ("linear", "swiglu"):
+    for kind in PROJECTIONS:
         for accuracy in ("half", "float32"):
             of_both = {p: e for p, e in asked.items() if (p.kind, p.accuracy) == (kind, accuracy)}
             _update(profile.lookup_table, projected(of_both))

@@ -10,7 +10,6 @@ from .. import codec
 from ..loader.exl3 import MARKERS
 from .allocation import Item
 from .layered import LayeredModel
-from .names import PARTS
 
 # Candidate widths reach this far below and above the budget.
 _BELOW, _ABOVE = 2, 3
@@ -48,7 +47,7 @@ def linears(model: LayeredModel) -> Iterator[Linear]:
             n, k = modules[inside].weight.shape
             yield Linear(name, name, (k, n), "bias" in modules[inside])
         for inside, names in model.names.experts(path).items():
-            for part in PARTS:
+            for part in names.parts:
                 module = getattr(modules[inside], part)
                 experts, n, k = module.weight.shape
                 group, of_part = names.group(part), (names.name(e, part) for e in range(experts))

@@ -14,14 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_marlin_commands import INTERRUPTED, imports
+
 from .. import codec
 
 if TYPE_CHECKING:
     from .allocation import Allocation
     from .progress import Progress
-
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def _width_or(others: tuple[str, ...], meaning: str) -> Callable[[str], int | float]:
@@ -40,40 +39,47 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlx_marlin-convert",
         description="Quantize a Hugging Face checkpoint that mlx-lm can run into an EXL3 directory.",
-        epilog="mlx_marlin-convert measure and mlx_marlin-convert allocate do the two halves of the planning by "
-        "themselves; each has --help.",
+        epilog="mlx_marlin-convert measure only measures what widths cost; mlx_marlin-convert allocate only chooses "
+        "widths by such a measurement. Each has --help.",
     )
     _add_model(parser)
-    parser.add_argument("--output", required=True, help="directory to be made")
+    parser.add_argument("--output", metavar="DIR", required=True, help="directory to make")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument(
         "--bits",
         type=float,
         nargs="+",
-        help="stored bits per weight of the quantized layers, scales included; several give a folder each",
+        metavar="N",
+        help="stored bits per weight of the quantized layers, scales included; several make a folder each",
     )
-    size.add_argument("--allocation", metavar="FILE", help="table of the widths: a plan.txt, as it is or edited")
-    parser.add_argument("--job", metavar="DIR", help="measurement to be used and kept (default: made in the output)")
+    size.add_argument("--allocation", metavar="FILE", help="table of widths to use: a plan.txt, as it is or edited")
+    parser.add_argument(
+        "--job", metavar="DIR", help="measurement to use, made if there is none (default: in the output)"
+    )
     parser.add_argument(
         "--head-bits",
         type=_width_or(("16",), "16 leaves the head in half precision"),
         default=6,
-        help="K of lm_head, or 16 for half precision (default: 6)",
+        metavar="N",
+        help="bits of lm_head, or 16 for half precision (default: 6)",
     )
     parser.add_argument(
-        "--embed-bits", type=int, help="K of the token embedding, 1 to 8 (default: it stays unquantized)"
+        "--embed-bits", type=int, metavar="N", help="bits of the token embedding, 1 to 8 (default: unquantized)"
     )
     parser.add_argument(
         "--mtp-bits",
         type=_width_or(("0", "16"), "16 keeps the layers, 0 leaves them out"),
         default=4,
-        help="K of prediction layers; 16 keeps them as they are, 0 leaves them out (default: 4)",
+        metavar="N",
+        help="bits of multi-token prediction layers; 16 keeps them as they are, 0 leaves them out (default: 4)",
     )
     parser.add_argument(
         "--vision-bits",
         type=int,
         default=6,
-        help="K of the vision tower where that is of a known kind; 16 keeps it as it is, 0 leaves it out (default: 6)",
+        metavar="N",
+        help="bits of the vision tower of Qwen3-VL and Qwen3.5, others are kept; 16 keeps it as it is, 0 leaves it out "
+        "(default: 6)",
     )
     _add_sharing(parser)
     parser.add_argument("--resume", action="store_true", help="continue an interrupted conversion, or add sizes")
@@ -83,14 +89,22 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     """What a measurement depends on."""
     parser.add_argument(
-        "--model", required=True, help="directory of the checkpoint: fp16, bf16, fp32, fp8 in blocks or mxfp4"
+        "--model",
+        metavar="DIR",
+        required=True,
+        help="directory of the checkpoint: fp16, bf16, fp32, fp8 in blocks or mxfp4",
     )
-    parser.add_argument("--codebook", choices=("mul1", "mcg", "3inst"), default="mul1", help="(default: mul1)")
-    parser.add_argument("--calibration", help="UTF-8 text file (default: the bundled text)")
+    parser.add_argument(
+        "--codebook",
+        choices=("mul1", "mcg", "3inst"),
+        default="mul1",
+        help="of the codes; only mul1 has half rates (default: mul1)",
+    )
+    parser.add_argument("--calibration", metavar="FILE", help="UTF-8 text file (default: the bundled text)")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="let the tokenizer run code from the checkpoint"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random signs (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random signs (default: 0)")
 
 
 def _add_sharing(parser: argparse.ArgumentParser) -> None:
@@ -101,36 +115,41 @@ def _add_sharing(parser: argparse.ArgumentParser) -> None:
         "--no-half",
         dest="half_rates",
         action="store_false",
-        help="whole widths only: ExLlamaV3 reads 1.5, 2.5 and 3.5 bits since 1.5.1",
+        help="whole widths only, for ExLlamaV3 before 1.5.1, which does not read 1.5, 2.5 and 3.5 bits",
     )
     parser.add_argument(
         "--mixed",
         choices=MODES,
         default="per-layer",
-        help="who shares a width; per-expert is for this package only (default: per-layer)",
+        help="which linears share a width: per-layer, all experts of a layer; per-expert, none, which only mlx_marlin "
+        "runs on a GPU; uniform, all of them (default: per-layer)",
     )
 
 
 def _measure_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlx_marlin-convert measure",
-        description="Measure what every width of every linear would cost, for allocate and for conversions with --job. "
-        "The same command continues what was interrupted.",
+        description="Measure how much loss every width of every linear would cause, for allocate and for conversions "
+        "with --job. The same command continues an interrupted measurement.",
     )
     _add_model(parser)
-    parser.add_argument("--job", required=True, metavar="DIR", help="directory of the measurement, made if need be")
+    parser.add_argument(
+        "--job", required=True, metavar="DIR", help="directory of the measurement, made if there is none"
+    )
     return parser
 
 
 def _allocate_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mlx_marlin-convert allocate",
-        description="Give every linear of a measured model its width, and show what that loses.",
+        description="Choose a width for every linear of a measured model, and show the expected loss.",
     )
     parser.add_argument("--job", required=True, metavar="DIR", help="directory of the measurement")
-    parser.add_argument("--bits", type=float, required=True, help="stored bits per weight, scales included")
+    parser.add_argument(
+        "--bits", type=float, metavar="N", required=True, help="stored bits per weight, scales included"
+    )
     _add_sharing(parser)
-    parser.add_argument("--allocation", metavar="FILE", help="write the widths there, for an editor and a conversion")
+    parser.add_argument("--allocation", metavar="FILE", help="write the widths there, to edit or to convert with")
     return parser
 
 
@@ -209,7 +228,8 @@ def _convert(options: dict) -> int:
     model, output, bits = options.pop("model"), options.pop("output"), options.pop("bits")
     size = options["allocation"] if bits is None else f"{', '.join(f'{b:g}' for b in bits)} bits"
     print(f"mlx_marlin-convert: {model} to {output}, {size}", file=sys.stderr, flush=True)
-    from . import convert  # takes seconds
+    with imports("mlx_marlin-convert"):
+        from . import convert  # takes seconds
 
     logging.getLogger("mlx_marlin.quantize").addHandler(logging.NullHandler())  # progress tells it too
     wanted = bits[0] if bits is not None and len(bits) == 1 else bits
@@ -231,7 +251,8 @@ def _measure(options: dict) -> int:
     """Run a measurement; returns the exit status."""
     model, job = options.pop("model"), options.pop("job")
     print(f"mlx_marlin-convert: measuring {model} into {job}", file=sys.stderr, flush=True)
-    from . import measure  # takes seconds
+    with imports("mlx_marlin-convert"):
+        from . import measure  # takes seconds
 
     logging.getLogger("mlx_marlin.quantize").addHandler(logging.NullHandler())  # progress tells it too
 
@@ -246,7 +267,8 @@ def _measure(options: dict) -> int:
 
 def _allocate(options: dict) -> int:
     """Make a plan; returns the exit status."""
-    from . import allocate  # takes seconds
+    with imports("mlx_marlin-convert"):
+        from . import allocate  # takes seconds
 
     job = options.pop("job")
 
@@ -275,8 +297,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     words = sys.argv[1:] if arguments is None else arguments
     parser, run = _COMMANDS.get(words[0], (_parser, _convert)) if words else (_parser, _convert)
+    with imports("mlx_marlin-convert"):
+        options = vars(parser().parse_args(words[1:] if words and words[0] in _COMMANDS else words))
     try:
-        return run(vars(parser().parse_args(words[1:] if words and words[0] in _COMMANDS else words)))
+        return run(options)
     except ModuleNotFoundError as error:
         print(f"mlx_marlin-convert: {error}; in a clone of mlx_marlin run: pip install '.[lm]'", file=sys.stderr)
         return 2

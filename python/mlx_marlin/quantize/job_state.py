@@ -1,4 +1,4 @@
-"""What an interrupted conversion is continued from: the files of a job, each of which proves itself.
+"""What an interrupted conversion is continued from: the files of a job, each with digests of its content and sources.
 
 A part ends with a seal: its name, digests of what it was made from, the digest of the hidden states behind it, and a
 digest of everything before. What is damaged, or was made from something else, is told and made again; everything is

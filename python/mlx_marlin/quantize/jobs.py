@@ -12,7 +12,7 @@ import numpy as np
 from .. import codec
 from .hessian import Hessian
 from .layered import LayeredModel
-from .names import PARTS, ExpertNames
+from .names import ExpertNames
 from .packed import MLX_LOCK
 from .spill import States
 from .taps import ExpertsTap, LinearTap, Taps
@@ -145,18 +145,18 @@ class _Block:
 
     def use(self) -> np.ndarray:
         """Importance per token of each expert."""
-        experts = len(self.tap.weights["gate_proj"])
+        experts = len(self.tap.weights[self.tap.last])
         used = np.bincount(self.indices.ravel(), self.importance.ravel(), experts)
         return np.maximum(used, _LEAST_USE * np.mean(used)) / self.tokens
 
     def entry(self, e: int) -> np.ndarray:
-        """The Hessian of ``gate_proj`` and ``up_proj``."""
+        """The Hessian of the projections that read x."""
         hessian = Hessian(self.features)
         hessian.add(*self.seen(e))
         return hessian.with_prior(self.prior, self.typical * self.features / _PRIOR_SHARE)
 
     def middle(self, e: int) -> np.ndarray:
-        """The Hessian of ``down_proj``."""
+        """The Hessian of the last projection."""
         rows, importance = self.seen(e)
         hidden, prior_hidden = self._hidden(e, rows), self._hidden(e, self.prior_x)
         hessian, prior = Hessian(hidden.shape[1]), Hessian(hidden.shape[1])
@@ -165,9 +165,9 @@ class _Block:
         return hessian.with_prior(prior.mean(), self.typical * hidden.shape[1] / _PRIOR_SHARE)
 
     def _hidden(self, e: int, rows: np.ndarray) -> np.ndarray:
-        up, gate = self.tap.project("up_proj", e, rows), self.tap.project("gate_proj", e, rows)
+        outputs = self.tap.outputs(e, rows)
         with MLX_LOCK:
-            return self.tap.activate(up, gate)
+            return self.tap.activate(outputs)
 
 
 def _expert_jobs(names: ExpertNames, tap: ExpertsTap, seed: int | None) -> list[Job]:
@@ -175,26 +175,26 @@ def _expert_jobs(names: ExpertNames, tap: ExpertsTap, seed: int | None) -> list[
     use = block.use()
     jobs = []
     for e in range(len(use)):
-        effects = dict.fromkeys(PARTS, 1.0)
+        effects = dict.fromkeys(tap.weights, 1.0)
         if seed is not None:
             rows, _ = block.seen(e)
             some = rows[:: max(1, len(rows) // _EFFECT_ROWS)][:_EFFECT_ROWS]
             sample = np.concatenate([some, block.prior_x[: 1 + len(block.prior_x) // 8]])
-            for part in ("gate_proj", "up_proj"):
+            for part in tap.reading:
                 effects[part] = _expert_effect(tap, part, e, sample, seed_of(seed, f"{names.prefix}.{e}.{part}"))
-        jobs += [_expert_job(names, block, part, e, effects[part] * use[e]) for part in PARTS]
+        jobs += [_expert_job(names, block, part, e, effects[part] * use[e]) for part in tap.weights]
     return jobs
 
 
 def _expert_effect(tap: ExpertsTap, part: str, e: int, x: np.ndarray, seed: list[int]) -> float:
-    """Squared change of the expert's output for each unit of squared disturbance of gate or up."""
-    outputs = {name: tap.project(name, e, x) for name in ("gate_proj", "up_proj")}
-    before = tap.activate(outputs["up_proj"], outputs["gate_proj"])
+    """Squared change of the expert's output for each unit of squared disturbance of one that reads x."""
+    outputs = tap.outputs(e, x)
+    before = tap.activate(outputs)
     rms = np.sqrt(np.mean(np.square(outputs[part]), axis=0))
     noise = _NOISE * rms * np.random.default_rng(seed).standard_normal(outputs[part].shape)
     outputs[part] = outputs[part] + noise.astype(np.float32)
-    change = tap.activate(outputs["up_proj"], outputs["gate_proj"]) - before
-    return _energy(change @ tap.weights["down_proj"].weight(e)) / max(_energy(noise), np.finfo(np.float64).tiny)
+    change = tap.activate(outputs) - before
+    return _energy(change @ tap.weights[tap.last].weight(e)) / max(_energy(noise), np.finfo(np.float64).tiny)
 
 
 def _expert_job(names: ExpertNames, block: _Block, part: str, e: int, effect: float) -> Job:
@@ -205,7 +205,7 @@ def _expert_job(names: ExpertNames, block: _Block, part: str, e: int, effect: fl
         weight=lambda: weights.weight(e),
         bias=None if weights.bias is None else weights.bias[e],
         shape=weights.shape,
-        hessian=lambda: block.middle(e) if part == "down_proj" else block.entry(e),
+        hessian=lambda: block.middle(e) if part == block.tap.last else block.entry(e),
         effect=effect,
         install=lambda weight, bias: weights.install(e, weight, bias),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..loader.contents import parts_of
 from ..storage.safetensors import TensorInfo
-from .names import Names, is_experts
+from .names import Names, parts_of_experts
 from .source import ExpertTensors, Source
 from .spill import SpilledArrays, States
 from .taps import replace_module
@@ -119,10 +120,7 @@ class LayeredModel:
         self.layers = list(self.model.layers)
         self.paths = [paths[id(layer)] for layer in self.layers]
         self._stacks = tuple(
-            f"{path}.{part}.weight"
-            for path, module in self.model.named_modules()
-            if is_experts(module)
-            for part in ("gate_proj", "up_proj", "down_proj")
+            f"{path}.{part}.weight" for path, module in self.model.named_modules() for part in parts_of_experts(module)
         )
         origins, stacked = _load_weights(self.model, source, len(self.layers))
         self._experts = {path: ExpertTensors(source, stacked[path]) for path in self._stacks if path in stacked}
@@ -275,6 +273,7 @@ class LayeredModel:
         hidden: States,
         done: Callable[[int], None] = lambda batches: None,
         into: SpilledArrays | None = None,
+        batch: int | None = None,
     ) -> States:
         """A layer's output for each batch.
 
@@ -283,10 +282,11 @@ class LayeredModel:
             hidden: Its inputs.
             done: Told how many there are so far.
             into: Where they are put. Default: a list.
+            batch: Of which all of them are. Default: ``None``, one of each batch in turn.
         """
         recorder = self.recorders[index]
         result: list[np.ndarray] | SpilledArrays = [] if into is None else into
-        for x, (args, kwargs) in zip(hidden, recorder.calls):
+        for x, (args, kwargs) in zip(hidden, recorder.calls if batch is None else repeat(recorder.calls[batch])):
             y = self.layers[index](mx.array(x), *args, **kwargs)
             result.append(np.array(y[0] if recorder.returns_tuple else y))
             done(len(result))

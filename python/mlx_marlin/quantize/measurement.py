@@ -11,7 +11,7 @@ from pathlib import Path
 from .. import codec
 from ..storage import atomic
 from . import calibration as texts
-from .allocation import MODES, Allocation, Item, least_loss
+from .allocation import MODES, Allocation, Item, expected_elsewhere, least_loss
 from .budget import candidate_widths, measured_sizes, model_sizes, stored_bits
 from .job_state import JobState, Pass, follow
 from .jobs import Job, job_bytes, layer_jobs, seed_of
@@ -176,7 +176,8 @@ def measured_items(state: JobState) -> list[list[Item]] | None:
         if seal is None or at not in (None, seal.made_from.get("before")):
             return None
         items, _ = items_from(state.read_json(part))
-        found.append([replace(i, loss={k: float.fromhex(scale) * v for k, v in i.loss.items()}) for i in items])
+        scaled = [replace(i, loss={k: float.fromhex(scale) * v for k, v in i.loss.items()}) for i in items]
+        found.append(expected_elsewhere(scaled))
         at = seal.after
     return found if state.seal(_SENSITIVITY, {"before": at or ""}) is not None else None
 
@@ -243,7 +244,7 @@ class Measurement:
                 found = runner.parallel(self._job, jobs, f"measuring {runner.of(index)}", 1.0, job_bytes)
                 del jobs
             stream, energy = disturbed(hidden[0], after[0], [self.seed, index])
-            runner.model.run(index, streams, into=after)
+            runner.model.run(index, streams, into=after, batch=0)
             after.append(stream)
         runner.unload(index)
         return after, items_value(found, energy)

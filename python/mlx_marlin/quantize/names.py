@@ -7,18 +7,42 @@ tensor a parameter is; only for stacks that it makes of several tensors their na
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.nn as nn
 
+from ..layers.experts import TrellisSwitchGLU, TrellisSwitchMLP
 from .source import KEPT_LINEARS, Source
 
-PARTS = ("gate_proj", "up_proj", "down_proj")
-_W_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-# Whose experts EXL3 names w1, w2, w3; for checkpoints in mlx-lm's names, which do not tell.
-_W_MODELS = frozenset({"mixtral", "minimax", "phimoe", "lfm2_moe"})
+KINDS = (TrellisSwitchGLU.PROJECTIONS, TrellisSwitchMLP.PROJECTIONS)
+"""Children of each kind of experts: those that read x, then the one that reads what they make of it."""
+
+
+class _Spelling(NamedTuple):
+    """What a checkpoint calls experts.
+
+    Attributes:
+        parts: Of one of :data:`KINDS`, in its order.
+        folder: What all of them are in.
+        models: Who calls them so, of checkpoints in mlx-lm's names, which do not tell; ``None``: everyone else.
+    """
+
+    parts: tuple[str, ...]
+    folder: str = "experts"
+    models: frozenset[str] | None = None
+
+
+_SPELLINGS = {
+    KINDS[0]: (
+        _Spelling(KINDS[0]),
+        _Spelling(("w1", "w3", "w2"), models=frozenset({"mixtral", "minimax", "phimoe", "lfm2_moe"})),
+    ),
+    KINDS[1]: (_Spelling(("up_proj", "down_proj")), _Spelling(KINDS[1], "mlp", frozenset({"phixtral"}))),
+}
 _ROUTERS = frozenset({"gate", "router"})
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_EXPERT = re.compile(r"\.(?:experts|mlp)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -27,7 +51,7 @@ class ExpertNames:
 
     Attributes:
         prefix: Of all of them; a number and a part follow.
-        parts: What ``gate_proj``, ``up_proj`` and ``down_proj`` are called.
+        parts: What each of a kind's parts is called, in its order.
         sources: The checkpoint's tensors that they are made from.
     """
 
@@ -36,7 +60,7 @@ class ExpertNames:
     sources: tuple[str, ...]
 
     def name(self, expert: int, part: str) -> str:
-        """The name of one linear; ``part`` is one of :data:`PARTS`."""
+        """The name of one linear; ``part`` is one of ``parts``."""
         return f"{self.prefix}.{expert}.{self.parts[part]}"
 
     def group(self, part: str) -> str:
@@ -44,10 +68,18 @@ class ExpertNames:
         return f"{self.prefix}.{self.parts[part]}"
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module is a SwitchGLU in shape: gate, up and down stacks over experts."""
-    parts = (getattr(module, part, None) for part in PARTS)
-    return all(part is not None and getattr(part, "num_experts", None) and part.weight.ndim == 3 for part in parts)
+def parts_of_experts(module: nn.Module) -> tuple[str, ...]:
+    """Which of :data:`KINDS` a module is in shape: stacks over experts of these names; none of anything else."""
+
+    def is_stack(part: nn.Module | None) -> bool:
+        return part is not None and bool(getattr(part, "num_experts", None)) and part.weight.ndim == 3
+
+    return next((parts for parts in KINDS if all(is_stack(getattr(module, part, None)) for part in parts)), ())
+
+
+def _inside(above: str, spelling: _Spelling) -> str:
+    """What a spelling's experts below a path have in common."""
+    return above if above.endswith(f".{spelling.folder}") else f"{above}.{spelling.folder}"
 
 
 class Names:
@@ -68,7 +100,7 @@ class Names:
         modules = dict(model.named_modules())
         for layer in layers:
             inside = {p[len(layer) + 1 :]: m for p, m in modules.items() if p.startswith(f"{layer}.")}
-            blocks = [path for path, module in inside.items() if is_experts(module)]
+            blocks = [path for path, module in inside.items() if parts_of_experts(module)]
             self._experts[layer] = {path: self._experts_of(layer, path, inside[path]) for path in blocks}
             self._linears[layer] = [
                 path
@@ -114,30 +146,33 @@ class Names:
 
     def _experts_of(self, layer: str, path: str, module: nn.Module) -> ExpertNames:
         tensors, block = self.source.tensors, path.rpartition(".")[0]
-        prefix = self._prefixes[layer]
-        stacks = [self.origins.get(f"{layer}.{path}.{part}.weight") for part in PARTS]
-        full = ".".join(filter(None, (prefix or layer, block)))
-        full = full if full.endswith(".experts") else f"{full}.experts"
-        count = module.gate_proj.weight.shape[0]
-        aliases = {part: part for part in PARTS}
+        parts, kind = parts_of_experts(module), self.source.config.get("model_type")
+        usual, other = _SPELLINGS[parts]
+        stacks = [self.origins.get(f"{layer}.{path}.{part}.weight") for part in parts]
+        above = ".".join(filter(None, (self._prefixes[layer] or layer, block)))
+        count = module[parts[0]].weight.shape[0]
+
+        def found(spelling: _Spelling, sources: Iterable[str | None]) -> ExpertNames:
+            return ExpertNames(_inside(above, spelling), dict(zip(parts, spelling.parts)), tuple(filter(None, sources)))
+
         if all(name is not None for name in stacks):
-            is_w = self.source.config.get("model_type") in _W_MODELS
-            biases = [self.origins.get(f"{layer}.{path}.{part}.bias") for part in PARTS]
-            return ExpertNames(full, dict(_W_NAMES) if is_w else aliases, tuple(filter(None, (*stacks, *biases))))
-        for parts in (aliases, _W_NAMES):
-            single = [f"{full}.{e}.{part}.weight" for e in range(count) for part in parts.values()]
+            biases = [self.origins.get(f"{layer}.{path}.{part}.bias") for part in parts]
+            return found(other if kind in (other.models or ()) else usual, (*stacks, *biases))
+        for spelling in (usual, other):
+            single = [f"{_inside(above, spelling)}.{e}.{p}.weight" for e in range(count) for p in spelling.parts]
             if single[0] in tensors:
                 self._check_all(single)
                 biases = [f"{name.removesuffix('weight')}bias" for name in single]
-                return ExpertNames(full, dict(parts), (*single, *(b for b in biases if b in tensors)))
-        fused = [f"{full}.{part}" for part in ("gate_up_proj", *PARTS)]
-        fused = [name for stem in fused for name in (stem, f"{stem}.weight", f"{stem}_bias", f"{stem}.bias")]
-        found = tuple(name for name in fused if name in tensors)
-        if found:
-            return ExpertNames(full, aliases, found)
+                return found(spelling, (*single, *(b for b in biases if b in tensors)))
+        full = _inside(above, usual)
+        stems = [f"{full}.{part}" for part in ("gate_up_proj", *parts)]
+        fused = [name for stem in stems for name in (stem, f"{stem}.weight", f"{stem}_bias", f"{stem}.bias")]
+        fused = [name for name in fused if name in tensors]
+        if fused:
+            return found(usual, fused)
         raise ValueError(
             f"{self.source.path} holds no tensors {full}.*, which the experts at {layer}.{path} should come from; "
-            f"experts that {self.source.config.get('model_type')} names otherwise are not converted"
+            f"experts that {kind} names otherwise are not converted"
         )
 
     def _check_all(self, names: list[str]) -> None:

@@ -6,9 +6,11 @@ their absolute values, and a global scale that fits the codebook.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -30,10 +32,8 @@ _SCALE_STEP = 0.05
 # Tiles that the scale is searched on. The three errors share their noise, so that two batches of the search place the
 # vertex to about 2 %, which costs 0.1 % of the error.
 _SCALE_TILES = 8
-# The error of Gaussian tiles is measured at these standard deviations: 1 is near every codebook's best, at 1/4 and at
-# 4 the error is several times the least. Between them its logarithm bends little. Eight tiles, the same at each.
-_DEVIATIONS = np.exp2(np.linspace(-2, 2.5, 13))
-_CURVE_TILES = 8
+# The error that the search leaves of Gaussian tiles by their standard deviation, from bench/quality/gaussian_errors.py.
+GAUSSIAN_ERRORS = Path(__file__).parent / "gaussian_errors.json"
 # Scales that are tried for feedback, as shares of the best one without: wider targets want smaller ones.
 _FEEDBACK_SCALES = np.linspace(1.1, 0.4, 15)
 
@@ -102,18 +102,18 @@ def global_scale(inner: np.ndarray, bits: float, codebook: str, threads: int | N
 
 
 @cache
-def _log_errors(bits: float, codebook: str) -> np.ndarray:
-    """Logarithm of the mean squared error of Gaussian tiles of each of :data:`_DEVIATIONS`."""
-    tiles = np.random.default_rng(0).standard_normal((_CURVE_TILES, codec.TILE_SIZE))
-    targets = (_DEVIATIONS[:, None, None] * tiles).astype(np.float32)
-    found = codec.decode(ops.viterbi_search(targets.reshape(-1, codec.TILE_SIZE), bits, codebook, threads=1), codebook)
-    return np.log(np.mean(np.square(found.reshape(targets.shape).astype(np.float64) - targets), axis=(1, 2)))
+def _curves() -> tuple[np.ndarray, dict[tuple[str, float], np.ndarray]]:
+    """Logarithms of the standard deviations of Gaussian tiles, and of their mean squared error by codebook and K."""
+    table = json.loads(GAUSSIAN_ERRORS.read_text(encoding="utf-8"))
+    curves = {(curve["codebook"], curve["bits"]): np.array(curve["log_errors"]) for curve in table["curves"]}
+    return np.log(table["deviations"]), curves
 
 
-def _gaussian_error(variance: np.ndarray, bits: float, codebook: str) -> np.ndarray:
-    """Mean squared error of Gaussian tiles of a variance."""
+def gaussian_error(variance: np.ndarray, bits: float, codebook: str) -> np.ndarray:
+    """Expected mean squared error of Gaussian tiles of a variance, both in the codebook's own units."""
+    deviations, curves = _curves()
     deviation = 0.5 * np.log(np.maximum(variance, np.finfo(np.float64).tiny))
-    return np.exp(np.interp(deviation, np.log(_DEVIATIONS), _log_errors(bits, codebook)))
+    return np.exp(np.interp(deviation, deviations, curves[codebook, bits]))
 
 
 def feedback_scale(
@@ -139,7 +139,7 @@ def feedback_scale(
     scales = expected_scale(inner, bits, codebook) * _FEEDBACK_SCALES
     errors = np.zeros((len(gain), len(scales)))
     for i in range(len(gain) - 1, -1, -1):  # as LDLQ goes
-        errors[i] = _gaussian_error(np.square(scales) * power[i] + gain[i] @ errors, bits, codebook)
+        errors[i] = gaussian_error(np.square(scales) * power[i] + gain[i] @ errors, bits, codebook)
     loss = weights @ errors / np.square(scales)
     best = int(np.argmin(loss))
     return float(scales[best]), float(loss[best])

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..storage.safetensors import widened
 from .hessian import Hessian
-from .names import PARTS
+from .names import parts_of_experts
 from .source import ExpertTensors
 from .spill import Spill, SpilledRows
 
@@ -116,7 +116,12 @@ class ExpertWeights:
 
 
 class ExpertsTap:
-    """Stands in for a ``SwitchGLU``: notes its rows, and computes it in NumPy, expert by expert."""
+    """Stands in for a ``SwitchGLU`` or ``SwitchMLP``: notes its rows, and computes it in NumPy, expert by expert.
+
+    Attributes:
+        reading: Names of the projections that read x.
+        last: Name of the one that reads what they make of it.
+    """
 
     def __init__(
         self,
@@ -129,8 +134,10 @@ class ExpertsTap:
         self.recording = False
         self.probe: np.ndarray | None = None
         found, spill = tensors or {}, Spill(directory)
+        parts = parts_of_experts(experts)
+        *self.reading, self.last = parts
         self.weights = {
-            part: ExpertWeights(getattr(experts, part), found.get(f"{name}.{part}"), spill) for part in PARTS
+            part: ExpertWeights(getattr(experts, part), found.get(f"{name}.{part}"), spill) for part in parts
         }
 
     def project(self, part: str, expert: int, x: np.ndarray) -> np.ndarray:
@@ -138,17 +145,17 @@ class ExpertsTap:
         y = x @ weights.weight(expert)
         return y if weights.bias is None else y + weights.bias[expert]
 
-    def hidden(self, expert: int, x: np.ndarray) -> np.ndarray:
-        """What goes into ``down_proj``."""
-        return self.activate(self.project("up_proj", expert, x), self.project("gate_proj", expert, x))
+    def outputs(self, expert: int, x: np.ndarray) -> dict[str, np.ndarray]:
+        """Of the projections that read x."""
+        return {part: self.project(part, expert, x) for part in self.reading}
 
-    def activate(self, up: np.ndarray, gate: np.ndarray) -> np.ndarray:
-        return np.array(self.experts.activation(mx.array(up), mx.array(gate)))
+    def activate(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What goes into the last projection. mlx-lm's activations of gated experts take up, then gate."""
+        return np.array(self.experts.activation(*(mx.array(outputs[part]) for part in reversed(self.reading))))
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         if self.probe is not None:
-            shape = (*indices.shape, x.shape[-1])
-            return mx.broadcast_to(mx.array(self.probe[: indices.shape[-1], : x.shape[-1]]), shape)
+            return mx.broadcast_to(mx.array(self.probe), (*indices.shape, self.probe.shape[-1]))
         rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
         chosen = np.array(indices).reshape(len(rows), -1)
         if self.recording:
@@ -157,7 +164,8 @@ class ExpertsTap:
         out = np.empty((*chosen.shape, rows.shape[1]), np.float32)
         for expert in np.unique(chosen):
             token, slot = np.nonzero(chosen == expert)
-            out[token, slot] = self.project("down_proj", expert, self.hidden(expert, rows[token]))
+            hidden = self.activate(self.outputs(expert, rows[token]))
+            out[token, slot] = self.project(self.last, expert, hidden)
         return mx.array(out.reshape(*indices.shape, -1)).astype(x.dtype)
 
     def __getattr__(self, name: str) -> Any:
@@ -168,7 +176,9 @@ class BlockTap:
     """Stands in for the block around the experts: finds the routing scores.
 
     The block's output is linear in what the experts return, so experts that return unit vectors, minus experts that
-    return zeros, show each slot's score in the first k channels.
+    return zeros, show each slot's score in the first k channels. Where the experts' width is another than the block's,
+    a projection follows, and a slot's score is how long its part of the output is, for each unit that the expert
+    returns.
     """
 
     def __init__(self, block: nn.Module, experts: ExpertsTap):
@@ -177,14 +187,23 @@ class BlockTap:
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         out = self.block(x, *args, **kwargs)
         if self.experts.recording:
-            width = x.shape[-1]
-            self.experts.probe = np.zeros((width, width), np.float32)
-            without = self.block(x, *args, **kwargs)
-            self.experts.probe = np.eye(width, dtype=np.float32)
-            shown = np.array((self.block(x, *args, **kwargs) - without).astype(mx.float32))
-            self.experts.probe = None
+            _, width = self.experts.weights[self.experts.last].shape
             k = self.experts.rows.indices[-1].shape[1]
-            self.experts.rows.scores.append(np.abs(shown.reshape(-1, width)[:, :k]))
+
+            def shown(probe: np.ndarray) -> np.ndarray:
+                self.experts.probe = probe
+                y = np.array(self.block(x, *args, **kwargs).astype(mx.float32))
+                self.experts.probe = None
+                return y.reshape(-1, y.shape[-1])
+
+            without = shown(np.zeros((k, width), np.float32))
+            if width == x.shape[-1]:
+                scores = np.abs(shown(np.eye(k, width, dtype=np.float32)) - without)[:, :k]
+            else:
+                unit = np.random.default_rng(0).choice([-1.0, 1.0], width).astype(np.float32) / width**0.5
+                probes = np.einsum("st,w->stw", np.eye(k, dtype=np.float32), unit)
+                scores = np.stack([np.linalg.norm(shown(probe) - without, axis=1) for probe in probes], axis=1)
+            self.experts.rows.scores.append(scores)
         return out
 
     def __getattr__(self, name: str) -> Any:

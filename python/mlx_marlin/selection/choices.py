@@ -43,10 +43,10 @@ class Choice:
 
 
 def shown_name(problem: Problem, config: KernelConfig) -> str:
-    """What a config's kernel is called where it is shown: the names are those of SwiGLU kernels, which a linear does
-    not run.
+    """What a config's kernel is called where it is shown: the names are those of SwiGLU kernels, which others do not
+    run.
     """
-    return config.kernel_name if problem.kind == "swiglu" else f"linear {config.kernel_variant}"
+    return config.kernel_name if problem.kind == "swiglu" else f"{problem.kind} {config.kernel_variant}"
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,15 @@ def _following(problem: Problem, config: KernelConfig, refused: dict[KernelConfi
 
     prefill4 is next as it is the fastest for any number of rows that does without simdgroup matrices. A variant of
     which two configs could not be built comes after the others. Configs that sum as the refused one does come first.
-    A compiler that is wrong about one config for neural accelerators is not asked for others.
+    A compiler that is wrong about one config for neural accelerators is not asked for others: what is the default
+    without them is next.
     """
+    first = config.kernel_variant
     if any(kernels.accelerated(problem, other) for other in refused):
         problem = replace(problem, accelerators=False)
+        first = kernels.default(problem).kernel_variant if kernels.accelerated(problem, config) else first
     unbuilt = [c.kernel_variant for c, refusal in refused.items() if not refusal.built]
-    order = [config.kernel_variant, "prefill4"]
+    order = [first, "prefill4"]
 
     def rank(other: KernelConfig) -> tuple[bool, int]:
         at = order.index(other.kernel_variant) if other.kernel_variant in order else len(order)
@@ -129,7 +132,7 @@ def from_profile(problem: Problem) -> Choice:
     """The choice without feedback: the tuned or predicted profile's, else the default."""
     found = profile.find(problem)
     # A layer that is no loaded model's and has not been called says 1: the reason shows what was assumed.
-    top_k = f" and top-k {problem.top_k}" if problem.kind == "swiglu" else ""
+    top_k = f" and top-k {problem.top_k}" if problem.fused else ""
     asked = f"{kernels.rows_label(problem.rows)}{top_k}"
     if found is not None:
         return Choice(problem, found.config, f"for {asked}: {found.origin}")

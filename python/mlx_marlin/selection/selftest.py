@@ -63,10 +63,12 @@ def run_on_gpu(problem: Problem, config: KernelConfig, case: dict) -> np.ndarray
             y = gathered(problem, config, case, x)
     else:
         scores = None if case["scores"] is None else mx.array(case["scores"])
-        y = ops.trellis_swiglu(
+        bank = ExpertBank(*case["weights"]) if problem.side_by_side == 2 else ExpertBank(None, *case["weights"])
+        op = ops.trellis_swiglu if problem.side_by_side == 2 else ops.trellis_mlp
+        y = op(
             x,
             mx.array(case["indices"]),
-            ExpertBank(*case["weights"]),
+            bank,
             scores=scores,
             activation=problem.activation,
             config=config,

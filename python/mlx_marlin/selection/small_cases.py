@@ -28,8 +28,9 @@ __all__ = [
 ]
 
 # Sizes of the small cases. 128 is one Hadamard block; 384 and 640 are no multiple of 16 ranges of k; up to 2048 narrow
-# tiles become legal; from 3072 on a product no longer makes its own input, with half operands from 10240 on.
-_SIZES = (128, 256, 384, 512, 640, 768, 1024, 1280, 2048, 3072, 4096, 5120, 6144, 8192, 10240)
+# tiles become legal; from 3072 on a product no longer makes its own input, with half operands from 10240 on. Rows are
+# rotated by 1 to 8 simdgroups: by 7 at 896, 1664, 2688 and 5376.
+_SIZES = (128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1664, 2048, 2688, 3072, 4096, 5120, 5376, 6144, 8192, 10240)
 # Elements of a matrix: what the CPU decodes and multiplies for the expected result in a fraction of a second.
 _MOST = 2048 * 2048
 _EXPERTS = 3
@@ -188,8 +189,10 @@ def expected(problem: Problem, case: dict) -> np.ndarray:
         dense = [codec.dequantize(w).astype(np.float64) for w in case["weights"]]
         return np.stack([row.astype(np.float64) @ dense[e].T for row, e in zip(case["x"], case["indices"])])
     x = np.array(mx.array(case["x"]).astype(getattr(mx, problem.dtype)).astype(mx.float32)).astype(np.float64)
-    if problem.kind == "swiglu":
-        return reference.swiglu(x, case["indices"], case["weights"], case["scores"], problem.activation, 1.702, 7.0)
+    if problem.fused:
+        return reference.experts_output(
+            x, case["indices"], case["weights"], case["scores"], problem.activation, 1.702, 7.0
+        )
     y = np.zeros((problem.rows, problem.intermediate))
     for e in np.unique(case["indices"]):
         y[case["indices"] == e] = reference.linear(x[case["indices"] == e], case["weights"][e])

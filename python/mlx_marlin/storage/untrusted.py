@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: JSON, and what stands in the place of the file that was meant. Pure."""
+"""Untrusted files: JSON, and what is in the place of the file that was meant. Pure."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _reject_duplicates(pairs: list[tuple[str, object]]) -> dict:
 
 
 def parse_json(data: bytes, source: str, *, finite: bool = True) -> dict:
-    """A JSON object from bytes that nobody vouches for.
+    """A JSON object from untrusted bytes.
 
     Args:
         data: The text, in UTF-8.
@@ -164,7 +164,7 @@ def parse_json(data: bytes, source: str, *, finite: bool = True) -> dict:
 
 
 def read_json(path: Path, *, finite: bool = True) -> dict:
-    """A JSON object from a file that nobody vouches for; see :func:`parse_json`.
+    """A JSON object from an untrusted file; see :func:`parse_json`.
 
     Raises:
         FileNotFoundError: If the file is not there.

@@ -23,6 +23,7 @@ from ..lm.command_line import (
     installed_commands,
     is_our_repo,
     is_ours,
+    refusal,
     take_parallel,
     take_revision,
     value_of,
@@ -66,11 +67,12 @@ def check(repo: str, parallel: str = "tensor") -> None:
         guarded(check_processor, directory)
 
 
-def install(progress: LayerProgress | None = None, parallel: str = "tensor") -> None:
+def install(progress: LayerProgress | None = None, *, refuse: str | None = None, parallel: str = "tensor") -> None:
     """Make mlx-vlm load EXL3 directories, for the rest of the process: where there are ranks, each its part.
 
     Args:
         progress: Called with (layers done, layers) after each layer. Default: ``None``.
+        refuse: Why EXL3 directories are refused, if they are. Default: ``None``.
         parallel: How ranks share the experts. Default: ``"tensor"``.
     """
     load_others, load_others_processor = mlx_vlm_utils.load_model, mlx_vlm_utils.load_processor
@@ -89,6 +91,8 @@ def install(progress: LayerProgress | None = None, parallel: str = "tensor") -> 
     def load_model(model_path: Path, lazy: bool = False, **keywords: Any) -> nn.Module:
         if not is_ours(Path(model_path)):
             return load_others(model_path, lazy, **keywords)
+        if refuse is not None:
+            raise CheckpointError(refuse)
         if keywords.get("quantize_activations"):
             raise CheckpointError(
                 f"{model_path}: activations are quantized for models in nvfp4 or mxfp8 only, and this one is EXL3; "
@@ -152,18 +156,11 @@ def run(command: str, progress: LayerProgress | None = None) -> None:
         take_revision()
     parallel = take_parallel()
     _run_alike(command)
-    if command in CONVERTERS:
-        for option in ("--model", "--hf-path", "--model-path"):
-            repo = value_of(option)
-            if repo is not None and is_our_repo(repo):
-                raise CheckpointError(
-                    f"mlx_vlm {command} cannot work on EXL3 weights; give it the model that they were made from"
-                )
-    else:
-        repo = value_of("--model")
-        if repo is not None:  # a command may tell errors in a way of its own, or go on without a model
-            check(repo, parallel)
-    install(progress, parallel)
+    refuse = refusal("mlx_vlm", command) if command in CONVERTERS else None
+    repo = value_of("--model")
+    if repo is not None:  # a command may tell errors in a way of its own, or go on without a model
+        check(repo, parallel)
+    install(progress, refuse=refuse, parallel=parallel)
     if command == "server":
         from .serving import guard  # imports mlx-vlm's server, which other commands do without
 

@@ -15,9 +15,10 @@ from mlx.utils import tree_flatten
 from mlx_vlm import utils as mlx_vlm_utils
 from mlx_vlm.models.cache import make_prompt_cache
 from mlx_vlm.models.mla import MultiLinear
-from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear
+from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 
-from ..lm.host import Host
+from ..layers.experts import TrellisSwitchMLP
+from ..lm.host import GATED, UNGATED, UNGATED_ACTIVATIONS, ExpertsKind, Host
 from ..loader.contents import AUDIO, NGRAM, VISION
 from . import verifying
 from .layers import (
@@ -65,19 +66,20 @@ class MlxVlm(Host):
     name = "mlx-vlm"
     loader = "mlx_vlm.load"
     model_code = "mlx_vlm.models."
-    glu = SwitchGLU
+    experts = (
+        ExpertsKind(SwitchGLU, GATED, FusedExperts, PartlyQuantizedExperts, LocalVlmExperts),
+        ExpertsKind(SwitchMLP, UNGATED, TrellisSwitchMLP),
+    )
     projection = SwitchLinear
     grouped = MultiLinear
     activations = {
+        **UNGATED_ACTIVATIONS,
         "mlx_vlm.models.switch_layers.SwiGLU": "silu",
         "mlx_vlm.models.gemma4.language.GeGLU": "gelu_tanh",
         "mlx_vlm.models.gemma4_text.language.GeGLU": "gelu_tanh",
         "mlx_vlm.models.muse_spark.language.PreciseSwiGLU": "silu",
     }
     linear = DescribedLinear
-    fused = FusedExperts
-    partly = PartlyQuantizedExperts
-    local = LocalVlmExperts
     all_to_sharded = AllToShardedDescribedLinear
     sharded_to_all = ShardedToAllDescribedLinear
 

@@ -1,4 +1,4 @@
-"""The experts of a layer: one projection of all of them (:class:`ExpertStack`), and all three (:class:`ExpertBank`)."""
+"""The experts of a layer: one projection of all of them (:class:`ExpertStack`), and all (:class:`ExpertBank`)."""
 
 from __future__ import annotations
 
@@ -178,7 +178,8 @@ class ExpertBank:
     """The gate, up and down weights of all experts of a layer. Bits and codebook may differ per expert and projection.
 
     Args:
-        gate: One :class:`TrellisWeight` per expert, hidden to intermediate; or all of them, stacked.
+        gate: One :class:`TrellisWeight` per expert, hidden to intermediate; or all of them, stacked. ``None`` for
+            experts of two matrices, which have no gate.
         up: The same.
         down: The same, intermediate to hidden.
 
@@ -186,39 +187,54 @@ class ExpertBank:
         ValueError: If the numbers of experts or the sizes do not fit together.
     """
 
-    def __init__(self, gate: Experts, up: Experts, down: Experts):
-        given = {"gate": gate, "up": up, "down": down}
+    def __init__(self, gate: Experts | None, up: Experts, down: Experts):
+        given = {"up": up, "down": down} if gate is None else {"gate": gate, "up": up, "down": down}
         listed = {name: w if isinstance(w, ExpertStack) else _listed(name, w) for name, w in given.items()}
         counts = [len(w.bits if isinstance(w, ExpertStack) else w) for w in listed.values()]
         if len(set(counts)) > 1:
-            raise ValueError(f"gate, up and down must have one weight per expert, got {', '.join(map(str, counts))}")
-        self.gate, self.up, self.down = (
-            w if isinstance(w, ExpertStack) else ExpertStack.of(name, w) for name, w in listed.items()
-        )
-        check_projections(self.gate, self.up, self.down)
+            raise ValueError(f"{_enumerated(given)} must have one weight per expert, got {', '.join(map(str, counts))}")
+        stacks = {name: w if isinstance(w, ExpertStack) else ExpertStack.of(name, w) for name, w in listed.items()}
+        self.gate, self.up, self.down = stacks.get("gate"), stacks["up"], stacks["down"]
+        check_projections(*stacks.values())
+
+    @property
+    def stacks(self) -> tuple[ExpertStack, ...]:
+        """Gate where there is one, up and down."""
+        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
 
     @property
     def num_experts(self) -> int:
-        return len(self.gate.bits)
+        return len(self.up.bits)
 
     @property
     def hidden(self) -> int:
         """Logical hidden size."""
-        return self.gate.in_features
+        return self.up.in_features
 
     @property
     def intermediate(self) -> int:
         """Padded intermediate size: the padded width flows from gate and up into down."""
-        return self.gate.padded_shape[1]
+        return self.up.padded_shape[1]
 
     @property
-    def triples(self) -> tuple[tuple[float, float, float], ...]:
-        """(gate, up, down) bits of each expert."""
-        return tuple(zip(self.gate.bits, self.up.bits, self.down.bits))
+    def triples(self) -> tuple[tuple[float, ...], ...]:
+        """(gate, up, down) bits of each expert; (up, down) where there is no gate."""
+        return tuple(zip(*(stack.bits for stack in self.stacks)))
 
 
-def check_projections(gate: ExpertStack, up: ExpertStack, down: ExpertStack) -> None:
-    """Raise ValueError unless gate and up map hidden to one intermediate size, and down maps it back."""
+def _enumerated(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}"
+
+
+def check_projections(*stacks: ExpertStack) -> None:
+    """Raise ValueError unless gate and up map hidden to one intermediate size, and down maps it back.
+
+    Args:
+        stacks: Gate, up and down; of experts without a gate, up and down.
+    """
+    *reading, down = stacks
+    up = reading[-1]
 
     def sizes(stack: ExpertStack) -> str:
         return (
@@ -226,10 +242,12 @@ def check_projections(gate: ExpertStack, up: ExpertStack, down: ExpertStack) -> 
             f"(stored as {list(stack.padded_shape)})"
         )
 
-    same_inputs = (gate.in_features, gate.padded_shape) == (up.in_features, up.padded_shape)
-    maps_back = (down.out_features, down.padded_shape) == (gate.in_features, gate.padded_shape[::-1])
-    if not same_inputs or not maps_back or not len(gate.bits) == len(up.bits) == len(down.bits):
+    same_inputs = all((s.in_features, s.padded_shape) == (up.in_features, up.padded_shape) for s in reading)
+    maps_back = (down.out_features, down.padded_shape) == (up.in_features, up.padded_shape[::-1])
+    if not same_inputs or not maps_back or len({len(stack.bits) for stack in stacks}) > 1:
+        names = ("gate", "up", "down")[-len(stacks) :]
+        found = ", ".join(f"{name} {sizes(stack)}" for name, stack in zip(names, stacks))
         raise ValueError(
-            "gate and up must map hidden to one intermediate size and down must map it back, for the same "
-            f"experts; got gate {sizes(gate)}, up {sizes(up)}, down {sizes(down)}"
+            f"{' and '.join(names[:-1])} must map hidden to one intermediate size and down must map it back, for the "
+            f"same experts; got {found}"
         )

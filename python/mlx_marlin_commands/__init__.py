@@ -1,0 +1,55 @@
+"""Where the commands start: outside mlx_marlin, whose import takes a second, so that Ctrl-C is one line then too."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+@contextlib.contextmanager
+def imports(command: str) -> Iterator[None]:
+    """While this is open, Ctrl-C ends the process at once: an exception in the middle of an import would become others.
+
+    Args:
+        command: The command's name, which the line on stderr begins with.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"\n{command}: interrupted\n".encode())
+        os._exit(INTERRUPTED)
+
+    if threading.current_thread() is not threading.main_thread():  # it alone gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run() -> None:
+    """The command ``mlx_marlin``."""
+    with imports("mlx_marlin"):
+        from mlx_marlin.cli import main
+    main()
+
+
+def convert() -> int:
+    """The command ``mlx_marlin-convert``; returns its exit status."""
+    with imports("mlx_marlin-convert"):
+        from mlx_marlin.quantize.cli import main
+    return main()
+
+
+def tune() -> int:
+    """The command ``mlx_marlin-tune``; returns its exit status."""
+    with imports("mlx_marlin-tune"):
+        from mlx_marlin.autotune.cli import main
+    return main()
