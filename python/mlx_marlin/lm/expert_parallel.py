@@ -71,7 +71,7 @@ def make_local_experts(host: Host, group: mx.distributed.Group, block_sums: bool
         total = len(next(iter(sources.values())))
         first, last = (total * rank // group.size() for rank in (group.rank(), group.rank() + 1))
         mine = {projection: every[first:last] for projection, every in sources.items()}
-        local = kind_of(host, module).local
-        return local(whole_experts(host, path, module, mine), first, last - first, None if block_sums else group)
+        local, experts = kind_of(host, module).local, whole_experts(host, path, module, mine)
+        return local(experts, first, last - first, None if block_sums else group)
 
     return make
