@@ -70,7 +70,8 @@ def expected_elsewhere(items: Sequence[Item]) -> list[Item]:
             total = sum(item.loss[k] for item in group)
             factors[name, k] = total / sum(item.loss[k] ** _POWER for item in group) if total else 0.0
     return [
-        replace(item, loss={k: factors[item.group, k] * loss**_POWER for k, loss in item.loss.items()}) for item in items
+        replace(item, loss={k: factors[item.group, k] * loss**_POWER for k, loss in item.loss.items()})
+        for item in items
     ]
 
 
