@@ -14,7 +14,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +38,9 @@ from mlx_marlin.weights.synthetic import random_projection
 ROOT = Path(__file__).resolve().parents[2]
 PREDICTED = ROOT / "bench" / "results" / "metal_predicted.json"
 SAMPLES = 9
+# After so many nothing begins: what all parts are predicted to take.
+MINUTES = 45
+DECODE_STAGES = 3  # gate and up, down, the sum over experts
 # Random indices per timing: enough that consecutive calls use other experts.
 ROUTINGS = 16
 TESTS = (
@@ -198,8 +203,17 @@ def _configs(problem: Problem) -> list[KernelConfig]:
     return [c for c in dict.fromkeys(found) if kernels.feasible(half, c) is None]
 
 
-def layer_times(where: str, formats: list[tuple[int, str]], rows: tuple[int, ...], sizes: dict) -> list[dict]:
-    """Microseconds per call of the MoE layer, by format, rows and config: medians over samples."""
+def layer_times(
+    where: str,
+    formats: list[tuple[int, str]],
+    rows: tuple[int, ...],
+    sizes: dict,
+    configs: Callable[[Problem], list[KernelConfig]] | None = None,
+) -> list[dict]:
+    """Microseconds per call of the MoE layer, by format, rows and config: medians over samples.
+
+    configs: Those of a problem. Default: what section 5 of FIRST_RUN_ON_A_MAC.md asks about.
+    """
     rng, floor, found = np.random.default_rng(0), measure.launch_floor(), []
     mx.set_default_device(mx.gpu if where == "gpu" else mx.cpu)
     for width, codebook in formats:
@@ -211,7 +225,7 @@ def layer_times(where: str, formats: list[tuple[int, str]], rows: tuple[int, ...
             x = mx.array(rng.standard_normal((count, problem.hidden))).astype(getattr(mx, problem.dtype))
             scores = mx.full((count, problem.top_k), 1 / problem.top_k)
             mx.eval(x, routings, scores)
-            for config in _configs(problem):
+            for config in (configs or _configs)(problem):
 
                 def step(x, i, layer=layer, config=config, routings=routings, scores=scores):
                     return layer.run(x, routings[i % ROUTINGS], scores, config=config)
@@ -252,28 +266,109 @@ def beside_predictions(times: list[dict], chip: str) -> list[dict]:
     return out
 
 
-def collect(where: str, small: bool):
-    """Yields the report after each of its parts, in the order of FIRST_RUN_ON_A_MAC.md."""
+def straight_line(times: dict[int, float], stages: int) -> dict:
+    """Intercept and slope of microseconds over rows, by least squares, and the intercept by stage.
+
+    Args:
+        times: Microseconds by rows, of one config that decodes for every slot by itself.
+        stages: Dependent stages of a call.
+    """
+    slope, intercept = np.polyfit(list(times), list(times.values()), 1)
+    return {
+        "us": {str(rows): us for rows, us in times.items()},
+        "intercept us": round(float(intercept), 2),
+        "slope us per row": round(float(slope), 2),
+        "us per stage": round(float(intercept) / stages, 2),
+    }
+
+
+def rows_apart(where: str, formats: list[tuple[int, str]], rows: tuple[int, ...], sizes: dict) -> list[dict]:
+    """Intercept and slope of the decode kernel with tiles of 128 columns: what stages cost, and what the work does."""
+    found = []
+    for bits, codebook in formats:
+        problem = _problem(bits, rows[0], where, codebook, **sizes)
+        config = kernels.config_for(problem, kernels.make_name("decode"))
+        times = layer_times(where, [(bits, codebook)], rows, sizes, lambda _, config=config: [config])
+        line = straight_line({t["rows"]: t["us"] for t in times}, DECODE_STAGES)
+        found.append({"bits": bits, "codebook": codebook, "config": asdict(config)} | line)
+    return found
+
+
+# A product of halves added to floats, as a layer's prompts would take it where the compiler does.
+MIXED_MATRICES = """
+    simdgroup_matrix<half, 8, 8> a, b;
+    simdgroup_matrix<float, 8, 8> sum = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    simdgroup_load(a, x, 8);
+    simdgroup_load(b, x, 8);
+    simdgroup_multiply_accumulate(sum, a, b, sum);
+    simdgroup_store(sum, y, 8);
+"""
+
+
+def mixed_matrices() -> str:
+    """Whether the compiler multiplies half matrices into float sums: "right", what is wrong, or its error."""
+    x = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float16)
+    try:
+        kernel = mx.fast.metal_kernel(
+            name="mixed_matrices",
+            input_names=["x"],
+            output_names=["y"],
+            source=MIXED_MATRICES,
+            header="#include <metal_simdgroup_matrix>\n",
+        )
+        (y,) = kernel(
+            inputs=[mx.array(x)],
+            grid=(32, 1, 1),
+            threadgroup=(32, 1, 1),
+            output_shapes=[(8, 8)],
+            output_dtypes=[mx.float32],
+        )
+        wide = x.astype(np.float32)
+        error = float(np.abs(np.array(y) - wide @ wide).max())
+    except (RuntimeError, ValueError) as problem:
+        return told(str(problem))
+    return "right" if error < 1e-5 else f"off by {error}"
+
+
+def collect(where: str, small: bool, minutes: float = MINUTES):
+    """Yields the report after each of its parts, the most important first, while there is time to begin one."""
+    end = time.monotonic() + 60 * minutes
     sizes = {"hidden": 256, "intermediate": 128, "experts": 16} if small else {}
+    one_row = [(3, "mcg")] if small else [(3, "mcg"), (3, "mul1"), (2, "mcg"), (4, "mcg")]
+    few = (1, 4) if small else (1, 2, 4, 8)
     report = {"machine": machine(where)}
     here = report["machine"]["fingerprint"]
     report["known chip"] = here["chip"] in CHIPS and CHIPS[here["chip"]].cores == here["cores"]
+    report["mixed matrices"] = mixed_matrices() if where == "gpu" else "not asked"
     yield "machine", report
-    report["self-tests"] = self_tests(where, small)
-    yield "self-tests", report
-    one_row = [(3, "mcg")] if small else [(2, "mcg"), (3, "mcg"), (4, "mcg"), (3, "mul1")]
-    report["layer"] = layer_times(where, one_row, (1,), sizes)
-    report["beside predictions"] = beside_predictions(report["layer"], here["chip"]) if report["known chip"] else []
-    yield "layer, one row", report
     # Accelerators serve more rows than the others are asked about.
-    many = (256, 1024) if report["machine"]["accelerators"] else ()
-    report["layer"] += layer_times(where, one_row[:2], (4,) if small else (4, 16, 64, *many), sizes)
-    yield "layer", report
+    many = (256, 1024) if report["machine"]["accelerators"] else (256,)
+
+    def one_row_times() -> list[dict]:
+        report["layer"] = layer_times(where, one_row, (1,), sizes)
+        return beside_predictions(report["layer"], here["chip"]) if report["known chip"] else []
+
+    def prompts() -> list[dict]:
+        found = layer_times(where, one_row[:2], (4,) if small else (16, 64, *many), sizes)
+        return report.setdefault("layer", []) + found
+
+    parts = {
+        "self-tests": lambda: self_tests(where, small),
+        "intercept and slope": lambda: rows_apart(where, one_row[:2], few, sizes),
+        "beside predictions": one_row_times,
+        "layer": prompts,
+    }
     if not small:
-        report["tests"] = run_tests(TESTS)
-        yield "tests", report
-        report["validated tests"] = run_tests(TESTS[:2], validated=True)
-        yield "validated tests", report
+        parts["tests"] = lambda: run_tests(TESTS)
+        parts["validated tests"] = lambda: run_tests(TESTS[:2], validated=True)
+    for name, part in parts.items():
+        if time.monotonic() > end:
+            report.setdefault("no time for", []).append(name)
+            continue
+        report[name] = part()
+        yield name, report
+    if "no time for" in report:
+        yield "what there was no time for", report
 
 
 def main() -> None:
@@ -283,12 +378,15 @@ def main() -> None:
         "--small", action="store_true", help="a layer of toy size and no test suite: checks this script"
     )
     parser.add_argument("--output", type=Path)
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="after these no further part begins (default: 45)"
+    )
     arguments = parser.parse_args()
     if arguments.device == "gpu" and not mx.is_available(mx.Device(mx.gpu)):
         parser.error("MLX finds no GPU here; this script is for a Mac (--device cpu --small tries it elsewhere)")
     chip = device.fingerprint(arguments.device).chip
     path = arguments.output or Path("first_run_" + "_".join(chip.lower().split()) + ".json")
-    for part, report in collect(arguments.device, arguments.small):  # a later part may crash
+    for part, report in collect(arguments.device, arguments.small, arguments.minutes):  # a later part may crash
         atomic.write_text(path, json.dumps(report, indent=1) + "\n")
         print(f"{part} written", file=sys.stderr)
     print(path)

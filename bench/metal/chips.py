@@ -4,6 +4,12 @@ none was measured here. ``SOURCES`` says where each kind comes from."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from mlx_marlin.profile.uncertainty import Range
+
+End = Literal["low", "likely", "high"]
+"""Which end of all ranges: times are shortest at "low". Predictions are "likely" where nothing else is said."""
 
 SOURCES = {
     "cores, bandwidth": "Apple's specifications; measured read bandwidth where published (escha-mlx, "
@@ -15,7 +21,18 @@ SOURCES = {
     "shift or bit-extract",
     "issue": "1 instruction per clock and scheduler; M5: 1.7, measured for half arithmetic only and applied to all but "
     "shifts by a register amount. The weakest constant here",
-    "stage_us": "a dependent tiny kernel inside MLX, M3 Ultra (mlx#4521)",
+    "stage_us": "likely: a dependent tiny kernel inside MLX, M3 Ultra (mlx#4521). Low: a tiny dispatch of a serial "
+    "encoder (infr#14). High: a third of what a peer's chain of three kernels takes on M2 Max and M5 Max besides "
+    "its rows (sushi 1.2.1: 52 and 37 us). Between: 5.2 us on M2 Pro (ferrox#149), 10 queued on M1 Ultra (ds4#846)",
+    "work": "the extremes of what is measured over model in the calibration, as times",
+    "complex_slots": "issue slots that an operation of the complex pipe takes beside others: M1 2.2 (IMUL and 3 FMUL "
+    "in 5.2 clocks) and 2.4 (IMAD and 3 IADD in 5.4), 1.6 at least, metal-benchmarks. One on M4 and M5, where the "
+    "peers' loops leave no room for more; unknown on M3",
+    "read": "a peer's short reads: 387 of 692 GB/s by one row of gather_qmm on M3 Ultra (mlx#4509); four fifths of the "
+    "peak in whole steps of M4 (escha-mlx)",
+    "matrix": "M5: 1.7 instructions per clock are known for halves only, so that a matrix product may take 1.7 times "
+    "as long as by that",
+    "accelerator": "MLX's grouped products reach 78 % of the rate on M5 (mlx#3925)",
     "simd operations": "metal-benchmarks, measured on M1 and M2",
     "accelerators": "15.4 TFLOPS of halves on M5 (mlx#3925); by the same clocks 61.6 on M5 Max, where 52.7 to 59.6 "
     "were measured (mlx#3211)",
@@ -37,6 +54,10 @@ CHANGES: tuple[str, ...] = (
     "passes through memory for simdgroup operations no longer counts as loads and stores, for ours as for the peers' "
     "kernels. Of the peers' times four move, by 1 to 2 %: 2, 4 and 12 rows from 1.09, 1.09 and 1.25 to 1.06, 1.07 and "
     "1.23, M1 Max from 0.82 to 0.83.",
+    "Intercept and slope have ranges. On M1 and M2 an operation of the complex pipe takes 2 issue slots instead of 1: "
+    "of the peers' rates M1 Max moves from 0.83 to 0.85.",
+    "A layer is put together from one expert's row tiles for every variant and number of rows, in the passes of its "
+    "plan, with the sorting of its slots. Before, 1024 and 2048 rows were predicted as one pass.",
 )
 
 SCHEDULERS = 4  # per core, 32 lanes each
@@ -44,7 +65,18 @@ COMPLEX_CYCLES = 4
 SPECIAL_CYCLES = 8  # reciprocals, roots, exponentials
 WIDE_SHIFT_INSTRUCTIONS = 3
 SATURATING_SIMDGROUPS = 24  # per core, for the full arithmetic rate
-STAGE_US = 2.75
+STAGE_US = Range(1.3, 2.75, 13.0)
+# Times the time of issuing, and of the complex pipe.
+WORK = Range(0.83, 1.0, 1.23)
+COMPLEX_SLOTS = {"M1": Range(1.6, 2.0, 2.4), "M2": Range(1.6, 2.0, 2.4), "M3": Range(1.0, 1.0, 2.4)}
+NO_RANGE = Range(1.0, 1.0, 1.0)
+# Times the time of reading at the bandwidth of long reads.
+READ = Range(1.0, 1.0, 1.25)
+READ_OF_MANY_CORES = Range(1.0, 1.0, 1.79)
+MANY_CORES = 30
+# Times the clocks of a product of simdgroup matrices.
+MATRIX = {"M5": Range(1.0, 1.0, 1.7)}
+ACCELERATOR = Range(1.0, 1.0, 1.28)
 ACCELERATOR_TFLOPS = 15.4  # of an M5, with halves; one accelerator per scheduler
 # For a product of 16x16 and 16x32 halves.
 ACCELERATOR_CYCLES = 2 * 16 * 32 * 16 * SCHEDULERS * 10 * 1.578e9 / (ACCELERATOR_TFLOPS * 1e12)
@@ -78,6 +110,22 @@ class Chip:
     @property
     def family(self) -> str:
         return self.name.split()[0]
+
+    @property
+    def has_accelerators(self) -> bool:
+        return self.family == "M5"
+
+    def complex_slots(self, end: End) -> float:
+        """Issue slots of an operation of the complex pipe."""
+        return getattr(COMPLEX_SLOTS.get(self.family, NO_RANGE), end)
+
+    def matrix(self, end: End) -> float:
+        """Factor on the clocks of a product of simdgroup matrices."""
+        return getattr(MATRIX.get(self.family, NO_RANGE), end)
+
+    def read(self, end: End) -> float:
+        """Factor on the time of reading."""
+        return getattr(READ_OF_MANY_CORES if self.cores >= MANY_CORES else READ, end)
 
 
 def _specified(gbps):

@@ -3,13 +3,17 @@ measured.
 
 python -m bench.metal.cost calibrate     # the model against the peers' published measurements
 python -m bench.metal.cost predict       # our plans, ranked, beside the floors
-python -m bench.metal.cost prompts       # a layer of experts at 64 to 2048 rows, with and without accelerators
+python -m bench.metal.cost prompts       # a layer of experts at 1 to 2048 rows, beside MLX's affine layer
+python -m bench.metal.cost models        # whole models: tokens per second of generation and of prompts
+python -m bench.metal.cost stages        # two dependent stages at one row instead of three
+python -m bench.metal.cost validate      # published figures that the model was not made from, beside it
 python -m bench.metal.cost profiles      # write python/mlx_marlin/profile/predicted/
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from pathlib import Path
 
@@ -22,6 +26,11 @@ RESULTS = HERE.parent / "results"
 CALIBRATION = RESULTS / "cost_model_calibration.json"
 PREDICTED = RESULTS / "metal_predicted.json"
 PROMPTS = RESULTS / "metal_prompts.json"
+VALIDATION = RESULTS / "metal_validation.json"
+MODELS = RESULTS / "metal_models.json"
+STAGES = RESULTS / "metal_two_stages.json"
+RESULT_OF = {"prompts": PROMPTS, "models": MODELS, "stages": STAGES, "validate": VALIDATION}
+MODULES = {"models": "whole_model", "stages": "two_stages"}
 TOLERANCE = 0.25
 EVAL_US = {"M4": 174}  # one synchronous eval, which isolated timings carry (escha-mlx)
 
@@ -108,34 +117,28 @@ def _print_calibration(result) -> None:
         )
 
 
-def _write(path: Path, result: dict) -> None:
+def _write(path: Path, result: dict | list) -> None:
     atomic.write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("calibrate", "predict", "prompts", "profiles"))
+    parser.add_argument("command", choices=("calibrate", "predict", *RESULT_OF, "profiles"))
     command = parser.parse_args().command
     if command == "calibrate":
         result = calibration()
         _print_calibration(result)
         _write(CALIBRATION, result)
-        return
-    from bench.metal import predict as metal_predict
-    from bench.metal import profiles as metal_profiles
-    from bench.metal import prompts as metal_prompts
+    elif command == "profiles":
+        from bench.metal import profiles
 
-    if command == "predict":
-        result = metal_predict.predict()
-        metal_predict.show(result)
-        _write(PREDICTED, result)
-    elif command == "prompts":
-        result = metal_prompts.predict()
-        metal_prompts.show(result)
-        _write(PROMPTS, result)
-    else:
-        for path in metal_profiles.write():
+        for path in profiles.write():
             print(path)
+    else:
+        module = importlib.import_module(f"bench.metal.{MODULES.get(command, command)}")
+        result = module.validate() if command == "validate" else module.predict()
+        module.show(result)
+        _write(PREDICTED if command == "predict" else RESULT_OF[command], result)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.metal.chips import CHIPS, Chip
-from bench.metal.predict import RANKED, choice, default_on, predicted_us, qwen3_30b, ranking
+from bench.metal.predict import RANKED, choice, default_on, predicted_us, qwen3_30b, ranking, uncertainty
 from mlx_marlin import codec
 from mlx_marlin.kernels.problem import Problem
 from mlx_marlin.profile import json as profile_json
@@ -15,8 +15,9 @@ from mlx_marlin.storage import atomic
 
 PROFILES = Path(__file__).resolve().parents[2] / "python/mlx_marlin/profile/predicted"
 
-# Rows and bits of the experts. One row, which is bound by decoding, at every width that experts usually have.
-EXPERTS = ((1, (1.5, 2, 2.5, 3, 3.5, 4)), (2, (3,)), (4, (3,)), (8, (3,)))
+# Rows of the experts, and the widths that they usually have.
+EXPERT_ROWS = (1, 2, 4, 8)
+WIDTHS = (1.5, 2, 2.5, 3, 3.5, 4)
 # (in, out) of Qwen3-30B-A3B's attention: queries, keys and values, output.
 LINEARS = ((2048, 4096), (2048, 512), (4096, 2048))
 
@@ -24,9 +25,7 @@ LINEARS = ((2048, 4096), (2048, 512), (4096, 2048))
 def problems() -> list[Problem]:
     """The calls of a 30B mixture-of-experts model that are predicted; look-ups take the nearest for others."""
     layers = [
-        qwen3_30b(bits, rows, "mul1" if codec.is_half_rate(bits) else "mcg")
-        for rows, widths in EXPERTS
-        for bits in widths
+        qwen3_30b(bits, rows, "mul1" if codec.is_half_rate(bits) else "mcg") for rows in EXPERT_ROWS for bits in WIDTHS
     ]
     layers = [replace(p, combine=False) for p in layers]  # as mlx-lm's blocks call their experts
     linears = [Problem.linear(*size, rows=rows, codebooks="mcg", device="gpu") for rows in (1, 4) for size in LINEARS]
@@ -43,7 +42,7 @@ def profile(chip: Chip) -> AutotuneConfig:
     for problem in problems():
         config, default = choice(problem, chip), default_on(problem, chip)
         us, baseline = (predicted_us(problem, c, chip) for c in (config, default))
-        ratio = us / baseline
+        ratio, doubt = us / baseline, uncertainty(problem, chip)
         table.add(
             problem,
             Entry(
@@ -56,6 +55,7 @@ def profile(chip: Chip) -> AutotuneConfig:
                 "unchecked",
                 timestamp=0.0,
                 timings=tuple(Measured(c, _timing(t)) for t, c in ranking(problem, chip)[:RANKED]),
+                uncertainty=doubt if doubt.matters else None,
             ),
         )
     return table

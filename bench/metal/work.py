@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,12 +61,18 @@ def _few_experts(problem: Problem, routing: np.ndarray | None = None) -> Problem
     return replace(problem, experts=min(problem.experts, used))
 
 
-def count(problem: Problem, config: KernelConfig, routing: np.ndarray | None = None) -> list[Counted]:
-    """Run a problem's plan and count every dispatch.
+def count(
+    problem: Problem,
+    config: KernelConfig,
+    wanted: Callable[[str], bool] = lambda kernel: True,
+    routing: np.ndarray | None = None,
+) -> list[Counted]:
+    """Run a problem's plan and count its dispatches.
 
     Args:
         problem: What is asked.
         config: How it runs.
+        wanted: Which kernels run and are counted, by their stem. Default: all.
         routing: The expert of each slot, of those that have one. Default: ``None``, every slot has an expert of its
             own.
     """
@@ -79,7 +86,7 @@ def count(problem: Problem, config: KernelConfig, routing: np.ndarray | None = N
             result.loop_registers,
             dispatch,
         )
-        for dispatch, result in metal_counts.count(_few_experts(problem, routing), config, routing)
+        for dispatch, result in metal_counts.count(_few_experts(problem, routing), config, wanted, routing)
     ]
 
 

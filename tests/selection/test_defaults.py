@@ -122,7 +122,7 @@ def test_default_on_a_gpu(problem, monkeypatch):
         monkeypatch.setattr(metal, "gpu_cores", lambda cores=CHIPS[chip].cores: cores)
         default = kernels.default(problem)
         for config in {default, *configs} - counted.keys():
-            counted[config] = [c.work for c in count(problem, config, routing)]
+            counted[config] = [c.work for c in count(problem, config, routing=routing)]
         times = {config: layer_time(work, CHIPS[chip]) for config, work in counted.items()}
         assert times[default] <= 1.1 * min(times.values()), (chip, default, min(times, key=times.get))
 

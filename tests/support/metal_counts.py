@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -39,9 +40,18 @@ def _contents(problem: Problem, name: str, size: int) -> np.ndarray:
 
 
 def run(
-    problem: Problem, config: KernelConfig | None, library, routing: np.ndarray | None = None, **simulator
+    problem: Problem,
+    config: KernelConfig | None,
+    library,
+    wanted: Callable[[str], bool] = lambda kernel: True,
+    routing: np.ndarray | None = None,
+    **simulator,
 ) -> list[tuple[dict, Result]]:
-    """(dispatch, result) of each dispatch; `library(kernel, constants)` compiles, the rest goes to its run."""
+    """(dispatch, result) of each dispatch; `library(kernel, constants)` compiles, the rest goes to its run.
+
+    wanted: Which kernels run, by their stem; the others leave zeros to those that follow.
+    routing: The expert of each slot; by default the experts in turn.
+    """
     plan = ops.plan(problem, config)
     memory = {name: np.zeros(size, np.uint8) for name, size in plan["scratch"].items()}
     if routing is not None:
@@ -54,6 +64,8 @@ def run(
             if b["name"] not in memory or len(memory[b["name"]]) < end:
                 memory[b["name"]] = _contents(problem, b["name"], end)
             buffers[b["slot"]] = memory[b["name"]][b["offset"] : end]
+        if not wanted(stem(dispatch["kernel"])):
+            continue
         lib = library(dispatch["kernel"], tuple(dispatch["constants"].items()))
         shared = {0: dispatch["threadgroup_bytes"]} if dispatch["threadgroup_bytes"] else None
         result = lib.run(
@@ -69,10 +81,13 @@ def run(
 
 
 def count(
-    problem: Problem, config: KernelConfig | None = None, routing: np.ndarray | None = None
+    problem: Problem,
+    config: KernelConfig | None = None,
+    wanted: Callable[[str], bool] = lambda kernel: True,
+    routing: np.ndarray | None = None,
 ) -> list[tuple[dict, CountedResult]]:
-    """(dispatch, result with operation and register counts) of each dispatch of a problem.
+    """(dispatch, result with operation and register counts) of each dispatch of a problem that is wanted.
 
     routing: The expert of each slot; by default the experts in turn.
     """
-    return run(problem, config, library, routing)
+    return run(problem, config, library, wanted, routing)
