@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -124,8 +125,11 @@ def main() -> None:
         if not interrupted:
             raise
     if interrupted:
-        print("\nmlx_marlin: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        print("\nmlx_marlin: interrupted", file=sys.stderr, flush=True)
+        # Not by sys.exit: Python then ends daemon threads, as servers have, inside MLX, and C++ aborts the process.
+        os._exit(INTERRUPTED)
 
 
 def _main() -> None:
