@@ -70,6 +70,15 @@ format: $(VENV)/lint
 macos-wheel: $(INSTALLED)
 	$(RUN) -m tests.cross.build_macos
 
+# Shows which file is compiled; where it fails, the end of the whole output.
+define install
+	@echo "Installing. Compiling takes four minutes of processor time the first time; output: build/install.log"
+	@mkdir -p build
+	@{ $(RUN) -m pip install --verbose $(1) 2>&1; echo $$? > build/install.status; } | tee build/install.log | \
+	{ grep --line-buffered -E '^ *\[[0-9]+/[0-9]+\]' || true; }
+	@test "$$(cat build/install.status)" = 0 || { tail -n 40 build/install.log; exit 1; }
+endef
+
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "mlx_marlin needs Python 3.10 to 3.13; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -80,11 +89,11 @@ $(VENV)/lint: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/installed: $(SOURCES) | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet ".[test]"
+	$(call install,".[test]")
 	@touch $@
 
 $(VENV)/bench: pyproject.toml | $(INSTALLED)
-	$(RUN) -m pip install --quiet $(if $(wildcard $(VENV)/editable),$(EDITABLE)) ".[bench]"
+	$(call install,$(if $(wildcard $(VENV)/editable),$(EDITABLE)) ".[bench]")
 	@touch $@
 
 # What pip would install for the time of a build, so that later builds find it where the first one did.
@@ -97,7 +106,7 @@ $(VENV)/build-requirements: pyproject.toml | $(VENV)/bin/python
 
 # Python sources are read where they are; only the rest needs a build.
 $(VENV)/editable: $(VENV)/build-requirements $(COMPILED)
-	$(RUN) -m pip install --quiet $(EDITABLE) ".[test]"
+	$(call install,$(EDITABLE) ".[test]")
 	@touch $@
 
 clean:

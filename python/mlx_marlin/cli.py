@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -42,6 +44,8 @@ _VLM_USAGE = """usage: mlx_marlin vlm COMMAND [ARGUMENTS]
 The commands of mlx-vlm with its arguments: {}.
 --model also takes EXL3 directories and repositories, and --revision a branch of a repository.
 mlx_marlin vlm COMMAND --help shows the other arguments."""
+
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
 
 _BAR = 30  # characters
 # Between lines about loading where lines stay: loading takes seconds to a few minutes.
@@ -102,7 +106,7 @@ def _info(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    """Run ``sys.argv``. Exit status: 2 for what is refused, 130 if interrupted."""
+    """Run ``sys.argv``. Exit status: 2 for what is refused, 130 if interrupted, 141 if nobody reads the output."""
     interrupted = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -113,12 +117,19 @@ def main() -> None:
         signal.signal(signal.SIGINT, interrupt)
     try:
         _main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output, such as head, has left: nothing more can be written, here or at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_BROKEN_PIPE)
     except BaseException:  # in the middle of an import an interrupt can become any other
         if not interrupted:
             raise
     if interrupted:
-        print("\nmlx_marlin: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        print("\nmlx_marlin: interrupted", file=sys.stderr, flush=True)
+        # Not by sys.exit: Python then ends daemon threads, as servers have, inside MLX, and C++ aborts the process.
+        os._exit(INTERRUPTED)
 
 
 def _main() -> None:

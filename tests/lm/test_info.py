@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -225,3 +226,12 @@ def test_errors_of_the_command(arguments, message, info):
     status, text, error = info(*arguments)
     (line,) = error.splitlines()
     assert (status, text) == (2, "") and line.startswith("mlx_marlin: ") and re.search(message, line), line
+
+
+def test_a_reader_that_leaves_is_no_error():
+    """As ``mlx_marlin info DIR | head -1``."""
+    command = [sys.executable, "-m", "mlx_marlin", "info", str(EXL3)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+    assert (process.returncode, error) == (141, b"")

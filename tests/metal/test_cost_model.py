@@ -189,6 +189,19 @@ def test_the_shipped_profiles_are_what_the_model_gives(bits, codebook):
             assert now == pytest.approx(timing.median_ms, rel=0.01), "run bench/metal/cost.py profiles"
 
 
+@pytest.mark.slow
+@needs_simulator
+def test_the_default_of_experts_of_two_matrices_is_near_the_best():
+    """Those of Nemotron 3 Nano at one row: no profile is shipped for such experts."""
+    from bench.metal import predict as metal_predict
+
+    problem = kernels.Problem.mlp(2688, 1856, experts=128, top_k=6, bits=3, codebooks="mcg", device="gpu")
+    for name in ("M1", "M2 Pro", "M4", "M4 Max", "M5"):
+        best_us, _ = metal_predict.ranking(problem, CHIPS[name])[0]
+        default = metal_predict.default_on(problem, CHIPS[name])
+        assert metal_predict.predicted_us(problem, default, CHIPS[name]) <= 1.05 * best_us, name
+
+
 def test_a_layer_from_1_to_2048_rows():
     """The table beside its goals: those that are met stay met, the others are said to be missed."""
     from bench.metal import prompts as metal_prompts

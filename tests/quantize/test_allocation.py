@@ -95,13 +95,14 @@ def test_a_table_of_the_smallest_widths():
 
 
 def test_losses_of_a_group_are_drawn_together():
-    """As many times between two experts as the root of what was measured, at each width alike; sums are kept."""
+    """To the fourth root of the ratio between two experts, at each width alike; sums are kept."""
     items = [
         Item(name, name[0], 64, {1: 64, 2: 128}, {1: loss, 2: loss / 5})
-        for name, loss in (("a0", 1.0), ("a1", 9.0), ("a2", 0.0), ("b", 3.0), ("c", 0.0))
+        for name, loss in (("a0", 1.0), ("a1", 81.0), ("a2", 0.0), ("b", 3.0), ("c", 0.0))
     ]
     found = {item.name: item for item in expected_elsewhere(items)}
-    assert found["a0"].loss == pytest.approx({1: 2.5, 2: 0.5}) and found["a1"].loss == pytest.approx({1: 7.5, 2: 1.5})
+    assert found["a0"].loss == pytest.approx({1: 20.5, 2: 4.1})
+    assert found["a1"].loss == pytest.approx({1: 61.5, 2: 12.3})
     assert found["a2"].loss == {1: 0.0, 2: 0.0}
     assert found["b"].loss == pytest.approx({1: 3.0, 2: 0.6}) and found["c"].loss == {1: 0.0, 2: 0.0}
     assert all(found[item.name].bits == item.bits and found[item.name].group == item.group for item in items)

@@ -51,7 +51,7 @@ def _stack():
     return ops.prepare_weight("test", weights).source
 
 
-@pytest.mark.parametrize("problem", [LAYER, DENSE, replace(LAYER, rows=256), replace(DENSE, rows=20)])
+@pytest.mark.parametrize("problem", [LAYER, DENSE, replace(LAYER, rows=256), replace(DENSE, rows=20, hidden=4096)])
 def test_the_default_uses_them_for_many_rows(problem):
     chosen = kernels.default(problem)
     assert kernels.accelerated(problem, chosen) and kernels.feasible(problem, chosen) is None

@@ -54,12 +54,12 @@ _ASSUMED_CORES = 20
 # Products of a 16 x 16 tile with a row, by the operations that the simulator counts (bench/metal/work.py): what
 # decoding the tile takes as much as; per threadgroup a simdgroup's part in adding up the sums, and an input value's
 # transform; a dispatch that waits for another one.
-_DECODE_ROWS, _SIMDGROUP_ROWS, _ROTATION_ROWS, _STAGE_ROWS = 5.5, 30.0, 0.1, 2000.0
+_DECODE_ROWS, _SIMDGROUP_ROWS, _ROTATION_ROWS, _STAGE_ROWS = 5.5, 30.0, 0.1, 3000.0
 
-# A transform of units of 8 rows, in other dispatches.
+# The transform of the matrix kernels' input, in stages: its few threadgroups have units of 8 rows each.
 _MATRIX_TRANSFORM = 2.0
 
-# The same on the accelerators of an M5, of float32: a row, decoding beside it, and a tile at least.
+# On the accelerators of an M5, in the same unit, for float32: a row, decoding beside it, and a tile at least.
 _ACCELERATED_ROW, _ACCELERATED_DECODE, _ACCELERATED_TILE = 0.7, 2.0, 11.5
 # Rows of a linear with which others have measured a loss on them.
 _ACCELERATOR_LOSS = 8
@@ -134,7 +134,7 @@ def _tiles_of_layer(problem: Problem, variant: str) -> list[Tiles]:
         elif problem.accelerators and rows == MATRIX_ROWS.get(variant, (0,))[-1]:
             continue  # its place
         else:
-            simdgroups = (8,) if variant == "prefill4" else (8, 16)
+            simdgroups = (8, 12) if variant == "prefill4" else (8, 16)
         found += product((rows,), columns, simdgroups)
     name = make_name(variant)
     legal = [t for t in found if infeasible(problem, KernelConfig(name, *t, True, variant)) is None]

@@ -47,8 +47,7 @@ class ShardedToAllTrellisLinear(TrellisLinear):
 
 
 class LocalExperts(nn.Module):
-    """Whole experts, of which each rank has some. A drop-in for mlx-lm's ``SwitchGLU`` where the block around it sums
-    over the ranks.
+    """Whole experts, of which each rank has some. A drop-in for mlx-lm's ``SwitchGLU``.
 
     Which experts are active is not looked at, which would cost a synchronisation: a slot of another rank's expert is
     computed too, by an expert of this rank, and is zero then.
@@ -57,21 +56,31 @@ class LocalExperts(nn.Module):
         experts: Those of this rank, called as ``SwitchGLU`` is.
         first: Number of the first one in the layer.
         count: How many there are. They follow each other.
+        group: The ranks to sum over here. Default: ``None``, where the block around sums.
     """
 
-    def __init__(self, experts: nn.Module, first: int, count: int):
+    def __init__(self, experts: nn.Module, first: int, count: int, group: mx.distributed.Group | None = None):
         super().__init__()
         self.experts = experts
-        self._first, self._count = first, count
+        self._first, self._count, self._group = first, count, group
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """``[..., hidden]`` and indices ``[..., k]`` of the layer -> ``[..., k, hidden]``, dtype of x."""
+        return self._summed(self._mine(x, indices))
+
+    def _mine(self, x: mx.array, indices: mx.array) -> mx.array:
+        """What this rank's experts give, zeros elsewhere."""
+        if self._group is not None:
+            x = sum_gradients(self._group)(x)
         indices = mx.stop_gradient(indices)
         mine = (indices >= self._first) & (indices < self._first + self._count)
         places = mx.where(mine, indices - self._first, 0)
         # By one that the token takes here anyway, if it takes any: no more weights are read.
         places = mx.where(mine, places, places.max(axis=-1, keepdims=True))
         return mx.where(mine[..., None], self.experts(x, places), 0)
+
+    def _summed(self, y: mx.array) -> mx.array:
+        return y if self._group is None else mx.distributed.all_sum(y, group=self._group)
 
     def _extra_repr(self) -> str:
         return f"experts {self._first} to {self._first + self._count - 1}"

@@ -11,7 +11,7 @@
 - ``experts``: the layers that take the places of linears and experts.
 - ``dense_ops``: the ops around them, where MLX is slow.
 - ``model``: that model, made and filled.
-- ``sharding``: the same on several ranks.
+- ``sharding``: the same on several ranks; ``expert_parallel``: with whole experts on each.
 - ``memory``: what it takes to run one.
 - ``info``: what a checkpoint is, without reading its weights; ``info_report``: the same as text.
 - ``commands``: mlx-lm's commands over all this.

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from ..loader.directory import INDEX_NAME, Kind, kind_of
+from .expert_parallel import PARALLEL
 from .hub import DESCRIPTION_FILES, fetch, pin
-from .sharding import PARALLEL
 
 Result = TypeVar("Result")
 
@@ -105,7 +105,7 @@ def take_value(option: str) -> str | None:
 
 
 def take_parallel() -> str:
-    """Take ``--parallel`` off ``sys.argv``: how ranks share experts, one of ``sharding.PARALLEL``."""
+    """Take ``--parallel`` off ``sys.argv``: how ranks share experts, one of ``expert_parallel.PARALLEL``."""
     value = take_value("--parallel")
     if value is not None and value not in PARALLEL:
         raise CheckpointError(f"--parallel must be one of {', '.join(PARALLEL)}, got {value!r}")

@@ -5,9 +5,6 @@ which only the shapes afterwards are looked at, to learn which axis of each weig
 that hold the index along that axis, to learn which indices this rank keeps. The trellis tensors are then cut
 at the same places. An output split takes trellis columns and svh, an input split trellis rows and suh; both
 must fall on 128-blocks, because the Hadamard transforms mix inside those.
-
-Expert parallelism is tensor parallelism but for the experts: each rank has some whole ones, and where the model sums
-parts of all of them over the ranks, it sums those.
 """
 
 from __future__ import annotations
@@ -28,7 +25,8 @@ from ..layers.linear import TrellisLinear
 from ..storage.untrusted import unchanged
 from ..weights.experts import ExpertStack
 from ..weights.trellis import TrellisWeight
-from .experts import kind_of, load_source, make_experts, unquantized_experts, whole_experts
+from .expert_parallel import check_summed, check_ways, make_local_experts
+from .experts import load_source, make_experts
 from .host import MODEL_ERRORS, Host
 from .hub import fetch
 from .mapping import WeightMap
@@ -48,9 +46,6 @@ from .placeholders import LinearSource
 from .tokenizer import check_tokenizer, load_tokenizer
 
 Result = TypeVar("Result")
-
-PARALLEL = ("tensor", "experts")
-"""How ranks that all have a part of each layer share the experts: a part of every one, or some whole ones."""
 
 
 class Makers(TypedDict, total=False):
@@ -153,7 +148,7 @@ def split(
         probe: Another instance of it, which is used up.
         mapping: Where everything goes. Its dense arrays are replaced by this rank's.
         group: The ranks.
-        parallel: One of :data:`PARALLEL`. Default: ``"tensor"``.
+        parallel: One of ``expert_parallel.PARALLEL``. Default: ``"tensor"``.
 
     Returns:
         What this rank keeps of every quantized weight, by path of the linear or of the experts' projection; of whole
@@ -162,7 +157,7 @@ def split(
     Raises:
         ValueError: If the model cannot be split this way, or a trellis cannot be cut where it is split.
     """
-    _check_ways(mapping, group, parallel)
+    check_ways(mapping, group, parallel)
     targets = _targets(mapping)
     experts = {path for path in targets if path not in mapping.linears}
     axes = _split_axes(mapping, probe, targets, group)
@@ -184,29 +179,12 @@ def split(
     if parallel == "tensor":
         _check_experts(mapping, cuts)
     elif group.size() > 1:
-        _check_summed(mapping, axes)
+        check_summed(mapping, axes)
     for path, parameters in whole.items():
         module_at(model, path).update(parameters)
     mapping.dense.update({key: module_at(model, key) for key in mapping.dense})
     mapping.stored.clear()  # parts of tensors
     return cuts
-
-
-def _check_ways(mapping: WeightMap, group: mx.distributed.Group, parallel: str) -> None:
-    """See that a way of sharing experts is one, and that these can be shared so."""
-    if parallel not in PARALLEL:
-        raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
-    if parallel == "experts" and not mapping.experts:
-        raise ValueError("the model has no quantized experts to share among the ranks; use tensor parallelism")
-    for path, sources in mapping.experts.items():
-        count = len(next(iter(sources.values())))
-        if parallel == "experts" and count < group.size():
-            raise ValueError(f"{path} has {count} experts, fewer than {group.size()} ranks; use fewer ranks")
-        if parallel == "tensor" and any(unquantized_experts(sources)):
-            raise ValueError(
-                f"{path}: some of its experts are not quantized, and such a layer cannot be split over ranks; use "
-                "expert or pipeline parallelism"
-            )
 
 
 def _cut(path: str, weight: mx.array, axis: int | None, shape: tuple[int, int]) -> Cut:
@@ -249,14 +227,6 @@ def _check_experts(mapping: WeightMap, cuts: dict[str, Cut]) -> None:
             )
 
 
-def _check_summed(mapping: WeightMap, axes: dict[str, int]) -> None:
-    """See that the block around experts sums over the ranks: where it splits them, it does."""
-    for path, sources in mapping.experts.items():
-        split_along = sorted(axes.get(f"{path}.{projection}", 0) for projection in sources)
-        if split_along != [-2] * (len(sources) - 1) + [-1]:
-            raise ValueError(f"{path}: the model does not sum its experts over ranks; use pipeline parallelism")
-
-
 def _make_linear(host: Host, cuts: dict[str, Cut], group: mx.distributed.Group) -> MakeLinear:
     def make(path: str, module: nn.Module, source: LinearSource) -> TrellisLinear:
         w = cuts[path].load(source, module.get("bias"))
@@ -281,17 +251,6 @@ def _make_experts(host: Host, cuts: dict[str, Cut]) -> MakeExperts:
     return make
 
 
-def _make_local_experts(host: Host, group: mx.distributed.Group) -> MakeExperts:
-    def make(path: str, module: nn.Module, sources: dict[str, list[LinearSource]]) -> nn.Module:
-        total = len(next(iter(sources.values())))
-        first, last = (total * rank // group.size() for rank in (group.rank(), group.rank() + 1))
-        mine = {projection: every[first:last] for projection, every in sources.items()}
-        local = kind_of(host, module).local
-        return local(whole_experts(host, path, module, mine), first, last - first)
-
-    return make
-
-
 def open_sharded(
     model_path: Path,
     pipeline_group: mx.distributed.Group | None,
@@ -307,7 +266,7 @@ def open_sharded(
         model_path: The checkpoint's directory.
         pipeline_group: Ranks of which each has some of the layers.
         tensor_group: Ranks of which each has a part of each layer.
-        parallel: How the latter share the experts, one of :data:`PARALLEL`. Default: ``"tensor"``.
+        parallel: How the latter share the experts, one of ``expert_parallel.PARALLEL``. Default: ``"tensor"``.
         host: Whose model. Default: mlx-lm's.
 
     Returns:
@@ -321,18 +280,22 @@ def open_sharded(
     if pipeline_group is tensor_group is None:
         tensor_group = mx.distributed.init() if can_shard or parallel == "experts" else None
         pipeline_group = mx.distributed.init() if tensor_group is None else None
-    if tensor_group is not None and not can_shard:
-        needs = ", which expert parallelism needs for all but the experts" if parallel == "experts" else ""
-        raise ValueError(f"{type(model).__module__} has no tensor parallelism{needs}")
+    if tensor_group is not None and not can_shard and parallel == "tensor":
+        other = "; its experts can be shared: expert parallelism" if mapping.experts else ""
+        raise ValueError(f"{type(model).__module__} has no tensor parallelism{other}")
     if pipeline_group is not None and staged is None:
         raise ValueError(f"{type(model).__module__} has no pipeline parallelism")
     if tensor_group is None and parallel != "tensor":
         raise ValueError(f"parallel={parallel!r} is for ranks that all have a part of each layer, not for a pipeline")
     makers: Makers = {}
-    if tensor_group is not None:
+    if tensor_group is not None and can_shard:
         cuts = split(model, build(model_path, config, host), mapping, tensor_group, parallel)
-        experts = _make_experts(host, cuts) if parallel == "tensor" else _make_local_experts(host, tensor_group)
+        whole = make_local_experts(host, tensor_group, block_sums=True)
+        experts = _make_experts(host, cuts) if parallel == "tensor" else whole
         makers = {"make_linear": _make_linear(host, cuts, tensor_group), "make_experts": experts}
+    elif tensor_group is not None:
+        check_ways(mapping, tensor_group, parallel)
+        makers = {"make_experts": make_local_experts(host, tensor_group, block_sums=False)}
     if pipeline_group is not None and staged is not None:
         try:
             staged.pipeline(pipeline_group)

@@ -115,4 +115,6 @@ class LocalVlmExperts(LocalExperts):
         residual: tuple | None = None,
     ) -> mx.array:
         """As for :class:`FusedExperts`."""
-        return SwitchGLU._combine(super().__call__(x, indices), weights, shared, residual)
+        # Combined before it is summed, which is less to send.
+        y = self._summed(SwitchGLU._combine(self._mine(x, indices), weights, None))
+        return SwitchGLU._combine(y, None, shared, residual)
