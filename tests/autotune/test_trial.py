@@ -381,7 +381,7 @@ def test_an_objective_of_unknown_weights(objective):
 
 
 def test_steps_count_what_differs():
-    problem = Problem.swiglu(256, 128, rows=20, experts=4, top_k=2, bits=3, dtype="float32", device="gpu")
+    problem = Problem.swiglu(256, 128, rows=200, experts=4, top_k=2, bits=3, dtype="float32", device="gpu")
     a = kernels.default(problem)
     assert trial.steps(problem, a) == 0
     other = replace(a, tile_size_m=a.tile_size_m // 2, tile_size_n=64, simdgroups=4, use_fp32_acc=False)
