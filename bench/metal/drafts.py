@@ -1,8 +1,8 @@
 """Predicted: how many tokens of a draft must be right for its verification to pay, by chip and rows.
 
-A layer of Qwen3-30B-A3B, its experts and its linears, at 3 bits. No two slots share an expert, as in predict.py: by
-chance, 8 rows would take 52 experts instead of 64. Each call has the fastest of its default and a few configs for
-single rows. What a step costs beside that (attention, the drafter, mlx-vlm itself) is left out.
+A layer of Qwen3-30B-A3B, its experts and its linears, at 3 bits. Rows choose experts at random, as in layer.py: 8 rows
+take 52 experts. Each call has the fastest of its default and a few configs for single rows. What a step costs beside
+that (attention, the drafter, mlx-vlm itself) is left out.
 
     python -m bench.metal.drafts
 """
