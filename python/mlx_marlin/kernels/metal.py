@@ -159,7 +159,9 @@ def _cost(problem: Problem, variant: str, rows: int, columns: int, simdgroups: i
         rounds = math.ceil(groups / cores) if known else max(1.0, groups / cores + 0.5)
         own = _SIMDGROUP_ROWS * simdgroups + (_ROTATION_ROWS * rows * inputs if rotates and phase == 0 else 0.0)
         total += max(rounds, _BUSY_SIMDGROUPS / simdgroups) * (weights * of_tile + own)
-        total += _STAGE_ROWS * (columns % codec.HADAMARD_SIZE != 0)  # the output's transform
+        # The output's transform: of experts the last stage does it in any case, and that of gate and up decode's down.
+        if columns % codec.HADAMARD_SIZE and (not problem.fused or (phase == 0 and variant != "decode")):
+            total += _STAGE_ROWS
     return total
 
 
