@@ -71,6 +71,7 @@ def test_interrupts_end_in_one_line(monkeypatch, capsys, swallowed):
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(cli, "_main", command)
+    monkeypatch.setattr(cli.os, "_exit", sys.exit)  # the tests' process goes on
     try:
         with pytest.raises(SystemExit) as ended:
             cli.main()
