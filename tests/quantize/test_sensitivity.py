@@ -1,9 +1,14 @@
 """How much a layer's error changes the model's output."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_marlin.quantize.allocation import Item
+from mlx_marlin.quantize.measurement import measured_items
+from mlx_marlin.quantize.plan import items_value
 from mlx_marlin.quantize.sensitivity import disturbed, sensitivities
 
 
@@ -58,3 +63,13 @@ def test_a_layer_that_adds_nothing_does_not_count(states):
     before, _ = states
     stream, energy = disturbed(before, before, 0)
     assert sensitivities(Head(np.eye(48, dtype=np.float32)), before, [stream], [energy]) == [0.0]
+
+
+def test_a_divergence_below_zero_is_none():
+    """Rounding can leave one of a layer that hardly matters."""
+    item = Item("a", "a", 64, {1: 64, 2: 128}, {1: 3.0, 2: 0.5})
+    stored = {"sensitivity.json": [(-1e-18).hex()], "measured-0000.json": items_value([item], 1.0)}
+    seal = SimpleNamespace(made_from={}, after="")
+    state = SimpleNamespace(read_json=stored.get, seal=lambda *_: seal)
+    ((found,),) = measured_items(state)
+    assert found.loss == {1: 0.0, 2: 0.0}

@@ -176,7 +176,8 @@ def measured_items(state: JobState) -> list[list[Item]] | None:
         if seal is None or at not in (None, seal.made_from.get("before")):
             return None
         items, _ = items_from(state.read_json(part))
-        scaled = [replace(i, loss={k: float.fromhex(scale) * v for k, v in i.loss.items()}) for i in items]
+        divergence = max(0.0, float.fromhex(scale))  # rounding can leave one that is nearly zero below
+        scaled = [replace(i, loss={k: divergence * v for k, v in i.loss.items()}) for i in items]
         found.append(expected_elsewhere(scaled))
         at = seal.after
     return found if state.seal(_SENSITIVITY, {"before": at or ""}) is not None else None
