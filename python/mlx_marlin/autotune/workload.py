@@ -16,7 +16,7 @@ import numpy as np
 from .. import codec, kernels, ops
 from ..device.machine import last_level_cache, mlx_device
 from ..kernels import KernelConfig, Problem
-from ..layers.experts import TrellisSwitch, TrellisSwitchGLU, TrellisSwitchMLP
+from ..layers.experts import TrellisSwitch, fused_experts
 from ..layers.linear import TrellisLinear
 from ..measure.clock import Chain
 from ..ops import Stack, reference
@@ -66,7 +66,7 @@ def as_layer(layer: Layer) -> TrellisLinear | TrellisSwitch:
     if isinstance(layer, TrellisWeight):
         return TrellisLinear(layer)
     if isinstance(layer, ExpertBank):
-        return TrellisSwitchMLP(bank=layer) if layer.gate is None else TrellisSwitchGLU(bank=layer)
+        return fused_experts(layer)
     if isinstance(layer, (TrellisLinear, TrellisSwitch)):
         return layer
     raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import codec, device, kernels
 from ..kernels import KernelConfig, Problem, Triple
-from ..layers.experts import TrellisSwitch, TrellisSwitchGLU, TrellisSwitchMLP
+from ..layers.experts import TrellisSwitch, fused_experts
 from ..ops import Indices
 from ..selection import choices, selftest
 from ..selection.selector import MixedKernelSelector
@@ -157,8 +157,7 @@ class MixedBpwMoEDispatcher:
         exploration_rate: float = 0.05,
     ):
         if isinstance(layer_or_bank, ExpertBank):
-            fused = TrellisSwitchMLP if layer_or_bank.gate is None else TrellisSwitchGLU
-            layer_or_bank = fused(bank=layer_or_bank)
+            layer_or_bank = fused_experts(layer_or_bank)
         if not isinstance(layer_or_bank, TrellisSwitch):
             raise ValueError(f"wanted a TrellisSwitchGLU or an ExpertBank, got {type(layer_or_bank).__name__}")
         self.layer = layer_or_bank

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
+from operator import itemgetter
 
 from .. import codec
 from .config import VARIANTS, KernelConfig, Triple, make_name
@@ -108,12 +109,25 @@ def gpu_cores() -> int:
 def usual_variant(problem: Problem) -> str:
     """The variant for the fewest rows whose tiles cost as little as any; decode alone does not sort the slots."""
     legal = VARIANTS if problem.experts <= MAX_EXPERTS else VARIANTS[:1]
-    return min(legal, key=lambda variant: min(_cost(problem, variant, *t) for t in _usual_tiles(problem, variant)))
+    return min(legal, key=lambda variant: _cheapest(problem, variant, _cores())[0])
 
 
 def default_tiles(problem: Problem, variant: str) -> Tiles:
     """The widest tiles of those that cost least."""
-    return min(_usual_tiles(problem, variant), key=lambda tiles: _cost(problem, variant, *tiles))
+    return _cheapest(problem, variant, _cores())[1]
+
+
+def _cores() -> int:
+    return gpu_cores() or _ASSUMED_CORES
+
+
+@lru_cache(maxsize=4096)
+def _cheapest(problem: Problem, variant: str, cores: int) -> tuple[float, Tiles]:
+    """The least cost of a variant's usual tiles, and the first of them that have it.
+
+    Kept, as the tuner asks for the default of a problem once for each of its candidates.
+    """
+    return min(((_cost(problem, variant, cores, *t), t) for t in _usual_tiles(problem, variant)), key=itemgetter(0))
 
 
 def _usual_tiles(problem: Problem, variant: str) -> list[Tiles]:
@@ -141,12 +155,12 @@ def _tiles_of_layer(problem: Problem, variant: str) -> list[Tiles]:
     return sorted(legal or found, key=lambda tiles: -tiles[1])
 
 
-def _cost(problem: Problem, variant: str, rows: int, columns: int, simdgroups: int) -> float:
+def _cost(problem: Problem, variant: str, cores: int, rows: int, columns: int, simdgroups: int) -> float:
     """Products of a 16 x 16 tile with a row that a busy core does until the call is over.
 
     A row tile decodes each weight once for all of its rows, but the fewer threadgroups there are, the more cores wait.
     """
-    cores, row_tiles = gpu_cores() or _ASSUMED_CORES, _row_tiles(problem, rows)
+    row_tiles = _row_tiles(problem, rows)
     of_tile = _decoded_and_multiplied(problem, variant, rows, row_tiles)
     rotates = variant == "decode" and columns > codec.TILE and 4 * rows * codec.padded(problem.hidden) <= _ROTATED_BYTES
     transforms = 0.0 if rotates else _MATRIX_TRANSFORM if variant in MATRIX_ROWS else 1.0

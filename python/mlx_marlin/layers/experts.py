@@ -274,3 +274,8 @@ class TrellisSwitchMLP(TrellisSwitch):
         elif bank is None or not fc1 is fc2 is None:
             raise ValueError("pass either fc1 and fc2 (a list of TrellisWeight each) or bank")
         super().__init__(bank, Activation.checked(activation, gated=False))
+
+
+def fused_experts(bank: ExpertBank) -> TrellisSwitch:
+    """The layer that runs a bank, with that layer's usual activation."""
+    return TrellisSwitchMLP(bank=bank) if bank.gate is None else TrellisSwitchGLU(bank=bank)

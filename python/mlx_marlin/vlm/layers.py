@@ -52,18 +52,8 @@ class ShardedToAllDescribedLinear(ShardedToAllTrellisLinear, DescribedLinear):
     """A described linear of whose inputs each rank has some."""
 
 
-class FusedExperts(nn.Module):
-    """A drop-in for mlx-vlm's ``SwitchGLU``.
-
-    The fused layer is a child, so that mlx-vlm does not find projections and an activation to call one by one.
-
-    Args:
-        arguments: Those of :class:`~mlx_marlin.TrellisSwitchGLU`.
-    """
-
-    def __init__(self, *arguments: Any):
-        super().__init__()
-        self.experts = TrellisSwitchGLU(*arguments)
+class _CalledAsSwitchGLU(nn.Module):
+    """What mlx-vlm's ``SwitchGLU`` is called with. A subclass says what its experts give."""
 
     def __call__(
         self,
@@ -85,36 +75,40 @@ class FusedExperts(nn.Module):
         Returns:
             Shape ``[..., k, hidden]``, or ``[..., hidden]`` with weights; dtype of x.
         """
-        return SwitchGLU._combine(self.experts(x, indices, weights), None, shared, residual)
+        return SwitchGLU._combine(self._routed(x, indices, weights), None, shared, residual)
+
+    def _routed(self, x: mx.array, indices: mx.array, weights: mx.array | None) -> mx.array:
+        """The outputs, combined where there are weights."""
+        raise NotImplementedError
 
 
-class PartlyQuantizedExperts(PartlyQuantizedSwitchGLU):
+class FusedExperts(_CalledAsSwitchGLU):
+    """A drop-in for mlx-vlm's ``SwitchGLU``.
+
+    The fused layer is a child, so that mlx-vlm does not find projections and an activation to call one by one.
+
+    Args:
+        arguments: Those of :class:`~mlx_marlin.TrellisSwitchGLU`.
+    """
+
+    def __init__(self, *arguments: Any):
+        super().__init__()
+        self.experts = TrellisSwitchGLU(*arguments)
+
+    def _routed(self, x: mx.array, indices: mx.array, weights: mx.array | None) -> mx.array:
+        return self.experts(x, indices, weights)
+
+
+class PartlyQuantizedExperts(_CalledAsSwitchGLU, PartlyQuantizedSwitchGLU):
     """A drop-in for mlx-vlm's ``SwitchGLU`` of which some experts were left unquantized."""
 
-    def __call__(
-        self,
-        x: mx.array,
-        indices: mx.array,
-        weights: mx.array | None = None,
-        shared: mx.array | None = None,
-        residual: tuple | None = None,
-    ) -> mx.array:
-        """As for :class:`FusedExperts`."""
-        return SwitchGLU._combine(super().__call__(x, indices), weights, shared, residual)
+    def _routed(self, x: mx.array, indices: mx.array, weights: mx.array | None) -> mx.array:
+        return SwitchGLU._combine(PartlyQuantizedSwitchGLU.__call__(self, x, indices), weights, None)
 
 
-class LocalVlmExperts(LocalExperts):
+class LocalVlmExperts(_CalledAsSwitchGLU, LocalExperts):
     """A drop-in for mlx-vlm's ``SwitchGLU`` of whose experts each rank has some."""
 
-    def __call__(
-        self,
-        x: mx.array,
-        indices: mx.array,
-        weights: mx.array | None = None,
-        shared: mx.array | None = None,
-        residual: tuple | None = None,
-    ) -> mx.array:
-        """As for :class:`FusedExperts`."""
+    def _routed(self, x: mx.array, indices: mx.array, weights: mx.array | None) -> mx.array:
         # Combined before it is summed, which is less to send.
-        y = self._summed(SwitchGLU._combine(self._mine(x, indices), weights, None))
-        return SwitchGLU._combine(y, None, shared, residual)
+        return self._summed(SwitchGLU._combine(self._mine(x, indices), weights, None))
