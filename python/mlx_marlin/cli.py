@@ -192,3 +192,7 @@ def _run(host: str, commands: Commands, command: str) -> None:
         commands.run(command, progress)
     except (CheckpointError, ModuleNotFoundError) as error:
         _fail(str(error))
+    except EOFError:
+        if command != "chat":
+            raise
+        print()  # Ctrl-D at the prompt ends a chat as "q" does
