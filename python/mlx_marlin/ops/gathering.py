@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
+from typing import Generic, TypeVar
 
 import numpy as np
 
+Key = TypeVar("Key")
 
-class Gathering:
+
+class Gathering(Generic[Key]):
     """Runs requests that threads make at the same time as one.
 
     A GPU wants more rows than one thread has at a time. While it works on some, the others' requests gather; those that
@@ -19,13 +22,13 @@ class Gathering:
         compute: Given rows and the key that they share; returns a row for each.
     """
 
-    def __init__(self, compute: Callable[[np.ndarray, Hashable], np.ndarray]):
+    def __init__(self, compute: Callable[[np.ndarray, Key], np.ndarray]):
         self._compute = compute
         self._lock = Lock()
-        self._waiting: dict[Hashable, list[tuple[np.ndarray, Future[np.ndarray]]]] = {}
+        self._waiting: dict[Key, list[tuple[np.ndarray, Future[np.ndarray]]]] = {}
         self._worker = ThreadPoolExecutor(1, "mlx_marlin gathering")
 
-    def run(self, key: Hashable, rows: np.ndarray) -> np.ndarray:
+    def run(self, key: Key, rows: np.ndarray) -> np.ndarray:
         """What compute makes of rows; waits for it, and raises what it raises."""
         result: Future[np.ndarray] = Future()
         with self._lock:

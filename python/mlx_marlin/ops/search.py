@@ -86,7 +86,7 @@ def _search_on_gpu(targets: np.ndarray, bits: float, codebook: str) -> np.ndarra
 
 
 @lru_cache(maxsize=1)
-def _gathering() -> Gathering:
+def _gathering() -> Gathering[tuple[float, str]]:
     return Gathering(lambda targets, key: _search_on_gpu(targets, *key))
 
 
