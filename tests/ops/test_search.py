@@ -18,6 +18,7 @@ from mlx_marlin.ops import search, shaders
 from mlx_marlin.ops.gathering import Gathering
 from tests import metal_sim
 from tests.support import metal_executor
+from tests.support.gpu_search import gpu_search  # noqa: F401
 from tests.support.paths import VECTORS
 
 needs_simulator = pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(metal_sim.unavailable()))
@@ -162,29 +163,13 @@ def test_a_wrong_kernel_is_noticed(name, tmp_path):
     assert not np.array_equal(found, ops.viterbi_search(targets, bits, "mul1"))
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A default device that is a GPU: the primitive runs on the CPU. Tells how many tiles it is given at a time."""
-    runs, real = [], _ext.trellis_viterbi
-
-    def run(targets, values, half_bits, codebook, stream):
-        assert stream == mx.gpu and values.dtype == mx.float16
-        runs.append(len(targets))
-        return real(targets, values, half_bits, codebook, mx.cpu)
-
-    monkeypatch.setattr(search, "searches_on_gpu", lambda: True)
-    monkeypatch.setattr(_ext, "trellis_viterbi", run)
-    monkeypatch.setattr(search, "_faults", {})
-    return runs
-
-
 @pytest.mark.parametrize("bits", codec.WIDTHS)
-def test_the_primitive_searches_after_a_test(bits, gpu):
+def test_the_primitive_searches_after_a_test(bits, gpu_search):  # noqa: F811
     targets = np.random.default_rng(5).standard_normal((3, 256))
     expected = search._search_on_cpu(targets.astype(np.float16).astype(np.float32), bits, "mul1")
     for _ in range(2):
         np.testing.assert_array_equal(ops.viterbi_search(targets, bits, "mul1"), expected)
-    assert gpu == [4, 3, 3]  # the test, once
+    assert gpu_search == [4, 3, 3]  # the test, once
     assert ops.viterbi_search(targets[:0], bits, "mul1").shape == (0, 256)
 
 
@@ -200,12 +185,12 @@ def not_built(states):
 @pytest.mark.parametrize(
     "spoil, reason", [(lambda s: s ^ 1, "1024 of 1024 states differ"), (not_built, "not be built")]
 )
-def test_a_gpu_that_fails_its_test_is_not_used(spoil, reason, gpu, monkeypatch):
+def test_a_gpu_that_fails_its_test_is_not_used(spoil, reason, gpu_search, monkeypatch):  # noqa: F811
     spoilt(monkeypatch, spoil)
     targets = tiles(2, 4)
     with pytest.warns(RuntimeWarning, match=reason) as warned:
         found = [ops.viterbi_search(targets, 3, "mcg") for _ in range(2)]
-    assert len(warned) == 1 and gpu in ([4], [])
+    assert len(warned) == 1 and gpu_search in ([4], [])
     for states in found:
         np.testing.assert_array_equal(states, search._search_on_cpu(targets, 3, "mcg"))
 
