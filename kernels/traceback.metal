@@ -89,18 +89,22 @@ struct Traceback {
     const uint below = added(d);
     const uint here = added(d - 1);
     const bool oldest = d == depth;
+    const uint entering = fresh_bits(H, int(t - d));
     const uint first = wide ? index / MARLIN_SIMD_SIZE : index;
     const uint step = wide ? threads / MARLIN_SIMD_SIZE : threads;
     for (uint b = first; b < 1u << here; b += step) {
+      // Branch h into node b comes from node h << here | b, whose state is this one with h on top.
+      const uint lowest = (b << (16 - below)) | (state >> below);
       float least = kUnreachable;
       uint chosen = kNone;
-      for (uint h = wide ? lane : 0; h < 1u << Bits; h += wide ? MARLIN_SIMD_SIZE : 1) {
-        const uint child = (h << here) | b;
-        const uint s = state_at(d, child);
-        const float before = oldest ? minimum(slot, s >> fresh_bits(H, int(t - d))) : costs[(1u << below) + child];
+      MARLIN_UNROLL
+      for (int i = 0; i < (wide ? (1 << Bits) / MARLIN_SIMD_SIZE : 1 << Bits); ++i) {
+        const uint h = wide ? i * MARLIN_SIMD_SIZE + lane : i;
+        const uint s = lowest + (h << (16 - Bits));
+        const float before = oldest ? minimum(slot, s >> entering) : costs[(1u << below) + (h << here) + b];
         const float c = cost(target, s, before);
-        chosen = c < least || chosen == kNone ? h : chosen;
-        least = min(least, c);
+        chosen = c < least || i == 0 ? h : chosen;
+        least = i == 0 ? c : min(least, c);
       }
       if constexpr (wide) {
         const float own = least;

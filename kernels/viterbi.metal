@@ -187,16 +187,27 @@ struct Forward {
       write_outputs<S>(out, pass);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (keep) {
-        for (uint i = index; i <= mask; i += kThreads) {
-          history[kept_at + pass * (mask + 1) + i] = nodes[place(i)];
-        }
+        keep_nodes<S>(kept_at + pass * (mask + 1));
       }
       read_inputs<Next, Out>(in, pass, S::passes);
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
   }
 
-  // The nodes of a pass after step S; those are the highest bits of all.
+  template <typename S>
+  METAL_FUNC void keep_nodes(uint at) const thread {
+    constexpr int rows = S::pass_bits > kThreadBits ? 1 << (S::pass_bits - kThreadBits) : 1;
+    if (S::pass_bits < kThreadBits && index >= 1u << S::pass_bits) {
+      return;
+    }
+    const uint from = place(index);
+    MARLIN_UNROLL
+    for (int row = 0; row < rows; ++row) {
+      history[at + index + row * kThreads] = nodes[from + row * kThreads];
+    }
+  }
+
+  // The nodes of a pass after step S; a pass has the same highest bits in all.
   template <typename S>
   METAL_FUNC void write_outputs(const thread Costs<S::outputs>& out, int pass) const thread {
     constexpr int lows = Shares<H>::lows;
@@ -255,7 +266,8 @@ struct Forward {
       const thread Costs<Step<H, In, Out>::inputs>& in,
       thread Costs<Step<H, Out, In>::inputs>& next,
       thread float& target,
-      thread uint& until_kept) thread {
+      thread uint& until_kept,
+      thread uint& slot) thread {
     Costs<Step<H, In, Out>::outputs> out;
     const float now = target;
     target = targets[(t + 1) % kSteps ^ args.rotation];  // here a step later
@@ -269,8 +281,8 @@ struct Forward {
     // What is before the last step ranks the ends of free paths; what is after it is not wanted.
     const bool last = t + 2 == kSteps;
     const bool keep = t >= args.first_kept && (last || (until_kept == 0 && t + 1 < kSteps));
-    const uint slot = last ? args.slots - 1 : t / args.stride;
-    exchange<In, Out>(out, next, keep, slot << (16 - Shares<H>::even));
+    exchange<In, Out>(out, next, keep, (last ? args.slots - 1 : slot) << (16 - Shares<H>::even));
+    slot += until_kept == 0 ? 1 : 0;
     until_kept = until_kept == 0 ? args.stride : until_kept;
   }
 
@@ -288,17 +300,18 @@ struct Forward {
     }
     float target = targets[args.rotation];
     uint until_kept = args.stride;
+    uint slot = 0;
     if constexpr (even == odd) {
       for (uint t = 0; t + 1 < kSteps; ++t) {
         Costs<Step<H, even, even>::inputs> next;
-        advance<even, even>(t, args, in, next, target, until_kept);
+        advance<even, even>(t, args, in, next, target, until_kept, slot);
         in = next;
       }
     } else {
       for (uint t = 0; t < kSteps; t += 2) {
         Costs<Step<H, odd, even>::inputs> between;
-        advance<even, odd>(t, args, in, between, target, until_kept);
-        advance<odd, even>(t + 1, args, between, in, target, until_kept);
+        advance<even, odd>(t, args, in, between, target, until_kept, slot);
+        advance<odd, even>(t + 1, args, between, in, target, until_kept, slot);
       }
     }
   }
