@@ -12,6 +12,7 @@
 
 static constant constexpr const int kThreadBits = 9;
 static constant constexpr const int kThreads = 1 << kThreadBits;
+static_assert(kThreads == MARLIN_MAX_THREADS, "the plan launches as many");
 static constant constexpr const int kThreadStates = 65536 / kThreads;
 static constant constexpr const int kPassBits = 13;  // nodes that fit into threadgroup memory
 static constant constexpr const int kSteps = MARLIN_TILE_SIZE;
@@ -21,6 +22,7 @@ template <int H>
 struct Shares {
   static constant constexpr const int even = fresh_bits(H, 0);
   static constant constexpr const int odd = fresh_bits(H, 1);
+  // All states that differ in them have one node before them; with more than 3 a thread would have few at the top.
   static constant constexpr const int low = odd < 3 ? odd : 3;
   static constant constexpr const int high = 16 - kThreadBits - low;
   static constant constexpr const int lows = 1 << low;

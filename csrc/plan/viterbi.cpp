@@ -13,8 +13,7 @@ namespace mlx_marlin {
 namespace {
 
 constexpr uint32_t kSteps = MARLIN_TILE_SIZE;
-// viterbi.metal shares out the 2^16 states among this many threads.
-constexpr uint32_t kForwardSimdgroups = 512 / MARLIN_SIMD_SIZE;
+constexpr uint32_t kForwardSimdgroups = MARLIN_MAX_THREADS / MARLIN_SIMD_SIZE;
 // Trees are too small for more.
 constexpr uint32_t kTracebackSimdgroups = 4;
 // The way back evaluates all paths between two kept steps, a tree with 2^10 leaves at most: 2 % of the way forward, where

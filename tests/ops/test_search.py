@@ -173,6 +173,14 @@ def test_the_primitive_searches_after_a_test(bits, gpu_search):  # noqa: F811
     assert ops.viterbi_search(targets[:0], bits, "mul1").shape == (0, 256)
 
 
+def test_many_tiles_are_searched_in_slices(gpu_search, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(search, "_TILES_AT_A_TIME", 3)
+    targets = tiles(8, 7)
+    expected = search._search_on_cpu(targets, 8, "mcg")
+    np.testing.assert_array_equal(ops.viterbi_search(targets, 8, "mcg"), expected)
+    assert gpu_search == [3, 1, 3, 3, 2]
+
+
 def spoilt(monkeypatch, spoil):
     run = _ext.trellis_viterbi
     monkeypatch.setattr(_ext, "trellis_viterbi", lambda *arguments: spoil(run(*arguments)))

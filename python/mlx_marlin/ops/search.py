@@ -14,6 +14,10 @@ from .gathering import Gathering
 from .problems import device_of
 from .runtime import MLX_LOCK
 
+# Tiles of one command buffer: a second of an M1 (predicted). The system ends command buffers that take many, and draws
+# nothing meanwhile.
+_TILES_AT_A_TIME = 2048
+
 CODEBOOK_MULTIPLIERS = dict(zip(codec.CODEBOOKS, _ext.CODEBOOK_MULTIPLIERS))
 """Multiplier of each codebook's hash, as the kernels have it; EXL3 marks MCG and MUL1 by it."""
 
@@ -79,10 +83,14 @@ def _values_on_gpu(codebook: str) -> mx.array:
 
 
 def _search_on_gpu(targets: np.ndarray, bits: float, codebook: str) -> np.ndarray:
-    number = codec.CODEBOOKS.index(codebook)
-    with MLX_LOCK:
-        values = _values_on_gpu(codebook)
-        return np.array(_ext.trellis_viterbi(mx.array(targets), values, codec.half_bits(bits), number, mx.gpu))
+    number, half_bits = codec.CODEBOOKS.index(codebook), codec.half_bits(bits)
+    found = []
+    for first in range(0, len(targets), _TILES_AT_A_TIME):
+        some = targets[first : first + _TILES_AT_A_TIME]
+        with MLX_LOCK:
+            values = _values_on_gpu(codebook)
+            found.append(np.array(_ext.trellis_viterbi(mx.array(some), values, half_bits, number, mx.gpu)))
+    return np.concatenate(found)
 
 
 @lru_cache(maxsize=1)
