@@ -17,7 +17,7 @@ def _matrix(dtype: np.dtype) -> np.ndarray:
 
 
 def both_sides(x: np.ndarray) -> np.ndarray:
-    """:func:`codec.hadamard` along both axes, but for rounding, and some ten times as fast.
+    """:func:`codec.hadamard` along both axes, but for rounding, and four times as fast.
 
     Args:
         x: float32 or float64 ``[rows, columns]``, multiples of 128.
