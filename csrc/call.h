@@ -111,6 +111,14 @@ struct EmbeddingCall {
   bool operator==(const EmbeddingCall&) const = default;
 };
 
+// The encoder's search for the states of tiles.
+struct ViterbiCall {
+  int half_bits;
+  int codebook;
+
+  bool operator==(const ViterbiCall&) const = default;
+};
+
 // Attention on the CPU.
 struct AttentionCall {
   float scale;

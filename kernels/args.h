@@ -122,6 +122,16 @@ struct MarlinEmbeddingArgs {
   unsigned int bits;      // per element
 };
 
+// One of the two passes of the encoder's search.
+struct MarlinViterbiArgs {
+  unsigned int forced;      // the state at both ends is given; otherwise ends are free
+  unsigned int rotation;    // step t of the pass is position t ^ rotation of the tile
+  unsigned int stride;      // steps between kept minima
+  unsigned int slots;       // kept minima of a tile, the last one those before the last step
+  unsigned int first_kept;  // steps before it keep none
+  unsigned int tree_nodes;  // of the tree between two kept steps, beginning at 1
+};
+
 static_assert(sizeof(struct MarlinRowTile) == 12, "layout");
 static_assert(sizeof(struct MarlinRouteArgs) == 28, "layout");
 static_assert(sizeof(struct MarlinRotateArgs) == 20, "layout");
@@ -130,5 +140,6 @@ static_assert(sizeof(struct MarlinActivateArgs) == 20, "layout");
 static_assert(sizeof(struct MarlinCombineArgs) == 20, "layout");
 static_assert(sizeof(struct MarlinDecodeArgs) == 16, "layout");
 static_assert(sizeof(struct MarlinEmbeddingArgs) == 16, "layout");
+static_assert(sizeof(struct MarlinViterbiArgs) == 24, "layout");
 
 #endif

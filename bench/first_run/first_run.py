@@ -25,6 +25,7 @@ import mlx.core as mx
 import numpy as np
 from msgspec import structs
 
+from bench.first_run import search
 from bench.metal.chips import CHIPS, label
 from mlx_marlin import ExpertBank, TrellisSwitchGLU, _ext, codec, device, kernels, measure, ops
 from mlx_marlin.kernels import metal
@@ -46,6 +47,7 @@ ROUTINGS = 16
 TESTS = (
     "metal/test_kernels.py",
     "ops/test_gpu.py",
+    "ops/test_search.py",
     "ops/test_ops.py",
     "layers/test_layers.py",
     "ops/test_numeric_robustness.py",
@@ -142,7 +144,7 @@ def self_tests(where: str, small: bool) -> dict:
             if fault is not None:
                 wrong[f"{config} for {problem}"] = fault
         if where == "gpu":
-            wrong |= test.others()
+            wrong |= test.others() | search.faults()
     return {"calls": len(calls), "wrong": wrong}
 
 
@@ -358,6 +360,8 @@ def collect(where: str, small: bool, minutes: float = MINUTES):
         "beside predictions": one_row_times,
         "layer": prompts,
     }
+    if where == "gpu":
+        parts["search"] = lambda: search.times(here["cores"], here["chip"])
     if not small:
         parts["tests"] = lambda: run_tests(TESTS)
         parts["validated tests"] = lambda: run_tests(TESTS[:2], validated=True)

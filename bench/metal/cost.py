@@ -6,6 +6,7 @@ python -m bench.metal.cost predict       # our plans, ranked, beside the floors
 python -m bench.metal.cost prompts       # a layer of experts at 1 to 2048 rows, beside MLX's affine layer
 python -m bench.metal.cost models        # whole models: tokens per second of generation and of prompts
 python -m bench.metal.cost stages        # two dependent stages at one row instead of three
+python -m bench.metal.cost search        # the encoder's search, in weights per second
 python -m bench.metal.cost validate      # published figures that the model was not made from, beside it
 python -m bench.metal.cost profiles      # write python/mlx_marlin/profile/predicted/
 """
@@ -29,7 +30,8 @@ PROMPTS = RESULTS / "metal_prompts.json"
 VALIDATION = RESULTS / "metal_validation.json"
 MODELS = RESULTS / "metal_models.json"
 STAGES = RESULTS / "metal_two_stages.json"
-RESULT_OF = {"prompts": PROMPTS, "models": MODELS, "stages": STAGES, "validate": VALIDATION}
+SEARCH = RESULTS / "metal_search.json"
+RESULT_OF = {"prompts": PROMPTS, "models": MODELS, "stages": STAGES, "search": SEARCH, "validate": VALIDATION}
 MODULES = {"models": "whole_model", "stages": "two_stages"}
 TOLERANCE = 0.25
 EVAL_US = {"M4": 174}  # one synchronous eval, which isolated timings carry (escha-mlx)

@@ -17,6 +17,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 from threadpoolctl import threadpool_limits
 
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="*", default=[1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    mx.set_default_device(mx.cpu)  # where it is a GPU, that searches: bench/first_run/search.py
     tiles = np.random.default_rng(0).standard_normal((16, 256))
     a = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
     with threadpool_limits(1, "blas"):

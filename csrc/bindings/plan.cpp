@@ -99,6 +99,14 @@ void bind_plan(nb::module_& m) {
       "rows"_a, "dtype"_a, "vocabulary"_a, "features"_a, "bits"_a, "The Metal dispatches of a trellis_embedding.");
 
   m.def(
+      "plan_viterbi",
+      [](int64_t tiles, int half_bits, int codebook, uint64_t history_bytes) {
+        return to_python(plan_viterbi({half_bits, codebook}, tiles, history_bytes));
+      },
+      "tiles"_a, "half_bits"_a, "codebook"_a, "history_bytes"_a = kHistoryBytes,
+      "The Metal dispatches of a trellis_viterbi.");
+
+  m.def(
       "kernel_library",
       [](const std::string& kernel, const std::unordered_map<std::string, uint32_t>& constants,
          const std::string& file) {

@@ -11,6 +11,7 @@
 #include "primitives/expert_ids.h"
 #include "primitives/linear.h"
 #include "primitives/swiglu.h"
+#include "primitives/viterbi.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -131,6 +132,15 @@ void bind_primitives(nb::module_& m) {
       },
       "ids"_a, "codes"_a, "signs"_a, "features"_a, "bits"_a, "dtype"_a, "stream"_a = nb::none(),
       "Rows of a quantized token embedding: uint32 ids [...] -> [..., features].");
+
+  m.def(
+      "trellis_viterbi",
+      [](const mx::array& tiles, const mx::array& values, int half_bits, int codebook, mx::StreamOrDevice s) {
+        return trellis_viterbi(tiles, values, {half_bits, codebook}, s);
+      },
+      "tiles"_a, "values"_a, "half_bits"_a, "codebook"_a, "stream"_a = nb::none(),
+      "The states nearest to float32 tiles [count, 256], given the codebook's float16 values [65536]. See "
+      "mlx_marlin.ops.viterbi_search, which checks the arguments.");
 
   m.def(
       "cpu_attention", &cpu_attention, "queries"_a, "keys"_a, "values"_a, "mask"_a.none(), "sinks"_a.none(), "scale"_a,

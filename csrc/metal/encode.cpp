@@ -394,4 +394,10 @@ void encode_embedding(
   run(prepared, stream, std::move(arrays), out);
 }
 
+void encode_viterbi(const ViterbiCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out) {
+  // Not kept: a search takes milliseconds.
+  const auto tiles = static_cast<int64_t>(inputs[0].shape(0));
+  run(Prepared(plan_viterbi(call, tiles), stream, {"tiles", "values", "y"}), stream, inputs, out);
+}
+
 }  // namespace mlx_marlin::metal

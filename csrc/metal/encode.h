@@ -21,4 +21,6 @@ void encode_decode(const DecodeCall& call, mx::Stream stream, const std::vector<
 void encode_embedding(
     const EmbeddingCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out);
 
+void encode_viterbi(const ViterbiCall& call, mx::Stream stream, const std::vector<mx::array>& inputs, mx::array& out);
+
 }  // namespace mlx_marlin::metal

@@ -36,4 +36,8 @@ void encode_embedding(const EmbeddingCall&, mx::Stream, const std::vector<mx::ar
   refuse("trellis_embedding");
 }
 
+void encode_viterbi(const ViterbiCall&, mx::Stream, const std::vector<mx::array>&, mx::array&) {
+  refuse("trellis_viterbi");
+}
+
 }  // namespace mlx_marlin::metal

@@ -70,4 +70,12 @@ Plan plan_swiglu(const SwigluCall& call, int64_t rows, int top_k, int dtype);
 Plan plan_decode(const DecodeCall& call);
 Plan plan_embedding(const EmbeddingCall& call, int64_t rows, int dtype);
 
+// Minima that the encoder's search keeps of all tiles at a time, as scratch. At 2.8 MB for each at 3 bits, 5.6 at most,
+// that is some nine tiles for each core of an M4 Max, one after the other: with fewer the last ones would leave most
+// cores idle for a larger share of the time.
+inline constexpr uint64_t kHistoryBytes = 1ull << 30;
+
+// Tiles are searched in parts, each of at least one tile, where they need more history.
+Plan plan_viterbi(const ViterbiCall& call, int64_t tiles, uint64_t history_bytes = kHistoryBytes);
+
 }  // namespace mlx_marlin

@@ -156,6 +156,39 @@ def test_complex_operations_per_weight(bits, codebook):
         assert c.barriers / c.work.groups <= 4
 
 
+@needs_simulator
+@pytest.mark.parametrize("bits", [pytest.param(b, marks=[] if b == 3 else [pytest.mark.slow]) for b in (2, 2.5, 3, 4)])
+def test_the_searchs_prediction_is_what_the_model_gives(bits):
+    from bench.metal import search
+
+    committed = [row for row in json.loads(metal_cost.SEARCH.read_text()) if row["bits"] == bits]
+    assert search.predict(widths=(bits,)) == committed, "run python -m bench.metal.cost search"
+    for row in committed:
+        low, likely, high = row["weights/s"]
+        assert low >= likely >= high > 0
+
+
+def test_a_30b_model_is_searched_in_an_hour_on_an_m4_max():
+    rows = {(row["chip"], row["bits"]): row for row in json.loads(metal_cost.SEARCH.read_text())}
+    assert rows["M4 Max", 3]["hours of 30.5e9"][1] < 1
+
+
+@needs_simulator
+@pytest.mark.parametrize("bits", [pytest.param(b, marks=[] if b == 3 else [pytest.mark.slow]) for b in (1, 2, 3, 4, 6)])
+def test_operations_of_the_search(bits):
+    """Three per state: a subtraction, a multiply-add and a minimum; nodes, addresses and lanes cost a fifth of that."""
+    from tests.support import metal_counts
+
+    forward = [r for d, r in metal_counts.viterbi(bits, "mul1") if "viterbi" in d["kernel"]]
+    for result in forward:
+        operations = result.operations.counts
+        states = codec.TILE_SIZE << 16
+        assert operations["float"] <= 3.1 * states
+        # At low widths values are loaded at every step.
+        assert sum(operations.values()) <= (3.65 if bits > 2 else 4.4) * states
+        assert operations["special"] == operations["variable_shift"] == 0
+
+
 @pytest.mark.slow
 @needs_simulator
 @pytest.mark.parametrize("bits", [2, 3])

@@ -1,5 +1,6 @@
 """What the Metal kernels' inner loops cost, counted in the compiled code."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from mlx_marlin import codec, kernels
 from mlx_marlin.kernels import KernelConfig, Problem, make_name, metal
 from tests import metal_sim
 from tests.support import cases
-from tests.support.metal_counts import count, library
+from tests.support.metal_counts import count, library, viterbi
 
 pytestmark = pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(metal_sim.unavailable()))
 
@@ -107,3 +108,14 @@ def test_only_the_decoders_of_the_widths_are_compiled(widths, codebooks, decoder
     problem = replace(layer(1, 3, "mcg"), bits=widths, codebooks=codebooks)
     found = [result.decoders for _, result in count(problem, one) if result.inner_loop.weights]
     assert tuple(found) == decoders
+
+
+def test_the_searchs_values_stay_halves():
+    """They become floats where they are used: converted outside of the loop over steps they would take twice the
+    registers, 128 of the 104 that a thread has.
+    """
+    ((dispatch, _), *_) = viterbi(3, "mul1")
+    module = library(dispatch["kernel"], tuple(dispatch["constants"].items()))._module
+    blocks = [Counter(i.op for i in block.instructions) for block in module.blocks]
+    (steps,) = [block for block in blocks if block["fsub"]]
+    assert steps["fsub"] == steps["fpext"] == sum(block["fpext"] for block in blocks) == 128

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, replace
 from itertools import product
 
-from bench.first_run import first_run
+from bench.first_run import first_run, search
 from bench.metal.chips import CHIPS
 from mlx_marlin import kernels
 from mlx_marlin.kernels import metal
@@ -60,6 +60,14 @@ def test_the_first_run_begins_nothing_after_its_minutes():
     parts = dict(first_run.collect("cpu", True, minutes=0))
     assert list(parts) == ["machine", "what there was no time for"]
     assert parts["machine"]["no time for"] == ["self-tests", "intercept and slope", "beside predictions", "layer"]
+
+
+def test_searches_stand_beside_their_prediction(monkeypatch):
+    monkeypatch.setattr(search.ops, "viterbi_search", lambda tiles, bits, codebook: None)
+    rows = search.times(40, "M4 Max")
+    assert [row["bits"] for row in rows] == [2, 2.5, 3, 4] and all(row["tiles"] == 640 for row in rows)
+    assert all(len(row["predicted weights/s"]) == 3 for row in rows)
+    assert not any("predicted weights/s" in row for row in search.times(1, "M9"))
 
 
 def test_first_run_collects_a_report(tmp_path):

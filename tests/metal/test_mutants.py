@@ -38,9 +38,11 @@ PROBES = {
     "large batch": (MANY_ROWS, config("large_batch", 64, 128, 16)),
     "half operands": (SWIGLU, config("decode", 1, 64, 8, False)),
     "idle simdgroups": (MANY_ROWS, config("base", 8, 48, 12)),
+    "search": None,  # at 6 bits, which lanes share
 }
 # The probe to try first.
 LIKELY = {"linear.metal": "fused linear", "route.metal": "routed rows", "product.h": "matrix products"}
+LIKELY |= {"viterbi.metal": "search", "traceback.metal": "search"}
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,15 @@ def findings(folder, probes, order: str) -> dict[str, str]:
     """What the simulator reports, by probe."""
     found = {}
     for name in probes:
-        case, chosen = PROBES[name]
+        probe = PROBES[name]
         try:
-            run(Simulated, case, case.inputs(), chosen, directory=folder, order=order)
+            if probe is None:
+                metal_executor.viterbi(
+                    np.zeros((1, codec.TILE_SIZE), np.float32), 6, "mcg", directory=folder, order=order
+                )
+            else:
+                case, chosen = probe
+                run(Simulated, case, case.inputs(), chosen, directory=folder, order=order)
         except metal_sim.KernelError as error:
             found[name] = str(error)
     return found

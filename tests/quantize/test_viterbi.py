@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_marlin import _ext, codec, ops
+from mlx_marlin.ops import search
 from tests.support.paths import VECTORS
 
 CASES = [
@@ -15,6 +16,12 @@ CASES = [
 ]
 # Those that the search has code of its own for; the others run that of the set before them.
 SETS = [s for s in _ext.instruction_sets() if s in ("baseline", "avx2", "avx512", "neon")]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """Also where a GPU would search: tests/ops/test_search.py is about that."""
+    monkeypatch.setattr(search, "searches_on_gpu", lambda: False)
 
 
 @pytest.fixture

@@ -91,6 +91,15 @@ Plan decode(FILE* file) {
   return plan_decode(call);
 }
 
+// 3, tiles, half bits, codebook
+Plan viterbi(FILE* file) {
+  const int64_t tiles = next(file);
+  ViterbiCall call{};
+  call.half_bits = number(file);
+  call.codebook = number(file);
+  return plan_viterbi(call, tiles);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -102,7 +111,7 @@ int main(int argc, char** argv) {
   int64_t kind = 0;
   while (read(file, kind)) {
     try {
-      const Plan plan = kind == 0 ? linear(file) : kind == 1 ? swiglu(file) : decode(file);
+      const Plan plan = kind == 0 ? linear(file) : kind == 1 ? swiglu(file) : kind == 2 ? decode(file) : viterbi(file);
       uint64_t bytes = 0;
       for (const auto& [name, size] : plan.scratch) {
         bytes += size;

@@ -174,6 +174,14 @@ def test_plan_of_every_config(tmp_path):
     info = stack_numbers(256, 384, test_plan.PROBLEMS[0], (3, 5))
     calls += [[2, 0, *info], [0, -1, 0, 128, 128, 1, 0, 0, *info, *native(test_plan.config(*test_plan.ALL_TILES[0]))]]
     expected += ["1 0", None]
+    for half_bits in range(18):
+        for count in (0, 1, 5000):
+            calls.append([3, count, half_bits, 2])
+            if half_bits in map(codec.half_bits, codec.WIDTHS):
+                plan = _ext.plan_viterbi(count, half_bits, 2)
+                expected.append(f"{len(plan['dispatches'])} {sum(plan['scratch'].values())}")
+            else:
+                expected.append(None)
     (tmp_path / "calls").write_text("\n".join(" ".join(map(str, call)) for call in calls))
     lines = build.run(program, tmp_path / "calls").splitlines()
     assert len(lines) == len(expected) > 1000

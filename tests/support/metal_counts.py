@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 
-from mlx_marlin import codec, kernels, ops
+from mlx_marlin import _ext, codec, kernels, ops
 from mlx_marlin.kernels import KernelConfig, Problem
 from tests.metal_sim import Result
 from tests.metal_sim.counting import CountedResult, compile_counted
@@ -91,3 +91,26 @@ def count(
     routing: The expert of each slot; by default the experts in turn.
     """
     return run(problem, config, library, wanted, routing)
+
+
+def viterbi(bits: float, codebook: str) -> list[tuple[dict, CountedResult]]:
+    """(dispatch, result) of each dispatch of the encoder's search of one tile."""
+    plan = _ext.plan_viterbi(1, codec.half_bits(bits), codec.CODEBOOKS.index(codebook))
+    memory = {
+        "tiles": np.random.default_rng(0).standard_normal(codec.TILE_SIZE).astype(np.float16).astype(np.float32),
+        "values": codec.decode(np.arange(1 << 16, dtype=np.uint16), codebook),
+        "y": np.zeros(codec.TILE_SIZE, np.uint16),
+        "history": np.zeros(plan["scratch"]["history"], np.uint8),
+    }
+    found = []
+    for dispatch in plan["dispatches"]:
+        buffers = {0: dispatch["args"], **{b["slot"]: memory[b["name"]] for b in dispatch["buffers"]}}
+        result = library(dispatch["kernel"], tuple(dispatch["constants"].items())).run(
+            dispatch["kernel"],
+            buffers,
+            grid=dispatch["grid"],
+            threads=dispatch["threads"],
+            threadgroup_memory={0: dispatch["threadgroup_bytes"]},
+        )
+        found.append((dispatch, result))
+    return found

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_marlin import _ext, kernels, ops
+from mlx_marlin import _ext, codec, kernels, ops
 from mlx_marlin.kernels import metal
 from tests.metal_sim import compile
 from tests.support.paths import ROOT
@@ -109,6 +109,18 @@ def decode(stack: ops.Stack, expert: int = 0, **simulator) -> np.ndarray:
     k, n = stack.source.padded_shape
     y, _ = execute(plan, stack_arrays("weight", stack), k * n * 2, **simulator)
     return y.view(np.float16).reshape(k, n)
+
+
+def viterbi(tiles: np.ndarray, bits: float, codebook: str, history_bytes: int | None = None, **simulator) -> np.ndarray:
+    """The states of float32 tiles ``[count, 256]``, whose values are halves.
+
+    history_bytes: bound of the scratch, in the place of the plan's own.
+    """
+    bound = {} if history_bytes is None else {"history_bytes": history_bytes}
+    plan = _ext.plan_viterbi(len(tiles), codec.half_bits(bits), codec.CODEBOOKS.index(codebook), **bound)
+    values = codec.decode(np.arange(1 << 16, dtype=np.uint16), codebook)
+    y, _ = execute(plan, {"tiles": tiles, "values": values}, 2 * tiles.size, **simulator)
+    return y.view(np.uint16).reshape(tiles.shape)
 
 
 def linear(

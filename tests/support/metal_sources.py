@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import product
 
 from mlx_marlin import _ext, codec, kernels, ops
 from mlx_marlin.kernels import KernelConfig, Problem, make_name, metal
@@ -47,3 +48,7 @@ def _dispatches(bits: list[float], codebooks: list[str]) -> Iterator[dict]:
             yield from _ext.plan_linear(3, 0, weight, 256, 256, 1, True, True, native)["dispatches"]
     yield from _ext.plan_decode(weights[0], 0)["dispatches"]
     yield from _ext.plan_embedding(3, 0, 9, 600, 3)["dispatches"]
+    for width, codebook in product(bits, codebooks):
+        if codebook == "mul1" or not codec.is_half_rate(width):
+            number = codec.CODEBOOKS.index(codebook)
+            yield from _ext.plan_viterbi(1, codec.half_bits(width), number)["dispatches"]

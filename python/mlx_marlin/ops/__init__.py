@@ -7,6 +7,7 @@
 - ``embedding``: rows of a quantized token embedding.
 - ``attention``: attention on the CPU.
 - ``planning``: what a GPU would run.
+- ``gathering``: requests of several threads, run together.
 - ``search``: the encoder's search.
 - ``shaders``: the Metal sources, made self-contained.
 - ``reference``: what a call must give, by the codec, for checks at run time.
@@ -36,6 +37,7 @@ from .problems import (
 )
 from .products import is_traced, trellis_decode, trellis_linear, trellis_mlp, trellis_swiglu
 from .runtime import (
+    MLX_LOCK,
     cpu_digest,
     has_accelerators,
     instruction_set,
@@ -44,13 +46,14 @@ from .runtime import (
     set_num_threads,
     uninitialized,
 )
-from .search import CODEBOOK_MULTIPLIERS, viterbi_search
+from .search import CODEBOOK_MULTIPLIERS, search_fault, searches_on_gpu, viterbi_search
 from .stacks import BUILD_LOCK, Stack, half_scales, prepare, prepare_weight, with_parameters
 
 __all__ = [
     "BUILD_LOCK",
     "CODEBOOK_MULTIPLIERS",
     "DTYPE_NAMES",
+    "MLX_LOCK",
     "SHADERS",
     "Activation",
     "Call",
@@ -80,6 +83,8 @@ __all__ = [
     "run",
     "run_attention",
     "scratch_bytes",
+    "search_fault",
+    "searches_on_gpu",
     "set_num_threads",
     "trellis_decode",
     "trellis_embedding",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .. import codec
+from .transform import both_sides
 
 # Added to the diagonal as a share of its mean: keeps the factor well conditioned where calibration activations
 # span fewer dimensions than the layer has. 1 % as in QuIP# and GPTQ.
@@ -56,7 +57,7 @@ def damped(h: np.ndarray) -> np.ndarray:
 def rotate(h: np.ndarray, suh: np.ndarray) -> np.ndarray:
     """The Hessian seen by the inner matrix: ``H diag(suh) h diag(suh) H``."""
     scaled = h * suh[:, None].astype(np.float64) * suh[None, :].astype(np.float64)
-    return codec.hadamard(codec.hadamard(scaled, axis=0), axis=1)
+    return both_sides(scaled)
 
 
 def block_factor(r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,10 +10,10 @@ import mlx.core as mx
 import numpy as np
 
 from .. import codec
+from ..ops import MLX_LOCK
 from .hessian import Hessian
 from .layered import LayeredModel
 from .names import ExpertNames
-from .packed import MLX_LOCK
 from .spill import States
 from .taps import ExpertsTap, LinearTap, Taps
 

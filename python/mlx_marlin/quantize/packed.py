@@ -6,19 +6,17 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from threading import Lock
 
 import mlx.core as mx
 import numpy as np
 
+from ..ops import MLX_LOCK
 from ..storage.safetensors import TensorInfo
 
 # The values of E2M1, by their four bits: OCP Microscaling Formats 1.0, table 5.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _E8M0_BIAS = 127
 _MXFP4_GROUP, _NVFP4_GROUP = 32, 16
-MLX_LOCK = Lock()
-"""Of MLX, which is not to be called from two threads."""
 FP8_SCALE = "_scale_inv"
 """What the name of fp8 weights' scales has behind that of the weights."""
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import codec, ops
+from .transform import both_sides
 
 # Scale of a unit Gaussian input at which each codebook has its least error, by K: measured with tail-biting search on
 # 320 tiles each, half rates on 4000, steps of about 0.5 %. The starting point of the search below.
@@ -71,7 +72,7 @@ def regularise(weight: np.ndarray, suh: np.ndarray, svh_signs: np.ndarray) -> Re
     # A column of zeros (padding, pruning) gets scale 0 and is exactly zero whatever its codes are.
     svh = svh_signs * magnitude
     scaled = np.divide(scaled, svh[None, :], out=np.zeros_like(scaled), where=svh[None, :] != 0)
-    return Regularised(codec.hadamard(codec.hadamard(scaled, axis=0), axis=1), suh, svh)
+    return Regularised(both_sides(scaled), suh, svh)
 
 
 def expected_scale(inner: np.ndarray, bits: float, codebook: str) -> float:

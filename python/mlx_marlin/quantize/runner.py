@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from .. import kernels
+from .. import kernels, ops
+from ..device.machine import fingerprint
 from .layered import LayeredModel
 from .progress import Clock
 from .source import Source
@@ -22,6 +24,10 @@ BATCH = 8
 """Windows per call of a layer."""
 # Of the linears at work together: with what else a conversion holds, 8 GB.
 _JOB_BYTES = 6 << 30
+# Tiles that a GPU's core is to find in the linears at work together, 8 being searched and 8 whose targets are being
+# made: one tile at a time fills a core, so that on average half a tile's time is lost at the end of each search.
+_TILES_PER_CORE = 16
+_TILES_OF_A_JOB = 48  # that LDLQ searches at a time: of 768 columns, as narrow as experts are in large models
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -133,17 +139,25 @@ class Runner:
         """
         results: list[Result] = []
         budget = _Budget()
+        at_work = jobs_at_work(self.workers)
 
         def run(job: Task) -> Result:
             with budget.taken(size(job)):
-                beside = min(self.workers, len(jobs), max(1, _JOB_BYTES // max(1, size(job))))
+                beside = min(at_work, len(jobs), max(1, _JOB_BYTES // max(1, size(job))))
                 return task(job, max(1, self.workers // beside))
 
-        with ThreadPoolExecutor(self.workers) as pool:
+        with ThreadPoolExecutor(at_work) as pool:
             for result in pool.map(run, jobs):
                 results.append(result)
                 self.clock.tick(f"{stage}: {len(results)} of {len(jobs)} linears", work * len(results) / len(jobs))
         return results
+
+
+def jobs_at_work(workers: int) -> int:
+    """Linears that are quantized side by side: as many as there are workers, or as fill the GPU that searches."""
+    if not ops.searches_on_gpu():
+        return workers
+    return max(workers, math.ceil(_TILES_PER_CORE * fingerprint("gpu").cores / _TILES_OF_A_JOB))
 
 
 class _Budget:

@@ -12,6 +12,7 @@ from ..weights.trellis import Array, TrellisWeight
 from . import hessian as hessians
 from .ldlq import ldlq, quantize_tiles
 from .regularise import Regularised, feedback_scale, global_scale, random_signs, regularise
+from .transform import both_sides
 
 # Exponents (a, b) of the input scales |W_row|^a * h^-b that are tried: (1, 0) is best if LDLQ whitens the error
 # fully, (1/2, 1/4) without any feedback. The one with the least predicted loss is taken.
@@ -164,7 +165,7 @@ class _Part:
 
     def __init__(self, columns: slice, weight: np.ndarray, values: np.ndarray, h: np.ndarray | None):
         self.columns = columns
-        self.outer = codec.hadamard(codec.hadamard(values, axis=0), axis=1).astype(np.float64)
+        self.outer = both_sides(values).astype(np.float64)
         self.hw = weight.astype(np.float64) if h is None else h @ weight.astype(np.float64)
 
 
