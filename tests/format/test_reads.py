@@ -1,5 +1,7 @@
 """Many pieces of files, each read to its place."""
 
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -31,6 +33,18 @@ def test_a_thread_tells_of_a_file_that_ends_early_or_is_gone(tmp_path, monkeypat
         read_all([Read(file, 10, np.empty(64, np.uint8)), Read(file, 90, np.empty(16, np.uint8))])
     with pytest.raises(FileNotFoundError):
         read_all([Read(file, 0, np.empty(20, np.uint8)), Read(tmp_path / "gone", 0, np.empty(20, np.uint8))])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_halves_become_floats_on_the_way(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(reads, "_PIECE", 96)
+    monkeypatch.setattr(reads, "_WIDENED", 14)
+    words, file = np.random.default_rng(0).integers(0, 1 << 16, 301, np.uint16), tmp_path / "halves"
+    file.write_bytes(bytes(3) + words.tobytes())
+    floats = np.empty(301, np.float32)
+    read_all([Read(file, 3, floats, partial(ops.widen, dtype))])
+    wanted = words.view(np.float16) if dtype == "float16" else (words.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(floats, wanted)
 
 
 def test_memory_that_is_filled_is_an_array_of_mlx():

@@ -192,7 +192,8 @@ def read_dense(stored: dict[str, TensorInfo], dense: dict[str, mx.array]) -> dic
         read[path] = ops.uninitialized(info.shape, dtype)
         # NumPy has no bfloat16; bytes do for what is not widened.
         shared = read[path] if dtype == mx.float32 else read[path].view(mx.uint16)
-        reads.append(info.into(np.array(shared, copy=False)))
+        widen = None if dtype == stored_dtype else partial(ops.widen, DTYPE_NAMES[stored_dtype])
+        reads.append(info.into(np.array(shared, copy=False), widen))
     read_all(reads)
     return read
 

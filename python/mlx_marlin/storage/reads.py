@@ -6,7 +6,7 @@ Read, not mapped: a file that becomes shorter is an error, where a map would end
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -22,6 +22,10 @@ _WIDENED = 512 << 10
 _MAX_THREADS = 4
 
 
+Widen = Callable[[np.ndarray, np.ndarray], None]
+"""Fills the second array, float32, with what the words of the first stand for."""
+
+
 class Read(NamedTuple):
     """Bytes of a file and where they go.
 
@@ -29,13 +33,14 @@ class Read(NamedTuple):
         file: The file.
         start: First byte, from the beginning of the file.
         into: Contiguous memory that is filled.
-        halves: ``"F16"`` or ``"BF16"`` where those become float32 on the way. Default: ``""``, bytes as they are.
+        widen: Called with uint16 words of the file, and the float32 memory that they are to fill, where halves become
+            float32 on the way. Default: ``None``, bytes as they are.
     """
 
     file: Path
     start: int
     into: np.ndarray
-    halves: str = ""
+    widen: Widen | None = None
 
 
 def read_all(reads: Iterable[Read]) -> None:
@@ -62,8 +67,8 @@ def _place(read: Read) -> tuple[Path, int]:
 
 def _pieces(read: Read) -> Iterator[Read]:
     """A read in pieces of at most :data:`_PIECE` bytes of the file."""
-    flat = read.into.reshape(-1) if read.halves else read.into.reshape(-1).view(np.uint8)
-    size = 2 if read.halves else 1  # of an element in the file
+    flat = read.into.reshape(-1) if read.widen else read.into.reshape(-1).view(np.uint8)
+    size = 2 if read.widen else 1  # of an element in the file
     step = max(1, _PIECE // size)
     for first in range(0, flat.size, step):
         yield read._replace(start=read.start + first * size, into=flat[first : first + step])
@@ -87,8 +92,8 @@ def _batches(reads: Iterable[Read]) -> Iterator[list[Read]]:
 def _read_batch(batch: list[Read]) -> None:
     with open(batch[0].file, "rb", buffering=0) as stream:
         for read in batch:
-            if read.halves:
-                _widen(stream, read)
+            if read.widen is not None:
+                _read_halves(stream, read.start, read.into, read.widen)
             else:
                 _fill(stream, read.start, read.into.data)
 
@@ -110,15 +115,10 @@ def _fill(stream: FileIO, start: int, wanted: memoryview) -> None:
         raise ValueError(f"{stream.name} ends early: {len(wanted)} bytes wanted at {start}, {there} there")
 
 
-def _widen(stream: FileIO, read: Read) -> None:
+def _read_halves(stream: FileIO, start: int, into: np.ndarray, widen: Widen) -> None:
     """Read halves through a small buffer, out of which they go as float32."""
-    bits = read.into.view(np.uint32)
-    buffer = np.empty(min(read.into.size, _WIDENED // 2), np.uint16)
-    for first in range(0, read.into.size, buffer.size):
-        stop = min(first + buffer.size, read.into.size)
-        halves = buffer[: stop - first]
-        _fill(stream, read.start + 2 * first, halves.view(np.uint8).data)
-        if read.halves == "BF16":
-            np.left_shift(halves, 16, out=bits[first:stop], dtype=np.uint32)
-        else:
-            read.into[first:stop] = halves.view(np.float16)
+    buffer = np.empty(min(into.size, _WIDENED // 2), np.uint16)
+    for first in range(0, into.size, buffer.size):
+        halves = buffer[: into.size - first]
+        _fill(stream, start + 2 * first, halves.view(np.uint8).data)
+        widen(halves, into[first : first + halves.size])
