@@ -7,6 +7,7 @@ Whatever can be wrong is found before the first weight is read.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
@@ -383,6 +384,7 @@ def load_exl3_model(
         ValueError: If the directory cannot be loaded; the message names file and tensor.
     """
     dtype, accuracy = activation_dtype(dtype), kernels.checked_accuracy(accuracy)
+    gc.collect()  # a model that nothing refers to any more may be in a cycle, and two would be in memory
     with unchanged(Path(model_path)):
         model, config, mapping = open_checkpoint(Path(model_path), model_config, host)
         fill(model, mapping, config, dtype, accuracy, lazy=lazy, progress=progress)
