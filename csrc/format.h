@@ -30,6 +30,9 @@
 #define MARLIN_ACTIVATION_GELU_TANH 1
 #define MARLIN_ACTIVATION_SWIGLU_OAI 2
 #define MARLIN_ACTIVATION_RELU_SQUARED 3
+#define MARLIN_ACTIVATION_SWIGLU_CLAMPED 4
+#define MARLIN_ACTIVATION_SWIGLU_STEP 5
+#define MARLIN_ACTIVATION_SITU 6
 
 // An expert's format word is 2 * bits | codebook << 8.
 #define MARLIN_FORMAT_HALF_BITS(format) ((format) & 0xffu)

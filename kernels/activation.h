@@ -3,7 +3,12 @@
 
 #include "hadamard.h"
 
-// precise:: because the fast versions overflow to NaN where the exact ones saturate.
+// The smaller one; NaN stays NaN.
+METAL_FUNC float below(float x, float limit) {
+  return x > limit ? limit : x;
+}
+
+// By the formulas of ops.trellis_swiglu. precise:: because the fast versions overflow to NaN where the exact ones saturate.
 METAL_FUNC float activate(float x, float alpha, float limit) {
   if (activation == MARLIN_ACTIVATION_SILU) {
     return x / (1.0f + precise::exp(-x));
@@ -16,14 +21,27 @@ METAL_FUNC float activate(float x, float alpha, float limit) {
   if (activation == MARLIN_ACTIVATION_RELU_SQUARED) {
     return x < 0.0f ? 0.0f : x * x;  // NaN stays NaN
   }
-  // gpt-oss: gate clamped above, up on both sides, (up + 1) gate sigmoid(alpha gate).
-  const float g = min(x, limit);
-  return g / (1.0f + precise::exp(-alpha * g));
+  if (activation == MARLIN_ACTIVATION_SWIGLU_STEP) {
+    return below(x / (1.0f + precise::exp(-x)), limit);
+  }
+  if (activation == MARLIN_ACTIVATION_SITU) {
+    return alpha * precise::tanh(x / alpha) / (1.0f + precise::exp(-x));
+  }
+  const float g = below(x, limit);
+  const float slope = activation == MARLIN_ACTIVATION_SWIGLU_OAI ? alpha : 1.0f;
+  return g / (1.0f + precise::exp(-slope * g));
 }
 
 // What the activated gate is multiplied with.
 METAL_FUNC float gated_factor(float up, float limit) {
-  return activation == MARLIN_ACTIVATION_SWIGLU_OAI ? clamp(up, -limit, limit) + 1.0f : up;
+  if (activation == MARLIN_ACTIVATION_SITU) {
+    return limit * precise::tanh(up / limit);
+  }
+  const float clamped = up < -limit ? -limit : below(up, limit);
+  if (activation == MARLIN_ACTIVATION_SWIGLU_OAI) {
+    return clamped + 1.0f;
+  }
+  return activation == MARLIN_ACTIVATION_SWIGLU_CLAMPED || activation == MARLIN_ACTIVATION_SWIGLU_STEP ? clamped : up;
 }
 
 // What follows the Hadamard transform of a product.

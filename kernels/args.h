@@ -88,7 +88,7 @@ struct MarlinProductArgs {
   unsigned int split_tiles;       // tiles of k in each split; the first long_splits have one more
   unsigned int long_splits;
   unsigned int zero;  // see shift_left in trellis.h
-  float alpha;        // swiglu_oai
+  float alpha;        // of activations with numbers
   float limit;
 };
 

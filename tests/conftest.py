@@ -1,5 +1,6 @@
 """Fixtures that several files share."""
 
+import gc
 import signal
 
 import pytest
@@ -9,6 +10,14 @@ from mlx_marlin import _ext
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz-times", type=int, default=1, help="times their usual inputs that the slow fuzzers try")
+
+
+def pytest_collection_finish():
+    """What was imported is left out of collections: the tuner asks for many, and with every test's imports each takes
+    half a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ struct SwigluArgs {
   int top_k;
   int hidden;      // logical; up.k is the padded size
   int activation;  // MARLIN_ACTIVATION_*
-  float alpha;     // swiglu_oai only
+  float alpha;     // of activations with numbers
   float limit;
   Stack gate;  // without codes where there is none
   Stack up, down;

@@ -32,6 +32,10 @@ mx::array activate(const std::vector<mx::array>& products, const SwigluCall& cal
   const auto gating = [&](const mx::array& activated) {
     return call.gated ? mx::multiply(activated, products[1], s) : activated;
   };
+  const auto clamped = [&](const mx::array& up) { return mx::clip(up, f32(-call.limit), f32(call.limit), s); };
+  const auto saturated = [&](const mx::array& a, float bound) {
+    return mx::multiply(f32(bound), mx::tanh(mx::divide(a, f32(bound), s), s), s);
+  };
   switch (call.activation) {
     case MARLIN_ACTIVATION_SILU:
       return gating(mx::multiply(x, mx::sigmoid(x, s), s));
@@ -43,12 +47,21 @@ mx::array activate(const std::vector<mx::array>& products, const SwigluCall& cal
     }
     case MARLIN_ACTIVATION_RELU_SQUARED:
       return gating(mx::square(mx::maximum(x, f32(0.0f), s), s));
-    default: {
-      // gpt-oss: gate clamped above, up on both sides, (up + 1) gate sigmoid(alpha gate).
+    case MARLIN_ACTIVATION_SITU:
+      return mx::multiply(
+          mx::multiply(saturated(x, call.alpha), mx::sigmoid(x, s), s), saturated(products[1], call.limit), s);
+    case MARLIN_ACTIVATION_SWIGLU_STEP: {
+      const mx::array swish = mx::multiply(x, mx::sigmoid(x, s), s);
+      return mx::multiply(mx::minimum(swish, f32(call.limit), s), clamped(products[1]), s);
+    }
+    case MARLIN_ACTIVATION_SWIGLU_CLAMPED: {
       const mx::array g = mx::minimum(x, f32(call.limit), s);
-      const mx::array u = mx::clip(products[1], f32(-call.limit), f32(call.limit), s);
+      return mx::multiply(mx::multiply(g, mx::sigmoid(g, s), s), clamped(products[1]), s);
+    }
+    default: {
+      const mx::array g = mx::minimum(x, f32(call.limit), s);
       const mx::array swish = mx::multiply(g, mx::sigmoid(mx::multiply(f32(call.alpha), g, s), s), s);
-      return mx::multiply(swish, mx::add(u, f32(1.0f), s), s);
+      return mx::multiply(swish, mx::add(clamped(products[1]), f32(1.0f), s), s);
     }
   }
 }

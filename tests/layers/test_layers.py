@@ -213,6 +213,8 @@ def test_problem_of_a_layer(weight, glu):
         ({"gate": []}, "pass either"),
         ({"activation": "relu"}, "activation must be one of silu"),
         ({"activation": "swiglu_oai", "limit": None}, "limit must be a number, got None"),
+        ({"activation": "swiglu_step", "limit": 0}, "limit of swiglu_step must be positive and finite, got 0"),
+        ({"activation": "situ", "alpha": -1.0}, "alpha of situ must be positive and finite, got -1.0"),
         ({"bank": []}, "bank must be an ExpertBank, got list"),
     ],
 )

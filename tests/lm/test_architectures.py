@@ -16,6 +16,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 import mlx_marlin
 from mlx_marlin import TrellisEmbedding, TrellisLinear, TrellisSwitchGLU, TrellisSwitchMLP, codec
 from mlx_marlin.layers.experts import TrellisExperts, TrellisSwitch
+from mlx_marlin.lm.mlx_lm_host import MLX_LM
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.lm.placeholders import EXPERT
 from tests.support import architectures, architectures_gemma, generic_checkpoints
@@ -126,9 +127,11 @@ def test_logits_of_further_architectures(name, tmp_path):
     assert_top_k_is_known(model)
     assert {part: set(sizes) for part, sizes in model.left_out.tensors.items()} == added
     assert set(HALF_RATES) <= set(checkpoint.bits.values()) and kinds_of(model)[TrellisEmbedding] == 1
+    assert not [m for m in model.modules() if type(m) in (SwitchGLU, switch_layers.SwitchMLP)]  # all are fused
 
 
-def test_experts_without_a_fused_kernel_keep_their_activation(tmp_path):
+def test_experts_without_a_fused_kernel_keep_their_activation(tmp_path, monkeypatch):
+    monkeypatch.delitem(MLX_LM.activations, "mlx_lm.models.step3p5.ClampedSwiGLU")
     checkpoint, _ = generic_checkpoints.make("step3p5")
     model, _ = load_exl3_model(checkpoint.write(tmp_path / "exl3"))
     glu = model.layers[1].mlp.switch_mlp

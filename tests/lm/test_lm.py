@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import qwen3_moe
+from mlx_lm.models import qwen3_moe, step3p5
 from mlx_lm.models.switch_layers import SwitchGLU
 
 import mlx_marlin
@@ -231,6 +231,23 @@ def test_activations_with_numbers_of_their_own():
     assert activation_of(MLX_LM, SwitchGLU(128, 128, 2)) == Activation("silu")
 
 
+@pytest.mark.parametrize(
+    "module, name, numbers, activation",
+    [
+        ("step3p5", "ClampedSwiGLU", (0.5,), Activation("swiglu_step", limit=0.5)),
+        ("deepseek_v41", "DeepseekV41SwiGLU", (0.5,), Activation("swiglu_clamped", limit=0.5)),
+        ("deepseek_v41", "DeepseekV41SwiGLU", (0,), None),
+        ("kimi_k3", "SiTU", (2.0, 3.0), Activation("situ", 2.0, 3.0)),
+        ("kimi_k3", "SiTU", (2.0, None), None),
+    ],
+)
+def test_activations_with_bounds(module, name, numbers, activation):
+    """Where a host's class has no bound, its own code runs."""
+    code = pytest.importorskip(f"mlx_lm.models.{module}")
+    glu = SwitchGLU(128, 128, 2, activation=getattr(code, name)(*numbers))
+    assert activation_of(MLX_LM, glu) == activation
+
+
 class ScaledGLU(SwitchGLU):
     """As Inkling's in mlx-vlm."""
 
@@ -250,7 +267,7 @@ class Clamped(nn.Module):
 
 
 @pytest.mark.parametrize("rows", (1, 3, 40))  # mlx-lm sorts by expert from 64 slots on
-@pytest.mark.parametrize("activation", (None, "oai", Clamped()))
+@pytest.mark.parametrize("activation", (None, "oai", "step", Clamped()))
 def test_experts_with_any_activation(rows, activation):
     """A fused layer, or mlx-lm's own over trellis projections: the same as over the dense weights."""
     if activation == "oai":
@@ -258,6 +275,8 @@ def test_experts_with_any_activation(rows, activation):
         if activation is None:
             pytest.skip("this mlx-lm has no SwigluOAI")
         activation = activation(alpha=1.5, limit=0.5)
+    elif activation == "step":
+        activation = step3p5.ClampedSwiGLU(0.5)
     keywords = {} if activation is None else {"activation": activation}
     glu, rng = SwitchGLU(192, 96, 4, bias=True, **keywords), np.random.default_rng(0)
     experts = random_experts(rng, 192, 96, expert_formats(3, "mul1", "both", 4), bias=True)
@@ -278,7 +297,8 @@ def test_experts_with_any_activation(rows, activation):
     assert made(x.astype(mx.bfloat16), indices).dtype == mx.bfloat16
 
 
-def test_problems_of_layers_that_are_not_fused_are_left_out(tmp_path):
+def test_problems_of_layers_that_are_not_fused_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.delitem(MLX_LM.activations, "mlx_lm.models.step3p5.ClampedSwiGLU")
     checkpoint, _ = generic_checkpoints.make("step3p5")
     directory = checkpoint.write(tmp_path / "model")
     assert {problem.kind for problem in model_problems(directory, "float32", "cpu")} == {"linear"}

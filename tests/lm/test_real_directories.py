@@ -13,6 +13,7 @@ import pytest
 import mlx_marlin
 from mlx_marlin import TrellisModelLoader, codec
 from mlx_marlin.layers import PartlyQuantizedSwitchGLU
+from mlx_marlin.lm.mlx_lm_host import MLX_LM
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.lm.problems import model_problems
 from mlx_marlin.lm.sharding import open_sharded
@@ -265,7 +266,8 @@ def test_unquantized_experts_of_other_architectures(tmp_path, name, linear):
     assert close(logits(load_exl3_model(directory)[0]), wanted)
 
 
-def test_unquantized_experts_without_a_fused_kernel(tmp_path):
+def test_unquantized_experts_without_a_fused_kernel(tmp_path, monkeypatch):
+    monkeypatch.delitem(MLX_LM.activations, "mlx_lm.models.step3p5.ClampedSwiGLU")
     checkpoint, _ = generic_checkpoints.make("step3p5")
     directory = checkpoint.write(tmp_path / "model")
     wanted = logits(load_exl3_model(directory)[0])

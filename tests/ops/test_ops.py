@@ -213,7 +213,7 @@ def test_other_bad_arguments():
         trellis_swiglu(x, indices, bank, scores=mx.ones((3, 2), mx.int32))
     with pytest.raises(ValueError, match="scores must be a floating point mx.array, got ndarray|got float32"):
         trellis_swiglu(x, indices, bank, scores=np.ones((3, 2), np.float32))
-    with pytest.raises(ValueError, match="activation must be one of silu, .*, relu_squared, got 'relu'"):
+    with pytest.raises(ValueError, match="activation must be one of silu, .*, situ, got 'relu'"):
         trellis_swiglu(x, indices, bank, activation="relu")
     with pytest.raises(ValueError, match="limit must be a number, got '7'"):
         trellis_swiglu(x, indices, bank, limit="7")

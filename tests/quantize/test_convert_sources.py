@@ -11,10 +11,6 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_marlin import TrellisModelLoader, codec
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.quantize import conversion, convert
-from mlx_marlin.quantize.packed import PackedTensor, unpacked
-from mlx_marlin.quantize.source import Source
-from mlx_marlin.storage.safetensors import read_header
-from tests.support.checkpoints import write_directory
 from tests.support.generic_checkpoints import logits
 from tests.support.small_conversions import (  # noqa: F401
     SMALL,
@@ -43,7 +39,7 @@ def test_every_file_that_is_no_weight_is_copied_as_it_is(tmp_path, text):
     for name in files:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(b"{{ text }}\r\n" if name.endswith("jinja") else noise + name.encode())
-    for name in ("consolidated.00.pth", "original/model.bin", ".gitattributes", "hf_quant_config.json"):
+    for name in ("consolidated.00.pth", "original/model.bin", ".gitattributes", "quantization_config.json"):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(noise)
     convert(source, source / "exl3", bits=8, calibration=text)  # inside of the source: not copied into itself
@@ -135,89 +131,6 @@ def test_the_names_of_mlx_lm_convert_too(tmp_path, text, name):
     dense, _ = mlx_lm_utils.load_model(source)
     dense.set_dtype(mx.float32)
     assert not [tensor for tensor in header(tmp_path / "exl3") if "switch_mlp" in tensor]
-    assert correlation(logits(load_exl3_model(tmp_path / "exl3")[0]), logits(dense)) > 0.8
-
-
-def to_fp8(tensors, block):
-    """Block-scaled, as DeepSeek and Qwen publish: linears and experts, but not heads and routers."""
-    result = {}
-    for name, value in tensors.items():
-        if not name.endswith("_proj.weight"):
-            result[name] = value
-            continue
-        w = np.array(value.astype(mx.float32))
-        rows, columns = (-(-n // block) for n in w.shape)
-        padded = np.pad(w, [(0, rows * block - w.shape[0]), (0, columns * block - w.shape[1])])
-        scale = np.abs(padded.reshape(rows, block, columns, block)).max(axis=(1, 3)) / 448
-        wide = np.repeat(np.repeat(scale, block, 0), block, 1)[: w.shape[0], : w.shape[1]]
-        result[name] = mx.to_fp8(mx.array(w / wide))
-        result[f"{name}_scale_inv"] = mx.array(scale.astype(np.float32))
-    return result
-
-
-def mark_fp8(file):
-    """MLX saves fp8 as U8."""
-    data = file.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    text = data[8 : 8 + length].decode().replace('"U8"', '"F8_E4M3"')
-    text += " " * (-len(text) % 8)
-    file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + data[8 + length :])
-
-
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
-def test_fp8_in_blocks_is_read_directly(tmp_path, text, name):
-    source, checkpoint = source_of(tmp_path, name)
-    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 64]}
-    config = {**json.loads((source / "config.json").read_text()), "quantization_config": quantization}
-    packed = write_directory(tmp_path / "fp8", config, to_fp8(checkpoint.dense, 64), 1)
-    mark_fp8(packed / "model.safetensors")
-    convert(add_tokenizer(packed), tmp_path / "exl3", bits=8, calibration=text)
-    dense, _ = mlx_lm_utils.load_model(source)
-    dense.set_dtype(mx.float32)
-    assert correlation(logits(load_exl3_model(tmp_path / "exl3")[0]), logits(dense)) > 0.8
-    found = json.loads((tmp_path / "exl3/config.json").read_text())["quantization_config"]
-    assert found["quant_method"] == "exl3" and found["original_quantization_config"] == quantization
-    assert not [tensor for tensor in header(tmp_path / "exl3") if "scale_inv" in tensor]
-
-
-def test_fp8_decodes_exactly(tmp_path):
-    """Against arithmetic on the bits, partial blocks included."""
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, 127, (100, 72), np.uint8) | rng.integers(0, 2, (100, 72), np.uint8) << 7
-    scales = rng.uniform(0.5, 2, (2, 2)).astype(np.float32)
-    mx.save_safetensors(str(tmp_path / "m.safetensors"), {"w": mx.array(codes), "w_scale_inv": mx.array(scales)})
-    mark_fp8(tmp_path / "m.safetensors")
-    tensors = unpacked(read_header(tmp_path / "m.safetensors"), {"quant_method": "fp8", "weight_block_size": [64, 64]})
-    exponent, mantissa = (codes >> 3 & 15).astype(int), (codes & 7).astype(float)
-    magnitude = np.where(exponent > 0, (1 + mantissa / 8) * 2.0 ** (exponent - 7), mantissa / 8 * 2.0**-6)
-    wide = np.repeat(np.repeat(scales, 64, 0), 64, 1)[:100, :72]
-    wanted = np.where(codes >> 7, -1, 1) * magnitude * wide
-    assert isinstance(tensors["w"], PackedTensor) and tensors["w"].shape == (100, 72)
-    np.testing.assert_allclose(tensors["w"].floats(), wanted, rtol=2**-8)
-
-
-def test_mxfp4_is_read_directly(tmp_path, text):
-    """gpt-oss: blocks and scales of its experts; the values are those of MLX's own mxfp4."""
-    source, checkpoint = source_of(tmp_path, "gpt_oss")
-    packed, restored = {}, {}
-    for name, value in checkpoint.dense.items():
-        if not name.endswith("proj.weight") or "experts" not in name:
-            packed[name] = restored[name] = value
-            continue
-        words, scales = mx.quantize(value, group_size=32, bits=4, mode="mxfp4")
-        stem = name.removesuffix(".weight")
-        packed[f"{stem}_blocks"] = words.view(mx.uint8).reshape(*scales.shape, 16)
-        packed[f"{stem}_scales"] = scales
-        restored[name] = mx.dequantize(words, scales, group_size=32, bits=4, mode="mxfp4", dtype=mx.bfloat16)
-    config = json.loads((source / "config.json").read_text())
-    dense, _ = mlx_lm_utils.load_model(write_directory(tmp_path / "restored", config, restored, 1))
-    dense.set_dtype(mx.float32)
-    config["quantization_config"] = {"quant_method": "mxfp4"}
-    add_tokenizer(write_directory(tmp_path / "mxfp4", config, packed, 1))
-    read = Source(tmp_path / "mxfp4").tensors
-    for name, value in restored.items():
-        assert np.array_equal(read[name].floats(), np.array(value.astype(mx.float32))), name
-    convert(tmp_path / "mxfp4", tmp_path / "exl3", bits=8, calibration=text)
     assert correlation(logits(load_exl3_model(tmp_path / "exl3")[0]), logits(dense)) > 0.8
 
 

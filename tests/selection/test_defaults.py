@@ -26,9 +26,9 @@ def label(problem):
     return f"{problem.kind}-{problem.hidden}x{problem.intermediate}x{problem.experts}"
 
 
-def routed(problem):
+def routed(problem, seed):
     """The expert of each slot, drawn evenly, distinct ones for a row; of as many experts as occur."""
-    draws = np.random.default_rng(0).random((problem.rows, problem.experts))
+    draws = np.random.default_rng(seed).random((problem.rows, problem.experts))
     chosen = np.argpartition(draws, problem.top_k - 1, axis=1)[:, : problem.top_k]
     return np.unique(chosen, return_inverse=True)[1].reshape(-1)
 
@@ -96,8 +96,8 @@ GPU_LINEARS = [
     for n, marks in ((1, ()), (8, ()), *((n, pytest.mark.slow) for n in (2, 4, 16, 32)))
 ]
 GPU_LARGE = [
-    *(Problem.linear(1024, 2048, rows=n, bits=3, codebooks="mul1", device="gpu") for n in (1, 64)),
-    *(Problem.linear(1024, 512, rows=n, experts=16, bits=3, codebooks="mcg", device="gpu") for n in (4, 48)),
+    *(Problem.linear(1024, 2048, rows=n, bits=3, codebooks="mul1", device="gpu") for n in (1, 2, 4, 8, 16, 32, 64)),
+    *(Problem.linear(1024, 512, rows=n, experts=16, bits=3, codebooks="mcg", device="gpu") for n in (4, 16, 48)),
     *(Problem.swiglu(2048, 768, rows=1, experts=8, top_k=8, bits=n, codebooks="mcg", device="gpu") for n in (2, 3)),
 ]
 
@@ -108,20 +108,27 @@ GPU_LARGE = [
     [*GPU_LINEARS, *(pytest.param(p, id=f"{label(p)}-{p.rows}", marks=pytest.mark.slow) for p in GPU_LARGE)],
 )
 def test_default_on_a_gpu(problem, monkeypatch):
-    """By the cost model, on chips of 8 to 80 cores."""
+    """By the cost model, on chips of 8 to 80 cores, in the mean of three routings.
+
+    What costs a tenth less as is likely may be passed over where it costs more if a stage costs as much as it may.
+    """
     from bench.metal.chips import CHIPS
-    from bench.metal.model import layer_time
+    from bench.metal.model import time_range
     from bench.metal.work import count
 
     configs, counted = list(gpu_configs(problem)), {}
-    routing = None if problem.experts == 1 else routed(problem)
+    routings = [None] if problem.experts == 1 else [routed(problem, seed) for seed in range(3)]
     for chip in ("M1", "M4", "M2 Pro", "M1 Max", "M4 Max", "M2 Ultra", "M3 Ultra"):
         monkeypatch.setattr(metal, "gpu_cores", lambda cores=CHIPS[chip].cores: cores)
         default = kernels.default(problem)
         for config in {default, *configs} - counted.keys():
-            counted[config] = [c.work for c in count(problem, config, routing=routing)]
-        times = {config: layer_time(work, CHIPS[chip]) for config, work in counted.items()}
-        assert times[default] <= 1.1 * min(times.values()), (chip, default, min(times, key=times.get))
+            counted[config] = [[c.work for c in count(problem, config, routing=r)] for r in routings]
+        times = {config: [time_range(w, CHIPS[chip]) for w in works] for config, works in counted.items()}
+        likely, most = (
+            {config: sum(getattr(t, end) for t in of) for config, of in times.items()} for end in ("likely", "high")
+        )
+        better = [c for c in times if 1.1 * likely[c] < likely[default] and most[c] <= most[default]]
+        assert not better, (chip, default, min(better, key=likely.get))
 
 
 def test_a_gpus_default_follows_from_its_cores(monkeypatch):

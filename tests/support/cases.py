@@ -48,8 +48,8 @@ AXES = {
     "dims": tuple(DIMS),
     # In an order whose selection has no case that hides a planted decoder in its rounding.
     "activation": (
-        *("none", "relu_squared", "mlp_relu_squared", "silu", "mlp_silu"),
-        *("gelu_tanh", "mlp_gelu_tanh", "swiglu_oai"),
+        *("silu", "mlp_gelu_tanh", "swiglu_step", "mlp_relu_squared", "swiglu_oai", "mlp_silu"),
+        *("swiglu_clamped", "none", "relu_squared", "situ", "gelu_tanh"),
     ),
 }
 """The axes of the full product, but for half rates of other codebooks than mul1. Activation "none" is a linear, those
@@ -69,7 +69,7 @@ OPTIONS = {
 }
 """What varies beside the axes; a linear has the first value of each, except for the bias."""
 
-# Standard deviation of gate and up outputs for normal inputs: high enough to reach swiglu_oai's limit of 7.
+# Standard deviation of gate and up outputs for normal inputs: high enough to reach the limit of 7.
 _GAIN = 3.0
 
 

@@ -137,7 +137,7 @@ CONFIGS = {
         "layer_types": ["full_attention", "sliding_attention"],
         "is_moe_layer": [False, True],
     },
-    # A limit in the activation of its experts, for which there is no fused kernel.
+    # Limits that its experts reach.
     "step3p5": {
         "num_attention_groups": 2,
         "moe_num_experts": 4,

@@ -65,7 +65,10 @@ MIXES = ("uniform", "both", "uniform", "bits", "uniform", "codebooks")
 
 
 # With a gate and without, in turn.
-ACTIVATIONS = ("silu", "mlp_relu_squared", "gelu_tanh", "mlp_silu", "swiglu_oai", "mlp_gelu_tanh", "relu_squared")
+ACTIVATIONS = (
+    *("silu", "mlp_relu_squared", "gelu_tanh", "mlp_silu", "swiglu_oai", "mlp_gelu_tanh", "relu_squared"),
+    *("swiglu_clamped", "swiglu_step", "situ"),
+)
 
 
 def legal(values: dict) -> bool:

@@ -53,6 +53,14 @@ def reference_hidden(gate: np.ndarray, up: np.ndarray, activation: str, alpha: f
     if activation == "swiglu_oai":
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit) + 1
         return gate / (1 + np.exp(-alpha * gate)) * up
+    if activation == "swiglu_clamped":
+        gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+        return reference_activation(gate, "silu") * up
+    if activation == "swiglu_step":
+        return np.minimum(reference_activation(gate, "silu"), limit) * np.clip(up, -limit, limit)
+    if activation == "situ":
+        sigmoid = 1 / (1 + np.exp(-gate))
+        return alpha * np.tanh(gate / alpha) * sigmoid * limit * np.tanh(up / limit)
     return reference_activation(gate, activation) * up
 
 

@@ -6,6 +6,7 @@ import json
 import string
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,12 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sum(a * b) / np.sqrt(np.sum(a * a) * np.sum(b * b)))
 
 
+@lru_cache
+def _values(codebook: str) -> np.ndarray:
+    """float32, of each state."""
+    return codec.decode(np.arange(1 << 16, dtype=np.uint16), codebook).astype(np.float32)
+
+
 def stepping_search(tiles: np.ndarray, bits: float, codebook: str, *, threads: int | None = None) -> np.ndarray:
     """Tail-biting states, each the nearest that the one before it allows: far quicker than the real search.
 
@@ -61,7 +68,7 @@ def stepping_search(tiles: np.ndarray, bits: float, codebook: str, *, threads: i
     """
     length = codec.TILE_SIZE // _ARCS
     widths = [codec.half_bits(bits) // 2 + (codec.is_half_rate(bits) and t % 2) for t in range(length)]
-    table = codec.decode(np.arange(1 << 16, dtype=np.uint16), codebook).astype(np.float32)
+    table = _values(codebook)
     targets = tiles.reshape(-1, length)
     states = np.empty(targets.shape, np.uint16)
     rows = np.arange(len(targets))
@@ -73,10 +80,14 @@ def stepping_search(tiles: np.ndarray, bits: float, codebook: str, *, threads: i
             left -= width
             # Of an end that is known, what is fresh here may be a part.
             known = 0 if end is None else min(width, max(0, 16 - left))
-            following = (state << width)[:, None] & 0xFFFF | np.arange(1 << (width - known)) << known
             if known:
+                following = (state << width)[:, None] & 0xFFFF | np.arange(1 << (width - known)) << known
                 following |= (end >> left & (1 << known) - 1)[:, None]
-            state = following[rows, np.abs(table[following] - targets[:, t, None]).argmin(axis=1)]
+                state = following[rows, np.abs(table[following] - targets[:, t, None]).argmin(axis=1)]
+            else:  # the states that follow lie side by side
+                first = state & 0xFFFF >> width
+                values = table.reshape(-1, 1 << width)[first]
+                state = first << width | np.abs(values - targets[:, t, None]).argmin(axis=1)
             states[:, t] = state
         end = state
         state = np.roll(end.reshape(-1, _ARCS), 1, axis=1).ravel()

@@ -22,6 +22,10 @@ def assert_same(got: np.ndarray, wanted: np.ndarray) -> None:
     assert (got.argmax(-1) == wanted.argmax(-1)).all()
 
 
+def assert_experts_are_fused(model) -> None:
+    assert not [m for m in model.modules() if type(m) in (switch_layers.SwitchGLU, switch_layers.SwitchMLP)]
+
+
 def load_dense(case, directory):
     """mlx-vlm's own model of the dense form, in float32."""
     checkpoint = case.checkpoint
@@ -45,6 +49,7 @@ def test_logits_equal_those_of_the_dequantized_weights(name, tmp_path):
         mx.save_safetensors(str(directory / "ngram_embedding.safetensors"), case.tables)
     model, _ = load_exl3_model(directory, host=MLX_VLM)
     assert_same(logits(model, case), wanted)
+    assert_experts_are_fused(model)
     assert set(HALF_RATES) <= set(case.checkpoint.bits.values())
 
 
@@ -78,6 +83,7 @@ def test_logits_of_further_architectures(name, tmp_path):
     tokens = mx.array(np.random.default_rng(7).integers(0, SIZES.vocab, (1, 24)))
     got, wanted = (np.array(MLX_VLM.logits(m, tokens, MLX_VLM.make_cache(m))) for m in (model, dense))
     assert_same(got, wanted)
+    assert_experts_are_fused(model)
 
 
 # What mlx-vlm 0.7.10 has experts in, and no test here: why.

@@ -30,7 +30,28 @@ MARLIN_INLINE V times_sigmoid(V x, V z) {
   return x / (set1(1.0f) + exp(set1(0.0f) - z));
 }
 
-// act(x) * up, or with GATED off act(x).
+// tanh(x) within 5 units in the last place; NaN stays NaN. The rational approximation of degree 13 and 6 that Eigen has
+// (MathFunctionsImpl.h, ptanh_float), on the range outside of which float32 has nothing but +-1.
+MARLIN_INLINE V tanh(V x) {
+  x = min(set1(7.90531111f), max(set1(-7.90531111f), x));
+  V square = x * x;
+  V p = fma(set1(-2.76076847742355e-16f), square, set1(2.00018790482477e-13f));
+  p = fma(p, square, set1(-8.60467152213735e-11f));
+  p = fma(p, square, set1(5.12229709037114e-08f));
+  p = fma(p, square, set1(1.48572235717979e-05f));
+  p = fma(p, square, set1(6.37261928875436e-04f));
+  p = fma(p, square, set1(4.89352455891786e-03f));
+  V q = fma(set1(1.19825839466702e-06f), square, set1(1.18534705686654e-04f));
+  q = fma(q, square, set1(2.26843463243900e-03f));
+  q = fma(q, square, set1(4.89352518554385e-03f));
+  return x * p / q;
+}
+
+MARLIN_INLINE V clamp(V x, float limit) {
+  return max(set1(-limit), min(set1(limit), x));
+}
+
+// By the formulas of ops.trellis_swiglu: act(x) * up, or with GATED off act(x).
 template <int ACTIVATION, bool GATED>
 static void activate_row(float* x, const float* up, int count, float alpha, float limit) {
   for (int i = 0; i < count; i += kLanes) {
@@ -49,10 +70,20 @@ static void activate_row(float* x, const float* up, int count, float alpha, floa
       // NaN stays NaN: max and min give their second operand then.
       g = max(set1(0.0f), g);
       g = g * g;
-    } else {
+    } else if constexpr (ACTIVATION == MARLIN_ACTIVATION_SWIGLU_OAI) {
       g = min(set1(limit), g);
-      factor = max(set1(-limit), min(set1(limit), factor)) + set1(1.0f);
+      factor = clamp(factor, limit) + set1(1.0f);
       g = times_sigmoid(g, set1(alpha) * g);
+    } else if constexpr (ACTIVATION == MARLIN_ACTIVATION_SWIGLU_CLAMPED) {
+      g = min(set1(limit), g);
+      factor = clamp(factor, limit);
+      g = times_sigmoid(g, g);
+    } else if constexpr (ACTIVATION == MARLIN_ACTIVATION_SWIGLU_STEP) {
+      factor = clamp(factor, limit);
+      g = min(set1(limit), times_sigmoid(g, g));
+    } else {
+      g = times_sigmoid(set1(alpha) * tanh(g / set1(alpha)), g);
+      factor = set1(limit) * tanh(factor / set1(limit));
     }
     if constexpr (GATED) {
       g = g * factor;
@@ -72,6 +103,12 @@ static void activate_as(float* x, const float* up, int count, int activation, fl
       return activate_row<MARLIN_ACTIVATION_RELU_SQUARED, GATED>(x, up, count, alpha, limit);
     case MARLIN_ACTIVATION_SWIGLU_OAI:
       return activate_row<MARLIN_ACTIVATION_SWIGLU_OAI, GATED>(x, up, count, alpha, limit);
+    case MARLIN_ACTIVATION_SWIGLU_CLAMPED:
+      return activate_row<MARLIN_ACTIVATION_SWIGLU_CLAMPED, GATED>(x, up, count, alpha, limit);
+    case MARLIN_ACTIVATION_SWIGLU_STEP:
+      return activate_row<MARLIN_ACTIVATION_SWIGLU_STEP, GATED>(x, up, count, alpha, limit);
+    case MARLIN_ACTIVATION_SITU:
+      return activate_row<MARLIN_ACTIVATION_SITU, GATED>(x, up, count, alpha, limit);
   }
 }
 

@@ -12,10 +12,10 @@ import msgspec
 from .. import codec
 from .config import Triple
 
-ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai", "relu_squared")
+ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_oai", "relu_squared", "swiglu_clamped", "swiglu_step", "situ")
 """What the fused kernels apply to the gate, or without one to up; the position is the id that the kernels use."""
 
-UNGATED = tuple(name for name in ACTIVATIONS if name != "swiglu_oai")
+UNGATED = ("silu", "gelu_tanh", "relu_squared")
 """Those that need no gate."""
 
 PROJECTIONS = {"linear": ("weight",), "mlp": ("up", "down"), "swiglu": ("gate", "up", "down")}

@@ -222,9 +222,9 @@ class TrellisSwitchGLU(TrellisSwitch):
         gate: One :class:`TrellisWeight` per expert; or an :class:`ExpertStack` of all.
         up: The same.
         down: The same.
-        activation: ``"silu"``, ``"gelu_tanh"``, ``"relu_squared"`` or ``"swiglu_oai"``. Default: ``"silu"``.
-        alpha: For ``"swiglu_oai"``. Default: ``1.702``.
-        limit: For ``"swiglu_oai"``. Default: ``7.0``.
+        activation: One of those of :func:`~mlx_marlin.trellis_swiglu`. Default: ``"silu"``.
+        alpha: As there. Default: ``1.702``.
+        limit: As there. Default: ``7.0``.
         bank: Instead of gate, up and down: an :class:`ExpertBank`.
     """
 

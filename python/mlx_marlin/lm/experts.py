@@ -26,6 +26,14 @@ from ..weights.trellis import TrellisWeight
 from .host import ExpertsKind, Host
 from .placeholders import LinearSource
 
+# What the hosts' classes call the numbers of an activation.
+_NUMBERS = {
+    "swiglu_oai": {"_alpha": "alpha", "_limit": "limit", "alpha": "alpha", "limit": "limit"},
+    "swiglu_clamped": {"limit": "limit"},
+    "swiglu_step": {"limit": "limit"},
+    "situ": {"beta": "alpha", "linear_beta": "limit"},
+}
+
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 TOP_K_KEYS = (
@@ -71,9 +79,14 @@ def activation_of(host: Host, module: nn.Module) -> Activation | None:
     name = host.activations.get(f"{type(activation).__module__}.{type(activation).__qualname__}{variant}")
     if name is None:
         return None
-    if hasattr(activation, "_alpha"):
-        return Activation(name, float(activation._alpha), float(activation._limit))
-    return Activation(name)
+    if name == "swiglu_oai" and getattr(activation, "beta", 1) != 1:  # MiniMax: what is added to up
+        return None
+    kept = _NUMBERS.get(name, {})
+    numbers = {number: getattr(activation, own) for own, number in kept.items() if hasattr(activation, own)}
+    try:
+        return Activation.checked(name, **numbers)
+    except ValueError:  # no bound, which hosts write as 0 or None
+        return None
 
 
 def make_experts(host: Host, module: nn.Module, stacks: dict[str, ExpertStack]) -> nn.Module:

@@ -50,6 +50,9 @@ class MlxLm(Host):
         "mlx_lm.models.activations.SwigluOAI": "swiglu_oai",
         # mlx-lm 0.31, the last one for Python 3.10: alpha 1.702, limit 7.
         "mlx_lm.models.gpt_oss.SwiGLU": "swiglu_oai",
+        "mlx_lm.models.deepseek_v41.DeepseekV41SwiGLU": "swiglu_clamped",
+        "mlx_lm.models.step3p5.ClampedSwiGLU": "swiglu_step",
+        "mlx_lm.models.kimi_k3.SiTU": "situ",
     }
     linear = TrellisLinear
 

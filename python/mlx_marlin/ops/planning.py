@@ -28,7 +28,7 @@ def plan(
     Args:
         problem: With device ``"gpu"``.
         config: A :class:`KernelConfig` or a kernel name. Default: ``None``, the default for this problem.
-        alpha, limit: For ``"swiglu_oai"``.
+        alpha, limit: Of the activation.
 
     Returns:
         ``{"dispatches": [...], "scratch": {name: bytes}}``. A dispatch has ``kernel`` (a function of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -29,13 +30,16 @@ DTYPE_NAMES = {mx.float32: "float32", mx.float16: "float16", mx.bfloat16: "bfloa
 """What x may be made of, by the name that a :class:`~mlx_marlin.Problem` has for it."""
 
 
+_CLAMPED = ("swiglu_oai", "swiglu_clamped", "swiglu_step")
+
+
 class Activation(NamedTuple):
     """What stands between gate and up, or up alone, on one side and down on the other.
 
     Attributes:
         name: One of :data:`kernels.ACTIVATIONS`.
-        alpha: For ``"swiglu_oai"``.
-        limit: The same.
+        alpha: For ``"swiglu_oai"`` and ``"situ"``.
+        limit: The same, and for ``"swiglu_clamped"`` and ``"swiglu_step"``.
     """
 
     name: str = "silu"
@@ -47,7 +51,8 @@ class Activation(NamedTuple):
         """From a caller's arguments.
 
         Raises:
-            ValueError: If no activation has this name, it needs a gate and there is none, or a number is none.
+            ValueError: If no activation has this name, it needs a gate and there is none, or a number is none or, where
+                it bounds, not positive.
         """
         legal = kernels.ACTIVATIONS if gated else kernels.UNGATED
         if name not in legal:
@@ -56,6 +61,10 @@ class Activation(NamedTuple):
         for what, value in (("alpha", alpha), ("limit", limit)):
             if not isinstance(value, Real):
                 raise ValueError(f"{what} must be a number, got {value!r}")
+        bounds = {"alpha": alpha, "limit": limit} if name == "situ" else {"limit": limit} if name in _CLAMPED else {}
+        for what, value in bounds.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{what} of {name} must be positive and finite, got {value!r}")
         return cls(name, float(alpha), float(limit))
 
 

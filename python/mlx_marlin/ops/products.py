@@ -55,10 +55,16 @@ def trellis_swiglu(
         bank: The experts' weights; bits and codebooks may differ per expert and projection.
         scores: Optional, floating point, shape ``[..., k]``: the top-k sum is then taken inside, in slot order,
             in float32. Default: ``None``.
-        activation: ``"silu"``, ``"gelu_tanh"``, ``"relu_squared"`` or ``"swiglu_oai"`` (gpt-oss: gate clamped above at
-            ``limit``, up to +-``limit``, ``(up + 1) * gate * sigmoid(alpha * gate)``). Default: ``"silu"``.
-        alpha: For ``"swiglu_oai"``. Default: ``1.702``.
-        limit: For ``"swiglu_oai"``. Default: ``7.0``.
+        activation: What is made of gate g and up u, with sigma the sigmoid and c(u) up clamped to +-``limit``. Default:
+            ``"silu"``.
+
+            - ``"silu"``: ``g sigma(g) u``; ``"gelu_tanh"``: ``gelu(g) u``; ``"relu_squared"``: ``max(g, 0)^2 u``
+            - ``"swiglu_oai"`` (gpt-oss): ``g sigma(alpha g) (c(u) + 1)``, g at most ``limit``
+            - ``"swiglu_clamped"`` (DeepSeek V4, GLM-5): ``g sigma(g) c(u)``, g at most ``limit``
+            - ``"swiglu_step"`` (Step 3.5): ``min(g sigma(g), limit) c(u)``
+            - ``"situ"`` (Kimi K3): ``alpha tanh(g / alpha) sigma(g) limit tanh(u / limit)``
+        alpha: Of ``"swiglu_oai"`` and ``"situ"``. Default: ``1.702``.
+        limit: Of all from ``"swiglu_oai"`` on. Default: ``7.0``.
         config: A :class:`KernelConfig` or a kernel name. Default: ``None``, the default for this problem.
         stream: Stream or device. Default: ``None``, the default stream.
 

@@ -74,9 +74,14 @@ def activate(x: np.ndarray, up: np.ndarray | None, activation: str, alpha: float
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) * factor
     if activation == "relu_squared":
         return np.maximum(x, 0) ** 2 * factor
-    if activation == "swiglu_oai":
-        x, factor = np.minimum(x, limit), np.clip(factor, -limit, limit) + 1
-        return x / (1 + np.exp(-alpha * x)) * factor
+    if activation == "situ":
+        return alpha * np.tanh(x / alpha) / (1 + np.exp(-x)) * limit * np.tanh(factor / limit)
+    if activation == "swiglu_step":
+        return np.minimum(x / (1 + np.exp(-x)), limit) * np.clip(factor, -limit, limit)
+    if activation in ("swiglu_oai", "swiglu_clamped"):
+        x, factor = np.minimum(x, limit), np.clip(factor, -limit, limit)
+        slope, shift = (alpha, 1) if activation == "swiglu_oai" else (1, 0)
+        return x / (1 + np.exp(-slope * x)) * (factor + shift)
     return x / (1 + np.exp(-x)) * factor
 
 

@@ -92,7 +92,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="DIR",
         required=True,
-        help="directory of the checkpoint: fp16, bf16, fp32, fp8 in blocks or mxfp4",
+        help="directory of the checkpoint: fp16, bf16, fp32, fp8 in blocks, mxfp4 or nvfp4",
     )
     parser.add_argument(
         "--codebook",

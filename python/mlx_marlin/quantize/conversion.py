@@ -59,7 +59,7 @@ def convert(
     """Quantize a checkpoint that mlx-lm can run into an EXL3 directory, or into several sizes from one measurement.
 
     Args:
-        model: Directory of a Hugging Face checkpoint, fp16, bf16 or fp32, or fp8 in blocks or mxfp4, in the names of
+        model: Directory of a Hugging Face checkpoint, fp16, bf16, fp32, fp8 in blocks, mxfp4 or nvfp4, in the names of
             the original or of mlx-lm.
         output: Directory to be made.
         bits: Stored bits per weight of the quantized layers: codes, suh, svh and biases, without the head. For a list

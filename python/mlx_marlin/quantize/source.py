@@ -33,7 +33,7 @@ _DESCRIBING = frozenset({"config.json", "quantization_config.json", "hf_quant_co
 
 
 class Source:
-    """An unquantized Hugging Face checkpoint, or one whose weights are fp8 in blocks or mxfp4.
+    """An unquantized Hugging Face checkpoint, or one whose weights are fp8 in blocks, mxfp4 or nvfp4.
 
     Args:
         path: Its directory.
@@ -44,7 +44,7 @@ class Source:
     Attributes:
         path: The directory.
         config: config.json.
-        quantization: What config.json says of how the weights are stored, or ``None``.
+        quantization: What config.json or hf_quant_config.json says of how the weights are stored, or ``None``.
         tensors: Where each tensor lies; packed ones by the names that they have unpacked.
     """
 
@@ -80,7 +80,7 @@ class Source:
             )
 
     def _quantization(self) -> dict | None:
-        """``quantization_config``; mlx's own key is refused."""
+        """``quantization_config``, or what stands in its place; mlx's own key is refused."""
         if self.config.get("quantization"):
             raise ValueError(f"{self.path} is already quantized by MLX; convert the original fp16 or bf16 checkpoint")
         parts = (self.config, self.config.get("text_config"))
@@ -89,6 +89,9 @@ class Source:
         )
         if found is not None and not isinstance(found, dict):
             raise ValueError(f"{self.path / 'config.json'}: quantization_config must be an object, got {found!r}")
+        beside = self.path / "hf_quant_config.json"
+        if found is None and beside.is_file():  # of NVIDIA's Model Optimizer, whose older versions leave config.json
+            found = {"quant_method": "modelopt", **read_json(beside)}
         return found
 
     @property
@@ -107,7 +110,7 @@ class Source:
         result = {}
         for name, info in self.tensors.items():
             if isinstance(info, PackedTensor):
-                result[name] = info.array(stored[places[info.codes]], stored[places[info.scales]])
+                result[name] = info.array(*(stored[places[part]] for part in info.parts))
             else:
                 result[name] = stored[name]
         return result

@@ -78,6 +78,13 @@ class MlxVlm(Host):
         "mlx_vlm.models.gemma4.language.GeGLU": "gelu_tanh",
         "mlx_vlm.models.gemma4_text.language.GeGLU": "gelu_tanh",
         "mlx_vlm.models.muse_spark.language.PreciseSwiGLU": "silu",
+        "mlx_vlm.models.deepseek_v4.language.LimitedSwiGLU": "swiglu_clamped",
+        "mlx_vlm.models.glm5_next.language.LimitedSwiGLU": "swiglu_clamped",
+        "mlx_vlm.models.gpt_oss.language.SwiGLU": "swiglu_oai",  # alpha 1.702, limit 7
+        "mlx_vlm.models.kimi_k3.language.SiTU": "situ",
+        "mlx_vlm.models.minimax_m3_vl.language.MiniMaxSwiGLUOAI": "swiglu_oai",
+        "mlx_vlm.models.step3p5.language.ClampedSwiGLU": "swiglu_step",
+        "mlx_vlm.models.step3p7.language.ClampedSwiGLU": "swiglu_step",
     }
     linear = DescribedLinear
     all_to_sharded = AllToShardedDescribedLinear
