@@ -3,11 +3,13 @@
 #include <cstdint>
 #include <utility>
 
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/vector.h>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
+#include "cpu/kernels.h"
 #include "mlx/allocator.h"
 #include "mlx/array.h"
 
@@ -42,12 +44,27 @@ mx::array uninitialized(const std::vector<int>& shape, mx::Dtype dtype) {
   return mx::array(std::move(data), mx::Shape(shape.begin(), shape.end()), dtype);
 }
 
+using Halves = nb::ndarray<const uint16_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<float, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void widen(const Halves& halves, bool is_bfloat, const Floats& into) {
+  if (halves.size() != into.size()) {
+    throw nb::value_error("as many floats as halves are wanted");
+  }
+  nb::gil_scoped_release release;
+  const auto dtype = is_bfloat ? cpu::DType::bfloat16 : cpu::DType::float16;
+  cpu::widen(dtype, halves.data(), static_cast<int64_t>(halves.size()), into.data());
+}
+
 }  // namespace
 
 void bind_buffers(nb::module_& m) {
   m.def(
       "uninitialized", &uninitialized, "shape"_a, "dtype"_a,
       "An array whose memory is to be written before anything is computed from it.");
+  m.def(
+      "widen", &widen, "halves"_a.noconvert(), "is_bfloat"_a, "into"_a.noconvert(),
+      "Halves, or bfloat16 words, as float32. See mlx_marlin.ops.widen.");
 }
 
 }  // namespace mlx_marlin

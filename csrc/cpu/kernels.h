@@ -105,6 +105,9 @@ struct AttentionArgs {
 };
 void attention(const AttentionArgs& args, int threads);
 
+// out[0..count) = x[0..count), halves of either kind as float32, on the calling thread alone.
+void widen(DType dtype, const uint16_t* x, int64_t count, float* out);
+
 // Largest id of ids[0..count) that is >= experts, as its position, or -1: ids are checked before use.
 int64_t find_bad_id(const uint32_t* ids, int64_t count, int experts);
 

@@ -19,4 +19,8 @@ const Tier& tier() {
   return tables[static_cast<int>(instruction_set())]();
 }
 
+void widen(DType dtype, const uint16_t* x, int64_t count, float* out) {
+  tier().widen(dtype, x, count, out);
+}
+
 }  // namespace mlx_marlin::cpu

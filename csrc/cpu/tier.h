@@ -78,6 +78,9 @@ struct Tier {
 
   void (*store)(DType dtype, const float* x, int count, void* out);
 
+  // out = x, halves of either kind.
+  void (*widen)(DType dtype, const uint16_t* x, int64_t count, float* out);
+
   // Rows [16 * tile_row, + 16) of the inner matrix as half, row major.
   void (*decode)(const Codes& codes, int tile_row, uint16_t* out);
 

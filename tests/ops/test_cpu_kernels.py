@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_marlin import _ext, codec
+from mlx_marlin import _ext, codec, ops
 from mlx_marlin.kernels import ACTIVATIONS, UNGATED, KernelConfig, make_name
 from mlx_marlin.kernels.cpu import TILE_ROWS, cpu_threads
 from mlx_marlin.ops import trellis_linear, trellis_mlp, trellis_swiglu
@@ -121,3 +121,21 @@ def test_gradient_is_the_transposed_product(instruction_set):
         _, (grad,) = mx.vjp(lambda x: trellis_linear(x, w), [x], [seed])
         exact = np.array(seed).astype(np.float64) @ codec.dequantize(w).astype(np.float64).T
         assert row_error(np.array(grad), exact) <= TOLERANCE["float32"]
+
+
+def test_every_half_becomes_its_float(instruction_set):
+    words = np.arange(1 << 16, dtype=np.uint16)
+    wanted = {"float16": words.view(np.float16).astype(np.float32), "bfloat16": (words.astype(np.uint32) << 16)}
+    for dtype, values in wanted.items():
+        for count in (0, 1, 15, 67, len(words)):  # ends inside a vector, and what is behind stays
+            floats = np.full(count + 1, 3, np.float32)
+            ops.widen(dtype, words[len(words) - count :], floats[:-1])
+            np.testing.assert_array_equal(floats[:-1], values[len(values) - count :].view(np.float32))
+            assert floats[-1] == 3
+
+
+def test_widening_takes_halves_and_as_many_floats():
+    with pytest.raises(ValueError, match="float16 or bfloat16, got 'float32'"):
+        ops.widen("float32", np.zeros(2, np.uint16), np.zeros(2, np.float32))
+    with pytest.raises(ValueError, match=r"a float for each half, got \[3\] for \[2\]"):
+        ops.widen("float16", np.zeros(2, np.uint16), np.zeros(3, np.float32))

@@ -88,6 +88,8 @@ constexpr int kPanelBlock = 6;
 constexpr int kPanelChains = 2;
 // From this many rows on, a sweep is decoded into memory and multiplied from there.
 constexpr int kPanelRows = 5;
+// From this many rows on, packing and multiplying are interleaved: measured.
+constexpr int kInterleavedRows = 1;
 
 constexpr int lane_row(int step, int, int lane) {
   return kTileRows[4 * step + lane % 4];
@@ -131,10 +133,11 @@ MARLIN_INLINE void add_steps(const V* steps, float* y) {
   }
 }
 
-// Rounds to the 11 significant bits of a half (Veltkamp); scaled = v * 8193, rounded. Exact for every
-// value of every codebook: the tests compare all states.
+// Rounds to the 11 significant bits of a half; scaled = v * 8193, rounded. That is where 8192 v + v loses the bits of v
+// that a half does not have, and subtracting 8192 v rounds nothing. Exact for every value of every codebook: the tests
+// compare all states.
 MARLIN_INLINE V round_to_half(V v, V scaled) {
-  return scaled - (scaled - v);
+  return fma(v, set1(-8192.0f), scaled);
 }
 
 // 32 weights, columns `group` and `group` + 8 of a tile, on their way through the L1 cache: a conversion
@@ -160,6 +163,7 @@ template <int CODEBOOK>
 struct Decoder {
   static constexpr bool kMul1 = CODEBOOK == MARLIN_CODEBOOK_MUL1;
   static constexpr uint32_t kMultiplier = kMul1 ? MARLIN_MUL1_MULTIPLIER : kHalvesMultiplier<CODEBOOK>;
+  static constexpr uint32_t kFlipped = CODEBOOK == MARLIN_CODEBOOK_3INST ? 0x8000 : 0;
 
   explicit Decoder(const Codes& codes)
       : tiles(codes), windows{kByteWindows.by_width[codes.half_bits][0], kByteWindows.by_width[codes.half_bits][1]} {}
@@ -179,10 +183,11 @@ struct Decoder {
   MARLIN_INLINE void unpack(const Packed<CODEBOOK>& packed, V* out) const {
     unroll<kSteps>([&](auto s) MARLIN_LAMBDA {
       if constexpr (kMul1) {
-        // Both are exact before the rounding: all terms are short multiples of 2^-18.
+        // 8193 v, rounded, less 8192 v: see round_to_half. Both are exact before that: all terms are short multiples of
+        // 2^-18.
         constexpr float scale = kMul1Scale, offset = kMul1Offset - 1024 * kMul1Scale;
         V sum = packed.get(0, s);
-        out[s] = round_to_half(fma(sum, set1(scale), set1(offset)), fma(sum, set1(8193 * scale), set1(8193 * offset)));
+        out[s] = fma(sum, set1(8193 * scale), set1(8193 * offset)) - fma(sum, set1(8192 * scale), set1(8192 * offset));
       } else {
         V v = packed.get(0, s) + packed.get(1, s);  // exact: the exponents differ by 3 at most
         out[s] = round_to_half(v, v * set1(8193.0f));
@@ -259,14 +264,14 @@ struct Decoder {
     } else {
       __m256i low = product.low, high = product.high;
       if constexpr (CODEBOOK == MARLIN_CODEBOOK_3INST) {
-        __m256i increment = set1_word(kHalvesIncrement<CODEBOOK>);
-        low = _mm256_add_epi16(low, increment);
-        __m256i no_carry = _mm256_cmpeq_epi16(_mm256_max_epu16(low, increment), low);
-        high = _mm256_add_epi16(high, set1_word((kHalvesIncrement<CODEBOOK> >> 16) + 1));
-        high = _mm256_add_epi16(high, no_carry);
+        // With its highest bit flipped, as comparisons have signs: flipped back with the others.
+        constexpr uint32_t increment = kHalvesIncrement<CODEBOOK>;
+        low = _mm256_add_epi16(low, set1_word(increment ^ kFlipped));
+        __m256i carry = _mm256_cmpgt_epi16(set1_word(increment ^ kFlipped), low);  // 0 or -1
+        high = _mm256_sub_epi16(_mm256_add_epi16(high, set1_word(increment >> 16)), carry);
       }
       __m256i mask = set1_word(MARLIN_HALVES_MASK);  // both masks are 0x8fff
-      packed.put(0, pair, _mm256_xor_si256(_mm256_and_si256(low, mask), set1_word(MARLIN_HALVES_XOR)));
+      packed.put(0, pair, _mm256_xor_si256(_mm256_and_si256(low, mask), set1_word(MARLIN_HALVES_XOR ^ kFlipped)));
       packed.put(1, pair, _mm256_xor_si256(_mm256_and_si256(high, mask), set1_word(MARLIN_HALVES_XOR >> 16)));
     }
   }

@@ -90,6 +90,8 @@ constexpr int kPanelBlock = 6;
 constexpr int kPanelChains = 4;
 // From this many rows on, a sweep is decoded into memory and multiplied from there.
 constexpr int kPanelRows = 9;
+// From this many rows on, packing and multiplying are interleaved: measured, one row takes longer.
+constexpr int kInterleavedRows = 2;
 
 constexpr int lane_row(int, int, int lane) {
   return kTileRows[lane];
@@ -185,10 +187,11 @@ struct alignas(64) Windows {
 
 inline constexpr WindowTable<Windows> kWindows;
 
-// Rounds to the 11 significant bits of a half (Veltkamp); scaled = v * 8193, rounded. Exact for every
-// value of every codebook: the tests compare all states.
+// Rounds to the 11 significant bits of a half; scaled = v * 8193, rounded. That is where 8192 v + v loses the bits of v
+// that a half does not have, and subtracting 8192 v rounds nothing. Exact for every value of every codebook: the tests
+// compare all states.
 MARLIN_INLINE V round_to_half(V v, V scaled) {
-  return scaled - (scaled - v);
+  return fma(v, set1(-8192.0f), scaled);
 }
 
 // 32 weights, columns `group` and `group` + 8 of a tile, on their way through the L1 cache: a conversion
@@ -332,10 +335,11 @@ struct Decoder {
       out[half] = packed.get(0, half);
 #else
       if constexpr (CODEBOOK == MARLIN_CODEBOOK_MUL1) {
-        // Both are exact before the rounding: all terms are short multiples of 2^-18.
+        // 8193 v, rounded, less 8192 v: see round_to_half. Both are exact before that: all terms are short multiples of
+        // 2^-18.
         constexpr float scale = kMul1Scale, offset = kMul1Offset - 1024 * kMul1Scale;
         V s = packed.get(0, half);
-        out[half] = round_to_half(fma(s, set1(scale), set1(offset)), fma(s, set1(8193 * scale), set1(8193 * offset)));
+        out[half] = fma(s, set1(8193 * scale), set1(8193 * offset)) - fma(s, set1(8192 * scale), set1(8192 * offset));
       } else {
         V v = packed.get(0, half) + packed.get(1, half);  // exact: the exponents differ by 3 at most
         out[half] = round_to_half(v, v * set1(8193.0f));

@@ -82,6 +82,8 @@ constexpr int kPanelBlock = 6;
 constexpr int kPanelChains = 4;
 // From this many rows on, a sweep is decoded into memory and multiplied from there.
 constexpr int kPanelRows = 5;
+// Packing and multiplying are not interleaved: what it would bring was never measured.
+constexpr int kInterleavedRows = kPanelRows;
 
 constexpr int lane_row(int step, int, int lane) {
   return kTileRows[4 * step + lane];
@@ -126,11 +128,11 @@ MARLIN_INLINE void add_steps(const V* steps, float* y) {
   }
 }
 
-// Rounds to the 11 significant bits of a half (Veltkamp). Exact for every value of every codebook: the
-// tests compare all states.
+// Rounds to the 11 significant bits of a half: 8192 v + v loses the bits of v that a half does not have, and subtracting
+// 8192 v rounds nothing. Exact for every value of every codebook: the tests compare all states.
 MARLIN_INLINE V round_to_half(V v) {
   V scaled = vmulq_f32(v, set1(8193.0f));
-  return vsubq_f32(scaled, vsubq_f32(scaled, v));
+  return vfmsq_f32(scaled, v, set1(8192.0f));
 }
 
 // 32 weights, columns `group` and `group` + 8 of a tile: [step][half][row].

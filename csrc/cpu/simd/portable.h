@@ -122,6 +122,8 @@ constexpr int kPanelBlock = 2;
 constexpr int kPanelChains = 4;
 // From this many rows on, a sweep is decoded into memory and multiplied from there.
 constexpr int kPanelRows = 3;
+// Packing and multiplying are not interleaved: nothing is packed.
+constexpr int kInterleavedRows = kPanelRows;
 
 constexpr int lane_row(int step, int, int lane) {
   return kTileRows[4 * step + lane];

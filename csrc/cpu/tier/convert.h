@@ -55,6 +55,25 @@ static void store(DType dtype, const float* x, int count, void* out) {
   }
 }
 
+template <DType T>
+static void widen_as(const uint16_t* x, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    store(out + i, load_as<T>(x, i));
+  }
+  if (i < count) {
+    alignas(64) uint16_t tail[kLanes] = {};
+    alignas(64) float converted[kLanes];
+    std::memcpy(tail, x + i, (count - i) * sizeof(uint16_t));
+    store(converted, load_as<T>(tail, 0));
+    std::memcpy(out + i, converted, (count - i) * sizeof(float));
+  }
+}
+
+static void widen(DType dtype, const uint16_t* x, int64_t count, float* out) {
+  return dtype == DType::float16 ? widen_as<DType::float16>(x, count, out) : widen_as<DType::bfloat16>(x, count, out);
+}
+
 static void add_scaled(float* y, const float* x, float score, int count) {
   V s = set1(score);
   int i = 0;

@@ -53,6 +53,29 @@ constexpr int kSweepGroups = ROWS <= 2 ? 8 / ROWS
     : ROWS <= 4                        ? 2
                                        : 1;
 
+// Whether the next eight groups are packed one by one, each in the place of one that was multiplied: shuffles and
+// integers then find work beside the floats all the time. With one group of a tile at a time it takes longer.
+template <int ROWS>
+constexpr bool kInterleaved = ROWS >= kInterleavedRows && kSweepGroups<ROWS> > 1;
+
+// acc += x * the weights of group GROUP of those that a sweep multiplies, for ROWS rows.
+template <int ROWS, int GROUP, int CODEBOOK>
+MARLIN_INLINE void multiply_group(
+    const Decoder<CODEBOOK>& decoder, const Packed<CODEBOOK>& packed, const float* x, V* acc) {
+  constexpr int chains = kSweepGroups<ROWS> * kGroupChains;
+  V w[kGroupVectors];
+  decoder.unpack(packed, w);
+  unroll<kSteps>([&](auto s) MARLIN_LAMBDA {
+    unroll<ROWS>([&](auto r) MARLIN_LAMBDA {
+      V value = load_step(x + r * MARLIN_TILE, s);
+      unroll<kGroupChains>([&](auto c) MARLIN_LAMBDA {
+        V& sum = acc[r * chains + GROUP * kGroupChains + c];
+        sum = fma(w[s * kGroupChains + c], value, sum);
+      });
+    });
+  });
+}
+
 // sums[row * kChains + chain] += x * tiles for chains of groups [first, first + kSweepGroups).
 //
 // Eight groups are packed before the first of them is unpacked and multiplied: the chain from the codes
@@ -79,20 +102,21 @@ static void sweep(
         decoder.template pack<FIRST && g == 0>(tile, first + g, packed[d * groups + g]);
       });
     }
-    for (int d = 0; d < depth; ++d, x += ROWS * MARLIN_TILE) {
-      unroll<groups>([&](auto g) MARLIN_LAMBDA {
-        V w[kGroupVectors];
-        decoder.unpack(packed[d * groups + g], w);
-        unroll<kSteps>([&](auto s) MARLIN_LAMBDA {
-          unroll<ROWS>([&](auto r) MARLIN_LAMBDA {
-            V value = load_step(x + r * MARLIN_TILE, s);
-            unroll<kGroupChains>([&](auto c) MARLIN_LAMBDA {
-              V& sum = acc[r * chains + g * kGroupChains + c];
-              sum = fma(w[s * kGroupChains + c], value, sum);
-            });
+    if constexpr (kInterleaved<ROWS>) {
+      for (; t + depth < tiles; t += depth) {
+        for (int d = 0; d < depth; ++d, tile += stride, x += ROWS * MARLIN_TILE) {
+          if constexpr (FIRST) {
+            prefetch_tile(tile + ahead, decoder.bytes());
+          }
+          unroll<groups>([&](auto g) MARLIN_LAMBDA {
+            multiply_group<ROWS, g>(decoder, packed[d * groups + g], x, acc);
+            decoder.template pack<FIRST && g == 0>(tile, first + g, packed[d * groups + g]);
           });
-        });
-      });
+        }
+      }
+    }
+    for (int d = 0; d < depth; ++d, x += ROWS * MARLIN_TILE) {
+      unroll<groups>([&](auto g) MARLIN_LAMBDA { multiply_group<ROWS, g>(decoder, packed[d * groups + g], x, acc); });
     }
   }
   unroll<ROWS>([&](auto r) MARLIN_LAMBDA {

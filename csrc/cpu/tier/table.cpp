@@ -35,6 +35,7 @@ static const Tier table = {
     activate,
     add_scaled,
     store,
+    widen,
     decode_tile_row,
     embed,
     attend,

@@ -173,7 +173,7 @@ def _place(mapping: WeightMap, checkpoint: _Checkpoint, key: str, codes: np.ndar
             raise ValueError(
                 f"{where}, where the model has {module.weight.shape[0]} experts; the checkpoint has {len(codes)}"
             )
-        sources = [placeholders.read(f"{key}[{e}]", c[:, 0], module.weight.shape[1]) for e, c in enumerate(codes)]
+        sources = placeholders.read_experts(key, codes[..., 0], module.weight.shape[1])
         # In the order of the kind, whatever that of the checkpoint is.
         found = {**mapping.experts.get(parent, {}), projection: sources}
         mapping.experts[parent] = {name: found[name] for name in kind.projections if name in found}
@@ -299,6 +299,8 @@ def _check_complete(model: nn.Module, checkpoint: _Checkpoint, mapping: WeightMa
                 f"but the model wants {list(value.shape)}"
             )
     extra = [key for key in mapping.dense if key not in parameters]
+    if not extra:
+        return
     parts = parts_of((*extra, *loader.quantized, *loader.unquantized), checkpoint.layers)
     for key in extra:
         if key not in parts or checkpoint.host.uses(parts[key]):

@@ -7,6 +7,7 @@ Whatever can be wrong is found before the first weight is read.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
@@ -192,7 +193,8 @@ def read_dense(stored: dict[str, TensorInfo], dense: dict[str, mx.array]) -> dic
         read[path] = ops.uninitialized(info.shape, dtype)
         # NumPy has no bfloat16; bytes do for what is not widened.
         shared = read[path] if dtype == mx.float32 else read[path].view(mx.uint16)
-        reads.append(info.into(np.array(shared, copy=False)))
+        widen = None if dtype == stored_dtype else partial(ops.widen, DTYPE_NAMES[stored_dtype])
+        reads.append(info.into(np.array(shared, copy=False), widen))
     read_all(reads)
     return read
 
@@ -382,6 +384,7 @@ def load_exl3_model(
         ValueError: If the directory cannot be loaded; the message names file and tensor.
     """
     dtype, accuracy = activation_dtype(dtype), kernels.checked_accuracy(accuracy)
+    gc.collect()  # a model that nothing refers to any more may be in a cycle, and two would be in memory
     with unchanged(Path(model_path)):
         model, config, mapping = open_checkpoint(Path(model_path), model_config, host)
         fill(model, mapping, config, dtype, accuracy, lazy=lazy, progress=progress)

@@ -19,6 +19,9 @@ from ..loader.exl3 import PlainLinear, QuantizedLinear
 # Phixtral calls them moe.mlp.
 EXPERT = re.compile(r"(?P<block>(?P<layer>.+)\.(?:experts|moe\.mlp))\.(?P<expert>\d{1,9})\.(?P<projection>\w+)")
 
+# Placeholders that one operation makes: each of its outputs keeps a list of the others.
+_AT_ONCE = 128
+
 
 @dataclass(frozen=True)
 class LinearSource:
@@ -61,12 +64,17 @@ class Placeholders:
         self.linears: list[QuantizedLinear | PlainLinear] = [*loader.linears.values(), *self.plain]
 
     def make(self) -> dict[str, mx.array]:
-        rows = {n: mx.arange(n, dtype=mx.uint64)[:, None] for n in {linear.padded_shape[1] for linear in self.linears}}
-        mx.eval(list(rows.values()))
-        return {
-            f"{linear.name}.weight": rows[linear.padded_shape[1]] + mx.array(number << 32, mx.uint64)
-            for number, linear in enumerate(self.linears)
-        }
+        alike: dict[int, list[int]] = {}
+        for number, linear in enumerate(self.linears):
+            alike.setdefault(linear.padded_shape[1], []).append(number)
+        made: dict[int, mx.array] = {}
+        for count, numbers in alike.items():
+            for begin in range(0, len(numbers), _AT_ONCE):
+                some = numbers[begin : begin + _AT_ONCE]
+                codes = mx.array(np.array(some, np.uint64) << 32)[:, None] + mx.arange(count, dtype=mx.uint64)
+                made.update(zip(some, mx.split(codes.reshape(-1, 1), len(some))))
+        mx.eval(list(made.values()))
+        return {f"{linear.name}.weight": made[number] for number, linear in enumerate(self.linears)}
 
     def read_joined(self, path: str, codes: np.ndarray, logical: int) -> list[tuple[LinearSource, int]]:
         """The sources of a weight that the host joins of several, in the order of its rows, and how many each has.
@@ -83,6 +91,23 @@ class Placeholders:
             names = ", ".join(self.linears[int(part[0] >> 32)].name for part in parts)
             raise ValueError(f"{self.directory}: {names} have {len(codes)} outputs, but {path} wants {logical}")
         return [(self.read(path, part, len(part)), len(part)) for part in parts]
+
+    def read_experts(self, path: str, codes: np.ndarray, logical: int) -> list[LinearSource]:
+        """The sources of a projection of experts with these codes ``[experts, rows]``, by expert.
+
+        All are looked at at once: as a rule each is a linear as it is stored, and there are thousands.
+        """
+        count = codes.shape[1]
+        firsts = codes[:, :1]
+        in_order = (codes - firsts == np.arange(count, dtype=codes.dtype)).all(axis=1) & (firsts[:, 0] % 2**32 == 0)
+        sources = []
+        for e, (number, is_whole) in enumerate(zip((firsts[:, 0] >> 32).tolist(), in_order.tolist())):
+            linear = self.linears[number]
+            if is_whole and linear.padded_shape[1] == count == logical:
+                sources.append(LinearSource(linear, None))
+            else:
+                sources.append(self.read(f"{path}[{e}]", codes[e], logical))
+        return sources
 
     def read(self, path: str, codes: np.ndarray, logical: int) -> LinearSource:
         """The source of a weight with these codes that has ``logical`` rows in the model."""

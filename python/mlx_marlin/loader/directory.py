@@ -198,11 +198,18 @@ class TrellisModelLoader:
         tensors = read_tensors(self.directory)
         self.embeddings = find_embeddings(tensors)
         used = {f"{e.name}.{suffix}" for e in self.embeddings.values() for suffix in e.parts}
-        linears = [name for name in tensors if name not in used and name.rpartition(".")[2] in QUANTIZED_SUFFIXES]
-        names = {name.rpartition(".")[0] for name in linears}
+        suffixes = (*QUANTIZED_SUFFIXES, "bias", "scale")
+        parts: dict[str, dict[str, TensorInfo]] = {}
+        names = set()
+        for name, info in tensors.items():
+            stem, _, suffix = name.rpartition(".")
+            if suffix in suffixes:
+                parts.setdefault(stem, {})[suffix] = info
+                if suffix in QUANTIZED_SUFFIXES and name not in used:
+                    names.add(stem)
         for name in sorted(names, key=_natural_key):
-            suffixes = (*QUANTIZED_SUFFIXES, "bias", "scale")
-            linear = QuantizedLinear(name, {s: tensors[f"{name}.{s}"] for s in suffixes if f"{name}.{s}" in tensors})
+            found = parts[name]
+            linear = QuantizedLinear(name, {suffix: found[suffix] for suffix in suffixes if suffix in found})
             linear.check()
             if f"{name}.weight" in tensors:
                 raise ValueError(f"{tensors[name + '.weight'].file}: {name} has both .weight and .trellis")

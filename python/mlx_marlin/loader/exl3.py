@@ -5,6 +5,7 @@ Of quantized tensors, a range of rows reads only its bytes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,8 +246,7 @@ def check_markers(linears: Iterable[QuantizedLinear]) -> None:
     for file, places in markers.items():
         with open(file, "rb", buffering=0) as stream:  # there are thousands, four bytes each
             for start, name, suffix in sorted(places):
-                stream.seek(start)
-                value, wanted = int.from_bytes(stream.read(4), "little"), MARKERS[suffix]
+                value, wanted = int.from_bytes(os.pread(stream.fileno(), 4, start), "little"), MARKERS[suffix]
                 if value != wanted:
                     raise ValueError(
                         f"{file}: {name}.{suffix} holds {value:#010x}, but the codebook of this name has "

@@ -45,6 +45,7 @@ from .runtime import (
     replace_sgemm,
     set_num_threads,
     uninitialized,
+    widen,
 )
 from .search import CODEBOOK_MULTIPLIERS, search_fault, searches_on_gpu, viterbi_search
 from .stacks import BUILD_LOCK, Stack, half_scales, prepare, prepare_weight, with_parameters
@@ -93,6 +94,7 @@ __all__ = [
     "trellis_swiglu",
     "uninitialized",
     "viterbi_search",
+    "widen",
     "with_parameters",
 ]
 

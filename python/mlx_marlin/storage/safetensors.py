@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from . import atomic
-from .reads import Read, read_all
+from .reads import Read, Widen, read_all
 from .untrusted import check_genuine, parse_json
 
 # The header limit of the reference implementation (safetensors/src/tensor.rs, MAX_HEADER_SIZE).
@@ -64,17 +64,20 @@ class TensorInfo(NamedTuple):
         read_all([Read(self.file, self.start, values)])
         return values
 
-    def into(self, values: np.ndarray) -> Read:
-        """What reads the tensor into an array of its size, halves as float32 where the array is that.
+    def into(self, values: np.ndarray, widen: Widen | None = None) -> Read:
+        """What reads the tensor into an array of its size.
+
+        Args:
+            values: The array, contiguous.
+            widen: Of a tensor of halves into float32: what makes the one of the other. Default: ``None``, nothing.
 
         Raises:
-            ValueError: If the array has another size or dtype.
+            ValueError: If the array has another size.
         """
-        if self.dtype in ("F16", "BF16") and values.dtype == np.float32 and 2 * self.nbytes == values.nbytes:
-            return Read(self.file, self.start, values, self.dtype)
-        if values.nbytes != self.nbytes:
+        nbytes = values.nbytes if widen is None else values.nbytes // 2
+        if nbytes != self.nbytes:
             raise ValueError(f"{self.file}: {self.nbytes} bytes of a tensor do not fit into {values.nbytes}")
-        return Read(self.file, self.start, values)
+        return Read(self.file, self.start, values, widen)
 
     def rows(self, first: int, stop: int) -> np.ndarray:
         """A range along the first axis, of which alone the bytes are read.
