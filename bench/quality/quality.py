@@ -138,11 +138,13 @@ def table(rows: list[dict]) -> str:
 def plot(rows: list[dict], path: Path) -> None:
     """KL against bits as an SVG: logarithmic KL from 0.001 to 1, bits from 1.5 to 5."""
     kinds = sorted({row["kind"] for row in rows})
-    colours = dict(zip(kinds, ("#1b6ca8", "#c0392b", "#2e8b57", "#b8860b", "#7d3c98", "#555555", "#d2691e", "#008080")))
+    whole = ", whole rates"  # dashed, in the colour of the same kind with half rates
+    hues = ("#1b6ca8", "#c0392b", "#2e8b57", "#b8860b", "#7d3c98", "#555555", "#d2691e", "#008080")
+    colours = dict(zip(dict.fromkeys(kind.removesuffix(whole) for kind in kinds), hues, strict=False))
     x = lambda bits: 60 + (bits - 1.5) / 3.5 * 520  # noqa: E731
     y = lambda kl: 380 - (np.log10(max(kl, 1e-3)) + 3) / 3 * 340  # noqa: E731
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="820" height="430" font-family="sans-serif" font-size="12">'
+        '<svg xmlns="http://www.w3.org/2000/svg" width="860" height="430" font-family="sans-serif" font-size="12">'
     ]
     for bits in (2, 2.5, 3, 3.5, 4, 4.5):
         parts.append(f'<text x="{x(bits):.0f}" y="400" text-anchor="middle">{bits}</text>')
@@ -154,9 +156,11 @@ def plot(rows: list[dict], path: Path) -> None:
     for i, kind in enumerate(kinds):
         points = sorted((row["bits"], row["kl"]) for row in rows if row["kind"] == kind)
         line = " ".join(f"{x(b):.1f},{y(k):.1f}" for b, k in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colours[kind]}"/>')
-        parts += [f'<circle cx="{x(b):.1f}" cy="{y(k):.1f}" r="3.5" fill="{colours[kind]}"/>' for b, k in points]
-        parts.append(f'<text x="600" y="{60 + 20 * i}" fill="{colours[kind]}">{kind}</text>')
+        colour, dashes = colours[kind.removesuffix(whole)], ' stroke-dasharray="5 3"' if kind.endswith(whole) else ""
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}"{dashes}/>')
+        parts += [f'<circle cx="{x(b):.1f}" cy="{y(k):.1f}" r="3.5" fill="{colour}"/>' for b, k in points]
+        parts.append(f'<line x1="596" x2="624" y1="{56 + 20 * i}" y2="{56 + 20 * i}" stroke="{colour}"{dashes}/>')
+        parts.append(f'<text x="630" y="{60 + 20 * i}" fill="{colour}">{kind}</text>')
     atomic.write_text(path, "\n".join([*parts, "</svg>\n"]))
 
 
