@@ -16,7 +16,8 @@ struct Encoder {
   void (*run)(const float* tiles, int count, const float* values, const float* table, float* scratch, uint16_t* states);
 };
 
-// Encoders for K = 1, 1.5, 2, 2.5, 3, 3.5, 4 .. 8 at position 2 * K; the others have no tiles. Those that the target's architecture lacks are not defined.
+// Encoders for K = 1, 1.5, 2, 2.5, 3, 3.5, 4 .. 8 at position 2 * K; the others have no tiles. Those that the target's
+// architecture lacks are not defined.
 const Encoder* encoders_baseline();
 const Encoder* encoders_avx2();
 const Encoder* encoders_avx512();

@@ -88,7 +88,7 @@ def selection() -> list:
         linear = row["kernel"] == "linear"
         turn = MIXES[mixed[row["variant"]] % len(MIXES)]
         # A half rate brings its codebook with it; the mix that it cannot have waits for the next case.
-        mix = turn if cases.legal({"bits": row["bits"], "codebook": row["codebook"], "mix": turn}) else "both"
+        mix = turn if cases.legal({"bits": row["bits"], "codebook": row["codebook"], "mix": turn}) else "bits"
         dims = list(cases.DIMS)[i % len(cases.DIMS)]
         options = (
             {}
