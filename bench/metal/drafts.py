@@ -1,8 +1,8 @@
 """Predicted: how many tokens of a draft must be right for its verification to pay, by chip and rows.
 
 A layer of Qwen3-30B-A3B, its experts and its linears, at 3 bits. Rows choose experts at random, as in layer.py: 8 rows
-take 52 experts. Each call has the fastest of its default and a few configs for single rows. What a step costs beside
-that (attention, the drafter, mlx-vlm itself) is left out.
+take 52 experts. Each call has the default of its chip. What a step costs beside that (attention, the drafter, mlx-vlm
+itself) is left out.
 
     python -m bench.metal.drafts
 """
@@ -10,9 +10,7 @@ that (attention, the drafter, mlx-vlm itself) is left out.
 from __future__ import annotations
 
 from bench.metal.chips import CHIPS, Chip
-from bench.metal.predict import predicted_us, qwen3_30b
-from mlx_marlin import kernels
-from mlx_marlin.kernels.config import KernelConfig
+from bench.metal.predict import default_on, predicted_us, qwen3_30b
 from mlx_marlin.kernels.problem import Problem
 
 ROWS = (1, 2, 4, 8)
@@ -21,14 +19,8 @@ BITS = 3
 LINEARS = ((2048, 4096), (2048, 512), (2048, 512), (4096, 2048))
 
 
-# Columns and simdgroups of the variant for single rows: what predict.py ranks first, by chip.
-TILES = ((64, 8), (128, 8), (128, 12))
-
-
 def _us(problem: Problem, chip: Chip) -> float:
-    decode = [KernelConfig(kernels.make_name("decode"), 1, *tiles, True, "decode") for tiles in TILES]
-    configs = [kernels.default(problem), *(c for c in decode if kernels.feasible(problem, c) is None)]
-    return min(predicted_us(problem, config, chip) for config in configs)
+    return predicted_us(problem, default_on(problem, chip), chip)
 
 
 def layer(chip: Chip, rows: int) -> tuple[float, float]:
