@@ -17,8 +17,7 @@ _TILES_PER_CORE = 16  # what conversions have at work
 
 def faults() -> dict[str, str]:
     """What is wrong with the search, by width and codebook; nothing for those that are right."""
-    formats = [(b, c) for b in codec.WIDTHS for c in codec.CODEBOOKS if c == "mul1" or not codec.is_half_rate(b)]
-    found = {f"trellis_viterbi of {c} at {b} bits": ops.search_fault(b, c) for b, c in formats}
+    found = {f"trellis_viterbi of {c} at {b} bits": ops.search_fault(b, c) for b, c in codec.FORMATS}
     return {name: fault for name, fault in found.items() if fault}
 
 

@@ -210,7 +210,7 @@ def _inner_loops() -> dict:
     table = {}
     for codebook in CODEBOOKS:
         for bits in codec.WIDTHS:
-            if codec.is_half_rate(bits) and codebook != "mul1":
+            if (bits, codebook) not in codec.FORMATS:
                 continue
             problem = qwen3_30b(bits, codebook=codebook)
             one = replace(problem, experts=1, top_k=1, combine=False)

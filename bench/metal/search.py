@@ -11,9 +11,10 @@ from functools import cache
 
 from bench.metal.chips import CHIPS, SATURATING_SIMDGROUPS, SCHEDULERS, Chip, End
 from bench.metal.model import scheduler_cycles
-from mlx_marlin import _ext, codec
+from mlx_marlin import codec
 from mlx_marlin.profile.uncertainty import Range
 from tests.support import metal_counts
+from tests.support.metal_executor import viterbi_plan
 
 SHOWN = ("M1", "M2 Max", "M4", "M4 Max", "M5", "M5 Max")
 WIDTHS = (2, 2.5, 3, 4)
@@ -70,7 +71,7 @@ def core_clocks(bits: float, codebook: str, chip: Chip, end: End) -> float:
 
 def history_bytes(bits: float, codebook: str) -> float:
     """Bytes of kept minima that a tile writes and reads: the first pass half of them, the second all."""
-    (kept,) = _ext.plan_viterbi(1, codec.half_bits(bits), codec.CODEBOOKS.index(codebook))["scratch"].values()
+    (kept,) = viterbi_plan(1, bits, codebook)["scratch"].values()
     return 2 * 1.5 * kept
 
 

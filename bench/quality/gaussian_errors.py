@@ -18,6 +18,7 @@ import numpy as np
 
 from mlx_marlin import codec, ops
 from mlx_marlin.quantize.regularise import GAUSSIAN_ERRORS
+from mlx_marlin.quantize.settings import all_widths
 from mlx_marlin.storage import atomic
 
 # 1 is near every codebook's best scale, at 1/4 and at 4 the error is several times the least. Between neighbours, a
@@ -40,7 +41,7 @@ def main() -> None:
     tiles = parser.parse_args().tiles
     rows = []
     for codebook in codec.CODEBOOKS:
-        for bits in (k for k in codec.WIDTHS if codebook == "mul1" or not codec.is_half_rate(k)):
+        for bits in all_widths(codebook):
             print(f"{codebook} at {bits} bits", file=sys.stderr)
             found = [round(e, 5) for e in log_errors(codebook, bits, tiles)]
             rows.append(json.dumps({"codebook": codebook, "bits": bits, "log_errors": found}))

@@ -32,13 +32,14 @@ mx::array activate(const std::vector<mx::array>& products, const SwigluCall& cal
   const auto gating = [&](const mx::array& activated) {
     return call.gated ? mx::multiply(activated, products[1], s) : activated;
   };
+  const auto swish = [&](const mx::array& a) { return mx::multiply(a, mx::sigmoid(a, s), s); };
   const auto clamped = [&](const mx::array& up) { return mx::clip(up, f32(-call.limit), f32(call.limit), s); };
   const auto saturated = [&](const mx::array& a, float bound) {
     return mx::multiply(f32(bound), mx::tanh(mx::divide(a, f32(bound), s), s), s);
   };
   switch (call.activation) {
     case MARLIN_ACTIVATION_SILU:
-      return gating(mx::multiply(x, mx::sigmoid(x, s), s));
+      return gating(swish(x));
     case MARLIN_ACTIVATION_GELU_TANH: {
       // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), Hendrycks and Gimpel, 2016.
       const mx::array cube = mx::multiply(mx::multiply(x, x, s), x, s);
@@ -50,18 +51,14 @@ mx::array activate(const std::vector<mx::array>& products, const SwigluCall& cal
     case MARLIN_ACTIVATION_SITU:
       return mx::multiply(
           mx::multiply(saturated(x, call.alpha), mx::sigmoid(x, s), s), saturated(products[1], call.limit), s);
-    case MARLIN_ACTIVATION_SWIGLU_STEP: {
-      const mx::array swish = mx::multiply(x, mx::sigmoid(x, s), s);
-      return mx::multiply(mx::minimum(swish, f32(call.limit), s), clamped(products[1]), s);
-    }
-    case MARLIN_ACTIVATION_SWIGLU_CLAMPED: {
-      const mx::array g = mx::minimum(x, f32(call.limit), s);
-      return mx::multiply(mx::multiply(g, mx::sigmoid(g, s), s), clamped(products[1]), s);
-    }
+    case MARLIN_ACTIVATION_SWIGLU_STEP:
+      return mx::multiply(mx::minimum(swish(x), f32(call.limit), s), clamped(products[1]), s);
+    case MARLIN_ACTIVATION_SWIGLU_CLAMPED:
+      return mx::multiply(swish(mx::minimum(x, f32(call.limit), s)), clamped(products[1]), s);
     default: {
       const mx::array g = mx::minimum(x, f32(call.limit), s);
-      const mx::array swish = mx::multiply(g, mx::sigmoid(mx::multiply(f32(call.alpha), g, s), s), s);
-      return mx::multiply(swish, mx::add(clamped(products[1]), f32(1.0f), s), s);
+      const mx::array gate = mx::multiply(g, mx::sigmoid(mx::multiply(f32(call.alpha), g, s), s), s);
+      return mx::multiply(gate, mx::add(clamped(products[1]), f32(1.0f), s), s);
     }
   }
 }

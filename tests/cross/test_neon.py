@@ -81,7 +81,7 @@ def test_search_under_qemu(search_driver, bits, tmp_path):
     """The states that this machine's own search finds, the tail of a batch included."""
     tiles = np.random.default_rng(codec.half_bits(bits)).standard_normal((1, codec.TILE_SIZE)).astype(np.float16)
     files = [tmp_path / name for name in ("values", "tiles", "states")]
-    codec.decode(np.arange(1 << 16, dtype=np.uint16), "mul1").astype(np.float32).tofile(files[0])
+    codec.codebook_values("mul1").astype(np.float32).tofile(files[0])
     tiles.astype(np.float32).tofile(files[1])
     subprocess.run(
         [QEMU, "-cpu", "max", str(search_driver), "neon", str(codec.half_bits(bits)), *map(str, files)], check=True

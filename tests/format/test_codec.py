@@ -27,6 +27,11 @@ def test_every_state_of_a_codebook(codebook):
     expected = golden.load("codebooks")[f"t_{codebook}"]
     values = codec.decode(np.arange(1 << 16, dtype=np.uint16), codebook)
     assert_same_bits(values.view(np.uint16), expected)
+    assert_same_bits(codec.codebook_values(codebook).view(np.uint16), expected)
+
+
+def test_the_formats_are_those_of_the_cases():
+    assert codec.FORMATS == cases.FORMATS
 
 
 @pytest.mark.parametrize("bits, codebook", cases.FORMATS)

@@ -25,8 +25,7 @@ needs_simulator = pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(m
 needs_gpu = pytest.mark.skipif(not mx.is_available(mx.Device(mx.gpu)), reason="no GPU that MLX can use here")
 # Two passes over a threadgroup's memory and a half rate; the default; lanes that share nodes.
 QUICK = [(2.5, "mul1"), (3, "mcg"), (6, "3inst")]
-EVERY = [(b, c) for b in codec.WIDTHS for c in codec.CODEBOOKS if c == "mul1" or not codec.is_half_rate(b)]
-FORMATS = [pytest.param(*f, id=f"{f[0]}-{f[1]}", marks=[] if f in QUICK else [pytest.mark.slow]) for f in EVERY]
+FORMATS = [pytest.param(*f, id=f"{f[0]}-{f[1]}", marks=[] if f in QUICK else [pytest.mark.slow]) for f in codec.FORMATS]
 # Slowest where nodes are many: seconds for each tile.
 FEW = [pytest.param(b, c, id=f"{b}-{c}") for b, c in QUICK[1:]]
 
@@ -75,19 +74,15 @@ def test_vectors(file):
 def test_parts_are_searched_one_after_the_other():
     """Scratch for two tiles: three are searched in two parts."""
     targets = tiles(3, 2)
-    (kept,) = _ext.plan_viterbi(1, 16, 0)["scratch"].values()
+    (kept,) = metal_executor.viterbi_plan(1, 8, "3inst")["scratch"].values()
     found = metal_executor.viterbi(targets, 8, "3inst", history_bytes=2 * kept + 1)
     np.testing.assert_array_equal(found, ops.viterbi_search(targets, 8, "3inst"))
-
-
-def plan(count: int, bits: float, codebook: str = "mul1", **bound) -> dict:
-    return _ext.plan_viterbi(count, codec.half_bits(bits), codec.CODEBOOKS.index(codebook), **bound)
 
 
 @pytest.mark.parametrize("bits", codec.WIDTHS)
 def test_parts_cover_the_tiles_once_and_bound_the_scratch(bits):
     for count in (0, 1, 5, 100, 511, 4096):
-        made = plan(count, bits)
+        made = metal_executor.viterbi_plan(count, bits, "mul1")
         assert made["scratch"].keys() == ({"history"} if count else set())
         assert sum(made["scratch"].values()) <= 1 << 30
         known = {"tiles": count * 1024, "values": 1 << 17, "y": count * 512, **made["scratch"]}
@@ -114,10 +109,10 @@ def test_what_no_search_has_is_refused():
             _ext.plan_viterbi(1, half_bits, codebook)
 
 
-@pytest.mark.parametrize("bits, codebook", EVERY)
+@pytest.mark.parametrize("bits, codebook", codec.FORMATS)
 def test_accesses_are_what_the_kernels_declare(bits, codebook):
     texts = shaders.sources(ops.SHADERS)
-    for d in plan(3, bits, codebook)["dispatches"]:
+    for d in metal_executor.viterbi_plan(3, bits, codebook)["dispatches"]:
         text = texts[metal_executor.stem(d["kernel"])]
         declared = re.findall(r"device (const )?\w+\* \w+ \[\[buffer\((\d+)\)\]\]", text)
         access = {int(slot): "r" if const else "w" for const, slot in declared}
@@ -235,7 +230,7 @@ def test_searches_of_several_threads_run_together():
 
 
 @needs_gpu
-@pytest.mark.parametrize("bits, codebook", EVERY)
+@pytest.mark.parametrize("bits, codebook", codec.FORMATS)
 def test_the_gpu_gives_the_cpus_states(bits, codebook):
     assert ops.search_fault(bits, codebook) == ""
     targets = tiles(300, 6)

@@ -8,14 +8,9 @@ import pytest
 
 from mlx_marlin.quantize import convert
 from tests.support.checkpoints import write_directory
-from tests.support.small_conversions import add_tokenizer, header, quick_conversions, source_of, values, write_text  # noqa: F401
+from tests.support.small_conversions import add_tokenizer, header, quick_conversions, source_of, values  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("quick_conversions")
-
-
-@pytest.fixture
-def text(tmp_path):
-    return write_text(tmp_path / "calibration.txt")
 
 
 def refused(source, output, match, **arguments):

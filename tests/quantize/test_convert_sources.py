@@ -21,15 +21,9 @@ from tests.support.small_conversions import (  # noqa: F401
     small,
     source_of,
     values,
-    write_text,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_conversions")
-
-
-@pytest.fixture
-def text(tmp_path):
-    return write_text(tmp_path / "calibration.txt")
 
 
 def test_every_file_that_is_no_weight_is_copied_as_it_is(tmp_path, text):

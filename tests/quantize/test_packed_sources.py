@@ -20,15 +20,9 @@ from tests.support.small_conversions import (  # noqa: F401
     header,
     quick_conversions,
     source_of,
-    write_text,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_conversions")
-
-
-@pytest.fixture
-def text(tmp_path):
-    return write_text(tmp_path / "calibration.txt")
 
 
 def to_fp8(tensors, block):

@@ -120,7 +120,7 @@ def test_search(search_program, name, bits, tmp_path):
     """A number of tiles that fills no batch."""
     tiles = np.random.default_rng(codec.half_bits(bits)).standard_normal((1, codec.TILE_SIZE)).astype(np.float16)
     files = [tmp_path / part for part in ("values", "tiles", "states")]
-    codec.decode(np.arange(1 << 16, dtype=np.uint16), "mul1").astype(np.float32).tofile(files[0])
+    codec.codebook_values("mul1").astype(np.float32).tofile(files[0])
     tiles.astype(np.float32).tofile(files[1])
     build.run(search_program, name, codec.half_bits(bits), *files)
     found = np.fromfile(files[2], np.uint16).reshape(tiles.shape)

@@ -7,11 +7,11 @@ from functools import cache
 
 import numpy as np
 
-from mlx_marlin import _ext, codec, kernels, ops
+from mlx_marlin import codec, kernels, ops
 from mlx_marlin.kernels import KernelConfig, Problem
 from tests.metal_sim import Result
 from tests.metal_sim.counting import CountedResult, compile_counted
-from tests.support.metal_executor import SHADERS, compile_options, stem
+from tests.support.metal_executor import SHADERS, compile_options, launch, stem, viterbi_plan
 
 
 @cache
@@ -58,25 +58,13 @@ def run(
         memory["indices"] = routing.astype(np.uint32).view(np.uint8)
     found = []
     for dispatch in plan["dispatches"]:
-        buffers = {0: dispatch["args"]}
         for b in dispatch["buffers"]:
             end = b["offset"] + b["bytes"]
             if b["name"] not in memory or len(memory[b["name"]]) < end:
                 memory[b["name"]] = _contents(problem, b["name"], end)
-            buffers[b["slot"]] = memory[b["name"]][b["offset"] : end]
-        if not wanted(stem(dispatch["kernel"])):
-            continue
-        lib = library(dispatch["kernel"], tuple(dispatch["constants"].items()))
-        shared = {0: dispatch["threadgroup_bytes"]} if dispatch["threadgroup_bytes"] else None
-        result = lib.run(
-            dispatch["kernel"],
-            buffers,
-            grid=dispatch["grid"],
-            threads=dispatch["threads"],
-            threadgroup_memory=shared,
-            **simulator,
-        )
-        found.append((dispatch, result))
+        if wanted(stem(dispatch["kernel"])):
+            lib = library(dispatch["kernel"], tuple(dispatch["constants"].items()))
+            found.append((dispatch, launch(lib, dispatch, memory, **simulator)))
     return found
 
 
@@ -95,22 +83,9 @@ def count(
 
 def viterbi(bits: float, codebook: str) -> list[tuple[dict, CountedResult]]:
     """(dispatch, result) of each dispatch of the encoder's search of one tile."""
-    plan = _ext.plan_viterbi(1, codec.half_bits(bits), codec.CODEBOOKS.index(codebook))
-    memory = {
-        "tiles": np.random.default_rng(0).standard_normal(codec.TILE_SIZE).astype(np.float16).astype(np.float32),
-        "values": codec.decode(np.arange(1 << 16, dtype=np.uint16), codebook),
-        "y": np.zeros(codec.TILE_SIZE, np.uint16),
-        "history": np.zeros(plan["scratch"]["history"], np.uint8),
-    }
-    found = []
-    for dispatch in plan["dispatches"]:
-        buffers = {0: dispatch["args"], **{b["slot"]: memory[b["name"]] for b in dispatch["buffers"]}}
-        result = library(dispatch["kernel"], tuple(dispatch["constants"].items())).run(
-            dispatch["kernel"],
-            buffers,
-            grid=dispatch["grid"],
-            threads=dispatch["threads"],
-            threadgroup_memory={0: dispatch["threadgroup_bytes"]},
-        )
-        found.append((dispatch, result))
-    return found
+    plan = viterbi_plan(1, bits, codebook)
+    target = np.random.default_rng(0).standard_normal(codec.TILE_SIZE).astype(np.float16).astype(np.float32)
+    memory = {name: np.zeros(size, np.uint8) for name, size in plan["scratch"].items()}
+    memory |= {"tiles": target.view(np.uint8), "values": codec.codebook_values(codebook).view(np.uint8)}
+    memory["y"] = np.zeros(2 * codec.TILE_SIZE, np.uint8)
+    return [(d, launch(library(d["kernel"], tuple(d["constants"].items())), d, memory)) for d in plan["dispatches"]]

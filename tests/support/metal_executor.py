@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_marlin import _ext, codec, kernels, ops
 from mlx_marlin.kernels import metal
-from tests.metal_sim import compile
+from tests.metal_sim import Result, compile
 from tests.support.paths import ROOT
 
 SHADERS = ROOT / "kernels"
@@ -43,6 +43,32 @@ def library(kernel: str, constants: tuple, directory: Path = SHADERS):
     return compile(str(directory / f"{stem(kernel)}.metal"), **compile_options(kernel, constants))
 
 
+def launch(lib, dispatch: dict, memory: dict[str, np.ndarray], **simulator) -> Result:
+    """Run a dispatch of a plan.
+
+    Args:
+        lib: Its compiled shader.
+        dispatch: As the plan has it.
+        memory: The bytes of each buffer by name. Codes of mixed widths may end early: a plan knows an upper bound only.
+        simulator: Keywords of the simulator's ``run``.
+    """
+    buffers = {b["slot"]: memory[b["name"]][b["offset"] : b["offset"] + b["bytes"]] for b in dispatch["buffers"]}
+    shared = {0: dispatch["threadgroup_bytes"]} if dispatch["threadgroup_bytes"] else None
+    return lib.run(
+        dispatch["kernel"],
+        {0: dispatch["args"], **buffers},
+        grid=dispatch["grid"],
+        threads=dispatch["threads"],
+        threadgroup_memory=shared,
+        **simulator,
+    )
+
+
+def viterbi_plan(tiles: int, bits: float, codebook: str, **bound) -> dict:
+    """The plan of a search; bound: ``history_bytes``, of the scratch, in the place of the plan's own."""
+    return _ext.plan_viterbi(tiles, codec.half_bits(bits), codec.CODEBOOKS.index(codebook), **bound)
+
+
 def execute(
     plan: dict, inputs: dict[str, np.ndarray], y_bytes: int, directory: Path = SHADERS, **simulator
 ) -> tuple[np.ndarray, dict]:
@@ -63,19 +89,7 @@ def execute(
     memory |= {name: np.ascontiguousarray(array).reshape(-1).view(np.uint8) for name, array in inputs.items()}
     for dispatch in plan["dispatches"]:
         lib = library(dispatch["kernel"], tuple(dispatch["constants"].items()), directory)
-        buffers = {0: dispatch["args"]}
-        for b in dispatch["buffers"]:
-            # Codes of mixed widths: the plan knows an upper bound only.
-            buffers[b["slot"]] = memory[b["name"]][b["offset"] : b["offset"] + b["bytes"]]
-        shared = {0: dispatch["threadgroup_bytes"]} if dispatch["threadgroup_bytes"] else None
-        lib.run(
-            dispatch["kernel"],
-            buffers,
-            grid=dispatch["grid"],
-            threads=dispatch["threads"],
-            threadgroup_memory=shared,
-            **simulator,
-        )
+        launch(lib, dispatch, memory, **simulator)
     return memory.pop("y"), memory
 
 
@@ -117,9 +131,8 @@ def viterbi(tiles: np.ndarray, bits: float, codebook: str, history_bytes: int | 
     history_bytes: bound of the scratch, in the place of the plan's own.
     """
     bound = {} if history_bytes is None else {"history_bytes": history_bytes}
-    plan = _ext.plan_viterbi(len(tiles), codec.half_bits(bits), codec.CODEBOOKS.index(codebook), **bound)
-    values = codec.decode(np.arange(1 << 16, dtype=np.uint16), codebook)
-    y, _ = execute(plan, {"tiles": tiles, "values": values}, 2 * tiles.size, **simulator)
+    plan = viterbi_plan(len(tiles), bits, codebook, **bound)
+    y, _ = execute(plan, {"tiles": tiles, "values": codec.codebook_values(codebook)}, 2 * tiles.size, **simulator)
     return y.view(np.uint16).reshape(tiles.shape)
 
 

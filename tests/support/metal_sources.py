@@ -9,7 +9,7 @@ from itertools import product
 from mlx_marlin import _ext, codec, kernels, ops
 from mlx_marlin.kernels import KernelConfig, Problem, make_name, metal
 from mlx_marlin.ops.stacks import stack_info
-from tests.support.metal_executor import stem
+from tests.support.metal_executor import stem, viterbi_plan
 
 ONE_FORMAT = [(3, "mcg")]
 ALL_FORMATS = [(bits, "mul1") for bits in codec.WIDTHS] + [(3, codebook) for codebook in codec.CODEBOOKS]
@@ -49,6 +49,5 @@ def _dispatches(bits: list[float], codebooks: list[str]) -> Iterator[dict]:
     yield from _ext.plan_decode(weights[0], 0)["dispatches"]
     yield from _ext.plan_embedding(3, 0, 9, 600, 3)["dispatches"]
     for width, codebook in product(bits, codebooks):
-        if codebook == "mul1" or not codec.is_half_rate(width):
-            number = codec.CODEBOOKS.index(codebook)
-            yield from _ext.plan_viterbi(1, codec.half_bits(width), number)["dispatches"]
+        if (width, codebook) in codec.FORMATS:
+            yield from viterbi_plan(1, width, codebook)["dispatches"]

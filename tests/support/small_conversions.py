@@ -6,7 +6,6 @@ import json
 import string
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +53,6 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sum(a * b) / np.sqrt(np.sum(a * a) * np.sum(b * b)))
 
 
-@lru_cache
-def _values(codebook: str) -> np.ndarray:
-    """float32, of each state."""
-    return codec.decode(np.arange(1 << 16, dtype=np.uint16), codebook).astype(np.float32)
-
-
 def stepping_search(tiles: np.ndarray, bits: float, codebook: str, *, threads: int | None = None) -> np.ndarray:
     """Tail-biting states, each the nearest that the one before it allows: far quicker than the real search.
 
@@ -68,7 +61,7 @@ def stepping_search(tiles: np.ndarray, bits: float, codebook: str, *, threads: i
     """
     length = codec.TILE_SIZE // _ARCS
     widths = [codec.half_bits(bits) // 2 + (codec.is_half_rate(bits) and t % 2) for t in range(length)]
-    table = _values(codebook)
+    table = codec.codebook_values(codebook).astype(np.float32)
     targets = tiles.reshape(-1, length)
     states = np.empty(targets.shape, np.uint16)
     rows = np.arange(len(targets))

@@ -29,49 +29,36 @@ constexpr int bytes(DType t) {
   return t == DType::float32 ? 4 : 2;
 }
 
-template <DType T>
-static void store_row(const float* x, int count, void* out) {
-  int i = 0;
+// out = x.
+template <DType FROM, DType TO>
+static void convert_row(const void* x, int64_t count, void* out) {
+  int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    store_as<T>(out, i, load(x + i));
+    store_as<TO>(out, i, load_as<FROM>(x, i));
   }
   if (i < count) {
-    alignas(64) float tail[kLanes] = {};
+    alignas(64) char tail[kLanes * 4] = {};
     alignas(64) char converted[kLanes * 4];
-    std::memcpy(tail, x + i, (count - i) * sizeof(float));
-    store_as<T>(converted, 0, load(tail));
-    std::memcpy(static_cast<char*>(out) + static_cast<int64_t>(i) * bytes(T), converted, (count - i) * bytes(T));
+    std::memcpy(tail, static_cast<const char*>(x) + i * bytes(FROM), (count - i) * bytes(FROM));
+    store_as<TO>(converted, 0, load_as<FROM>(tail, 0));
+    std::memcpy(static_cast<char*>(out) + i * bytes(TO), converted, (count - i) * bytes(TO));
   }
 }
 
 static void store(DType dtype, const float* x, int count, void* out) {
   switch (dtype) {
     case DType::float32:
-      return store_row<DType::float32>(x, count, out);
+      return convert_row<DType::float32, DType::float32>(x, count, out);
     case DType::float16:
-      return store_row<DType::float16>(x, count, out);
+      return convert_row<DType::float32, DType::float16>(x, count, out);
     case DType::bfloat16:
-      return store_row<DType::bfloat16>(x, count, out);
-  }
-}
-
-template <DType T>
-static void widen_as(const uint16_t* x, int64_t count, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    store(out + i, load_as<T>(x, i));
-  }
-  if (i < count) {
-    alignas(64) uint16_t tail[kLanes] = {};
-    alignas(64) float converted[kLanes];
-    std::memcpy(tail, x + i, (count - i) * sizeof(uint16_t));
-    store(converted, load_as<T>(tail, 0));
-    std::memcpy(out + i, converted, (count - i) * sizeof(float));
+      return convert_row<DType::float32, DType::bfloat16>(x, count, out);
   }
 }
 
 static void widen(DType dtype, const uint16_t* x, int64_t count, float* out) {
-  return dtype == DType::float16 ? widen_as<DType::float16>(x, count, out) : widen_as<DType::bfloat16>(x, count, out);
+  return dtype == DType::float16 ? convert_row<DType::float16, DType::float32>(x, count, out)
+                                 : convert_row<DType::bfloat16, DType::float32>(x, count, out);
 }
 
 static void add_scaled(float* y, const float* x, float score, int count) {

@@ -13,6 +13,7 @@ from .embedding import (
 )
 from .trellis import (
     CODEBOOKS,
+    FORMATS,
     HADAMARD_SIZE,
     MAX_BITS,
     TILE,
@@ -25,6 +26,7 @@ from .trellis import (
     bits_of_half,
     check_bits,
     check_codebook,
+    codebook_values,
     decode,
     dequantize,
     ends,
@@ -47,6 +49,7 @@ from .trellis import (
 
 __all__ = [
     "CODEBOOKS",
+    "FORMATS",
     "HADAMARD_SIZE",
     "MAX_BITS",
     "NGRAM_SIZE",
@@ -60,6 +63,7 @@ __all__ = [
     "bits_of_half",
     "check_bits",
     "check_codebook",
+    "codebook_values",
     "decode",
     "decode_embedding",
     "decode_ngrams",

@@ -11,6 +11,7 @@ rates: 1.6.5, ``exllamav3_ext/quant/frac.cu``.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -148,6 +149,10 @@ def trellis_bits(shape: tuple[int, ...]) -> int | float:
     return bits
 
 
+FORMATS = tuple((k, name) for k in WIDTHS for name in CODEBOOKS if name == "mul1" or not is_half_rate(k))
+"""The pairs of a width and a codebook that the format has."""
+
+
 def check_codebook(codebook: str) -> None:
     """Raise ValueError unless this is one of :data:`CODEBOOKS`."""
     if codebook not in CODEBOOKS:
@@ -166,6 +171,14 @@ def check_bits(bits: float, codebook: str | None = None) -> None:
         raise ValueError(f"bits must be one of {_LISTED}, whole widths as integers; got {bits!r}")
     if codebook is not None and codebook != "mul1" and is_half_rate(bits):
         raise ValueError(f"half rates exist for mul1 only, got {bits} bits with codebook {codebook!r}")
+
+
+@cache
+def codebook_values(codebook: str) -> np.ndarray:
+    """float16 ``[65536]``, the value of each state; not to be written."""
+    values = decode(np.arange(1 << 16, dtype=np.uint16), codebook)
+    values.flags.writeable = False
+    return values
 
 
 def _swap_halves(words: np.ndarray) -> np.ndarray:

@@ -23,10 +23,8 @@ CODEBOOK_MULTIPLIERS = dict(zip(codec.CODEBOOKS, _ext.CODEBOOK_MULTIPLIERS))
 
 
 @lru_cache(maxsize=len(codec.CODEBOOKS))
-def _codebook_values(codebook: str) -> np.ndarray:
-    values = codec.decode(np.arange(1 << 16, dtype=np.uint16), codebook).astype(np.float32)
-    values.flags.writeable = False
-    return values
+def _values_on_cpu(codebook: str) -> np.ndarray:
+    return codec.codebook_values(codebook).astype(np.float32)
 
 
 def searches_on_gpu() -> bool:
@@ -73,13 +71,13 @@ def viterbi_search(tiles: np.ndarray, bits: float, codebook: str, *, threads: in
 
 
 def _search_on_cpu(targets: np.ndarray, bits: float, codebook: str, threads: int | None = None) -> np.ndarray:
-    values = _codebook_values(codebook)
+    values = _values_on_cpu(codebook)
     return _ext.viterbi_search(targets, values, codec.half_bits(bits), threads or _ext.num_threads())
 
 
 @lru_cache(maxsize=len(codec.CODEBOOKS))
 def _values_on_gpu(codebook: str) -> mx.array:
-    return mx.array(_codebook_values(codebook).astype(np.float16))
+    return mx.array(codec.codebook_values(codebook))
 
 
 def _search_on_gpu(targets: np.ndarray, bits: float, codebook: str) -> np.ndarray:

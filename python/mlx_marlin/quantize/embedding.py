@@ -20,7 +20,7 @@ def part_of(bits: int) -> str:
 
 CODEBOOK = "mul1"
 # The codebook's largest value: a target beyond it is cut off.
-_LARGEST = float(np.abs(codec.decode(np.arange(1 << 16, dtype=np.uint16), CODEBOOK)).max())
+_LARGEST = float(np.abs(codec.codebook_values(CODEBOOK)).max())
 # Rings that are searched at a time: 4 MB of float32 values, and enough tiles for every worker.
 _BLOCK_RINGS = 4096
 

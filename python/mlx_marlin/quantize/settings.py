@@ -14,7 +14,7 @@ KEPT, LEFT_OUT = 16, 0
 
 def all_widths(codebook: str) -> tuple[float, ...]:
     """The widths that exist for a codebook: half rates for mul1 only."""
-    return tuple(k for k in codec.WIDTHS if codebook == "mul1" or not codec.is_half_rate(k))
+    return tuple(k for k, name in codec.FORMATS if name == codebook)
 
 
 @dataclass(frozen=True)

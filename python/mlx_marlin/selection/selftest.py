@@ -191,8 +191,7 @@ class SelfTest:
         """What is wrong with the kernels that no config chooses: decoding a weight, to the bit, and gradients."""
         cases = {
             f"trellis_decode of {codebook} at {bits} bits": (*small_cases.decoded_case(bits, codebook), 0.0)
-            for bits in codec.WIDTHS
-            for codebook in (codec.CODEBOOKS if not codec.is_half_rate(bits) else ("mul1",))
+            for bits, codebook in codec.FORMATS
         }
         for problem in small_cases.transposed_problems():
             name = f"the gradient of a linear with {problem.experts} weights"

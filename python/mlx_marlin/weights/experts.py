@@ -10,12 +10,7 @@ import numpy as np
 from .. import codec
 from .trellis import TrellisWeight, logical_size
 
-_FORMATS = {
-    codec.format_word(bits, codebook): (bits, codebook)
-    for bits in codec.WIDTHS
-    for codebook in codec.CODEBOOKS
-    if codebook == "mul1" or not codec.is_half_rate(bits)
-}
+_FORMATS = {codec.format_word(*pair): pair for pair in codec.FORMATS}
 
 
 class ExpertStack:
