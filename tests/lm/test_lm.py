@@ -1,6 +1,7 @@
 """Loading whole models: what comes out, in which dtype, and what it costs."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -192,6 +193,28 @@ def test_rows_that_a_model_takes_apart():
     other = placeholder(loader, "lm_head")[1]
     with pytest.raises(ValueError, match=f"joins .*{name}.*; linears that are quantized separately cannot be joined"):
         placeholders.read("a", np.concatenate([codes, other]), 1024)
+
+
+def test_rows_of_experts_are_those_of_each_expert():
+    loader = TrellisModelLoader(MODELS / "random-glm4_moe_lite")
+    names = [name for name in loader.quantized if re.fullmatch(r"model\.layers\.1\.mlp\.experts\.\d+\.down_proj", name)]
+    placeholders = Placeholders(loader, "mlx-lm")
+    made = placeholders.make()
+    codes = np.stack([np.array(made[f"{name}.weight"])[:, 0] for name in names])
+    count = codes.shape[1]
+    linears = [loader.quantized[name] for name in names]
+    assert len(names) > 2 and count > 128
+    assert placeholders.read_experts("a", codes, count) == [LinearSource(w, None) for w in linears]
+    some = placeholders.read_experts("a", codes[::-1, :128], 128)
+    assert some == [placeholders.read("a", row[:128], 128) for row in codes[::-1]]
+    for spoilt, message in (
+        (codes[1, ::-1], rf"{names[1]}, which mlx-lm puts at a\[1\], has its outputs reordered"),
+        (np.r_[codes[1, : count // 2], codes[2, count // 2 :]], rf"joins {names[1]} and {names[2]} into a\[1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            placeholders.read_experts("a", np.stack([codes[0], spoilt]), count)
+    with pytest.raises(ValueError, match=rf"gives outputs 0 to {count} of {count} where the model wants {count - 128}"):
+        placeholders.read_experts("a", codes, count - 128)
 
 
 def test_rows_that_a_host_joins():
