@@ -263,14 +263,14 @@ struct MatrixProduct {
     }
   }
 
-  // Adds the tiles [k, stop).
+  // Adds the tiles [k, end).
   template <int H, int Codebook>
-  METAL_FUNC void add_tiles(thread float2 (&to)[M][T][2], thread LanePlaces<H>& places, uint k, uint stop)
+  METAL_FUNC void add_tiles(thread float2 (&to)[M][T][2], thread LanePlaces<H>& places, uint k, uint end)
       const thread {
     constexpr uint tile_size = 8 * H;
     const uint step = all_units * MARLIN_SIMD_SIZE;
     uint at = k * step + lane;
-    for (; k < stop; ++k, at += step) {
+    for (; k < end; ++k) {
       Operand4 v[M];
       load(v, 0, kEarly, at);
       MARLIN_UNROLL
@@ -292,6 +292,7 @@ struct MatrixProduct {
           }
         }
       }
+      at += step;
       places.move(tiles_per_row);
     }
   }
