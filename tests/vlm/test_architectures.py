@@ -9,9 +9,18 @@ import pytest
 from mlx_vlm import utils as mlx_vlm_utils
 from mlx_vlm.models import switch_layers
 
+from mlx_marlin.layers.experts import TrellisSwitch
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.vlm.host import MLX_VLM
-from tests.support import architectures, generic_checkpoints, vlm_checkpoints, vlm_ngrams, vlm_originals
+from tests.support import (
+    architectures,
+    generic_checkpoints,
+    vlm_checkpoints,
+    vlm_latents,
+    vlm_ngrams,
+    vlm_originals,
+    vlm_towers,
+)
 from tests.support.checkpoints import HALF_RATES, SIZES
 from tests.support.vlm_checkpoints import logits
 
@@ -23,7 +32,9 @@ def assert_same(got: np.ndarray, wanted: np.ndarray) -> None:
 
 
 def assert_experts_are_fused(model) -> None:
-    assert not [m for m in model.modules() if type(m) in (switch_layers.SwitchGLU, switch_layers.SwitchMLP)]
+    modules = model.modules()
+    assert [m for m in modules if isinstance(m, TrellisSwitch)]
+    assert not [m for m in modules if isinstance(m, switch_layers.SwitchLinear)]
 
 
 def load_dense(case, directory):
@@ -37,7 +48,13 @@ def load_dense(case, directory):
     return dense
 
 
-CASES = {**vlm_checkpoints.CASES, **vlm_originals.CASES, **vlm_ngrams.CASES}
+CASES = {
+    **vlm_checkpoints.CASES,
+    **vlm_originals.CASES,
+    **vlm_ngrams.CASES,
+    **vlm_latents.CASES,
+    **vlm_towers.CASES,
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -60,7 +77,7 @@ GENERIC = {
         for name in (
             "afmoe bailing_moe bailing_moe_linear deepseek deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe "
             "exaone_moe glm4_moe glm4_moe_lite gpt_oss granitemoe granitemoehybrid hunyuan jamba kimi_k3 kimi_linear "
-            "laguna lfm2_moe longcat_flash mellum mimo_v2_flash minimax minimax_m3_vl mixtral nemotron_h olmoe phimoe "
+            "laguna lfm2_moe longcat_flash mellum mimo_v2_flash minimax mixtral nemotron_h olmoe phimoe "
             "phixtral qwen2_moe qwen3_moe qwen3_next step3p5"
         ).split()
     },
@@ -91,7 +108,7 @@ _NO_FILES = "ExLlamaV3 1.6.5 does not convert it"
 NOT_TESTED = {
     **dict.fromkeys(
         (
-            "cohere2_moe deepseek_v41 deepseek_vl_v2 deepseekocr diffusion_gemma ernie4_5_moe_vl flint hy_v4 inkling "
+            "cohere2_moe deepseek_v41 deepseek_vl_v2 deepseekocr diffusion_gemma ernie4_5_moe_vl flint inkling "
             "kimi_vl kolibri1 llada2_moe llama4 longcat_flash_sparse moondream3 openai_privacy_filter qwen3_omni_moe "
             "youtu_vl zaya1_vl"
         ).split(),
@@ -99,8 +116,6 @@ NOT_TESTED = {
     ),
     "ming_image": "makes pictures",
     "muse_spark": "its attention is a Metal kernel",
-    "mistral4": "a part of mistral3, not tried",
-    "glm4v_moe": "not tried",
     "gemma4_text": "a part of gemma4",
     "qwen3_5_moe_text": "a part of qwen3_5_moe",
     "lfm2": "the code of lfm2_moe",
