@@ -34,6 +34,8 @@ from tests.support.checkpoints import SIZES, SPLITTABLE
 from tests.support.paths import ROOT
 from tests.support.servers import free_port
 from tests.support.vlm_checkpoints import qwen3_5_moe, qwen3_vl_moe
+from tests.support.vlm_latents import hy_v4
+from tests.support.vlm_towers import minimax_m3_vl
 
 
 def launch(*command: str) -> subprocess.CompletedProcess:
@@ -90,7 +92,9 @@ def test_logits_of_two_ranks_of_more_models(tmp_path):
     nemotron = architectures.ARCHITECTURES["nemotron_h_latent"]().write(tmp_path / "nemotron_h")
     jobs = [(directory, way) for directory in (gpt_oss, glm) for way in PARALLEL]
     jobs += [(mixtral, "experts"), (nemotron, "experts"), (deepseek, "pipeline")]
-    assert_ranks_equal_one(tmp_path, [(directory, MLX_LM, way) for directory, way in jobs])
+    whole = [make().checkpoint.write(tmp_path / make.__name__) for make in (hy_v4, minimax_m3_vl)]
+    experts = [(directory, MLX_VLM, "experts") for directory in whole]
+    assert_ranks_equal_one(tmp_path, [*((directory, MLX_LM, way) for directory, way in jobs), *experts])
 
 
 @NO_TENSOR_PARALLELISM

@@ -89,7 +89,7 @@ def minimax_m3_vl(s: Sizes = SIZES, t: Tower = TOWER) -> Case:
     sparse = {
         "use_sparse_attention": True,
         "sparse_index_dim": s.head_dim,
-        "sparse_num_index_heads": 2,
+        "sparse_num_index_heads": s.heads,
         "sparse_topk_blocks": 2,
         "sparse_block_size": 4,
         "sparse_attention_freq": [0, 1],
@@ -117,7 +117,7 @@ def minimax_m3_vl(s: Sizes = SIZES, t: Tower = TOWER) -> Case:
             c.gated_mlp(f"{layer}.mlp")
             continue
         attn, block = f"{layer}.self_attn", f"{layer}.block_sparse_moe"
-        c.linear(f"{attn}.index_q_proj", s.hidden, 2 * s.head_dim)
+        c.linear(f"{attn}.index_q_proj", s.hidden, s.heads * s.head_dim)
         c.plain(f"{attn}.index_k_proj.weight", s.head_dim, s.hidden, spread=0.1, dtype=mx.float16)
         for name in "qk":
             c.norm(f"{attn}.index_{name}_norm", s.head_dim, 0.0)

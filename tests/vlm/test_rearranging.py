@@ -62,6 +62,12 @@ def test_a_pipeline_that_hands_nothing_over_is_refused(directory):
         open_sharded(directory, Rank(0, 2), None, host=MLX_VLM)
 
 
+def test_a_split_of_heads_that_choose_together_is_refused(tmp_path):
+    directory = minimax_m3_vl().checkpoint.write(tmp_path / "exl3")
+    with pytest.raises(ValueError, match=r"minimax_m3_vl has no tensor parallelism; its experts can be shared"):
+        open_sharded(directory, None, Rank(0, 2), host=MLX_VLM)
+
+
 def test_a_shared_expert_stays_apart_from_the_others(tmp_path):
     model = load(minimax_m3_vl().checkpoint.write(tmp_path / "exl3"))
     block = model.language_model.model.layers[1].block_sparse_moe

@@ -130,6 +130,9 @@ class MlxVlm(Host):
         return len(model.language_model.layers)
 
     def splits(self, model: nn.Module) -> nn.Module | None:
+        # Each rank of a MiniMax M3 would choose blocks of keys by some of the heads that choose them together.
+        if any(getattr(module, "has_sparse_index", False) for module in model.modules()):
+            return None
         parts = (model, getattr(model, "language_model", None))
         return next((part for part in parts if hasattr(part, "shard")), None)
 
