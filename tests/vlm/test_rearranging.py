@@ -1,5 +1,6 @@
 """Models of mlx-vlm that have in one piece what checkpoints quantize in several."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_vlm.models.minimax_m3_vl.language import MiniMaxMLP
@@ -73,3 +74,17 @@ def test_a_shared_expert_stays_apart_from_the_others(tmp_path):
     block = model.language_model.model.layers[1].block_sparse_moe
     assert block.switch_mlp.experts.num_experts == SIZES.experts
     assert type(block.shared_experts) is MiniMaxMLP and type(block.shared_experts.up_proj) is DescribedLinear
+
+
+def test_a_shared_expert_stays_apart_in_the_text_model_alone(tmp_path):
+    checkpoint = minimax_m3_vl().checkpoint
+    text = checkpoint.config["text_config"]
+    checkpoint.exl3 = {name: value for name, value in checkpoint.exl3.items() if name.startswith("language_model.")}
+    whole = load(checkpoint.write(tmp_path / "whole"))
+    checkpoint.exl3 = {name.removeprefix("language_model."): value for name, value in checkpoint.exl3.items()}
+    checkpoint.config = {**text, "model_type": "minimax_m3"}
+    alone = load(checkpoint.write(tmp_path / "alone"))
+    tokens = mx.arange(24)[None]
+    got, wanted = (np.array(MLX_VLM.logits(m, tokens, MLX_VLM.make_cache(m))) for m in (alone, whole))
+    assert type(alone.language_model.model.layers[1].block_sparse_moe.shared_experts) is MiniMaxMLP
+    np.testing.assert_array_equal(got, wanted)
