@@ -77,9 +77,13 @@ def mistral4(s: Sizes = SIZES, t: Tower = TOWER) -> Case:
         **LATENT,
         "model_type": "mistral4",
         "moe_intermediate_size": s.width,
+        "n_group": 1,
+        "topk_group": 1,
         "n_shared_experts": 1,
         "n_routed_experts": s.experts,
         "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
         "first_k_dense_replace": 1,
         "rope_interleave": True,
         "rope_parameters": {
