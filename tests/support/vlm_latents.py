@@ -47,11 +47,48 @@ def hy_v4(s: Sizes = SIZES) -> Case:
             _indexer(c, f"{attn}.indexer")
         if i == 0:
             c.gated_mlp(f"{layer}.mlp")
-            continue
-        c.experts(f"{layer}.mlp")
-        c.selection_bias(f"{layer}.mlp.gate.e_score_correction_bias")
-        c.gated_mlp(f"{layer}.mlp.shared_experts", s.width)
+        else:
+            _experts(c, f"{layer}.mlp")
     return Case(c, {}, 0)
+
+
+def add_hy_v4_drafter(c: Checkpoint) -> None:
+    """Without streams, and beside the layers."""
+    s, layer = c.sizes, "model.mtp_layers.0"
+    c.config["num_nextn_predict_layers"] = 1
+    _drafter(c, layer, "final_layernorm")
+    attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+    _split_latents(c, attn)
+    c.linear(f"{attn}.linear_gate", s.hidden, s.heads * LATENT["v_head_dim"])
+    c.plain(f"{attn}.learnable_sink_param", s.heads, dtype=mx.float32)
+    _indexer(c, f"{attn}.indexer")
+    for name in ("gate_proj", "up_proj", "down_proj"):  # mlx-vlm's own loader takes the original's in MXFP8 only
+        parts = [c.dense.pop(f"{mlp}.experts.{e}.{name}.weight") for e in range(s.experts)]
+        c.dense[f"{mlp}.switch_mlp.{name}.weight"] = mx.stack(parts)
+
+
+def add_glm_moe_dsa_drafter(c: Checkpoint) -> None:
+    """GLM-5's: the layer behind the last."""
+    layer = f"model.layers.{c.sizes.layers}"
+    c.config["num_nextn_predict_layers"] = 1
+    _drafter(c, layer, "shared_head.norm")
+    _indexer(c, f"{layer}.self_attn.indexer")
+
+
+def _drafter(c: Checkpoint, layer: str, last_norm: str) -> None:
+    s = c.sizes
+    for name in ("enorm", "hnorm", last_norm):
+        c.norm(f"{layer}.{name}", s.hidden)
+    c.linear(f"{layer}.eh_proj", 2 * s.hidden, s.hidden)
+    c.block_norms(layer)
+    c.latent_attention(layer)
+    _experts(c, f"{layer}.mlp")
+
+
+def _experts(c: Checkpoint, block: str) -> None:
+    c.experts(block)
+    c.selection_bias(f"{block}.gate.e_score_correction_bias")
+    c.gated_mlp(f"{block}.shared_experts", c.sizes.width)
 
 
 def _split_latents(c: Checkpoint, attn: str) -> None:

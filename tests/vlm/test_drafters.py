@@ -20,10 +20,11 @@ from mlx_marlin.layers.state import LayerConfigs
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.vlm.host import MLX_VLM
 from mlx_marlin.vlm.layers import FusedExperts
-from tests.support import clients, drafting
-from tests.support.checkpoints import SIZES
+from tests.support import clients, drafting, generic_checkpoints
+from tests.support.checkpoints import SIZES, Checkpoint
 from tests.support.servers import VLM, Server
 from tests.support.vlm_checkpoints import PROCESSED, gemma4, qwen3_5_moe, qwen3_vl_moe, write_processor
+from tests.support.vlm_latents import add_glm_moe_dsa_drafter, add_hy_v4_drafter, hy_v4
 from tests.support.vlm_ngrams import add_qwen4_exp_drafter, qwen4_exp_plain
 from tests.support.vlm_originals import add_glm5_next_drafter, deepseek_v4, glm5_next
 from tests.vlm.test_load import answer, picture
@@ -41,7 +42,7 @@ def draft(drafter, tokens: mx.array, width: int) -> np.ndarray:
     """What a drafter makes of hidden states, with embeddings as of a model."""
     embedding = nn.Embedding(PROCESSED.vocab, PROCESSED.hidden)
     embedding.weight = mx.random.normal(embedding.weight.shape, key=mx.random.key(4))
-    drafter.reset(SimpleNamespace(embed_tokens=embedding, lm_head=None))
+    drafter.reset(SimpleNamespace(embed_tokens=embedding, model=SimpleNamespace(embed_tokens=embedding), lm_head=None))
     hidden = mx.random.normal((1, tokens.shape[1], width), key=mx.random.key(3))
     made = drafter._forward_tokens(tokens, hidden, mx.int32)
     return np.array((made[0] if isinstance(made, tuple) else made).astype(mx.float32))
@@ -71,6 +72,21 @@ def test_drafters_of_models_with_streams(tmp_path):
         c, folder = make().checkpoint, tmp_path / make.__name__
         add(c)
         assert_drafters_agree(c.write(folder / "exl3"), c.write_dense(folder / "dense"), streams * SIZES.hidden)
+
+
+def glm_moe_dsa() -> Checkpoint:
+    """GLM-5 without its layers, of which the drafter needs none."""
+    checkpoint = Checkpoint(SIZES, {"model_type": "glm_moe_dsa", **generic_checkpoints.CONFIGS["glm_moe_dsa"]})
+    checkpoint.ends()
+    return checkpoint
+
+
+def test_drafters_with_latent_attention(tmp_path):
+    for c, add in ((glm_moe_dsa(), add_glm_moe_dsa_drafter), (hy_v4().checkpoint, add_hy_v4_drafter)):
+        add(c)
+        folder = tmp_path / c.config["model_type"]
+        drafter = assert_drafters_agree(c.write(folder / "exl3"), c.write_dense(folder / "dense"), SIZES.hidden)
+        assert [m for m in drafter.modules() if isinstance(m, TrellisSwitchGLU)]
 
 
 def test_speculation_says_the_same(directories):
