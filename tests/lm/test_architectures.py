@@ -20,7 +20,7 @@ from mlx_marlin.lm.mlx_lm_host import MLX_LM
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.lm.placeholders import EXPERT
 from mlx_marlin.loader.contents import VISION
-from tests.support import architectures, architectures_gemma, generic_checkpoints
+from tests.support import architectures, architectures_gemma, architectures_hybrid, generic_checkpoints
 from tests.support.checkpoints import HALF_RATES, SIZES, Sizes
 from tests.support.generic_checkpoints import logits
 from tests.support.left_out_parts import PARTS, extend
@@ -67,10 +67,12 @@ def kinds_of(model) -> Counter:
 
 
 @pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")  # in transformers, which reads it too
-@pytest.mark.parametrize("name", architectures.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [*architectures.ARCHITECTURES, *architectures.known_to_mlx_lm(architectures_hybrid.ARCHITECTURES)]
+)
 def test_logits_equal_those_of_the_dequantized_weights(name, tmp_path, caplog):
     """All that today's files hold: half rates, a quantized embedding, prediction layers and a tower."""
-    checkpoint = architectures.ARCHITECTURES[name]()
+    checkpoint = (architectures.ARCHITECTURES | architectures_hybrid.ARCHITECTURES)[name]()
     checkpoint.quantize_embedding(EMBEDDING_BITS[name], parts=1 + EMBEDDING_BITS[name] % 3)
     wanted = logits(load_dense(checkpoint, tmp_path / "dense"))
     added = {part: extend(checkpoint, add) for part, add in PARTS.get(name, {}).items()}
@@ -91,8 +93,9 @@ def test_logits_equal_those_of_the_dequantized_weights(name, tmp_path, caplog):
     used = {name: bits for name, bits in checkpoint.bits.items() if name not in dropped}
     assert set(HALF_RATES) <= set(used.values())
     experts = [name for name in used if EXPERT.fullmatch(name)]
+    of_three = [name for name in used if name.endswith(".qkv_proj")]
     kinds = kinds_of(model)
-    assert kinds[TrellisLinear] == len(used) - len(experts) and kinds[TrellisEmbedding] == 1
+    assert kinds[TrellisLinear] == len(used) + 2 * len(of_three) - len(experts) and kinds[TrellisEmbedding] == 1
     matrices = 3 * kinds[TrellisSwitchGLU] + 2 * kinds[TrellisSwitchMLP]
     assert matrices * SIZES.experts == len(experts) and not (kinds[TrellisSwitchGLU] and kinds[TrellisSwitchMLP])
     assert_top_k_is_known(model)

@@ -119,9 +119,9 @@ class Checkpoint:
     def norm(self, name: str, size: int, mean=1.0) -> None:
         self.plain(f"{name}.weight", size, mean=mean, spread=0.1)
 
-    def ends(self, model="model", head="lm_head", norm_mean=1.0) -> None:
+    def ends(self, model="model", head="lm_head", norm_mean=1.0, embeddings="embed_tokens") -> None:
         s = self.sizes
-        self.plain(f"{model}.embed_tokens.weight", s.vocab, s.hidden)
+        self.plain(f"{model}.{embeddings}.weight", s.vocab, s.hidden)
         self.norm(f"{model}.norm", s.hidden, norm_mean)
         self.linear(head, s.hidden, s.vocab, bits=6)
 
@@ -161,16 +161,20 @@ class Checkpoint:
         for name in "qk" if norms else "":
             self.norm(f"{attn}.{name}_norm", s.head_dim if norms == "head" else widths[name], norm_mean)
 
-    def latent_attention(self, layer: str) -> None:
-        s, attn = self.sizes, f"{layer}.self_attn"
-        nope, rope, rank, q_rank, value = 64, 32, 128, 128, 64
-        self.linear(f"{attn}.q_a_proj", s.hidden, q_rank)
-        self.norm(f"{attn}.q_a_layernorm", q_rank)
-        self.linear(f"{attn}.q_b_proj", q_rank, s.heads * (nope + rope))
+    def latent_attention(self, layer: str, name="self_attn", output="o_proj", *, q_rank: int | None = 128) -> None:
+        """q_rank: without it queries are made directly."""
+        s, attn = self.sizes, f"{layer}.{name}"
+        nope, rope, rank, value = 64, 32, 128, 64
+        if q_rank is None:
+            self.linear(f"{attn}.q_proj", s.hidden, s.heads * (nope + rope))
+        else:
+            self.linear(f"{attn}.q_a_proj", s.hidden, q_rank)
+            self.norm(f"{attn}.q_a_layernorm", q_rank)
+            self.linear(f"{attn}.q_b_proj", q_rank, s.heads * (nope + rope))
         self.linear(f"{attn}.kv_a_proj_with_mqa", s.hidden, rank + rope)
         self.norm(f"{attn}.kv_a_layernorm", rank)
         self.plain(f"{attn}.kv_b_proj.weight", s.heads * (nope + value), rank, spread=rank**-0.5, dtype=mx.float16)
-        self.linear(f"{attn}.o_proj", s.heads * value, s.hidden)
+        self.linear(f"{attn}.{output}", s.heads * value, s.hidden)
 
     def gated_mlp(self, name: str, width: int | None = None) -> None:
         hidden, width = self.sizes.hidden, width or self.sizes.dense_width

@@ -7,7 +7,7 @@ from tests.support.checkpoints import SIZES
 from tests.support.generic_configs import DEEPSEEK, LATENT, MOE
 
 _KDA = {"kda_layers": [1], "full_attn_layers": [2], "num_heads": 4, "head_dim": 64, "short_conv_kernel_size": 4}
-_INDEXER = {"index_head_dim": 64, "index_n_heads": 2, "index_topk": 8}
+INDEXER = {"index_head_dim": 64, "index_n_heads": 2, "index_topk": 8}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 CONFIGS = {
@@ -46,11 +46,11 @@ CONFIGS = {
         "head_dim": 64,
     },
     "deepseek": {**DEEPSEEK, "num_attention_heads": 3, "num_key_value_heads": 3},
-    "deepseek_v32": {**DEEPSEEK, **LATENT, **_INDEXER},
+    "deepseek_v32": {**DEEPSEEK, **LATENT, **INDEXER},
     "glm_moe_dsa": {
         **DEEPSEEK,
         **LATENT,
-        **_INDEXER,
+        **INDEXER,
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
         "moe_layer_freq": 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mlx_marlin.loader.contents import DRAFT, VISION
+from tests.support.architectures_hybrid import ling_layer, mimo_window
 from tests.support.checkpoints import Checkpoint
 
 Add = Callable[[Checkpoint], None]
@@ -35,6 +36,27 @@ def draft_behind(c: Checkpoint) -> None:
     c.selection_bias(f"{layer}.mlp.gate.e_score_correction_bias")
 
 
+def draft_of_ling(c: Checkpoint) -> None:
+    """Ling 3's: one more layer with latent attention."""
+    s, layer = c.sizes, f"model.layers.{c.sizes.layers}"
+    c.linear(f"{layer}.eh_proj", 2 * s.hidden, s.hidden)
+    for name in ("enorm", "hnorm", "final_layernorm"):
+        c.norm(f"{layer}.{name}", s.hidden)
+    ling_layer(c, layer)
+
+
+def draft_of_mimo(c: Checkpoint) -> None:
+    """MiMo-V2-Flash's, each with a window and without experts."""
+    s = c.sizes
+    for i in range(2):
+        layer = f"model.mtp.layers.{i}"
+        c.linear(f"{layer}.eh_proj", 2 * s.hidden, s.hidden)
+        for name in ("enorm", "hnorm", "input_layernorm", "pre_mlp_layernorm", "final_layernorm"):
+            c.norm(f"{layer}.{name}", s.hidden)
+        mimo_window(c, f"{layer}.self_attn")
+        c.gated_mlp(f"{layer}.mlp")
+
+
 def tower(prefix: str) -> Add:
     """A vision tower, padded, its fused source beside it."""
 
@@ -61,9 +83,10 @@ PARTS: dict[str, dict[str, Add]] = {
     "exaone_moe": {DRAFT: draft_in_front},
     "step3p5": {DRAFT: draft_behind},
     "bailing_hybrid": {DRAFT: draft_behind},
-    "bailing_moe_v3": {DRAFT: draft_behind},
+    "bailing_moe_v3": {DRAFT: draft_of_ling},
     "deepseek_v32": {DRAFT: draft_behind},
     "glm_moe_dsa": {DRAFT: draft_behind},
+    "mimo_v2_flash": {DRAFT: draft_of_mimo},
     "llama4": {VISION: tower("vision_model")},
     "minimax_m3_vl": {VISION: tower("vision_tower")},
     "gemma3": {VISION: tower("vision_tower")},

@@ -6,12 +6,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_marlin.loader.scaling import UP_DIVISOR
+from tests.support.architectures_hybrid import indexer
 from tests.support.checkpoints import SIZES, Checkpoint, Sizes
 from tests.support.generic_configs import LATENT
+from tests.support.hybrid_configs import INDEXER
 from tests.support.vlm_checkpoints import TOWER, Case, Tower, special
 from tests.support.vlm_originals import streams
-
-_INDEX_HEADS, _INDEX_SIZE = 2, 64
 
 
 def hy_v4(s: Sizes = SIZES) -> Case:
@@ -24,16 +24,14 @@ def hy_v4(s: Sizes = SIZES) -> Case:
         "moe_intermediate_size": s.width,
         "n_routed_experts": s.experts,
         "num_experts_per_tok": 2,
-        "index_head_dim": _INDEX_SIZE,
-        "index_n_heads": _INDEX_HEADS,
-        "index_topk": 8,
+        **INDEXER,
         "indexer_types": ["full", "full", "shared"],
         "hc_mult": 2,
     }
     c = Checkpoint(s, config)
     c.ends()
     streams(c, "model.hc_head.hc_head", 2, 1)
-    for i, indexer in enumerate(config["indexer_types"]):
+    for i, kind in enumerate(config["indexer_types"]):
         layer = f"model.layers.{i}"
         attn = f"{layer}.self_attn"
         c.block_norms(layer)
@@ -43,8 +41,8 @@ def hy_v4(s: Sizes = SIZES) -> Case:
         _split_latents(c, attn)
         c.linear(f"{attn}.linear_gate", s.hidden, s.heads * LATENT["v_head_dim"])
         c.plain(f"{attn}.learnable_sink_param", s.heads, dtype=mx.float32)
-        if indexer == "full":
-            _indexer(c, f"{attn}.indexer")
+        if kind == "full":
+            indexer(c, f"{attn}.indexer")
         if i == 0:
             c.gated_mlp(f"{layer}.mlp")
         else:
@@ -61,7 +59,7 @@ def add_hy_v4_drafter(c: Checkpoint) -> None:
     _split_latents(c, attn)
     c.linear(f"{attn}.linear_gate", s.hidden, s.heads * LATENT["v_head_dim"])
     c.plain(f"{attn}.learnable_sink_param", s.heads, dtype=mx.float32)
-    _indexer(c, f"{attn}.indexer")
+    indexer(c, f"{attn}.indexer")
     for name in ("gate_proj", "up_proj", "down_proj"):  # mlx-vlm's own loader takes the original's in MXFP8 only
         parts = [c.dense.pop(f"{mlp}.experts.{e}.{name}.weight") for e in range(s.experts)]
         c.dense[f"{mlp}.switch_mlp.{name}.weight"] = mx.stack(parts)
@@ -72,7 +70,7 @@ def add_glm_moe_dsa_drafter(c: Checkpoint) -> None:
     layer = f"model.layers.{c.sizes.layers}"
     c.config["num_nextn_predict_layers"] = 1
     _drafter(c, layer, "shared_head.norm")
-    _indexer(c, f"{layer}.self_attn.indexer")
+    indexer(c, f"{layer}.self_attn.indexer")
 
 
 def _drafter(c: Checkpoint, layer: str, last_norm: str) -> None:
@@ -97,14 +95,6 @@ def _split_latents(c: Checkpoint, attn: str) -> None:
     both = c.dense.pop(f"{attn}.kv_b_proj.weight").reshape(c.sizes.heads, -1, rank)
     c.dense[f"{attn}.embed_q.weight"] = both[:, :nope].swapaxes(-1, -2)
     c.dense[f"{attn}.unembed_out.weight"] = both[:, nope:]
-
-
-def _indexer(c: Checkpoint, indexer: str) -> None:
-    c.linear(f"{indexer}.wq_b", LATENT["q_lora_rank"], _INDEX_HEADS * _INDEX_SIZE)
-    c.plain(f"{indexer}.wk.weight", _INDEX_SIZE, c.sizes.hidden, spread=0.1, dtype=mx.float16)
-    c.norm(f"{indexer}.k_norm", _INDEX_SIZE)
-    c.plain(f"{indexer}.k_norm.bias", _INDEX_SIZE, spread=0.1)
-    c.plain(f"{indexer}.weights_proj.weight", _INDEX_HEADS, c.sizes.hidden, spread=0.1, dtype=mx.float16)
 
 
 def mistral4(s: Sizes = SIZES, t: Tower = TOWER) -> Case:

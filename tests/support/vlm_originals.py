@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from tests.support.architectures_hybrid import delta_attention, indexer
 from tests.support.checkpoints import SIZES, Checkpoint, Sizes
 from tests.support.vlm_checkpoints import TOWER, Case, Tower, qwen_picture, special, split_attention
 
@@ -220,7 +221,7 @@ def glm5_next(s: Sizes = SIZES, t: Tower = TOWER) -> Case:
         for site in ("attn", "ffn"):
             streams(c, f"{layer}.hc_{site}", 8, 3)
         if i == 0:
-            _delta_attention(c, f"{layer}.self_attn")
+            delta_attention(c, f"{layer}.self_attn", _HEADS, _HEAD_DIM)
             c.gated_mlp(f"{layer}.mlp")
         else:
             _sparse_attention(c, f"{layer}.self_attn")
@@ -245,25 +246,6 @@ def add_glm5_next_drafter(c: Checkpoint) -> None:
     c.gated_mlp(f"{layer}.mlp.shared_experts", s.width)
 
 
-def _delta_attention(c: Checkpoint, attn: str) -> None:
-    """ExLlamaV3 quantizes the original's three linears as one, and joins the convolutions."""
-    width, hidden = _HEADS * _HEAD_DIM, c.sizes.hidden
-    c.linear(f"{attn}.qkv_proj", hidden, 3 * width)
-    for name, part in zip("qkv", mx.split(c.dense.pop(f"{attn}.qkv_proj.weight"), 3)):
-        c.dense[f"{attn}.{name}_proj.weight"] = part
-    c.plain(f"{attn}.conv1d.weight", 3 * width, 1, 4, spread=0.5)
-    for name, part in zip("qkv", mx.split(c.dense.pop(f"{attn}.conv1d.weight"), 3)):
-        c.dense[f"{attn}.{name}_conv1d.weight"] = part
-    for name, n, k in (("b", _HEADS, hidden), ("f_a", _HEAD_DIM, hidden), ("g_a", _HEAD_DIM, hidden)):
-        c.plain(f"{attn}.{name}_proj.weight", n, k, spread=0.1, dtype=mx.float16)
-    for name in ("f_b", "g_b"):
-        c.plain(f"{attn}.{name}_proj.weight", width, _HEAD_DIM, spread=0.1, dtype=mx.float16)
-    c.plain(f"{attn}.A_log", _HEADS, mean=0.5, spread=0.3, dtype=mx.float32)
-    c.plain(f"{attn}.dt_bias", width, spread=0.1, dtype=mx.float32)
-    c.norm(f"{attn}.o_norm", _HEAD_DIM)
-    c.linear(f"{attn}.o_proj", width, hidden)
-
-
 def _sparse_attention(c: Checkpoint, attn: str) -> None:
     s = c.sizes
     c.linear(f"{attn}.q_a_proj", s.hidden, 128)
@@ -273,14 +255,9 @@ def _sparse_attention(c: Checkpoint, attn: str) -> None:
     c.norm(f"{attn}.kv_a_layernorm", 128)
     c.plain(f"{attn}.kv_b_proj.weight", s.heads * 128, 128, spread=0.1, dtype=mx.float16)
     c.linear(f"{attn}.o_proj", s.heads * 64, s.hidden)
-    indexer = f"{attn}.indexer"
-    c.linear(f"{indexer}.wq_b", 128, 4 * 64)
-    c.plain(f"{indexer}.wk.weight", 64, s.hidden, spread=0.1, dtype=mx.float16)
-    c.norm(f"{indexer}.k_norm", 64)
-    c.plain(f"{indexer}.k_norm.bias", 64, spread=0.1)
-    c.plain(f"{indexer}.weights_proj.weight", 4, s.hidden, spread=0.1, dtype=mx.float16)
-    c.plain(f"{indexer}.index_kpool_compress_ape", 2, 64, spread=0.1, dtype=mx.float32)
-    c.plain(f"{indexer}.index_kpool_compress_gate", 64, s.hidden, spread=0.1, dtype=mx.float32)
+    indexer(c, f"{attn}.indexer", heads=4)
+    c.plain(f"{attn}.indexer.index_kpool_compress_ape", 2, 64, spread=0.1, dtype=mx.float32)
+    c.plain(f"{attn}.indexer.index_kpool_compress_gate", 64, s.hidden, spread=0.1, dtype=mx.float32)
 
 
 def _glm_tower(c: Checkpoint, t: Tower) -> dict:

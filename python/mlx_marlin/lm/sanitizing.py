@@ -31,7 +31,7 @@ def sanitize(
     stand_ins = placeholders.make()
     weights = {**unquantized, **stand_ins}
     try:
-        weights = host.sanitize(model, _join_slices(_split_convolutions(weights)))
+        weights = host.sanitize(model, _join_slices(_split_delta_attention(weights)))
     except KeyError as error:
         missing = str(error.args[0]) if error.args else "a tensor"
         raise ValueError(f"{directory}: {host.name} looks for {missing}, which the checkpoint does not have") from error
@@ -40,7 +40,8 @@ def sanitize(
             f"{directory}: {type(model).__module__} cannot take these tensors: {type(error).__name__}: {error}"
         ) from error
     _check_untouched(host, directory, stand_ins, weights)
-    return _move_leftovers(model, _join_attention(model, _stack_experts(host, model, weights)))
+    weights = _join_attention(model, _stack_experts(host, model, weights))
+    return _move_leftovers(model, _reshape_decays(model, weights))
 
 
 def _check_untouched(host: Host, directory: Path, stand_ins: dict[str, mx.array], weights: dict[str, mx.array]) -> None:
@@ -106,14 +107,32 @@ def _join_attention(model: nn.Module, weights: dict[str, mx.array]) -> dict[str,
     return result
 
 
-def _split_convolutions(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Split what ExLlamaV3 joins: the convolutions of Kimi's delta attention, which it tells by its low-rank gates."""
+# Of the forget gate of Kimi's delta attention, of low rank or not.
+_FORGET_GATES = ("f_a_proj", "f_proj")
+
+
+def _split_delta_attention(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Split what ExLlamaV3 joins of Kimi's delta attention: its linears, and its convolutions.
+
+    Models that have them joined (glm5_next) join them again.
+    """
     result = dict(weights)
-    for key in [key for key in weights if key.endswith(".conv1d.weight")]:
-        layer = key.removesuffix(".conv1d.weight")
-        if f"{layer}.f_a_proj.weight" in weights:
-            parts = mx.split(result.pop(key), 3)
-            result.update({f"{layer}.{name}_conv1d.weight": part for name, part in zip("qkv", parts)})
+    gates = [f".{gate}.weight" for gate in _FORGET_GATES]
+    for layer in [key.removesuffix(gate) for gate in gates for key in weights if key.endswith(gate)]:
+        for joined, single in (("qkv_proj", "{}_proj"), ("conv1d", "{}_conv1d")):
+            whole = result.pop(f"{layer}.{joined}.weight", None)
+            if whole is not None:
+                parts = mx.split(whole, 3)
+                result.update({f"{layer}.{single.format(n)}.weight": part for n, part in zip("qkv", parts)})
+    return result
+
+
+def _reshape_decays(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Give the decays of Kimi's delta attention, which ExLlamaV3 writes flat, the shape that the model has them in."""
+    result = dict(weights)
+    for key, value in parameters_of(model).items():
+        if key.endswith(".A_log") and key in weights and weights[key].shape == (value.size,):
+            result[key] = weights[key].reshape(value.shape)
     return result
 
 
