@@ -1,6 +1,7 @@
 """Models of mlx-vlm: logits of the EXL3 checkpoint against mlx-vlm's own model with the dequantized weights."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.vlm.host import MLX_VLM
 from tests.support import (
     architectures,
+    architectures_hybrid,
     generic_checkpoints,
     vlm_checkpoints,
     vlm_latents,
@@ -48,7 +50,14 @@ def load_dense(case, directory):
     return dense
 
 
+def case_of(make) -> Callable[[], vlm_checkpoints.Case]:
+    """Of a text model."""
+    return lambda: vlm_checkpoints.Case(make(), {}, 0)
+
+
 CASES = {
+    # mlx-vlm has no class for bailing_moe_v3.
+    **{name: case_of(make) for name, make in architectures_hybrid.ARCHITECTURES.items() if name != "bailing_moe_v3"},
     **vlm_checkpoints.CASES,
     **vlm_originals.CASES,
     **vlm_ngrams.CASES,
@@ -76,9 +85,9 @@ GENERIC = {
         name: name
         for name in (
             "afmoe bailing_moe bailing_moe_linear deepseek deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe "
-            "exaone_moe glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe granitemoehybrid hunyuan jamba kimi_k3 "
-            "kimi_linear laguna lfm2_moe longcat_flash mellum mimo_v2_flash minimax mixtral nemotron_h olmoe phimoe "
-            "phixtral qwen2_moe qwen3_moe qwen3_next solar_open step3p5"
+            "exaone_moe glm4_moe glm4_moe_lite gpt_oss granitemoe granitemoehybrid hunyuan jamba kimi_k3 lfm2_moe "
+            "longcat_flash mellum minimax mixtral nemotron_h olmoe phimoe phixtral qwen2_moe qwen3_moe qwen3_next "
+            "solar_open step3p5"
         ).split()
     },
     "gemma4_unified": "gemma4",
