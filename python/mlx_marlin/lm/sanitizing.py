@@ -40,7 +40,7 @@ def sanitize(
             f"{directory}: {type(model).__module__} cannot take these tensors: {type(error).__name__}: {error}"
         ) from error
     _check_untouched(host, directory, stand_ins, weights)
-    weights = _join_attention(model, _stack_experts(host, model, weights))
+    weights = _join_linears(model, _stack_experts(host, model, weights))
     return _move_leftovers(model, _reshape_decays(model, weights))
 
 
@@ -83,20 +83,21 @@ def _inside(banks: Iterable[str], block: str) -> list[str]:
     return [p for p in banks if p.startswith(f"{block}.")] or [p for p in banks if p.startswith(f"{layer}.")]
 
 
-# How towers call what they have of ExLlamaV3's q_proj, k_proj and v_proj together.
-_FUSED_ATTENTION = ("qkv", "in_proj", "qkv_proj")
+_OF_ATTENTION, _OF_MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+# How models call what they have of ExLlamaV3's linears together: vision towers, phi3, glm4.
+_JOINED = {"qkv": _OF_ATTENTION, "in_proj": _OF_ATTENTION, "qkv_proj": _OF_ATTENTION, "gate_up_proj": _OF_MLP}
 
 
-def _join_attention(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Join what ExLlamaV3 splits before it quantizes it: the attention of vision towers.
+def _join_linears(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Join what ExLlamaV3 splits before it quantizes it: attention, and the gates of an MLP.
 
-    It keeps the unquantized weights as well, which are dropped here.
+    Of towers it keeps the unquantized weights as well, which are dropped here.
     """
     result = dict(weights)
     for path, module in model.named_modules():
         parent, _, leaf = path.rpartition(".")
-        names = [f"{parent}.{name}_proj.weight" for name in "qkv"]
-        if leaf not in _FUSED_ATTENTION or type(module) is not nn.Linear or not all(n in weights for n in names):
+        names = [f"{parent}.{name}.weight" for name in _JOINED.get(leaf, ())]
+        if not names or type(module) is not nn.Linear or not all(n in weights for n in names):
             continue
         parts = [result.pop(name) for name in names]
         rows, total = [len(part) for part in parts], module.weight.shape[0]
