@@ -133,8 +133,12 @@ def test_logits_of_text_models_beside_towers(name, tmp_path):
     assert kinds_of(model)[TrellisSwitchGLU] and not kinds_of(model)[SwitchGLU]
 
 
-def test_the_head_of_a_model_that_mlx_lm_always_ties(tmp_path):
-    checkpoint = architectures_gemma.gemma2()
+ALWAYS_TIED = {make.__name__: make for make in (architectures_gemma.gemma2, architectures_hybrid.lfm2_moe)}
+
+
+@pytest.mark.parametrize("name", architectures.known_to_mlx_lm(ALWAYS_TIED))
+def test_the_head_of_a_model_that_mlx_lm_always_ties(name, tmp_path):
+    checkpoint = ALWAYS_TIED[name]()
     model, _ = load_exl3_model(checkpoint.write(tmp_path / "exl3"))
     head = checkpoint.dense.pop("lm_head.weight")
     dense = load_dense(checkpoint, tmp_path / "dense")

@@ -7,7 +7,7 @@ import pytest
 from mlx_marlin import codec
 from mlx_marlin.lm import commands
 from tests.lm import test_architectures as lm_architectures
-from tests.support import architectures_gemma, generic_checkpoints
+from tests.support import generic_checkpoints
 from tests.support.paths import ROOT
 from tests.vlm import test_architectures as vlm_architectures
 
@@ -38,9 +38,8 @@ def test_architectures_are_those_of_the_tests():
     assert vlm_original == {name.removesuffix("_plain") for name in vlm_architectures.CASES} and vlm_generic == set(
         vlm_architectures.GENERIC
     )
-    originals = {*lm_architectures.ORIGINALS, *lm_architectures.TOWERS}
-    assert original == originals | {architectures_gemma.gemma2.__name__}
-    assert generic == set(generic_checkpoints.CONFIGS) - originals
+    originals = {*lm_architectures.ORIGINALS, *lm_architectures.TOWERS, *lm_architectures.ALWAYS_TIED}
+    assert original == originals and generic == set(generic_checkpoints.CONFIGS) - originals
 
 
 def stored_bytes(bits: float) -> float:

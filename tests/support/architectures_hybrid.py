@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 
 from mlx_marlin.loader.scaling import UP_DIVISOR
@@ -277,5 +279,107 @@ def grouped_attention(c: Checkpoint, attn: str, heads: int, kv_heads: int, value
     c.linear(f"{attn}.o_proj", heads * value_size, s.hidden)
 
 
-ARCHITECTURES = {make.__name__: make for make in (kimi_linear, bailing_moe_v3, glm_moe_dsa, mimo_v2_flash, laguna)}
+def step3p5(s: Sizes = SIZES) -> Checkpoint:
+    """Step 3.5 Flash. Its experts lie beside the layer's MLP, not inside; those of one layer clamp."""
+    s = replace(s, layers=3)
+    c = Checkpoint(s, {**step_config(s), "architectures": ["Step3p5ForCausalLM"]})
+    step_layers(c)
+    return c
+
+
+def step_config(s: Sizes) -> dict:
+    return {
+        "model_type": "step3p5",
+        "num_attention_groups": s.kv_heads,
+        "moe_intermediate_size": s.width,
+        "moe_num_experts": s.experts,
+        "moe_top_k": 2,
+        "share_expert_dim": s.width,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "num_hidden_layers": 3,
+        "rope_theta": [10000.0, 1000.0, 10000.0],
+        "partial_rotary_factors": [0.5, 1.0, 0.5],
+        "sliding_window": 8,
+        "attention_other_setting": {
+            "num_attention_heads": 6,
+            "num_attention_groups": s.kv_heads,
+            "head_dim": s.head_dim,
+        },
+        "use_head_wise_attn_gate": True,
+        "use_moe_router_bias": True,
+        "moe_router_scaling_factor": 3.0,
+        "moe_layers_enum": "1,2",
+        "swiglu_limits": [0, 0, 0.5],
+        "swiglu_limits_shared": [0, 0, 0.5],
+    }
+
+
+def step_layers(c: Checkpoint) -> None:
+    """Three, with their ends."""
+    s = c.sizes
+    c.ends(norm_mean=0.0)
+    for i in range(3):
+        layer, heads = f"model.layers.{i}", 6 if i == 1 else s.heads
+        attn = f"{layer}.self_attn"
+        c.block_norms(layer, 0.0)
+        grouped_attention(c, attn, heads, s.kv_heads, s.head_dim)
+        c.plain(f"{attn}.g_proj.weight", heads, s.hidden, spread=0.1, dtype=mx.float16)
+        for name in "qk":
+            c.norm(f"{attn}.{name}_norm", s.head_dim, 0.0)
+        if i == 0:
+            c.gated_mlp(f"{layer}.mlp")
+            continue
+        c.experts(f"{layer}.moe")
+        c.selection_bias(f"{layer}.moe.router_bias")
+        c.gated_mlp(f"{layer}.share_expert", s.width)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            parts = [c.dense.pop(f"{layer}.moe.experts.{e}.{name}.weight") for e in range(s.experts)]
+            c.dense[f"{layer}.moe.{name}.weight"] = mx.stack(parts)
+
+
+def lfm2_moe(s: Sizes = SIZES) -> Checkpoint:
+    """Without a head of its own in mlx-lm; convolutions and attention in turn."""
+    config = {
+        **MOE,
+        "model_type": "lfm2_moe",
+        "architectures": ["Lfm2MoeForCausalLM"],
+        "num_attention_heads": s.hidden // s.head_dim,
+        "num_key_value_heads": 1,
+        "num_dense_layers": 1,
+        "norm_eps": 1e-6,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "layer_types": ["conv", "full_attention"],
+        "use_expert_bias": True,
+        "tie_word_embeddings": True,
+    }
+    c = Checkpoint(s, config)
+    c.plain("model.embed_tokens.weight", s.vocab, s.hidden)
+    c.norm("model.embedding_norm", s.hidden)
+    c.linear("lm_head", s.hidden, s.vocab, bits=6)
+    for i in range(s.layers):
+        layer = f"model.layers.{i}"
+        block = f"{layer}.feed_forward"
+        c.block_norms(layer, names=("operator_norm", "ffn_norm"))
+        if i == 0:
+            c.linear(f"{layer}.conv.in_proj", s.hidden, 3 * s.hidden)
+            c.plain(f"{layer}.conv.conv.weight", s.hidden, 1, 3, spread=0.5)
+            c.linear(f"{layer}.conv.out_proj", s.hidden, s.hidden)
+            for name in ("w1", "w3"):
+                c.linear(f"{block}.{name}", s.hidden, s.dense_width, zero_padding=True)
+            c.linear(f"{block}.w2", s.dense_width, s.hidden)
+            continue
+        for name, width in {"q": s.hidden, "k": s.head_dim, "v": s.head_dim}.items():
+            c.linear(f"{layer}.self_attn.{name}_proj", s.hidden, width)
+        c.linear(f"{layer}.self_attn.out_proj", s.hidden, s.hidden)
+        for name in "qk":
+            c.norm(f"{layer}.self_attn.{name}_layernorm", s.head_dim)
+        c.experts(block, ("w1", "w3", "w2"))
+        c.selection_bias(f"{block}.expert_bias")
+    return c
+
+
+ARCHITECTURES = {
+    make.__name__: make for make in (kimi_linear, bailing_moe_v3, glm_moe_dsa, mimo_v2_flash, laguna, step3p5)
+}
 """Those that not every version of mlx-lm has."""

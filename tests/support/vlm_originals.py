@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from tests.support.architectures_hybrid import delta_attention, indexer
+from tests.support.architectures_hybrid import delta_attention, indexer, step_config, step_layers
 from tests.support.checkpoints import SIZES, Checkpoint, Sizes
 from tests.support.vlm_checkpoints import TOWER, Case, Tower, qwen_picture, special, split_attention
 
@@ -98,32 +98,8 @@ def _mimo_tower(c: Checkpoint, t: Tower) -> None:
 
 
 def step3p7(s: Sizes = SIZES, t: Tower = TOWER) -> Case:
-    """Its experts lie beside the layer's MLP, not inside; one layer clamps, which no fused kernel does."""
-    text = {
-        **s.config(),
-        "model_type": "step3p5",
-        "num_attention_groups": s.kv_heads,
-        "moe_intermediate_size": s.width,
-        "moe_num_experts": s.experts,
-        "moe_top_k": 2,
-        "share_expert_dim": s.width,
-        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-        "num_hidden_layers": 3,
-        "rope_theta": [10000.0, 1000.0, 10000.0],
-        "partial_rotary_factors": [0.5, 1.0, 0.5],
-        "sliding_window": 8,
-        "attention_other_setting": {
-            "num_attention_heads": 6,
-            "num_attention_groups": s.kv_heads,
-            "head_dim": s.head_dim,
-        },
-        "use_head_wise_attn_gate": True,
-        "use_moe_router_bias": True,
-        "moe_router_scaling_factor": 3.0,
-        "moe_layers_enum": "1,2",
-        "swiglu_limits": [0, 0, 0.5],
-        "swiglu_limits_shared": [0, 0, 0.5],
-    }
+    """Step 3.5 with a tower."""
+    text = {**s.config(), **step_config(s)}
     tower = {
         "width": t.hidden,
         "layers": t.depth,
@@ -134,26 +110,7 @@ def step3p7(s: Sizes = SIZES, t: Tower = TOWER) -> Case:
         "hidden_act": "quick_gelu",
     }
     c = Checkpoint(s, {"model_type": "step3p7", "text_config": text, "vision_config": tower})
-    c.ends(norm_mean=0.0)
-    for i in range(3):
-        layer, heads = f"model.layers.{i}", 6 if i == 1 else s.heads
-        attn = f"{layer}.self_attn"
-        c.block_norms(layer, 0.0)
-        for name, count in {"q": heads, "k": s.kv_heads, "v": s.kv_heads}.items():
-            c.linear(f"{attn}.{name}_proj", s.hidden, count * s.head_dim)
-        c.linear(f"{attn}.o_proj", heads * s.head_dim, s.hidden)
-        c.plain(f"{attn}.g_proj.weight", heads, s.hidden, spread=0.1, dtype=mx.float16)
-        for name in "qk":
-            c.norm(f"{attn}.{name}_norm", s.head_dim, 0.0)
-        if i == 0:
-            c.gated_mlp(f"{layer}.mlp")
-            continue
-        c.experts(f"{layer}.moe")
-        c.selection_bias(f"{layer}.moe.router_bias")
-        c.gated_mlp(f"{layer}.share_expert", s.width)
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            parts = [c.dense.pop(f"{layer}.moe.experts.{e}.{name}.weight") for e in range(s.experts)]
-            c.dense[f"{layer}.moe.{name}.weight"] = mx.stack(parts)
+    step_layers(c)
     _step_tower(c, t)
     c.config["image_token_id"] = special(s)["image"]
     side = t.patch * t.grid

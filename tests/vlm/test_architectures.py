@@ -87,7 +87,7 @@ GENERIC = {
             "afmoe bailing_moe bailing_moe_linear deepseek deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe "
             "exaone_moe glm4_moe glm4_moe_lite gpt_oss granitemoe granitemoehybrid hunyuan jamba kimi_k3 lfm2_moe "
             "longcat_flash mellum minimax mixtral nemotron_h olmoe phimoe phixtral qwen2_moe qwen3_moe qwen3_next "
-            "solar_open step3p5"
+            "solar_open"
         ).split()
     },
     "gemma4_unified": "gemma4",
