@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import repeat
 from typing import Any
 
 import mlx.core as mx
@@ -267,30 +266,17 @@ class LayeredModel:
         layer.update(tree_map(lambda p: mx.zeros((), p.dtype), layer.parameters()))
         mx.clear_cache()
 
-    def run(
-        self,
-        index: int,
-        hidden: States,
-        done: Callable[[int], None] = lambda batches: None,
-        into: SpilledArrays | None = None,
-        batch: int | None = None,
-    ) -> States:
-        """A layer's output for each batch.
+    def output(self, index: int, hidden: np.ndarray, batch: int) -> np.ndarray:
+        """A layer's output.
 
         Args:
             index: The layer.
-            hidden: Its inputs.
-            done: Told how many there are so far.
-            into: Where they are put. Default: a list.
-            batch: Of which all of them are. Default: ``None``, one of each batch in turn.
+            hidden: Its input, float32 ``[windows, length, hidden]``.
+            batch: Of which one of the batches it is.
         """
-        recorder = self.recorders[index]
-        result: list[np.ndarray] | SpilledArrays = [] if into is None else into
-        for x, (args, kwargs) in zip(hidden, recorder.calls if batch is None else repeat(recorder.calls[batch])):
-            y = self.layers[index](mx.array(x), *args, **kwargs)
-            result.append(np.array(y[0] if recorder.returns_tuple else y))
-            done(len(result))
-        return result
+        args, kwargs = self.recorders[index].calls[batch]
+        y = self.layers[index](mx.array(hidden), *args, **kwargs)
+        return np.array(y[0] if self.recorders[index].returns_tuple else y)
 
     def head_module(self) -> nn.Module:
         """The module that makes the logits."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..ops import MLX_LOCK
+from ..ops import mlx_turn
 from ..storage.safetensors import TensorInfo
 
 # The values of E2M1, by their four bits: OCP Microscaling Formats 1.0, table 5.
@@ -68,7 +68,7 @@ class PackedTensor:
     def floats(self) -> np.ndarray:
         """The values, float32."""
         stored = [part.array() for part in self.parts]
-        with MLX_LOCK:
+        with mlx_turn():
             arrays = [mx.array(values) for values in stored]
             arrays = [a.view(mx.bfloat16) if part.dtype == "BF16" else a for a, part in zip(arrays, self.parts)]
             return np.array(self.array(*arrays).astype(mx.float32))
