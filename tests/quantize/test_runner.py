@@ -20,11 +20,11 @@ BATCHES, LENGTH = 6, 16
 
 @pytest.fixture
 def running(tmp_path, monkeypatch):
-    """Makes a runner with a number of workers, its first layer loaded, and its first hidden states."""
-    source = Source(source_of(tmp_path, "qwen2_moe")[0])  # experts, and a shared one beside them
+    """Makes a runner of a number of workers, its first layer loaded, and its first hidden states."""
     tokens = np.random.default_rng(0).integers(0, 64, (BATCHES, LENGTH)).astype(np.int32)
 
-    def make(workers):
+    def make(workers, name="qwen2_moe"):  # experts, and a shared one beside them
+        source = Source(source_of(tmp_path / f"{name}-{workers}", name)[0])
         monkeypatch.setattr(kernels, "cpu_threads", lambda: workers)
         monkeypatch.setattr(runners, "BATCH", 1)
         clock = SimpleNamespace(tick=lambda *_: None)
@@ -46,11 +46,13 @@ def seen(taps):
     return found
 
 
-def test_batches_leave_the_same_whichever_ends_first(running):
-    one, hidden = running(1)
+@pytest.mark.parametrize("name", ["qwen2_moe", "gemma3"])
+def test_batches_leave_the_same_whichever_ends_first(running, name):
+    """Gemma's layers are given masks that the model has made on the main thread."""
+    one, hidden = running(1, name)
     with one.taps(0) as taps:
         outputs, wanted = list(one.run(0, hidden, taps=taps)), seen(taps)
-    several, _ = running(3)
+    several, _ = running(3, name)
     real, threads = several.model.output, set()
 
     def output(index, x, batch):

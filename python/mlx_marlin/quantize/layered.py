@@ -216,6 +216,8 @@ class LayeredModel:
     def load(self, index: int) -> None:
         """Bring a layer into memory, as float32; not its experts where those can be read one by one, else as stored.
 
+        What it is called with is evaluated too: other threads cannot do that.
+
         Raises:
             ValueError: If a value is not finite; the message names the tensor.
         """
@@ -228,7 +230,8 @@ class LayeredModel:
         layer.update(tree_map_with_path(widened, layer.parameters()))
         parameters: dict[str, mx.array] = dict(tree_flatten(layer.parameters(), prefix=f".{path}"))
         parameters = {name: value for name, value in parameters.items() if name not in self._experts}
-        mx.eval(parameters)
+        given = dict(tree_flatten([[list(args), dict(kwargs)] for args, kwargs in self.recorders[index].calls]))
+        mx.eval(parameters, [value for value in given.values() if isinstance(value, mx.array)])
         mx.clear_cache()  # of what the stacks were made of
         for name, value in parameters.items():
             self.check_finite(name, value)

@@ -57,9 +57,9 @@ class Notes:
 
     def parts(self) -> list[Callable[[], None]]:
         """What adds these to what the taps saw before, one of each tap."""
-        linears = dict.fromkeys(entry[0] for entry in self.rows)
-        experts = dict.fromkeys(entry[0] for entry in self.experts)
-        return [partial(tap.add, self) for tap in (*linears, *experts)]
+        adds = [tap.add for tap in dict.fromkeys(entry[0] for entry in self.rows)]
+        adds += [tap.add for tap in dict.fromkeys(entry[0] for entry in self.experts)]
+        return [partial(add, self) for add in adds]
 
 
 class _Thread(local):
