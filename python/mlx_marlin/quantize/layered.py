@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from ..loader.contents import parts_of
 from ..storage.safetensors import TensorInfo
 from .names import Names, parts_of_experts
+from .slices import found_slice, numbers_made
 from .source import ExpertTensors, Source
 from .spill import SpilledArrays, States
 from .taps import replace_module
@@ -123,10 +124,19 @@ class LayeredModel:
         )
         origins, stacked = _load_weights(self.model, source, len(self.layers))
         self._experts = {path: ExpertTensors(source, stacked[path]) for path in self._stacks if path in stacked}
+        fused = [path for path in self._stacks if path not in stacked]
+        self._numbers = numbers_made(self.model, source, fused)
         self.names = Names(source, self.model, origins, self.paths)
         self.batches = [mx.array(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
         self.recorders = [_Recorder(layer) for layer in self.layers]
         self.head = self._record_calls()
+
+    def _find_slices(self, index: int) -> None:
+        """Find where the weights of a layer's experts can be read one by one in tensors of all experts."""
+        for path in [path for path in self._numbers if path.startswith(f"{self.paths[index]}.")]:
+            found = found_slice(self._numbers.pop(path), self.source.tensors)
+            if found is not None:
+                self._experts[path] = ExpertTensors(self.source, [found[0]], found[1])
 
     def _record_calls(self) -> str:
         for path, recorder in zip(self.paths, self.recorders):
@@ -222,6 +232,7 @@ class LayeredModel:
             ValueError: If a value is not finite; the message names the tensor.
         """
         layer, path = self.layers[index], self.paths[index]
+        self._find_slices(index)
 
         def widened(name: str, value: mx.array) -> mx.array:
             is_stack = f"{path}.{name}" in self._stacks

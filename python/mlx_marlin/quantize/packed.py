@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -67,7 +67,15 @@ class PackedTensor:
 
     def floats(self) -> np.ndarray:
         """The values, float32."""
-        stored = [part.array() for part in self.parts]
+        return self._unpacked([part.array() for part in self.parts])
+
+    def row(self, index: int) -> np.ndarray:
+        """The values of one along the first axis, float32, of which alone the bytes are read."""
+        is_whole = [math.prod(part.shape) == 1 for part in self.parts]  # a scale of the whole tensor
+        stored = [p.array() if whole else p.rows(index, index + 1) for p, whole in zip(self.parts, is_whole)]
+        return self._unpacked(stored)[0]
+
+    def _unpacked(self, stored: Sequence[np.ndarray]) -> np.ndarray:
         with mlx_turn():
             arrays = [mx.array(values) for values in stored]
             arrays = [a.view(mx.bfloat16) if part.dtype == "BF16" else a for a, part in zip(arrays, self.parts)]

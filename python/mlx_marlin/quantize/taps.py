@@ -133,6 +133,7 @@ class ExpertWeights:
         """``(in, out)`` of each."""
         self._spill = spill
         self._installed: dict[int, tuple[int, np.dtype]] = {}
+        self._unpacked: dict[int, int] | None = {} if tensors is not None and tensors.is_packed else None
         self.bias = np.array(module.bias.astype(mx.float32)) if "bias" in module else None
 
     @staticmethod
@@ -148,11 +149,23 @@ class ExpertWeights:
     def weight(self, expert: int) -> np.ndarray:
         """float32 ``[in, out]``."""
         if expert not in self._installed:
-            return self._read(expert).T
+            return (self._read(expert) if self._unpacked is None else self._read_once(expert)).T
         start, dtype = self._installed[expert]
         values = np.empty(self.shape, dtype)
         self._spill.read_into(values, start)
         return values.astype(np.float32, copy=False)
+
+    def _read_once(self, expert: int) -> np.ndarray:
+        """Of packed tensors, which stand for bfloat16 values: unpacked once, and kept so on the disk."""
+        assert self._unpacked is not None  # this is why it is called
+        if expert not in self._unpacked:
+            values = self._read(expert)
+            words = (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16)
+            self._unpacked[expert] = self._spill.add(words.data)
+            return values
+        words = np.empty(self.shape[::-1], np.uint16)
+        self._spill.read_into(words, self._unpacked[expert])
+        return widened(words, "BF16")
 
     def install(self, expert: int, weight: np.ndarray, bias: np.ndarray | None) -> None:
         """Replace one. It is kept in half precision, as ExLlamaV3 decodes weights, where that is enough."""
