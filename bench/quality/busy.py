@@ -2,11 +2,10 @@
 
 Usage: python -m bench.quality.busy MODEL DIR [--bits 2.5 ...] [--windows N] [--output FILE]
 
-The share of the cores is what an idle machine shows, also where others use it: from the process's CPU time and what
-Linux notes of how long its threads wait for a core (/proc/self/task/*/schedstat) follows, for each interval of
-:data:`_PERIOD`, how long it takes where none has to. What the main thread is at gives the phase. Workers of the
-search's pool that wait for each other spin; that counts as work, for as long as a batch of tiles takes at most, some
-5 ms.
+What the main thread is at gives the phase. Beside the work of others, the share of the cores is an estimate of what an
+idle machine shows: from the process's CPU time and what Linux notes of how long its threads wait for a core
+(/proc/self/task/*/schedstat) follows, for each interval of :data:`_PERIOD`, how long it takes where none has to. It is
+too high, as the workers of the pool spin while they wait for each other: up to 10 % of the cores where others use both.
 """
 
 from __future__ import annotations
@@ -82,22 +81,30 @@ class Sampler:
 
     Args:
         cores: How many count.
+
+    Attributes:
+        spans: One for each stretch of time in one phase.
+        others: Cores that other processes used, on average.
     """
 
     def __init__(self, cores: int):
-        self.cores, self.spans = cores, []
+        self.cores, self.others = cores, 0.0
+        self.spans: list[Span] = []
         self._main = threading.main_thread().ident
         self._stopped = threading.Event()
         self._waits: dict[str, int] = {}
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> Sampler:
+        self._begin = time.perf_counter(), _used_by_others()
         self._thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._stopped.set()
         self._thread.join()
+        start, used = self._begin
+        self.others = (_used_by_others() - used) / (time.perf_counter() - start)
 
     def _look(self) -> None:
         begin = then = time.perf_counter()
@@ -135,6 +142,12 @@ class Sampler:
         return next((phase for phase, functions in PHASES.items() if stack.issuperset(functions)), "other")
 
 
+def _used_by_others() -> float:
+    """CPU seconds of all processes but this, since the machine started."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
 def line(span: Span, cores: int) -> str:
     """A span as a row of a table."""
     return (
@@ -169,9 +182,10 @@ def main() -> None:
     head = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     shown = [span for span in sampler.spans if span.wall > 4 * _PERIOD]
     rows = [*head, *(line(span, cores) for span in shown), "", *head, *(line(s, cores) for s in sums(sampler.spans))]
-    print("\n".join(rows))
+    print("\n".join([*rows, "", f"other processes used {sampler.others:.2f} cores"]))
     if options.output:
         value = {"model": options.model.name, "bits": options.bits, "windows": options.windows, "cores": cores}
+        value["others"] = round(sampler.others, 2)
         value |= {"spans": [{k: v if k == "phase" else round(v, 2) for k, v in vars(s).items()} for s in sampler.spans]}
         atomic.write_text(options.output, json.dumps(value, indent=1) + "\n")
 
