@@ -125,7 +125,7 @@ class LayeredModel:
         origins, stacked = _load_weights(self.model, source, len(self.layers))
         self._experts = {path: ExpertTensors(source, stacked[path]) for path in self._stacks if path in stacked}
         fused = [path for path in self._stacks if path not in stacked]
-        self._numbers = numbers_made(self.model, source, fused)
+        self._numbers = numbers_made(self.model, source.tensors, source.arrays(), fused)
         self.names = Names(source, self.model, origins, self.paths)
         self.batches = [mx.array(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
         self.recorders = [_Recorder(layer) for layer in self.layers]

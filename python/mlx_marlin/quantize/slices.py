@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,9 +15,6 @@ import numpy as np
 
 from ..storage.safetensors import TensorInfo
 from .packed import PackedTensor
-
-if TYPE_CHECKING:
-    from .source import Source
 
 _ELEMENT_BITS = 40  # of a number: which element of a tensor; above these, which tensor
 
@@ -43,20 +39,26 @@ class Slice:
         return np.lib.stride_tricks.as_strided(flat, self.shape, [step * flat.itemsize for step in self.steps])
 
 
-def numbers_made(model: nn.Module, source: Source, stacks: Sequence[str]) -> dict[str, mx.array]:
+def numbers_made(
+    model: nn.Module,
+    tensors: Mapping[str, TensorInfo | PackedTensor],
+    arrays: Mapping[str, mx.array],
+    stacks: Sequence[str],
+) -> dict[str, mx.array]:
     """What a model makes of the numbers of the elements of one expert, for some of its stacks, lazily.
 
     Args:
         model: mlx-lm's.
-        source: The checkpoint.
+        tensors: The checkpoint's.
+        arrays: These, lazily.
         stacks: Paths of parameters; nothing is made of those that the model cannot make so.
     """
     from ..lm.host import MODEL_ERRORS  # needs mlx-lm
 
     if not stacks:
         return {}
-    given = source.arrays()
-    for number, (name, info) in enumerate(source.tensors.items()):
+    given = dict(arrays)
+    for number, (name, info) in enumerate(tensors.items()):
         if len(info.shape) == 3:  # those of all experts, and few others
             size = info.shape[1] * info.shape[2]
             numbers = mx.arange(size, dtype=mx.int64) + (number << _ELEMENT_BITS)
