@@ -71,6 +71,7 @@ struct SwigluCall {
   StackInfo up;
   StackInfo down;
   KernelConfig config;
+  bool absent = false;  // an index of up.experts, one too large, is an expert that is not here: zeros
 
   bool operator==(const SwigluCall&) const = default;
 

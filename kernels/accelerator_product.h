@@ -27,7 +27,7 @@ struct AcceleratorProduct {
   uint zero;
   float4 sums[M][T][2];  // four columns of each of the lane's rows
 
-  METAL_FUNC void set_rows(uint count) thread {
+  METAL_FUNC void set_rows(uint count, uint) thread {
     units = (count + 7) / 8;
     last_row = count - 1;
   }

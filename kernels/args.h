@@ -17,12 +17,12 @@
 // compile all 27 decoders before it drops 26 of them. `widths` has bit 2 * K set where an expert has K bits per weight,
 // `codebooks` bit c where one has codebook c: gate and up share a decoder for every width and codebook that either
 // has, which takes half the instructions of two loops.
-#define MARLIN_SOURCE_CONSTANTS(X)                               \
-  X(widths)                                                      \
-  X(codebooks)                                                   \
-  X(transposed)    /* rows times W^T: k and n change places */   \
-  X(half_operands) /* x and the sums inside a tile are halves */ \
-  X(accelerator)   /* products run on neural accelerators */     \
+#define MARLIN_SOURCE_CONSTANTS(X)                             \
+  X(widths)                                                    \
+  X(codebooks)                                                 \
+  X(transposed)    /* rows times W^T: k and n change places */ \
+  X(half_operands) /* x is halves, see tile_product.h */       \
+  X(accelerator)   /* products run on neural accelerators */   \
   X(max_threads)   /* per threadgroup */
 
 // Function constants: index, type, name. The first of a layer's projections of x is gate, or up where there is no gate.
@@ -71,7 +71,7 @@ struct MarlinRotateArgs {
   unsigned int columns;  // row length of x
   unsigned int positions;
   unsigned int experts;
-  unsigned int slots_per_row;  // slots that share one row of x
+  unsigned int slots_per_row_inverse;  // of the slots that share one row of x: 2^31 / slots_per_row, rounded up
 };
 
 struct MarlinProductArgs {

@@ -70,22 +70,37 @@ struct Items {
   METAL_FUNC uint item_sums() const thread {
     return columns * slice_rows;
   }
+  // The first of a column's sums over ranges of k, which are item_sums() apart.
+  METAL_FUNC threadgroup const float* first_sum(threadgroup const float* sums, uint projection, uint column, uint row)
+      const thread {
+    const uint first_item = (projection * column_groups + column / columns) * k_splits;
+    return sums + first_item * item_sums() + column % columns * slice_rows + row;
+  }
   // A finished sum, added over the ranges of k.
   METAL_FUNC float sum(threadgroup const float* sums, uint projection, uint column, uint row) const thread {
-    const uint first_item = (projection * column_groups + column / columns) * k_splits;
-    threadgroup const float* at = sums + first_item * item_sums() + column % columns * slice_rows + row;
+    threadgroup const float* at = first_sum(sums, projection, column, row);
     float total = at[0];
     for (uint split = 1; split < k_splits; ++split) {
       total += at[split * item_sums()];
     }
     return total;
   }
+  // Those of a lane's columns of a block, which are columns of one tile.
   METAL_FUNC float4
   block(threadgroup const float* sums, uint projection, uint first, uint row, uint lane) const thread {
+    threadgroup const float* at = first_sum(sums, projection, first + lane_column(lane), row);
+    float4 v = four(at);
+    for (uint split = 1; split < k_splits; ++split) {
+      at += item_sums();
+      v += four(at);
+    }
+    return v;
+  }
+  METAL_FUNC float4 four(threadgroup const float* at) const thread {
     float4 v;
     MARLIN_UNROLL
     for (uint j = 0; j < 4; ++j) {
-      v[j] = sum(sums, projection, first + lane_column(lane) + value_offset(j), row);
+      v[j] = at[value_offset(j) * slice_rows];
     }
     return v;
   }
@@ -282,7 +297,7 @@ METAL_FUNC void matrix_slices(
     const thread Finish& finish_slice) {
   UnitProduct<M, T> product;
   product.tiles_per_row = args.n / MARLIN_TILE;
-  product.set_rows(rows.count);
+  product.set_rows(rows.count, position_rows(args.positions));
   const bool works = simdgroup < items.count() &&
       place_item(product, args, operands, items, simdgroup, column_group, trellis_lane(lane));
   if (works) {

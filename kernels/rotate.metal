@@ -20,7 +20,9 @@ struct RotateSource {
     if (expert >= args.experts) {
       return float4(0.0f);
     }
-    const float4 v = load_row(x, slot / args.slots_per_row, args.columns, first, lane);
+    // A division by slots_per_row: exact, as the host has checked.
+    const uint row = mulhi(2 * slot, args.slots_per_row_inverse);
+    const float4 v = load_row(x, row, args.columns, first, lane);
     return hadamard(v * load_halves(suh + ulong(expert) * args.k + first, lane), lane);
   }
 };

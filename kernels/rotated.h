@@ -29,8 +29,8 @@ typedef RotatedRows<device const Operand4*, device const float*> DeviceRows;
 typedef RotatedRows<threadgroup const Operand4*, threadgroup const float*> LocalRows;
 
 // A buffer of rotated activations: `copies` times [rows, k] operands, then if they are scaled as many times
-// [rows, k / 128] scales. A row is in tile order, or rows are in units of 8 that are 8x8 fragments: [k / 8][column][row], scales
-// [k / 128][row].
+// [rows, k / 128] scales. A row is in tile order, or rows are in units of 8 that are 8x8 fragments, of which a lane has
+// its elements of both halves of a tile's depth side by side: [k / 16][unit][lane][half][2], scales [k / 128][unit][row].
 struct RotatedBuffer {
   uint rows;
   uint k;
@@ -42,9 +42,11 @@ struct RotatedBuffer {
   }
   // Rows from `row` on, the first of a unit for fragments.
   METAL_FUNC DeviceRows at(device const float* buffer, uint copy, uint row) const thread {
+    const uint rows_before = fragments ? row : row * (k / MARLIN_TILE);  // in a tile's depth
+    const uint scales_before = fragments ? row : row * (k / MARLIN_HADAMARD_SIZE);
     DeviceRows found;
-    found.values = (device const Operand4*)buffer + (ulong(copy) * rows + row) * (k / 4);
-    found.scales = buffer + first_scale(copy) + ulong(row) * (k / MARLIN_HADAMARD_SIZE);
+    found.values = (device const Operand4*)buffer + ulong(copy) * rows * (k / 4) + ulong(rows_before) * 4;
+    found.scales = buffer + first_scale(copy) + scales_before;
     return found;
   }
 };
@@ -95,6 +97,12 @@ METAL_FUNC Operand4 as_operands(float4 v, Scale scale, ushort lane) {
   }
 }
 
+// Where a lane's elements of a unit's fragments are: of columns `first` + 2 q + {0, 8} of a tile, rows 2 h and 2 h + 1.
+METAL_FUNC ulong fragment_place(RotatedBuffer layout, uint copy, uint unit, uint column, uint h) {
+  const ulong step = ulong(column / MARLIN_TILE) * (layout.rows / 8) + unit;
+  return ulong(copy) * layout.rows * (layout.k / 4) + step * MARLIN_SIMD_SIZE + column % MARLIN_TILE * 4 + h;
+}
+
 METAL_FUNC void store_rotated(
     RotatedBuffer layout,
     uint copy,
@@ -105,19 +113,20 @@ METAL_FUNC void store_rotated(
     float4 v) {
   const uint blocks = layout.k / MARLIN_HADAMARD_SIZE;
   const uint block = first / MARLIN_HADAMARD_SIZE;
-  const ulong base = ulong(copy) * layout.rows;
   device float* scales = buffer + layout.first_scale(copy);
   if (fragments) {
-    const uint unit = row / 8;
-    const Operand4 operands = as_operands(v, scales + (ulong(unit) * blocks + block) * 8 + row % 8, lane);
-    device Operand* to = (device Operand*)buffer + (base + unit * 8) * layout.k + row % 8;
+    const Operand4 operands = as_operands(v, scales + ulong(block) * layout.rows + row, lane);
     MARLIN_UNROLL
-    for (uint j = 0; j < 4; ++j) {
-      to[(first + lane_column(lane) + value_offset(j)) * 8] = operands[j];
+    for (uint c = 0; c < 2; ++c) {
+      const ulong at = fragment_place(layout, copy, row / 8, first + lane_column(lane) + c, row % 8 / 2);
+      device Operand* to = (device Operand*)buffer + at * 4 + row % 2;
+      to[0] = operands[c];
+      to[2] = operands[c + 2];
     }
   } else {
     const Operand4 operands = as_operands(v, scales + ulong(row) * blocks + block, lane);
-    ((device Operand4*)buffer)[(base + row) * (layout.k / 4) + first / 4 + lane] = operands;
+    const ulong at = (ulong(copy) * layout.rows + row) * (layout.k / 4) + first / 4 + lane;
+    ((device Operand4*)buffer)[at] = operands;
   }
 }
 
@@ -130,19 +139,20 @@ METAL_FUNC void store_rotated_unit(
     uint first,
     ushort lane,
     const thread float4* v) {
-  const uint blocks = layout.k / MARLIN_HADAMARD_SIZE;
-  device float* scales = buffer + layout.first_scale(copy) + (ulong(unit) * blocks + first / MARLIN_HADAMARD_SIZE) * 8;
-  device Operand* to = (device Operand*)buffer + (ulong(copy) * layout.rows + unit * 8) * layout.k;
+  device float* scales =
+      buffer + layout.first_scale(copy) + ulong(first / MARLIN_HADAMARD_SIZE) * layout.rows + unit * 8;
   Operand4 operands[8];
   MARLIN_UNROLL
   for (uint r = 0; r < 8; ++r) {
     operands[r] = as_operands(v[r], scales + r, lane);
   }
   MARLIN_UNROLL
-  for (uint j = 0; j < 4; ++j) {
-    const uint column = first + lane_column(lane) + value_offset(j);
-    device Operand4* rows = (device Operand4*)(to + ulong(column) * 8);
-    rows[0] = vec<Operand, 4>(operands[0][j], operands[1][j], operands[2][j], operands[3][j]);
-    rows[1] = vec<Operand, 4>(operands[4][j], operands[5][j], operands[6][j], operands[7][j]);
+  for (uint c = 0; c < 2; ++c) {
+    const ulong at = fragment_place(layout, copy, unit, first + lane_column(lane) + c, 0);
+    MARLIN_UNROLL
+    for (uint h = 0; h < 4; ++h) {
+      ((device Operand4*)buffer)[at + h] = vec<Operand, 4>(
+          operands[2 * h][c], operands[2 * h + 1][c], operands[2 * h][c + 2], operands[2 * h + 1][c + 2]);
+    }
   }
 }

@@ -1,7 +1,7 @@
 // One simdgroup's share of a product: rows times adjacent column tiles over a range of k, sums in registers.
 //
-// With half operands the products of one 16-deep tile are added as halves; the tile's sum, times its block's scale, is
-// added as a float.
+// With half operands sums are floats too, except that without matrices the products of one 16-deep tile are added as
+// halves. Sums of what has one scale are multiplied with it before they are added to others.
 #pragma once
 
 #include "rotated.h"
@@ -199,27 +199,13 @@ METAL_FUNC void set_elements(thread simdgroup_matrix<Value, 8, 8>& matrix, vec<V
 }
 
 // a * b + sum.
-template <typename Value>
-METAL_FUNC float2 multiply_add(vec<Value, 2> a, vec<Value, 2> b, float2 sum) {
-  simdgroup_matrix<Value, 8, 8> left, right;
+METAL_FUNC float2 multiply_add(vec<Operand, 2> a, vec<Operand, 2> b, float2 sum) {
+  simdgroup_matrix<Operand, 8, 8> left, right;
   simdgroup_matrix<float, 8, 8> total;
-  set_elements<Value>(left, a);
-  set_elements<Value>(right, b);
+  set_elements<Operand>(left, a);
+  set_elements<Operand>(right, b);
   set_elements<float>(total, sum);
   simdgroup_multiply_accumulate(total, left, right, total);
-  return float2(total.thread_elements()[0], total.thread_elements()[1]);
-}
-
-// a[0] * b[0] + a[1] * b[1], added as halves.
-METAL_FUNC float2 multiply_halves(const thread half2 (&a)[2], const thread half2 (&b)[2]) {
-  simdgroup_matrix<half, 8, 8> left[2], right[2], total;
-  MARLIN_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    set_elements<half>(left[i], a[i]);
-    set_elements<half>(right[i], b[i]);
-  }
-  simdgroup_multiply(total, left[0], right[0]);
-  simdgroup_multiply_accumulate(total, left[1], right[1], total);
   return float2(total.thread_elements()[0], total.thread_elements()[1]);
 }
 
@@ -232,103 +218,112 @@ struct MatrixProduct {
   device const ushort* codes;
   uint first_tile;
   uint tiles_per_row;
-  DeviceRows x;  // fragments of the first unit
-  uint depth;    // tiles of k
-  uint units;    // that have rows, at least 1
+  DeviceRows x;    // fragments of the first unit
+  uint depth;      // tiles of k
+  uint all_units;  // of x
+  uint units;      // that have rows, at least 1
   uint k_begin;
   uint k_end;
   ushort lane;  // trellis lane
   uint zero;
   float2 sums[M][T][2];
 
-  METAL_FUNC void set_rows(uint count) thread {
+  METAL_FUNC void set_rows(uint count, uint all) thread {
     units = (count + 7) / 8;
+    all_units = all / 8;
   }
 
   // Units whose x is loaded before a tile is decoded: more would take the registers that decoding needs.
   static constant constexpr const uint kEarly = M < 4 ? M : 4;
 
-  // Units [first, last) of x for 16 values of k. Of units without rows the last one that has any: loads that nothing
-  // guards can all be under way at once.
-  METAL_FUNC void load(thread Pair (&v)[M][2], uint first, uint last, uint k) thread {
+  // Units [first, last) of x from `at` on, for 16 values of k. Of units without rows the last one that has any: loads
+  // that nothing guards can all be under way at once.
+  METAL_FUNC void load(thread Operand4 (&v)[M], uint first, uint last, uint at) const thread {
+    const uint last_unit = (units - 1) * MARLIN_SIMD_SIZE;
     MARLIN_UNROLL
     for (uint m = first; m < last; ++m) {
-      MARLIN_UNROLL
-      for (uint eight = 0; eight < 2; ++eight) {
-        const uint at = ((min(m, units - 1) * depth + k) * 2 + eight) * 32 + lane;
-        v[m][eight] = ((device const Pair*)x.values)[at];
-      }
+      v[m] = x.values[at + min(m * MARLIN_SIMD_SIZE, last_unit)];
     }
   }
 
   template <int H, int Codebook>
   METAL_FUNC void run() thread {
-    constexpr uint tile_size = 8 * H;
     LanePlaces<H> places = find_places<H>(k_begin * tiles_per_row + first_tile, lane);
-    for (uint k = k_begin; k < k_end; ++k) {
-      Pair v[M][2];
-      load(v, 0, kEarly, k);
+    for (uint k = k_begin; k < k_end;) {
+      const uint stop = same_scale_until(k, k_end);
+      if constexpr (half_operands != 0) {
+        float2 block[M][T][2];
+        zero_sums(block);
+        add_tiles<H, Codebook>(block, places, k, stop);
+        scale_block(block, k / kBlockTiles);
+      } else {
+        add_tiles<H, Codebook>(sums, places, k, stop);
+      }
+      k = stop;
+    }
+  }
+
+  // Adds the tiles [k, end).
+  template <int H, int Codebook>
+  METAL_FUNC void add_tiles(thread float2 (&to)[M][T][2], thread LanePlaces<H>& places, uint k, uint end)
+      const thread {
+    constexpr uint tile_size = 8 * H;
+    const uint step = all_units * MARLIN_SIMD_SIZE;
+    uint at = k * step + lane;
+    for (; k < end; ++k) {
+      Operand4 v[M];
+      load(v, 0, kEarly, at);
       MARLIN_UNROLL
       for (int t = 0; t < T; ++t) {
-        const LaneWeights weights = decode_lane<H, Codebook>(codes + t * tile_size, places, lane, zero);
-        Pair w[2][2];
+        const LaneWeights w = decode_lane<H, Codebook>(codes + t * tile_size, places, lane, zero);
+        if (t == 0) {
+          load(v, kEarly, M, at);
+        }
         MARLIN_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          MARLIN_UNROLL
-          for (int eight = 0; eight < 2; ++eight) {
-            const int first = 4 * c + 2 * eight;
-            w[c][eight] = Pair(Operand(weights.value[first]), Operand(weights.value[first + 1]));
+        for (uint m = 0; m < M; ++m) {
+          if (m < units) {
+            MARLIN_UNROLL
+            for (int c = 0; c < 2; ++c) {
+              const Pair low = Pair(Operand(w.value[4 * c]), Operand(w.value[4 * c + 1]));
+              const Pair high = Pair(Operand(w.value[4 * c + 2]), Operand(w.value[4 * c + 3]));
+              to[m][t][c] = multiply_add(low, v[m].xy, to[m][t][c]);
+              to[m][t][c] = multiply_add(high, v[m].zw, to[m][t][c]);
+            }
           }
         }
-        if (t == 0) {
-          load(v, kEarly, M, k);
-        }
-        if constexpr (half_operands != 0) {
-          add_halves(t, w, v, k);
-        } else {
-          add_floats(t, w, v);
-        }
       }
+      at += step;
       places.move(tiles_per_row);
     }
   }
 
-  METAL_FUNC void add_floats(int t, const thread Pair (&w)[2][2], const thread Pair (&v)[M][2]) thread {
+  // Adds a block's sums times its scales; the lane's rows are 2 h and 2 h + 1.
+  METAL_FUNC void scale_block(const thread float2 (&block)[M][T][2], uint number) thread {
     MARLIN_UNROLL
     for (uint m = 0; m < M; ++m) {
       if (m < units) {
+        const float2 scale = ((device const float2*)x.scales)[(number * all_units + m) * 4 + lane % 4];
         MARLIN_UNROLL
-        for (int eight = 0; eight < 2; ++eight) {
+        for (int t = 0; t < T; ++t) {
           MARLIN_UNROLL
           for (int c = 0; c < 2; ++c) {
-            sums[m][t][c] = multiply_add<Operand>(w[c][eight], v[m][eight], sums[m][t][c]);
+            sums[m][t][c] = fma(block[m][t][c], scale, sums[m][t][c]);
           }
-        }
-      }
-    }
-  }
-
-  METAL_FUNC void add_halves(int t, const thread Pair (&w)[2][2], const thread Pair (&v)[M][2], uint k) thread {
-    MARLIN_UNROLL
-    for (uint m = 0; m < M; ++m) {
-      if (m < units) {
-        // [unit][block][row]; the lane's rows are 2 h and 2 h + 1.
-        const float2 scale =
-            ((device const float2*)x.scales)[(m * (depth / kBlockTiles) + k / kBlockTiles) * 4 + lane % 4];
-        MARLIN_UNROLL
-        for (int c = 0; c < 2; ++c) {
-          sums[m][t][c] = fma(multiply_halves(w[c], v[m]), scale, sums[m][t][c]);
         }
       }
     }
   }
 
   METAL_FUNC void clear() thread {
+    zero_sums(sums);
+  }
+
+  static METAL_FUNC void zero_sums(thread float2 (&to)[M][T][2]) {
     MARLIN_UNROLL
     for (int m = 0; m < M; ++m) {
       MARLIN_UNROLL
       for (int t = 0; t < T; ++t) {
-        sums[m][t][0] = sums[m][t][1] = float2(0.0f);
+        to[m][t][0] = to[m][t][1] = float2(0.0f);
       }
     }
   }

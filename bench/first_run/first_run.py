@@ -296,42 +296,6 @@ def rows_apart(where: str, formats: list[tuple[int, str]], rows: tuple[int, ...]
     return found
 
 
-# A product of halves added to floats, as a layer's prompts would take it where the compiler does.
-MIXED_MATRICES = """
-    simdgroup_matrix<half, 8, 8> a, b;
-    simdgroup_matrix<float, 8, 8> sum = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    simdgroup_load(a, x, 8);
-    simdgroup_load(b, x, 8);
-    simdgroup_multiply_accumulate(sum, a, b, sum);
-    simdgroup_store(sum, y, 8);
-"""
-
-
-def mixed_matrices() -> str:
-    """Whether the compiler multiplies half matrices into float sums: "right", what is wrong, or its error."""
-    x = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float16)
-    try:
-        kernel = mx.fast.metal_kernel(
-            name="mixed_matrices",
-            input_names=["x"],
-            output_names=["y"],
-            source=MIXED_MATRICES,
-            header="#include <metal_simdgroup_matrix>\n",
-        )
-        (y,) = kernel(
-            inputs=[mx.array(x)],
-            grid=(32, 1, 1),
-            threadgroup=(32, 1, 1),
-            output_shapes=[(8, 8)],
-            output_dtypes=[mx.float32],
-        )
-        wide = x.astype(np.float32)
-        error = float(np.abs(np.array(y) - wide @ wide).max())
-    except (RuntimeError, ValueError) as problem:
-        return told(str(problem))
-    return "right" if error < 1e-5 else f"off by {error}"
-
-
 def collect(where: str, small: bool, minutes: float = MINUTES):
     """Yields the report after each of its parts, the most important first, while there is time to begin one."""
     end = time.monotonic() + 60 * minutes
@@ -341,7 +305,6 @@ def collect(where: str, small: bool, minutes: float = MINUTES):
     report = {"machine": machine(where)}
     here = report["machine"]["fingerprint"]
     report["known chip"] = here["chip"] in CHIPS and CHIPS[here["chip"]].cores == here["cores"]
-    report["mixed matrices"] = mixed_matrices() if where == "gpu" else "not asked"
     yield "machine", report
     # Accelerators serve more rows than the others are asked about.
     many = (256, 1024) if report["machine"]["accelerators"] else (256,)

@@ -24,6 +24,8 @@ from mlx_marlin.kernels.problem import Problem
 
 PRODUCTS = ("gate_up", "linear")
 ROUTE = "route"
+# Buffers with as many rows as positions could be needed.
+BY_POSITION = ("order", "rotated", "sums", "activated")
 # Rows with which what is around the products is counted: the work grows with the rows.
 FEW_ROWS = 2
 # Columns of a linear that are counted: a threadgroup's work does not depend on how many others there are.
@@ -78,8 +80,10 @@ def products(problem: Problem, config: KernelConfig) -> tuple[Counted, ...]:
 
 
 @cache
-def _around(problem: Problem, config: KernelConfig) -> tuple[Counted, ...]:
-    return tuple(count(problem, config, lambda stem: stem not in (*PRODUCTS, ROUTE)))
+def _around(problem: Problem, config: KernelConfig, slots_per_expert: int) -> dict[str, Counted]:
+    """The dispatches around the products by kernel, where an expert that has slots has so many."""
+    routing = np.arange(problem.rows * problem.top_k) // slots_per_expert if problem.experts > 1 else None
+    return {c.kernel: c for c in count(problem, config, lambda stem: stem not in (*PRODUCTS, ROUTE), routing)}
 
 
 @cache
@@ -137,16 +141,35 @@ def _unsorted(problem: Problem, rows: int) -> Routing:
     return Routing(routing(problem.experts, problem.top_k, rows, 1, 1).experts, slots, slots)
 
 
-def _other(dispatch: dict, counted: Counted, factor: float, columns: float) -> Work:
-    """A dispatch beside the products, from that of few rows."""
-    work, factor = counted.work, factor * columns
+def _other(dispatch: dict, problem: Problem, config: KernelConfig, rows: int, columns: float) -> Work:
+    """A dispatch beside the products. Fragments of x are made in whole units, counted with one row and full; all else
+    takes as long for each slot. `columns`: how many times those that are counted.
+    """
+    name, slots = dispatch["kernel"], rows * problem.top_k
+    unit = unit_rows(config) if dispatch["constants"].get("fragments") and _stem(name) == "rotate" else 1
+    routed = routing(problem.experts, problem.top_k, rows, unit, unit)
+    units = routed.units if unit > 1 else slots
+    few = replace(problem, rows=1 if unit > 1 else min(FEW_ROWS, rows))
+    one, y = _around(few, config, 1)[name], 0.0
+    full = one
+    if unit > 1:
+        full, y = _around(replace(few, rows=unit), config, unit)[name], (slots - units) / (unit - 1)
+    x, y = columns * (units - y) / (few.rows * problem.top_k), columns * y / problem.top_k
     return Work(
-        {k: factor * n for k, n in work.operations.items()},
-        factor * work.bytes,
+        _combined(x, one.work.operations, y, full.work.operations),
+        _bytes_around(dispatch, routed.experts / problem.experts, unit * units),
         _groups(dispatch),
         _simdgroups(dispatch),
-        {k: factor * n for k, n in work.simd.items()},
+        _combined(x, one.simd, y, full.simd),
     )
+
+
+def _bytes_around(dispatch: dict, used: float, rows: float) -> float:
+    """Bytes that move: of what experts have those that are used, of positions as many as are rows."""
+    moved = {b["name"]: b["bytes"] for b in dispatch["buffers"]}
+    filled = rows / (moved["order"] / 4) if "order" in moved else 1.0
+    share = {name: used if "." in name else filled if name in BY_POSITION else 1.0 for name in moved}
+    return sum(share[name] * n for name, n in moved.items())
 
 
 def _narrow(problem: Problem) -> tuple[Problem, float]:
@@ -170,10 +193,7 @@ def work(problem: Problem, config: KernelConfig) -> tuple[Work, ...]:
     expert = replace(narrow, experts=1, top_k=1, combine=False)
     one, full = (products(replace(expert, rows=n), config) for n in (unit_rows(config), config.tile_size_m))
     # What is around the products does not decode: one width stands for all.
-    few = replace(
-        narrow, rows=min(FEW_ROWS, problem.rows), bits=(ANY_BITS[: len(problem.bits[0])],), codebooks=ANY_CODEBOOK
-    )
-    around = {c.kernel: c for c in _around(few, config)}
+    around = replace(narrow, bits=(ANY_BITS[: len(problem.bits[0])],), codebooks=ANY_CODEBOOK)
     length, found = len(dispatches) // len(passes), []
     for p, rows in enumerate(passes):
         pairs = iter(zip(one, full, strict=True))
@@ -182,10 +202,9 @@ def work(problem: Problem, config: KernelConfig) -> tuple[Work, ...]:
             if stem in PRODUCTS:
                 made = _product(d, *next(pairs), problem, config, rows)
             elif stem == ROUTE:
-                (sorting,) = _sorting(replace(few, rows=rows), config)
+                (sorting,) = _sorting(replace(around, rows=rows), config)
                 made = sorting.work
             else:
-                widened = columns if stem == "combine" else 1.0
-                made = _other(d, around[d["kernel"]], rows / few.rows, widened)
+                made = _other(d, around, config, rows, columns if stem == "combine" else 1.0)
             found.append(replace(made, after=tuple(d["after"])))
     return tuple(found)

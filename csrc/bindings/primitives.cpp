@@ -99,7 +99,7 @@ void bind_primitives(nb::module_& m) {
       [](const mx::array& x, const mx::array& indices, const std::optional<mx::array>& scores,
          const std::vector<mx::array>& bank, const std::optional<StackInfo>& gate, const StackInfo& up,
          const StackInfo& down, int hidden, int activation, float alpha, float limit, const KernelConfig& config,
-         mx::StreamOrDevice s) {
+         bool absent, mx::StreamOrDevice s) {
         const SwigluCall call{
             .hidden = hidden,
             .activation = activation,
@@ -110,11 +110,12 @@ void bind_primitives(nb::module_& m) {
             .gate = gate.value_or(StackInfo{}),
             .up = up,
             .down = down,
-            .config = config};
+            .config = config,
+            .absent = absent};
         return trellis_swiglu(x, indices, scores, bank, call, s);
       },
       "x"_a, "indices"_a, "scores"_a.none(), "bank"_a, "gate"_a.none(), "up"_a, "down"_a, "hidden"_a, "activation"_a,
-      "alpha"_a, "limit"_a, "config"_a, "stream"_a = nb::none(),
+      "alpha"_a, "limit"_a, "config"_a, "absent"_a, "stream"_a = nb::none(),
       "The fused experts of a layer. See mlx_marlin.trellis_swiglu and trellis_mlp, which check the arguments.");
 
   m.def(

@@ -47,7 +47,8 @@ struct ProductArgs {
 void product(const ProductArgs& args, const Config& config);
 
 // out[r, s] = down(act(gate(x[r])) * up(x[r])) of expert ids[r, s], or without a gate down(act(up(x[r]))); with scores,
-// out[r] = sum over s in slot order of scores[r, s] * (that), summed in float32.
+// out[r] = sum over s in slot order of scores[r, s] * (that), summed in float32. Without scores an id may also be the
+// number of experts: zeros.
 struct SwigluArgs {
   DType dtype;          // of x and out
   const void* x;        // [rows, hidden]

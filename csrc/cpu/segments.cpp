@@ -7,7 +7,7 @@
 namespace mlx_marlin::cpu {
 
 Segments::Segments(const uint32_t* ids, int64_t slots, int experts, int segment_rows) : order(slots), segment(slots) {
-  std::vector<int64_t> starts(experts + 1, 0);
+  std::vector<int64_t> starts(experts + 2, 0);
   for (int64_t s = 0; s < slots; ++s) {
     ++starts[(ids ? ids[s] : 0) + 1];
   }

@@ -16,12 +16,17 @@ struct Segment {
 };
 
 struct Segments {
-  std::vector<int64_t> order;    // slots sorted by expert, stable
+  std::vector<int64_t> order;    // slots sorted by expert, stable; last those whose id is the number of experts
   std::vector<int32_t> segment;  // of each position in order
   std::vector<Segment> list;
 
   // ids null: all slots use expert 0. At most segment_rows rows per segment.
   Segments(const uint32_t* ids, int64_t slots, int experts, int segment_rows);
+
+  // How many slots at the beginning of `order` are in a segment.
+  int64_t size() const {
+    return list.empty() ? 0 : list.back().begin + list.back().rows;
+  }
 };
 
 // Consecutive segments [first, last) whose rows share one scratch, slots [begin, begin + rows).

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/kernels.h"
 #include "cpu/pool.h"
@@ -172,6 +173,13 @@ void swiglu_rows(Swiglu& job, int64_t begin, int64_t rows) {
                         job.down(
                             segment, segments.order.data(), segment.begin - batch.begin, column,
                             std::min(out_block, job.hidden - column));
+                      }});
+  }
+  const int64_t present = segments.size();
+  if (present < rows * args.top_k) {
+    phases.push_back({rows * args.top_k - present, [&, present](int64_t task) {
+                        const int64_t bytes = int64_t{args.hidden} * dtype_bytes(args.dtype);
+                        std::memset(static_cast<char*>(args.out) + segments.order[present + task] * bytes, 0, bytes);
                       }});
   }
   if (args.scores) {

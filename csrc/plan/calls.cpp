@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "args.h"
+#include "plan/builder.h"
 #include "plan/plan.h"
 #include "plan/stages.h"
 
@@ -24,10 +25,13 @@ uint64_t rows_per_pass(uint64_t bytes_per_row) {
 
 template <class AddPass>
 void for_passes(Pass pass, int64_t rows, uint64_t bytes_per_row, const AddPass& add_pass) {
-  const uint64_t step = rows_per_pass(bytes_per_row);
-  for (uint64_t first = 0; first < static_cast<uint64_t>(rows); first += step) {
+  // Passes of like size: a short last one would decode every expert for few rows.
+  const auto all = static_cast<uint64_t>(rows);
+  const uint64_t passes = ceil_div(all, rows_per_pass(bytes_per_row));
+  const uint64_t step = passes ? ceil_div(ceil_div(all, passes), kPassRows) * kPassRows : 1;
+  for (uint64_t first = 0; first < all; first += step) {
     pass.first_row = first;
-    const uint64_t left = static_cast<uint64_t>(rows) - first;
+    const uint64_t left = all - first;
     pass.rows = static_cast<uint32_t>(std::min(step, left));
     add_pass(pass);
   }

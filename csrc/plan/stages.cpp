@@ -1,6 +1,7 @@
 #include "plan/stages.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "args.h"
 #include "format.h"
@@ -84,7 +85,12 @@ void add_rotate(Plan& plan, const Pass& pass, const Weights& first, const Weight
   args.columns = columns;
   args.positions = pass.positions();
   args.experts = pass.experts;
-  args.slots_per_row = pass.slots_per_row;
+  if (uint64_t(pass.slots()) * pass.slots_per_row >= 1u << 31) {  // from there on the inverse is not exact
+    throw std::invalid_argument(
+        "[plan] " + std::to_string(pass.slots_per_row) + " slots per row are too many for a pass of " +
+        std::to_string(pass.rows) + " rows.");
+  }
+  args.slots_per_row_inverse = ceil_div(1u << 31, pass.slots_per_row);
   const uint64_t projections = second ? 2 : 1;
   const uint64_t units = pass.position_rows() / (pass.fragments ? 8 : 1);
   const uint64_t bytes = projections * pass.rotated_bytes(k);

@@ -138,14 +138,23 @@ mx::array trellis_swiglu(
     const mx::array& x, const mx::array& indices, const std::optional<mx::array>& scores,
     const std::vector<mx::array>& bank, const SwigluCall& call, mx::StreamOrDevice s) {
   require_one_layer(call);
+  if (call.absent && call.combine) {
+    throw std::invalid_argument(std::string("[") + call.name() + "] experts that are not here cannot be combined.");
+  }
   const mx::Stream stream = mx::to_stream(s);
   std::vector<mx::array> inputs = {mx::contiguous(x, false, stream), mx::contiguous(indices, false, stream)};
   inputs.insert(inputs.end(), bank.begin(), bank.end());
   if (scores) {
     inputs.push_back(mx::contiguous(*scores, false, stream));
   }
-  return mx::array(
+  const mx::array y(
       swiglu_shape(indices, call), x.dtype(), std::make_shared<TrellisSwiglu>(stream, call), std::move(inputs));
+  if (!call.absent) {
+    return y;
+  }
+  // The kernels compute nothing of such a slot, and on a GPU leave NaN. No cotangent reaches it either.
+  const mx::array here = mx::less(indices, mx::array(call.up.experts, mx::uint32), stream);
+  return mx::where(mx::expand_dims(here, -1, stream), y, mx::array(0.0f, x.dtype()), stream);
 }
 
 void TrellisSwiglu::eval_cpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -169,11 +178,13 @@ void TrellisSwiglu::eval_cpu(const std::vector<mx::array>& inputs, mx::array& ou
       .up = cpu_stack(call_.up, inputs, up_first(call_)),
       .down = cpu_stack(call_.down, inputs, down_first(call_))};
   const auto size = static_cast<int64_t>(out.size());
-  mx::cpu::get_command_encoder(stream()).dispatch([args, size, name = call_.name(), config = cpu_config(call_.config)] {
-    const int64_t slots = args.rows * args.top_k;
-    require_ids_or_nan(name, args.ids, slots, args.up.experts, args.dtype, args.out, size);
-    cpu::swiglu(args, config);
-  });
+  const int ids = call_.up.experts + (call_.absent ? 1 : 0);  // that are legal
+  mx::cpu::get_command_encoder(stream()).dispatch(
+      [args, size, ids, name = call_.name(), config = cpu_config(call_.config)] {
+        const int64_t slots = args.rows * args.top_k;
+        require_ids_or_nan(name, args.ids, slots, ids, args.dtype, args.out, size);
+        cpu::swiglu(args, config);
+      });
 }
 
 void TrellisSwiglu::eval_gpu(const std::vector<mx::array>& inputs, mx::array& out) {
@@ -202,7 +213,11 @@ std::vector<mx::array> TrellisSwiglu::vjp(
   const mx::array& x = primals[0];
   const int top_k = primals[1].shape(-1);
   const int hidden = call_.hidden;
-  const Slots slots{call_, primals, mx::reshape(primals[1], {-1}, s), s};
+  mx::array ids = mx::reshape(primals[1], {-1}, s);
+  if (call_.absent) {  // by any expert that is here: the cotangents of such slots are zeros
+    ids = mx::minimum(ids, mx::array(call_.up.experts - 1, mx::uint32), s);
+  }
+  const Slots slots{call_, primals, ids, s};
 
   const mx::array x32 = mx::reshape(mx::astype(x, mx::float32, s), {-1, hidden}, s);
   const std::vector<mx::array> products = slots.side_by_side({x32}, false);

@@ -211,7 +211,7 @@ def test_the_extension_refuses_projections_that_do_not_fit():
         with pytest.raises(ValueError, match=r"must have the same experts.* got gate 5 of \[128, 256\], up"):
             arrays = gate.arrays + up.arrays + down.arrays
             infos = gate.info, up.info, down.info
-            _ext.trellis_swiglu(ROWS, INDICES.astype(mx.uint32), None, arrays, *infos, 128, 0, 1.0, 1.0, native)
+            _ext.trellis_swiglu(ROWS, INDICES.astype(mx.uint32), None, arrays, *infos, 128, 0, 1.0, 1.0, native, False)
 
 
 def test_a_layer_with_unusable_parameters_can_be_printed():

@@ -19,11 +19,15 @@ from mlx_marlin.layers.experts import TrellisExperts, TrellisSwitch
 from mlx_marlin.lm.mlx_lm_host import MLX_LM
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.lm.placeholders import EXPERT
+from mlx_marlin.loader.contents import VISION
 from tests.support import architectures, architectures_gemma, generic_checkpoints
 from tests.support.checkpoints import HALF_RATES, SIZES, Sizes
 from tests.support.generic_checkpoints import logits
 from tests.support.left_out_parts import PARTS, extend
 from tests.support.paths import MODELS
+from tests.support.vlm_checkpoints import qwen3_vl_moe
+from tests.support.vlm_latents import mistral4
+from tests.support.vlm_towers import minimax_m3_vl
 
 
 def assert_same(got: np.ndarray, wanted: np.ndarray) -> None:
@@ -92,6 +96,21 @@ def test_logits_equal_those_of_the_dequantized_weights(name, tmp_path, caplog):
     matrices = 3 * kinds[TrellisSwitchGLU] + 2 * kinds[TrellisSwitchMLP]
     assert matrices * SIZES.experts == len(experts) and not (kinds[TrellisSwitchGLU] and kinds[TrellisSwitchMLP])
     assert_top_k_is_known(model)
+
+
+# Of their checkpoints mlx-lm's models take the text.
+TOWERS = {make.__name__: make for make in (qwen3_vl_moe, mistral4, minimax_m3_vl)}
+
+
+@pytest.mark.parametrize("name", architectures.known_to_mlx_lm(TOWERS))
+def test_logits_of_text_models_beside_towers(name, tmp_path):
+    checkpoint = TOWERS[name]().checkpoint
+    checkpoint.quantize_embedding()
+    wanted = logits(load_dense(checkpoint, tmp_path / "dense"))
+    model, _ = load_exl3_model(checkpoint.write(tmp_path / "exl3", shards=2))
+    assert_same(logits(model), wanted)
+    assert set(model.left_out.tensors) == {VISION} and model.left_out.expected
+    assert kinds_of(model)[TrellisSwitchGLU] and not kinds_of(model)[SwitchGLU]
 
 
 def test_the_head_of_a_model_that_mlx_lm_always_ties(tmp_path):

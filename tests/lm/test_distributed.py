@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from tests.support.checkpoints import SIZES, SPLITTABLE
 from tests.support.paths import ROOT
 from tests.support.servers import free_port
 from tests.support.vlm_checkpoints import qwen3_5_moe, qwen3_vl_moe
+from tests.support.vlm_latents import hy_v4
+from tests.support.vlm_towers import minimax_m3_vl
 
 
 def launch(*command: str) -> subprocess.CompletedProcess:
@@ -89,7 +92,9 @@ def test_logits_of_two_ranks_of_more_models(tmp_path):
     nemotron = architectures.ARCHITECTURES["nemotron_h_latent"]().write(tmp_path / "nemotron_h")
     jobs = [(directory, way) for directory in (gpt_oss, glm) for way in PARALLEL]
     jobs += [(mixtral, "experts"), (nemotron, "experts"), (deepseek, "pipeline")]
-    assert_ranks_equal_one(tmp_path, [(directory, MLX_LM, way) for directory, way in jobs])
+    whole = [make().checkpoint.write(tmp_path / make.__name__) for make in (hy_v4, minimax_m3_vl)]
+    experts = [(directory, MLX_VLM, "experts") for directory in whole]
+    assert_ranks_equal_one(tmp_path, [*((directory, MLX_LM, way) for directory, way in jobs), *experts])
 
 
 @NO_TENSOR_PARALLELISM
@@ -259,8 +264,21 @@ def test_experts_that_are_split_alike():
     sharding._check_experts(weights, {"mlp.gate_proj": gate, "mlp.up_proj": gate, "mlp.down_proj": down})
 
 
-def test_whole_experts_give_zeros_for_those_of_others():
-    """As mlx-lm calls them, and as mlx-vlm does."""
+class Noting(TrellisSwitchGLU):
+    """Notes the indices of its calls."""
+
+    def __init__(self, *banks):
+        super().__init__(*banks)
+        self.seen = deque()  # no list: those are parameters
+
+    def __call__(self, x, indices, scores=None):
+        self.seen.append(np.array(indices))
+        return super().__call__(x, indices, scores)
+
+
+@pytest.mark.parametrize("is_fused", (True, False), ids=("fused", "by projection"))
+def test_whole_experts_give_zeros_for_those_of_others(is_fused):
+    """As mlx-lm calls them, and as mlx-vlm does; a fused layer is told which slots are of others."""
     rng = np.random.default_rng(0)
     banks = [[random_weight(rng, k, n, 3) for _ in range(6)] for k, n in ((256, 128), (256, 128), (128, 256))]
     x = mx.array(rng.standard_normal((2, 3, 256)).astype(np.float32))
@@ -270,19 +288,18 @@ def test_whole_experts_give_zeros_for_those_of_others():
     slots, sums = [], []
     for first, last in ((0, 1), (1, 4), (4, 6)):
         inner = [bank[first:last] for bank in banks]
-        glu, taken = TrellisSwitchGLU(*inner), []
-        layer = LocalExperts(
-            lambda x, places, glu=glu, taken=taken: taken.append(places) or glu(x, places), first, last - first
-        )
+        glu = Noting(*inner)
+        layer = LocalExperts(glu if is_fused else glu.__call__, first, last - first)
         slots.append(layer(x, indices))
         sums.append(LocalVlmExperts(FusedExperts(*inner), first, last - first)(x, indices, scores))
         theirs = (np.array(indices) < first) | (np.array(indices) >= last)
         assert not np.array(slots[-1])[theirs].any()
-        for places, numbers, others in zip(
-            np.array(taken[0]).reshape(-1, 2), np.array(indices).reshape(-1, 2), theirs.reshape(-1, 2)
-        ):
+        (taken,) = glu.seen
+        if is_fused:
+            assert (taken == np.where(theirs, last - first, np.array(indices) - first)).all()
+        for places, numbers, others in zip(*(a.reshape(-1, 2) for a in (taken, np.array(indices), theirs))):
             # No expert is read that a token does not take, but one where it takes none.
-            assert set(places) == (set(numbers[~others] - first) or {0})
+            assert is_fused or set(places) == (set(numbers[~others] - first) or {0})
     assert np.allclose(np.array(sum(slots)), np.array(wanted), rtol=1e-5, atol=1e-5)
     combined = (wanted * scores[..., None]).sum(-2)
     assert np.allclose(np.array(sum(sums)), np.array(combined), rtol=1e-5, atol=1e-5)

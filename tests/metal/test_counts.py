@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from mlx_marlin import codec, kernels
@@ -59,6 +60,17 @@ def test_operations_on_the_multiplier_pipe(bits, codebook):
         assert counts["store"] == 0, "sums stay in registers"
         # One branch per pass of the loop, which decodes eight weights of two tiles or four.
         assert counts["branch"] / result.inner_loop.weights <= 1 / 16, "no load depends on a condition"
+
+
+@pytest.mark.parametrize("rows", [1, 4, 48])
+def test_nothing_is_decoded_of_an_expert_that_is_not_here(rows):
+    """As where other ranks have some of the experts: their slots have the index of the number of experts."""
+    problem = replace(layer(rows, 3, "mul1"), combine=False)
+    both, one = (
+        sum(result.operations.weights for _, result in count(problem, routing=np.tile(experts, rows)))
+        for experts in ([0, 1], [0, problem.experts])
+    )
+    assert one == both / 2 > 0
 
 
 @pytest.mark.parametrize("bits, codebook", [(2, "mcg"), (2.5, "mul1"), (3, "mul1"), (4, "mcg")])

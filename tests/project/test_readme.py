@@ -6,6 +6,7 @@ import pytest
 
 from mlx_marlin import codec
 from mlx_marlin.lm import commands
+from tests.lm import test_architectures as lm_architectures
 from tests.support import architectures, architectures_gemma, generic_checkpoints
 from tests.support.paths import ROOT
 from tests.vlm import test_architectures as vlm_architectures
@@ -37,8 +38,9 @@ def test_architectures_are_those_of_the_tests():
     assert vlm_original == {name.removesuffix("_plain") for name in vlm_architectures.CASES} and vlm_generic == set(
         vlm_architectures.GENERIC
     )
-    assert original == {*architectures.ARCHITECTURES, architectures_gemma.gemma2.__name__}
-    assert generic == set(generic_checkpoints.CONFIGS)
+    towers = set(lm_architectures.TOWERS)
+    assert original == {*architectures.ARCHITECTURES, architectures_gemma.gemma2.__name__, *towers}
+    assert generic == set(generic_checkpoints.CONFIGS) - towers
 
 
 def stored_bytes(bits: float) -> float:

@@ -86,6 +86,9 @@ def add_edges(cases: Cases) -> None:
                     chosen[:] = ids
                 scores = rng.dirichlet(np.ones(2), rows).astype(np.float32) if combine else None
                 cases.swiglu(experts, random_rows(rng, rows, 192, dtype), chosen, scores, dtype, panel_rows, activation)
+        for share in (0.5, 1.0):  # of slots whose expert is not here
+            chosen = np.where(rng.random((9, 2)) < share, 4, rng.integers(0, 4, (9, 2))).astype(np.uint32)
+            cases.swiglu(experts, random_rows(rng, 9, 192, DTYPES[i % 3]), chosen, None, DTYPES[i % 3], 4, activation)
     for ids in ([], [0, 3, 1], [4], [0, 4, 9, 9, 5], [0xFFFFFFFF, 0]):
         cases.bad_ids(np.array(ids, np.uint32), 4)
 

@@ -58,28 +58,42 @@ def nemotron_h(s: Sizes = SIZES, *, latent: int | None = None) -> Checkpoint:
     c = Checkpoint(s, config)
     c.plain("backbone.embeddings.weight", s.vocab, s.hidden)
     for i, kind in enumerate(config["hybrid_override_pattern"]):
-        layer = f"backbone.layers.{i}"
-        mixer = f"{layer}.mixer"
-        c.norm(f"{layer}.norm", s.hidden)
-        if kind == "M":
-            _mamba(c, mixer)
-        elif kind == "*":
-            for name, (k, n) in attention_shapes(s).items():
-                c.linear(f"{mixer}.{name}_proj", k, n)
-        elif kind == "-":
-            _two_matrices(c, mixer, s.hidden, s.dense_width)
-        else:
-            c.plain(f"{mixer}.gate.weight", s.experts, s.hidden, spread=s.hidden**-0.5, dtype=mx.float16)
-            c.selection_bias(f"{mixer}.gate.e_score_correction_bias")
-            for e in range(s.experts):
-                _two_matrices(c, f"{mixer}.experts.{e}", latent or s.hidden, s.width)
-            _two_matrices(c, f"{mixer}.shared_experts", s.hidden, 128)
-            if latent:
-                c.linear(f"{mixer}.fc1_latent_proj", s.hidden, latent)
-                c.linear(f"{mixer}.fc2_latent_proj", latent, s.hidden)
+        _nemotron_block(c, f"backbone.layers.{i}", kind)
     c.norm("backbone.norm_f", s.hidden)
     c.linear("lm_head", s.hidden, s.vocab, bits=6)
     return c
+
+
+def _nemotron_block(c: Checkpoint, layer: str, kind: str) -> None:
+    s, mixer, latent = c.sizes, f"{layer}.mixer", c.config["moe_latent_size"]
+    c.norm(f"{layer}.norm", s.hidden)
+    if kind == "M":
+        _mamba(c, mixer)
+    elif kind == "*":
+        for name, (k, n) in attention_shapes(s).items():
+            c.linear(f"{mixer}.{name}_proj", k, n)
+    elif kind == "-":
+        _two_matrices(c, mixer, s.hidden, s.dense_width)
+    else:
+        c.plain(f"{mixer}.gate.weight", s.experts, s.hidden, spread=s.hidden**-0.5, dtype=mx.float16)
+        c.selection_bias(f"{mixer}.gate.e_score_correction_bias")
+        for e in range(s.experts):
+            _two_matrices(c, f"{mixer}.experts.{e}", latent or s.hidden, s.width)
+        _two_matrices(c, f"{mixer}.shared_experts", s.hidden, 128)
+        if latent:
+            c.linear(f"{mixer}.fc1_latent_proj", s.hidden, latent)
+            c.linear(f"{mixer}.fc2_latent_proj", latent, s.hidden)
+
+
+def add_nemotron_h_drafter(c: Checkpoint) -> None:
+    """Attention, then experts."""
+    s, pattern = c.sizes, "*E"
+    c.config.update({"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": pattern})
+    for i, kind in enumerate(pattern):
+        _nemotron_block(c, f"mtp.layers.{i}", kind)
+    for name in ("0.enorm", "0.hnorm", "1.final_layernorm"):
+        c.norm(f"mtp.layers.{name}", s.hidden)
+    c.linear("mtp.layers.0.eh_proj", 2 * s.hidden, s.hidden)
 
 
 def attention_shapes(s: Sizes) -> dict[str, tuple[int, int]]:

@@ -65,9 +65,11 @@ def reference_hidden(gate: np.ndarray, up: np.ndarray, activation: str, alpha: f
 
 
 def reference_experts(x, indices, experts, scores=None, activation="silu", alpha=1.702, limit=7.0) -> np.ndarray:
-    """float64 ``[rows, top_k, hidden]``, or ``[rows, hidden]`` with scores. experts: with or without ``gate``."""
+    """float64 ``[rows, top_k, hidden]``, or ``[rows, hidden]`` with scores. experts: with or without ``gate``; an index
+    of their number is of one that is not here.
+    """
     out = np.zeros((*indices.shape, experts["down"][0].out_features))
-    for e in np.unique(indices):
+    for e in np.unique(indices[indices != len(experts["down"])]):
         row, slot = np.nonzero(indices == e)
         up = reference_linear(x[row], experts["up"][e], padded=True)
         if "gate" in experts:

@@ -218,7 +218,7 @@ def glm5_next(s: Sizes = SIZES, t: Tower = TOWER) -> Case:
         layer = f"{model}.layers.{i}"
         c.block_norms(layer)
         for site in ("attn", "ffn"):
-            _streams(c, f"{layer}.hc_{site}", 8, 3)
+            streams(c, f"{layer}.hc_{site}", 8, 3)
         if i == 0:
             _delta_attention(c, f"{layer}.self_attn")
             c.gated_mlp(f"{layer}.mlp")
@@ -348,12 +348,12 @@ def deepseek_v4(s: Sizes = SIZES) -> Case:
     c.plain("embed.weight", s.vocab, s.hidden)
     c.norm("norm", s.hidden)
     c.linear("head", s.hidden, s.vocab, bits=6)
-    _streams(c, "hc_head", 2, 1)
+    streams(c, "hc_head", 2, 1)
     for i, ratio in enumerate(config["compress_ratios"]):
         layer = f"layers.{i}"
         for site in ("attn", "ffn"):
             c.norm(f"{layer}.{site}_norm", s.hidden)
-            _streams(c, f"{layer}.hc_{site}", 8, 3)
+            streams(c, f"{layer}.hc_{site}", 8, 3)
         _grouped_attention(c, f"{layer}.attn", ratio)
         c.experts(f"{layer}.ffn", ("w1", "w3", "w2"))
         if i:
@@ -366,8 +366,9 @@ def deepseek_v4(s: Sizes = SIZES) -> Case:
     return Case(c, {}, 0)
 
 
-def _streams(c: Checkpoint, name: str, mix: int, scales: int, streams: int = 2) -> None:
-    c.plain(f"{name}_fn", mix, streams * c.sizes.hidden, spread=0.05, dtype=mx.float32)
+def streams(c: Checkpoint, name: str, mix: int, scales: int) -> None:
+    """What mixes two streams of hidden states."""
+    c.plain(f"{name}_fn", mix, 2 * c.sizes.hidden, spread=0.05, dtype=mx.float32)
     c.plain(f"{name}_base", mix, spread=0.1, dtype=mx.float32)
     c.plain(f"{name}_scale", scales, mean=1.0, spread=0.1, dtype=mx.float32)
 

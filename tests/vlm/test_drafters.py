@@ -14,16 +14,18 @@ from mlx_vlm.models.cache import make_prompt_cache
 from mlx_vlm.speculative.drafters import load_drafter
 
 from mlx_marlin import vlm
-from mlx_marlin.layers.experts import TrellisSwitchGLU
+from mlx_marlin.layers.experts import TrellisSwitchGLU, TrellisSwitchMLP
 from mlx_marlin.layers.linear import TrellisLinear
 from mlx_marlin.layers.state import LayerConfigs
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.vlm.host import MLX_VLM
 from mlx_marlin.vlm.layers import FusedExperts
-from tests.support import clients, drafting
-from tests.support.checkpoints import SIZES
+from tests.support import clients, drafting, generic_checkpoints
+from tests.support.architectures_mlp import add_nemotron_h_drafter, nemotron_h_latent
+from tests.support.checkpoints import SIZES, Checkpoint
 from tests.support.servers import VLM, Server
 from tests.support.vlm_checkpoints import PROCESSED, gemma4, qwen3_5_moe, qwen3_vl_moe, write_processor
+from tests.support.vlm_latents import add_glm_moe_dsa_drafter, add_hy_v4_drafter, hy_v4
 from tests.support.vlm_ngrams import add_qwen4_exp_drafter, qwen4_exp_plain
 from tests.support.vlm_originals import add_glm5_next_drafter, deepseek_v4, glm5_next
 from tests.vlm.test_load import answer, picture
@@ -37,22 +39,23 @@ def directories(tmp_path_factory):
     return write_processor(c.write(folder / "exl3", shards=2)), write_processor(c.write_dense(folder / "dense"))
 
 
-def draft(drafter, tokens: mx.array, width: int) -> np.ndarray:
+def draft(drafter, tokens: mx.array, width: int, target: nn.Module | None = None) -> np.ndarray:
     """What a drafter makes of hidden states, with embeddings as of a model."""
     embedding = nn.Embedding(PROCESSED.vocab, PROCESSED.hidden)
     embedding.weight = mx.random.normal(embedding.weight.shape, key=mx.random.key(4))
-    drafter.reset(SimpleNamespace(embed_tokens=embedding, lm_head=None))
+    stands_in = SimpleNamespace(embed_tokens=embedding, model=SimpleNamespace(embed_tokens=embedding), lm_head=None)
+    drafter.reset(stands_in if target is None else target)
     hidden = mx.random.normal((1, tokens.shape[1], width), key=mx.random.key(3))
     made = drafter._forward_tokens(tokens, hidden, mx.int32)
     return np.array((made[0] if isinstance(made, tuple) else made).astype(mx.float32))
 
 
-def assert_drafters_agree(exl3, dense, width: int = PROCESSED.hidden) -> nn.Module:
+def assert_drafters_agree(exl3, dense, width: int = PROCESSED.hidden, target: nn.Module | None = None) -> nn.Module:
     drafter = vlm.load_drafter(exl3, "float32")
     theirs, kind = load_drafter(str(dense))
     theirs.set_dtype(mx.float32)
     tokens = mx.array(np.random.default_rng(1).integers(0, SIZES.vocab, (1, 9)))
-    got, wanted = (draft(model, tokens, width) for model in (drafter, theirs))
+    got, wanted = (draft(model, tokens, width, target) for model in (drafter, theirs))
     assert kind == "mtp" and wanted.std() > 0.1
     assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
     return drafter
@@ -71,6 +74,29 @@ def test_drafters_of_models_with_streams(tmp_path):
         c, folder = make().checkpoint, tmp_path / make.__name__
         add(c)
         assert_drafters_agree(c.write(folder / "exl3"), c.write_dense(folder / "dense"), streams * SIZES.hidden)
+
+
+def glm_moe_dsa() -> Checkpoint:
+    """GLM-5 without its layers, of which the drafter needs none."""
+    checkpoint = Checkpoint(SIZES, {"model_type": "glm_moe_dsa", **generic_checkpoints.CONFIGS["glm_moe_dsa"]})
+    checkpoint.ends()
+    return checkpoint
+
+
+def test_drafters_with_latent_attention(tmp_path):
+    for c, add in ((glm_moe_dsa(), add_glm_moe_dsa_drafter), (hy_v4().checkpoint, add_hy_v4_drafter)):
+        add(c)
+        folder = tmp_path / c.config["model_type"]
+        drafter = assert_drafters_agree(c.write(folder / "exl3"), c.write_dense(folder / "dense"), SIZES.hidden)
+        assert [m for m in drafter.modules() if isinstance(m, TrellisSwitchGLU)]
+
+
+def test_a_drafter_with_experts_of_two_matrices(tmp_path):
+    c = nemotron_h_latent()
+    add_nemotron_h_drafter(c)
+    target = MLX_VLM.new_model({**c.config})
+    drafter = assert_drafters_agree(c.write(tmp_path / "exl3"), c.write_dense(tmp_path / "dense"), SIZES.hidden, target)
+    assert [m for m in drafter.modules() if isinstance(m, TrellisSwitchMLP)]
 
 
 def test_speculation_says_the_same(directories):

@@ -231,10 +231,10 @@ def refuses_triple(problem: Problem, triple: Triple) -> bool:
 
 
 def infeasible(problem: Problem, config: KernelConfig) -> str | None:
-    """``use_fp32_acc=False`` is legal with all tiles: activations become halves of a power of two per 128-block, and
-    sums inside one 16-deep tile are halves. Half the bytes of x, and on M5 more multiplications per clock. On neural
-    accelerators all sums are floats; there an activation is one half instead of the two that stand for a float, which
-    it is for bfloat16 in any case.
+    """``use_fp32_acc=False`` is legal with all tiles: activations become halves of a power of two per 128-block, with
+    half the bytes. Without matrices sums inside one 16-deep tile are halves too, of which M5 adds more per clock. On
+    neural accelerators an activation is one half instead of the two that stand for a float, which it is for bfloat16
+    in any case.
     """
     variant, rows, columns = config.kernel_variant, config.tile_size_m, config.tile_size_n
     if rows not in TILE_ROWS[variant]:

@@ -101,6 +101,8 @@ class TrellisSwitch(TrellisModule):
 
     Attributes:
         PROJECTIONS: Names of the children, those that read x first.
+        absent: Whether an index of ``num_experts``, one too large, stands for an expert that is not here: nothing is
+            computed of its slot, which is zero. Such a layer does not combine. Default: ``False``.
     """
 
     PROJECTIONS: ClassVar[tuple[str, ...]]
@@ -114,6 +116,7 @@ class TrellisSwitch(TrellisModule):
             raise ValueError(f"the experts of the bank have {has}; use {other}")
         self._activation = activation
         self._top_k: int | None = None
+        self.absent = False
         for name, stack in zip(self.PROJECTIONS, bank.stacks):
             self[name] = TrellisExperts(stack)
 
@@ -190,7 +193,8 @@ class TrellisSwitch(TrellisModule):
         config: KernelConfig | None = None,
     ) -> mx.array:
         """The call with a given config, or with the one that is selected for it."""
-        call = ops.check_experts(x, indices, self.stacks, self.activation, scores, accuracy=self._accuracy)
+        accuracy, absent = self._accuracy, self.absent
+        call = ops.check_experts(x, indices, self.stacks, self.activation, scores, accuracy=accuracy, absent=absent)
         return self._derived.configs.run(call, config)
 
     def explain(

@@ -7,6 +7,7 @@ import mlx.nn as nn
 from mlx.nn.layers.distributed import sum_gradients
 
 from ..weights.trellis import TrellisWeight
+from .experts import TrellisSwitch
 from .linear import TrellisLinear
 
 
@@ -49,11 +50,11 @@ class ShardedToAllTrellisLinear(TrellisLinear):
 class LocalExperts(nn.Module):
     """Whole experts, of which each rank has some. A drop-in for mlx-lm's ``SwitchGLU``.
 
-    Which experts are active is not looked at, which would cost a synchronisation: a slot of another rank's expert is
-    computed too, by an expert of this rank, and is zero then.
+    Which experts are active is not looked at, which would cost a synchronisation. Of a slot of another rank's expert a
+    fused layer computes nothing. Other layers compute it too, by an expert of this rank, and it is zero then.
 
     Args:
-        experts: Those of this rank, called as ``SwitchGLU`` is.
+        experts: Those of this rank, called as ``SwitchGLU`` is. A fused layer becomes one of which some are absent.
         first: Number of the first one in the layer.
         count: How many there are. They follow each other.
         group: The ranks to sum over here. Default: ``None``, where the block around sums.
@@ -63,6 +64,10 @@ class LocalExperts(nn.Module):
         super().__init__()
         self.experts = experts
         self._first, self._count, self._group = first, count, group
+        self._skips = False
+        fused = getattr(experts, "experts", experts)  # mlx-vlm's has it as a child
+        if isinstance(fused, TrellisSwitch):
+            self._skips = fused.absent = True
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """``[..., hidden]`` and indices ``[..., k]`` of the layer -> ``[..., k, hidden]``, dtype of x."""
@@ -74,6 +79,8 @@ class LocalExperts(nn.Module):
             x = sum_gradients(self._group)(x)
         indices = mx.stop_gradient(indices)
         mine = (indices >= self._first) & (indices < self._first + self._count)
+        if self._skips:
+            return self.experts(x, mx.where(mine, indices - self._first, self._count))
         places = mx.where(mine, indices - self._first, 0)
         # By one that the token takes here anyway, if it takes any: no more weights are read.
         places = mx.where(mine, places, places.max(axis=-1, keepdims=True))

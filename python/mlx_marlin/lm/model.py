@@ -162,7 +162,11 @@ def cast_dense(model: nn.Module, dense: dict[str, mx.array], dtype: mx.Dtype | N
     The biases that choose experts are float32 always. Where no dtype is asked for, float32 parameters and those that
     the model wants left alone stay as they are, except that all is float32 on the CPU.
     """
-    target, casts = running_dtype(dense, dtype), getattr(model, "cast_predicate", lambda key: True)
+    target = running_dtype(dense, dtype)
+    try:
+        casts = model.cast_predicate
+    except MODEL_ERRORS:  # there is none, or it fails, as that of mlx-vlm's glm_moe_dsa does
+        casts = lambda key: True
     all_floats = dtype is None and target == mx.float32
     wanted = (mx.float16, mx.bfloat16) if dtype is None else (mx.float16, mx.bfloat16, mx.float32)
 

@@ -43,6 +43,7 @@ class Call(NamedTuple):
         activation: ``None`` for one projection.
         stream: Stream or device; ``None`` for the default stream.
         accuracy: One of ``kernels.ACCURACIES``.
+        absent: Whether an index of the number of experts stands for one that is not here.
     """
 
     op: str
@@ -55,6 +56,7 @@ class Call(NamedTuple):
     activation: Activation | None = None
     stream: StreamOrDevice = None
     accuracy: str = "float32"
+    absent: bool = False
 
     def problem(self, device: str) -> Problem:
         """What the call asks for on ``"cpu"`` or ``"gpu"``."""
@@ -106,17 +108,22 @@ def check_experts(
     *,
     stream: StreamOrDevice = None,
     accuracy: str = "float32",
+    absent: bool = False,
 ) -> Call:
     """The call of the experts of a layer, fused; the arguments as :func:`trellis_swiglu` and :func:`trellis_mlp` have
-    them. Two stacks are up and down, three gate, up and down.
+    them. Two stacks are up and down, three gate, up and down. With ``absent`` an index one too large stands for an
+    expert that is not here: its slot is not computed, and zero.
     """
     op, source = "trellis_swiglu" if len(stacks) == 3 else "trellis_mlp", stacks[0].source
     hidden = source.in_features
     _check_x(op, x, hidden)
-    indices = _check_indices(op, indices, x.shape[:-1], len(source.bits), stream)
+    indices = _check_indices(op, indices, x.shape[:-1], len(source.bits) + absent, stream)
     if scores is not None:
+        if absent:
+            raise ValueError(f"[{op}] a layer whose experts are partly elsewhere takes no scores; combine outside")
         scores = _check_scores(op, scores, indices, stream)
-    return Call(op, x, stacks, x.size // hidden, indices.shape[-1], indices, scores, activation, stream, accuracy)
+    rows, top_k = x.size // hidden, indices.shape[-1]
+    return Call(op, x, stacks, rows, top_k, indices, scores, activation, stream, accuracy, absent)
 
 
 def run(call: Call, native: NativeConfig) -> mx.array:
@@ -156,6 +163,7 @@ def _run_experts(call: Call, indices: mx.array, activation: Activation, native: 
         alpha,
         limit,
         native,
+        call.absent,
         call.stream,
     )
 

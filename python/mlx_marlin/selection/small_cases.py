@@ -65,13 +65,15 @@ def _loops(plan: dict) -> frozenset[str]:
         blocks = k // codec.HADAMARD_SIZE
         per_block = codec.HADAMARD_SIZE // codec.TILE
         starts = [s * tiles + min(s, longer) for s in range(splits + 1)]
+        ranges = list(zip(starts, starts[1:]))
+        scaled = constants["half_operands"] or constants["accelerator"]
         reached = {
             "several groups of columns": n > columns,
             "a narrow last group": n % columns > 0,
             "unequal ranges of k": longer > 0,
             "several steps in a range": tiles > 1,
-            "several blocks of scales": (constants["half_operands"] or constants["accelerator"])
-            and any(a // per_block < (b - 1) // per_block for a, b in zip(starts, starts[1:])),
+            "several blocks of scales": scaled and any(a // per_block < (b - 1) // per_block for a, b in ranges),
+            "one step of a block": scaled and any(a < b - 1 and b % per_block == 1 for a, b in ranges),
             "several blocks of input": (constants["fused_prologue"] or constants.get("activating_input"))
             and rows * blocks > dispatch["threads"][0] // 32,
         }

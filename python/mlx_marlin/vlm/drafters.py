@@ -20,6 +20,7 @@ from ..lm.model import fill, open_checkpoint, product_accuracy, read_config
 from ..loader.contents import DRAFT
 from ..loader.directory import TrellisModelLoader
 from ..storage.untrusted import unchanged
+from . import rearranging
 from .host import MLX_VLM, MlxVlm
 
 
@@ -52,11 +53,14 @@ class Drafters(MlxVlm):
             **self.splitter.extra_config(self.text),
         }
         code, _ = mlx_vlm_utils.get_model_and_args(drafter)
-        return code.Model(code.ModelConfig.from_dict(drafter))
+        model = code.Model(code.ModelConfig.from_dict(drafter))
+        rearranging.separate_gates(model)
+        return model
 
     def sanitize(self, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         chosen = {key: value for key, value in weights.items() if self.splitter.select_keys(key, self.text)}
-        return self.splitter.transform(chosen, self.text, False)
+        chosen = rearranging.split_latents(model.config.text_config, chosen)
+        return rearranging.split_gates(model, self.splitter.transform(chosen, self.text, False))
 
     def uses(self, part: str) -> bool:
         return part == DRAFT

@@ -20,7 +20,7 @@ from mlx_vlm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 from ..layers.experts import TrellisSwitchMLP
 from ..lm.host import GATED, UNGATED, UNGATED_ACTIVATIONS, ExpertsKind, Host
 from ..loader.contents import AUDIO, NGRAM, VISION
-from . import verifying
+from . import rearranging, verifying
 from .layers import (
     AllToShardedDescribedLinear,
     DescribedLinear,
@@ -99,20 +99,23 @@ class MlxVlm(Host):
         config.setdefault("text_config", config.pop("llm_config", {}))
         config.setdefault("vision_config", {})
         config.setdefault("audio_config", {})
+        rearranging.keep_shared_expert_apart(config)
         code, _ = mlx_vlm_utils.get_model_and_args(config)
         configured = code.ModelConfig.from_dict(config)
         configured = mlx_vlm_utils.update_module_configs(configured, code, config, _CONFIGURED)
-        return code.Model(mlx_vlm_utils.apply_generation_config_defaults(configured, config))
+        model = code.Model(mlx_vlm_utils.apply_generation_config_defaults(configured, config))
+        rearranging.separate_gates(model)
+        return model
 
     def sanitize(self, model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         code = _code_of(model)
-        weights = mlx_vlm_utils.sanitize_weights(model, weights)
+        weights = mlx_vlm_utils.sanitize_weights(model, rearranging.split_latents(model.config, weights))
         for part, name in _SANITIZED.items():
             if hasattr(code, name) and hasattr(model.config, f"{part}_config"):
                 part_config = getattr(model.config, f"{part}_config")
                 weights = mlx_vlm_utils.sanitize_weights(getattr(code, name), weights, part_config)
         _drop_absent(model, weights)
-        return weights
+        return rearranging.split_gates(model, weights)
 
     def uses(self, part: str) -> bool:
         return part in (VISION, AUDIO, NGRAM)
@@ -127,13 +130,19 @@ class MlxVlm(Host):
         return len(model.language_model.layers)
 
     def splits(self, model: nn.Module) -> nn.Module | None:
+        # Each rank of a MiniMax M3 would choose blocks of keys by some of the heads that choose them together.
+        if any(getattr(module, "has_sparse_index", False) for module in model.modules()):
+            return None
         parts = (model, getattr(model, "language_model", None))
         return next((part for part in parts if hasattr(part, "shard")), None)
 
     def pipelines(self, model: nn.Module) -> nn.Module | None:
         language_model = getattr(model, "language_model", None)
         inner = getattr(language_model, "model", language_model)
-        return inner if hasattr(inner, "pipeline") else None
+        if not hasattr(inner, "pipeline"):
+            return None
+        # Hy 4 inherits the method, but its own call hands nothing over to another rank.
+        return inner if "pipeline_rank" in type(inner).__call__.__code__.co_names else None
 
     def finish(self, model: nn.Module, dtype: mx.Dtype) -> None:
         verifying.install()
