@@ -20,7 +20,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from mlx_marlin import codec, ops
-from mlx_marlin.quantize.jobs import job_bytes, layer_jobs
+from mlx_marlin.quantize.jobs import Original, job_bytes, layer_jobs
 from mlx_marlin.quantize.layered import LayeredModel
 from mlx_marlin.quantize.progress import Clock
 from mlx_marlin.quantize.runner import BATCH, Runner
@@ -116,16 +116,14 @@ def run(directory: Path, tokens: int, count: int) -> None:
         runner.load(0)
         watch.tell("layer loaded")
         with runner.taps(0) as taps:
-            taps.record(True)
-            runner.run(0, hidden)
-            taps.record(False)
+            after = runner.run(0, hidden, taps=taps)
             watch.tell("calibrated")
-            jobs = layer_jobs(runner.model, 0, taps, hidden, 0)
+            jobs = layer_jobs(runner.model, 0, taps, Original(runner.model, 0, hidden[0], after[0], 0))
             watch.tell(f"{len(jobs)} linears found")
 
             def task(job, threads):
                 prepared = prepare(job.weight(), job.hessian(), [0])
-                expected_loss(prepared, 3, "mul1")
+                job.effect(), expected_loss(prepared, 3, "mul1")
                 codes = quantize_prepared(prepared, 3, "mul1", threads)
                 return {name: spill.tensor(t) for name, t in stored_tensors(job.name, codes, None).items()}
 

@@ -83,7 +83,7 @@ class Evaluation:
             put(np.ascontiguousarray(weights.get(name, self.original[name])))
         hidden = self.embeddings
         for index in range(len(self.model.layers)):
-            hidden = self.model.run(index, hidden)
+            hidden = [self.model.output(index, h, batch) for batch, h in enumerate(hidden)]
         rows = np.concatenate([np.array(self.norm(mx.array(h))).reshape(-1, h.shape[-1]) for h in hidden])
         logits = (rows @ weights.get("lm_head", self.head)).astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)

@@ -33,9 +33,10 @@ def test_scores_are_what_an_experts_output_weighs_in_the_layers(latent):
     chosen, scores = map(np.array, layer.mixer.gate(layer.norm(x)))
     linears = [path for path, module in layer.named_modules() if type(module).__name__ == "Linear"]
     with Taps(layer, linears, [EXPERTS]) as taps:
-        taps.record(True)
-        out = np.array(layer(x))
-        taps.record(False)
+        with taps.noting() as notes:
+            out = np.array(layer(x))
+        for add in notes.parts():
+            add()
     np.testing.assert_allclose(out, wanted_out, atol=1e-5)
     rows = taps.experts[EXPERTS].rows
     assert len(rows.scores) == len(rows.indices) == 1

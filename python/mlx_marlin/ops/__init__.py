@@ -37,7 +37,6 @@ from .problems import (
 )
 from .products import is_traced, trellis_decode, trellis_linear, trellis_mlp, trellis_swiglu
 from .runtime import (
-    MLX_LOCK,
     cpu_digest,
     has_accelerators,
     instruction_set,
@@ -47,14 +46,13 @@ from .runtime import (
     uninitialized,
     widen,
 )
-from .search import CODEBOOK_MULTIPLIERS, search_fault, searches_on_gpu, viterbi_search
+from .search import CODEBOOK_MULTIPLIERS, mlx_turn, search_fault, searches_on_gpu, viterbi_search
 from .stacks import BUILD_LOCK, Stack, half_scales, prepare, prepare_weight, with_parameters
 
 __all__ = [
     "BUILD_LOCK",
     "CODEBOOK_MULTIPLIERS",
     "DTYPE_NAMES",
-    "MLX_LOCK",
     "SHADERS",
     "Activation",
     "Call",
@@ -75,6 +73,7 @@ __all__ = [
     "instruction_set",
     "is_traced",
     "linear_problem",
+    "mlx_turn",
     "plan",
     "plan_digest",
     "prepare",

@@ -6,15 +6,15 @@ import platform
 import re
 from collections.abc import Sequence
 from functools import cache
-from threading import Lock
+from threading import RLock
 
 import mlx.core as mx
 import numpy as np
 
 from .. import _ext
 
-MLX_LOCK = Lock()
-"""Of MLX, which is not to be called from two threads: held by those that may run beside others."""
+MLX_LOCK = RLock()
+"""Of MLX on a GPU, where two threads are not to call it at once: held by those that may run beside others."""
 
 
 def instruction_set() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import mlx.core as mx
@@ -30,6 +31,14 @@ def _values_on_cpu(codebook: str) -> np.ndarray:
 def searches_on_gpu() -> bool:
     """Whether :func:`viterbi_search` runs on a GPU here: where MLX's default device is one."""
     return device_of(None) == "gpu"
+
+
+def mlx_turn() -> AbstractContextManager[object]:
+    """What a thread that may run beside others holds while it calls MLX: a lock where MLX's default device is a GPU.
+
+    On a CPU nothing is held: each thread has a stream of its own, and what others have evaluated may be read.
+    """
+    return MLX_LOCK if searches_on_gpu() else nullcontext()
 
 
 def viterbi_search(tiles: np.ndarray, bits: float, codebook: str, *, threads: int | None = None) -> np.ndarray:

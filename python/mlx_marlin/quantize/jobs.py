@@ -5,16 +5,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
 from .. import codec
-from ..ops import MLX_LOCK
+from ..ops import mlx_turn
 from .hessian import Hessian
 from .layered import LayeredModel
 from .names import ExpertNames
-from .spill import States
 from .taps import ExpertsTap, LinearTap, Taps
 
 # Rows of an unrouted prior, against which an expert's own rows are weighed: n rows tell about n of its k input
@@ -41,8 +41,8 @@ class Job:
         shape: ``(in_features, out_features)``.
         hessian: Returns the mean of ``x x^T``, ``[in_features, in_features]``: made when it is asked for, as those of
             all experts together are larger than the layer.
-        effect: Squared error of the layer's output per token, for each unit of squared error of this linear's
-            output per row.
+        effect: Returns the squared error of the layer's output per token, for each unit of squared error of this
+            linear's output per row.
         install: Puts a dequantized weight (and bias) into the running layer.
     """
 
@@ -52,7 +52,7 @@ class Job:
     bias: np.ndarray | None
     shape: tuple[int, int]
     hessian: Callable[[], np.ndarray]
-    effect: float
+    effect: Callable[[], float]
     install: Callable[[np.ndarray, np.ndarray | None], None]
 
 
@@ -67,30 +67,51 @@ def seed_of(seed: int, name: str) -> list[int]:
     return [seed, zlib.crc32(name.encode())]
 
 
-def layer_jobs(model: LayeredModel, index: int, taps: Taps, hidden: States, seed: int | None) -> list[Job]:
+@dataclass
+class Original:
+    """A layer as it is before it is quantized, for the effects of its linears.
+
+    Attributes:
+        model: The model, with the layer loaded.
+        index: The layer.
+        before: The layer's input for the first batch.
+        after: Its output.
+        seed: Seed of the disturbances that measure effects.
+    """
+
+    model: LayeredModel
+    index: int
+    before: np.ndarray
+    after: np.ndarray
+    seed: int
+
+
+def layer_jobs(model: LayeredModel, index: int, taps: Taps, original: Original | None = None) -> list[Job]:
     """The jobs of a layer whose taps have recorded.
 
     Args:
         model: The model, with the layer loaded.
         index: The layer.
         taps: Its taps, in place.
-        hidden: The layer's inputs, one array per batch.
-        seed: Seed of the disturbances that measure effects; ``None`` leaves all effects 1.
+        original: What effects are measured by. Default: ``None``, all effects are 1.
     """
     layer = model.paths[index]
     linears, experts = model.names.linears(layer), model.names.experts(layer)
     jobs = []
     for path, tap in taps.linears.items():
         if tap.hessian is not None:
-            name = linears[path]
-            effect = 1.0 if seed is None else _linear_effect(model, index, tap, hidden, seed_of(seed, name))
-            jobs.append(_linear_job(name, tap, tap.hessian, effect))
+            effect = _no_effect if original is None else partial(_linear_effect, original, taps, tap, linears[path])
+            jobs.append(_linear_job(linears[path], tap, tap.hessian, effect))
     for path, bank in taps.experts.items():
-        jobs += _expert_jobs(experts[path], bank, seed)
+        jobs += _expert_jobs(experts[path], bank, None if original is None else original.seed)
     return jobs
 
 
-def _linear_job(name: str, tap: LinearTap, hessian: Hessian, effect: float) -> Job:
+def _no_effect() -> float:
+    return 1.0
+
+
+def _linear_job(name: str, tap: LinearTap, hessian: Hessian, effect: Callable[[], float]) -> Job:
     def install(weight: np.ndarray, bias: np.ndarray | None) -> None:
         tap.weight = weight
         if bias is not None:
@@ -99,9 +120,9 @@ def _linear_job(name: str, tap: LinearTap, hessian: Hessian, effect: float) -> J
     return Job(name, name, lambda: tap.weight, tap.bias, tap.weight.shape, hessian.mean, effect, install)
 
 
-def _linear_effect(model: LayeredModel, index: int, tap: LinearTap, hidden: States, seed: list[int]) -> float:
+def _linear_effect(original: Original, taps: Taps, tap: LinearTap, name: str) -> float:
     """Change of the layer's output on the first batch when noise in proportion to each channel is added."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed_of(original.seed, name))
     added = []
 
     def noise(y: mx.array) -> mx.array:
@@ -111,11 +132,9 @@ def _linear_effect(model: LayeredModel, index: int, tap: LinearTap, hidden: Stat
         added.append((_NOISE * rms * rng.standard_normal(values.shape)).astype(np.float32))
         return mx.array(added[-1])
 
-    before = model.run(index, hidden[:1])[0]
-    tap.noise = noise
-    after = model.run(index, hidden[:1])[0]
-    tap.noise = None
-    return _energy(after - before) / max(_energy(added[0]), np.finfo(np.float64).tiny)
+    with mlx_turn(), taps.disturbing(tap, noise):
+        after = original.model.output(original.index, original.before, 0)
+    return _energy(after - original.after) / max(_energy(added[0]), np.finfo(np.float64).tiny)
 
 
 def _energy(x: np.ndarray) -> float:
@@ -143,6 +162,12 @@ class _Block:
         token, slot = np.nonzero(self.indices == e)
         return self.tap.rows.x.some(token), self.importance[token, slot]
 
+    def sample(self, e: int) -> np.ndarray:
+        """Some rows of an expert, and some of all tokens, by which its effects are measured."""
+        token, _ = np.nonzero(self.indices == e)
+        some = self.tap.rows.x.some(token[:: max(1, len(token) // _EFFECT_ROWS)][:_EFFECT_ROWS])
+        return np.concatenate([some, self.prior_x[: 1 + len(self.prior_x) // 8]])
+
     def use(self) -> np.ndarray:
         """Importance per token of each expert."""
         experts = len(self.tap.weights[self.tap.last])
@@ -166,39 +191,36 @@ class _Block:
 
     def _hidden(self, e: int, rows: np.ndarray) -> np.ndarray:
         outputs = self.tap.outputs(e, rows)
-        with MLX_LOCK:
+        with mlx_turn():
             return self.tap.activate(outputs)
 
 
 def _expert_jobs(names: ExpertNames, tap: ExpertsTap, seed: int | None) -> list[Job]:
     block = _Block(tap)
     use = block.use()
-    jobs = []
-    for e in range(len(use)):
-        effects = dict.fromkeys(tap.weights, 1.0)
-        if seed is not None:
-            rows, _ = block.seen(e)
-            some = rows[:: max(1, len(rows) // _EFFECT_ROWS)][:_EFFECT_ROWS]
-            sample = np.concatenate([some, block.prior_x[: 1 + len(block.prior_x) // 8]])
-            for part in tap.reading:
-                effects[part] = _expert_effect(tap, part, e, sample, seed_of(seed, f"{names.prefix}.{e}.{part}"))
-        jobs += [_expert_job(names, block, part, e, effects[part] * use[e]) for part in tap.weights]
-    return jobs
+    return [_expert_job(names, block, part, e, float(use[e]), seed) for e in range(len(use)) for part in tap.weights]
 
 
-def _expert_effect(tap: ExpertsTap, part: str, e: int, x: np.ndarray, seed: list[int]) -> float:
+def _expert_effect(block: _Block, part: str, e: int, seed: list[int]) -> float:
     """Squared change of the expert's output for each unit of squared disturbance of one that reads x."""
+    tap, x = block.tap, block.sample(e)
     outputs = tap.outputs(e, x)
-    before = tap.activate(outputs)
     rms = np.sqrt(np.mean(np.square(outputs[part]), axis=0))
     noise = _NOISE * rms * np.random.default_rng(seed).standard_normal(outputs[part].shape)
-    outputs[part] = outputs[part] + noise.astype(np.float32)
-    change = tap.activate(outputs) - before
+    changed = {**outputs, part: outputs[part] + noise.astype(np.float32)}
+    with mlx_turn():
+        change = tap.activate(changed) - tap.activate(outputs)
     return _energy(change @ tap.weights[tap.last].weight(e)) / max(_energy(noise), np.finfo(np.float64).tiny)
 
 
-def _expert_job(names: ExpertNames, block: _Block, part: str, e: int, effect: float) -> Job:
+def _expert_job(names: ExpertNames, block: _Block, part: str, e: int, use: float, seed: int | None) -> Job:
     weights = block.tap.weights[part]
+
+    def effect() -> float:
+        if seed is None or part not in block.tap.reading:
+            return use
+        return use * _expert_effect(block, part, e, seed_of(seed, f"{names.prefix}.{e}.{part}"))
+
     return Job(
         name=names.name(e, part),
         group=names.group(part),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import repeat
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +14,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from ..loader.contents import parts_of
 from ..storage.safetensors import TensorInfo
 from .names import Names, parts_of_experts
+from .slices import found_slice, numbers_made
 from .source import ExpertTensors, Source
 from .spill import SpilledArrays, States
 from .taps import replace_module
@@ -124,10 +124,19 @@ class LayeredModel:
         )
         origins, stacked = _load_weights(self.model, source, len(self.layers))
         self._experts = {path: ExpertTensors(source, stacked[path]) for path in self._stacks if path in stacked}
+        fused = [path for path in self._stacks if path not in stacked]
+        self._numbers = numbers_made(self.model, source.tensors, source.arrays(), fused)
         self.names = Names(source, self.model, origins, self.paths)
         self.batches = [mx.array(tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
         self.recorders = [_Recorder(layer) for layer in self.layers]
         self.head = self._record_calls()
+
+    def _find_slices(self, index: int) -> None:
+        """Find where the weights of a layer's experts can be read one by one in tensors of all experts."""
+        for path in [path for path in self._numbers if path.startswith(f"{self.paths[index]}.")]:
+            found = found_slice(self._numbers.pop(path), self.source.tensors)
+            if found is not None:
+                self._experts[path] = ExpertTensors(self.source, [found[0]], found[1])
 
     def _record_calls(self) -> str:
         for path, recorder in zip(self.paths, self.recorders):
@@ -217,10 +226,13 @@ class LayeredModel:
     def load(self, index: int) -> None:
         """Bring a layer into memory, as float32; not its experts where those can be read one by one, else as stored.
 
+        What it is called with is evaluated too: other threads cannot do that.
+
         Raises:
             ValueError: If a value is not finite; the message names the tensor.
         """
         layer, path = self.layers[index], self.paths[index]
+        self._find_slices(index)
 
         def widened(name: str, value: mx.array) -> mx.array:
             is_stack = f"{path}.{name}" in self._stacks
@@ -229,7 +241,8 @@ class LayeredModel:
         layer.update(tree_map_with_path(widened, layer.parameters()))
         parameters: dict[str, mx.array] = dict(tree_flatten(layer.parameters(), prefix=f".{path}"))
         parameters = {name: value for name, value in parameters.items() if name not in self._experts}
-        mx.eval(parameters)
+        given = dict(tree_flatten([[list(args), dict(kwargs)] for args, kwargs in self.recorders[index].calls]))
+        mx.eval(parameters, [value for value in given.values() if isinstance(value, mx.array)])
         mx.clear_cache()  # of what the stacks were made of
         for name, value in parameters.items():
             self.check_finite(name, value)
@@ -267,30 +280,17 @@ class LayeredModel:
         layer.update(tree_map(lambda p: mx.zeros((), p.dtype), layer.parameters()))
         mx.clear_cache()
 
-    def run(
-        self,
-        index: int,
-        hidden: States,
-        done: Callable[[int], None] = lambda batches: None,
-        into: SpilledArrays | None = None,
-        batch: int | None = None,
-    ) -> States:
-        """A layer's output for each batch.
+    def output(self, index: int, hidden: np.ndarray, batch: int) -> np.ndarray:
+        """A layer's output.
 
         Args:
             index: The layer.
-            hidden: Its inputs.
-            done: Told how many there are so far.
-            into: Where they are put. Default: a list.
-            batch: Of which all of them are. Default: ``None``, one of each batch in turn.
+            hidden: Its input, float32 ``[windows, length, hidden]``.
+            batch: Of which one of the batches it is.
         """
-        recorder = self.recorders[index]
-        result: list[np.ndarray] | SpilledArrays = [] if into is None else into
-        for x, (args, kwargs) in zip(hidden, recorder.calls if batch is None else repeat(recorder.calls[batch])):
-            y = self.layers[index](mx.array(x), *args, **kwargs)
-            result.append(np.array(y[0] if recorder.returns_tuple else y))
-            done(len(result))
-        return result
+        args, kwargs = self.recorders[index].calls[batch]
+        y = self.layers[index](mx.array(hidden), *args, **kwargs)
+        return np.array(y[0] if self.recorders[index].returns_tuple else y)
 
     def head_module(self) -> nn.Module:
         """The module that makes the logits."""

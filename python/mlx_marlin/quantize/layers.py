@@ -79,10 +79,8 @@ class LayerQuantizer:
         runner = self.runner
         runner.load(index)
         with runner.taps(index) as taps:
-            taps.record(True)
-            runner.run(index, hidden)
-            taps.record(False)
-            jobs = layer_jobs(runner.model, index, taps, hidden, None)
+            runner.run(index, hidden, taps=taps)
+            jobs = layer_jobs(runner.model, index, taps)
             divisors = {job.name: self._divisor(index, job) for job in jobs}
             stored: Mapping[str, TensorInfo | StoredTensor]
             if known:

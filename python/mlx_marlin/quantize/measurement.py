@@ -14,7 +14,7 @@ from . import calibration as texts
 from .allocation import MODES, Allocation, Item, expected_elsewhere, least_loss
 from .budget import candidate_widths, measured_sizes, model_sizes, stored_bits
 from .job_state import JobState, Pass, follow
-from .jobs import Job, job_bytes, layer_jobs, seed_of
+from .jobs import Job, Original, job_bytes, layer_jobs, seed_of
 from .layered import LayeredModel
 from .plan import items_from, items_value, plan_table
 from .progress import Clock, Progress
@@ -237,21 +237,21 @@ class Measurement:
         found: list[Item] = []
         runner.load(index)
         with runner.taps(index) as taps:
-            taps.record(not known)
-            after = runner.run(index, hidden)
-            taps.record(False)
+            after = runner.run(index, hidden, taps=None if known else taps)
             if not known:
-                jobs = layer_jobs(runner.model, index, taps, hidden, self.seed)
+                original = Original(runner.model, index, hidden[0], after[0], self.seed)
+                jobs = layer_jobs(runner.model, index, taps, original)
                 found = runner.parallel(self._job, jobs, f"measuring {runner.of(index)}", 1.0, job_bytes)
                 del jobs
             stream, energy = disturbed(hidden[0], after[0], [self.seed, index])
-            runner.model.run(index, streams, into=after, batch=0)
+            runner.run(index, streams, 1.0, into=after, batch=0)
             after.append(stream)
         runner.unload(index)
         return after, items_value(found, energy)
 
     def _job(self, job: Job, threads: int) -> Item:
         prepared = prepare(job.weight(), job.hessian(), seed_of(self.seed, job.name))
-        loss = {k: job.effect * expected_loss(prepared, k, self.codebook) for k in self.widths}
+        effect = job.effect()
+        loss = {k: effect * expected_loss(prepared, k, self.codebook) for k in self.widths}
         size = {k: stored_bits(job.shape, k, self.codebook, job.bias is not None) for k in self.widths}
         return Item(job.name, job.group, job.shape[0] * job.shape[1], size, loss)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from ..ops import MLX_LOCK
+from ..ops import mlx_turn
 from ..storage.safetensors import TensorInfo
 
 # The values of E2M1, by their four bits: OCP Microscaling Formats 1.0, table 5.
@@ -67,8 +67,16 @@ class PackedTensor:
 
     def floats(self) -> np.ndarray:
         """The values, float32."""
-        stored = [part.array() for part in self.parts]
-        with MLX_LOCK:
+        return self._unpacked([part.array() for part in self.parts])
+
+    def row(self, index: int) -> np.ndarray:
+        """The values of one along the first axis, float32, of which alone the bytes are read."""
+        is_whole = [math.prod(part.shape) == 1 for part in self.parts]  # a scale of the whole tensor
+        stored = [p.array() if whole else p.rows(index, index + 1) for p, whole in zip(self.parts, is_whole)]
+        return self._unpacked(stored)[0]
+
+    def _unpacked(self, stored: Sequence[np.ndarray]) -> np.ndarray:
+        with mlx_turn():
             arrays = [mx.array(values) for values in stored]
             arrays = [a.view(mx.bfloat16) if part.dtype == "BF16" else a for a, part in zip(arrays, self.parts)]
             return np.array(self.array(*arrays).astype(mx.float32))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Condition
 from typing import TypeVar
@@ -18,12 +19,15 @@ from .layered import LayeredModel
 from .progress import Clock
 from .source import Source
 from .spill import SpilledArrays, States
-from .taps import Taps
+from .taps import Notes, Taps
 
 BATCH = 8
 """Windows per call of a layer."""
-# Of the linears at work together: with what else a conversion holds, 8 GB.
+# Of the linears, or of the batches, at work together: with what else a conversion holds, 8 GB.
 _JOB_BYTES = 6 << 30
+# What running a layer for a batch holds, in its hidden states: three times the outputs of 8 experts for each token, and
+# the inputs of linears.
+_STATES_OF_A_BATCH = 32
 # Tiles that a GPU's core is to find in the linears at work together, 8 being searched and 8 whose targets are being
 # made: one tile at a time fills a core, so that on average half a tile's time is lost at the end of each search.
 _TILES_PER_CORE = 16
@@ -51,6 +55,9 @@ class Runner:
         self.source, self.tokens, self.model, self.clock = source, tokens, model, clock
         self.workers = kernels.cpu_threads()
         self.directory: Path | None = None
+        self._at_work = jobs_at_work(self.workers)
+        self._pool = ThreadPoolExecutor(self._at_work, "mlx_marlin conversion")
+        self._is_evaluated = False  # the constants of the layer that was loaded last
         self._unloaded: set[int] = set()  # layers that the model let go of
         self._is_fresh = True
 
@@ -71,6 +78,7 @@ class Runner:
         if index in self._unloaded:
             self.reopen()
         self.model.load(index)
+        self._is_evaluated = False
 
     def unload(self, index: int) -> None:
         """Let go of a layer's weights."""
@@ -87,17 +95,51 @@ class Runner:
         """Hidden states before the first layer."""
         return self.model.embeddings(SpilledArrays(self.directory))
 
-    def run(self, index: int, hidden: States, work: float = 0.0) -> SpilledArrays:
-        """The layer's output for the calibration's windows.
+    def run(
+        self,
+        index: int,
+        hidden: States,
+        work: float = 0.0,
+        taps: Taps | None = None,
+        into: SpilledArrays | None = None,
+        batch: int | None = None,
+    ) -> SpilledArrays:
+        """The layer's output for the calibration's windows, several batches at a time.
 
         Args:
             index: The layer.
             hidden: Its inputs.
             work: What is done of the layer before this, of the clock's total. Default: ``0.0``.
+            taps: Those that are to note what they see. Default: ``None``.
+            into: Where the output is put. Default: a new one, which is returned.
+            batch: Of which all inputs are. Default: ``None``, one of each batch in turn.
         """
-        stage, after = f"calibrating {self.of(index)}", SpilledArrays(self.directory)
-        tick = self.clock.tick
-        self.model.run(index, hidden, lambda n: tick(f"{stage}: {n} of {len(hidden)} batches", work), after)
+        stage, after = f"calibrating {self.of(index)}", SpilledArrays(self.directory) if into is None else into
+        done = 0
+
+        def output(number: int) -> tuple[np.ndarray, Notes | None]:
+            with nullcontext() if taps is None else taps.noting() as notes:
+                return self.model.output(index, hidden[number], number if batch is None else batch), notes
+
+        def add(result: tuple[np.ndarray, Notes | None]) -> None:
+            nonlocal done
+            states, notes = result
+            if notes is not None:
+                self._in_order(lambda part: part(), notes.parts(), self._at_work)
+            after.append(states)
+            done += 1
+            self.clock.tick(f"{stage}: {done} of {len(hidden)} batches", work)
+
+        # Where MLX's device is a GPU, that is what batches would wait for.
+        alone = len(hidden) if ops.searches_on_gpu() else int(not self._is_evaluated)
+        for number in range(len(hidden))[:alone]:
+            add(output(number))
+        self._is_evaluated = self._is_evaluated or len(hidden) > 0
+        if len(hidden) > alone:
+            size = _STATES_OF_A_BATCH * hidden[0].nbytes
+            # One more than there are workers, for when their results are added.
+            ahead = 1 + min(self.workers, max(1, _JOB_BYTES // size))
+            self._in_order(output, range(alone, len(hidden)), ahead, add)
         return after
 
     def of(self, index: int) -> str:
@@ -139,18 +181,48 @@ class Runner:
         """
         results: list[Result] = []
         budget = _Budget()
-        at_work = jobs_at_work(self.workers)
 
         def run(job: Task) -> Result:
             with budget.taken(size(job)):
-                beside = min(at_work, len(jobs), max(1, _JOB_BYTES // max(1, size(job))))
+                beside = min(self._at_work, len(jobs), max(1, _JOB_BYTES // max(1, size(job))))
                 return task(job, max(1, self.workers // beside))
 
-        with ThreadPoolExecutor(at_work) as pool:
-            for result in pool.map(run, jobs):
-                results.append(result)
-                self.clock.tick(f"{stage}: {len(results)} of {len(jobs)} linears", work * len(results) / len(jobs))
+        def add(result: Result) -> None:
+            results.append(result)
+            self.clock.tick(f"{stage}: {len(results)} of {len(jobs)} linears", work * len(results) / len(jobs))
+
+        self._in_order(run, jobs, len(jobs), add)
         return results
+
+    def _in_order(
+        self,
+        task: Callable[[Task], Result],
+        items: Iterable[Task],
+        ahead: int,
+        use: Callable[[Result], None] = lambda result: None,
+    ) -> None:
+        """Run a task for every item on the worker threads, and use the results in the order of the items.
+
+        Args:
+            task: Given an item.
+            items: The items.
+            ahead: How many are begun or wait to be used at most.
+            use: Given a result; runs on this thread.
+        """
+        begun: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                if len(begun) == ahead:
+                    use(begun[0].result())
+                    begun.popleft()
+                begun.append(self._pool.submit(task, item))
+            while begun:
+                use(begun[0].result())
+                begun.popleft()
+        finally:
+            for future in begun:
+                future.cancel()
+            wait(begun)
 
 
 def jobs_at_work(workers: int) -> int:

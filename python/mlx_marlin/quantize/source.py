@@ -15,6 +15,7 @@ from ..loader.scaling import without_folded_scales
 from ..storage.safetensors import Tensor, TensorInfo, widened
 from ..storage.untrusted import read_json
 from .packed import PackedTensor, unpacked
+from .slices import Slice
 
 # Linears that EXL3 leaves alone: routers, gates of shared experts, MLA's kv_b (its two halves are used apart), and
 # the narrow projections of state-space layers.
@@ -172,11 +173,16 @@ class ExpertTensors:
     Args:
         source: The checkpoint.
         names: The tensors of single experts, or one of all of them.
+        part: What the projection has of that one tensor's values of an expert. Default: all.
+
+    Attributes:
+        is_packed: Whether reading one takes arithmetic.
     """
 
-    def __init__(self, source: Source, names: Sequence[str]):
-        self._source, self._names = source, names
+    def __init__(self, source: Source, names: Sequence[str], part: Slice | None = None):
+        self._source, self._names, self._part = source, names, part
         self._checked: set[int] = set()
+        self.is_packed = isinstance(source.tensors[names[0]], PackedTensor)
 
     def read(self, expert: int) -> np.ndarray:
         """float32 ``[out, in]``.
@@ -187,11 +193,13 @@ class ExpertTensors:
         name = self._names[0 if len(self._names) == 1 else expert]
         info = self._source.tensors[name]
         if len(self._names) > 1:
-            values = info.floats()
+            values, dtype = info.floats(), ""
+        elif isinstance(info, PackedTensor):
+            values, dtype = info.row(expert), ""
         else:
-            assert isinstance(info, TensorInfo)  # LayeredModel sees to it
-            values = widened(info.rows(expert, expert + 1)[0], info.dtype)
-        values = values.astype(np.float32, copy=False)
+            values, dtype = info.rows(expert, expert + 1)[0], info.dtype
+        values = values if self._part is None else self._part.of(values)
+        values = widened(values, dtype).astype(np.float32, copy=False)
         if expert not in self._checked:
             if not np.isfinite(values).all():
                 raise ValueError(f"{self._source.path}: tensor {name} holds values that are not finite")

@@ -1,9 +1,17 @@
-"""Taps on the inputs of a layer's linears and experts. What they stand in for is computed in NumPy."""
+"""Taps on the inputs of a layer's linears and experts. What they stand in for is computed in NumPy.
+
+Several threads may run the layer at once, each for a batch of its own: what taps see is noted by batch, and added up in
+the order of the batches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import local
 from typing import Any
 
 import mlx.core as mx
@@ -33,31 +41,71 @@ def replace_module(root: nn.Module, path: str, value: object) -> None:
         setattr(parent, last, value)
 
 
+@dataclass
+class Notes:
+    """What the taps saw of one batch.
+
+    Attributes:
+        rows: Inputs of linears, float32 ``[rows, features]``.
+        experts: Inputs of experts, float32 ``[tokens, hidden]``, and the experts chosen, ``[tokens, k]``.
+        scores: The routing's, ``[tokens, k]``.
+    """
+
+    rows: list[tuple[LinearTap, np.ndarray]] = field(default_factory=list)
+    experts: list[tuple[ExpertsTap, np.ndarray, np.ndarray]] = field(default_factory=list)
+    scores: list[tuple[ExpertsTap, np.ndarray]] = field(default_factory=list)
+
+    def parts(self) -> list[Callable[[], None]]:
+        """What adds these to what the taps saw before, one of each tap."""
+        adds = [tap.add for tap in dict.fromkeys(entry[0] for entry in self.rows)]
+        adds += [tap.add for tap in dict.fromkeys(entry[0] for entry in self.experts)]
+        return [partial(add, self) for add in adds]
+
+
+class _Thread(local):
+    """What a thread does with the taps of a layer.
+
+    Attributes:
+        notes: Where they note what they see, if they do.
+        probe: What experts return in place of their output, ``[k, width]``.
+        noise: What disturbs the output of a linear.
+    """
+
+    notes: Notes | None = None
+    probe: np.ndarray | None = None
+    noise: tuple[LinearTap, Callable[[mx.array], mx.array]] | None = None
+
+
 class LinearTap:
-    """Stands in for an ``nn.Linear``: accumulates the Hessian of its input, optionally disturbs its output.
+    """Stands in for an ``nn.Linear``: accumulates the Hessian of its input.
 
     It multiplies in NumPy, where its rows are needed anyway.
     """
 
-    def __init__(self, linear: nn.Linear, name: str):
-        self.linear, self.name = linear, name
+    def __init__(self, linear: nn.Linear, name: str, thread: _Thread):
+        self.linear, self.name, self._thread = linear, name, thread
         self.hessian: Hessian | None = None
-        self.noise: Callable[[mx.array], mx.array] | None = None
-        self.recording = False
         self.weight = np.ascontiguousarray(np.array(linear.weight).T)
         self.bias = np.array(linear.bias) if "bias" in linear else None
 
     def __call__(self, x: mx.array) -> mx.array:
         rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
-        if self.recording:
-            if self.hessian is None:
-                self.hessian = Hessian(x.shape[-1])
-            self.hessian.add(rows)
+        thread = self._thread
+        if thread.notes is not None and thread.probe is None:
+            thread.notes.rows.append((self, rows))
         y = rows @ self.weight
         if self.bias is not None:
             y += self.bias
-        y = mx.array(y.reshape(*x.shape[:-1], -1)).astype(x.dtype)
-        return y if self.noise is None else y + self.noise(y)
+        out = mx.array(y.reshape(*x.shape[:-1], -1)).astype(x.dtype)
+        return out + thread.noise[1](out) if thread.noise is not None and thread.noise[0] is self else out
+
+    def add(self, notes: Notes) -> None:
+        """Add what it saw of the next batch."""
+        for tap, rows in notes.rows:
+            if tap is self:
+                if self.hessian is None:
+                    self.hessian = Hessian(rows.shape[1])
+                self.hessian.add(rows)
 
 
 class ExpertRows:
@@ -85,6 +133,7 @@ class ExpertWeights:
         """``(in, out)`` of each."""
         self._spill = spill
         self._installed: dict[int, tuple[int, np.dtype]] = {}
+        self._unpacked: dict[int, int] | None = {} if tensors is not None and tensors.is_packed else None
         self.bias = np.array(module.bias.astype(mx.float32)) if "bias" in module else None
 
     @staticmethod
@@ -100,11 +149,23 @@ class ExpertWeights:
     def weight(self, expert: int) -> np.ndarray:
         """float32 ``[in, out]``."""
         if expert not in self._installed:
-            return self._read(expert).T
+            return (self._read(expert) if self._unpacked is None else self._read_once(expert)).T
         start, dtype = self._installed[expert]
         values = np.empty(self.shape, dtype)
         self._spill.read_into(values, start)
         return values.astype(np.float32, copy=False)
+
+    def _read_once(self, expert: int) -> np.ndarray:
+        """Of packed tensors, which stand for bfloat16 values: unpacked once, and kept so on the disk."""
+        assert self._unpacked is not None  # this is why it is called
+        if expert not in self._unpacked:
+            values = self._read(expert)
+            words = (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16)
+            self._unpacked[expert] = self._spill.add(words.data)
+            return values
+        words = np.empty(self.shape[::-1], np.uint16)
+        self._spill.read_into(words, self._unpacked[expert])
+        return widened(words, "BF16")
 
     def install(self, expert: int, weight: np.ndarray, bias: np.ndarray | None) -> None:
         """Replace one. It is kept in half precision, as ExLlamaV3 decodes weights, where that is enough."""
@@ -127,12 +188,11 @@ class ExpertsTap:
         self,
         experts: nn.Module,
         name: str,
+        thread: _Thread,
         tensors: Mapping[str, ExpertTensors] | None = None,
         directory: Path | None = None,
     ):
-        self.experts, self.name, self.rows = experts, name, ExpertRows(directory)
-        self.recording = False
-        self.probe: np.ndarray | None = None
+        self.experts, self.name, self.rows, self.thread = experts, name, ExpertRows(directory), thread
         found, spill = tensors or {}, Spill(directory)
         parts = parts_of_experts(experts)
         *self.reading, self.last = parts
@@ -154,19 +214,27 @@ class ExpertsTap:
         return np.array(self.experts.activation(*(mx.array(outputs[part]) for part in reversed(self.reading))))
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        if self.probe is not None:
-            return mx.broadcast_to(mx.array(self.probe), (*indices.shape, self.probe.shape[-1]))
+        probe, notes = self.thread.probe, self.thread.notes
+        if probe is not None:
+            return mx.broadcast_to(mx.array(probe), (*indices.shape, probe.shape[-1]))
         rows = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
         chosen = np.array(indices).reshape(len(rows), -1)
-        if self.recording:
-            self.rows.x.append(rows)
-            self.rows.indices.append(chosen)
+        if notes is not None:
+            notes.experts.append((self, rows, chosen))
         out = np.empty((*chosen.shape, rows.shape[1]), np.float32)
         for expert in np.unique(chosen):
             token, slot = np.nonzero(chosen == expert)
             hidden = self.activate(self.outputs(expert, rows[token]))
             out[token, slot] = self.project(self.last, expert, hidden)
         return mx.array(out.reshape(*indices.shape, -1)).astype(x.dtype)
+
+    def add(self, notes: Notes) -> None:
+        """Add what it saw of the next batch."""
+        for tap, rows, chosen in notes.experts:
+            if tap is self:
+                self.rows.x.append(rows)
+                self.rows.indices.append(chosen)
+        self.rows.scores += [scores for tap, scores in notes.scores if tap is self]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.experts, name)
@@ -185,15 +253,16 @@ class BlockTap:
         self.block, self.experts = block, experts
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        out = self.block(x, *args, **kwargs)
-        if self.experts.recording:
+        out, thread = self.block(x, *args, **kwargs), self.experts.thread
+        if thread.notes is not None:
             _, width = self.experts.weights[self.experts.last].shape
-            k = self.experts.rows.indices[-1].shape[1]
+            _, _, chosen = thread.notes.experts[-1]
+            k = chosen.shape[1]
 
             def shown(probe: np.ndarray) -> np.ndarray:
-                self.experts.probe = probe
+                thread.probe = probe
                 y = np.array(self.block(x, *args, **kwargs).astype(mx.float32))
-                self.experts.probe = None
+                thread.probe = None
                 return y.reshape(-1, y.shape[-1])
 
             without = shown(np.zeros((k, width), np.float32))
@@ -203,7 +272,7 @@ class BlockTap:
                 unit = np.random.default_rng(0).choice([-1.0, 1.0], width).astype(np.float32) / width**0.5
                 probes = np.einsum("st,w->stw", np.eye(k, dtype=np.float32), unit)
                 scores = np.stack([np.linalg.norm(shown(probe) - without, axis=1) for probe in probes], axis=1)
-            self.experts.rows.scores.append(scores)
+            thread.notes.scores.append((self.experts, scores))
         return out
 
     def __getattr__(self, name: str) -> Any:
@@ -233,10 +302,10 @@ class Taps:
         tensors: Mapping[str, ExpertTensors] | None = None,
         directory: Path | None = None,
     ):
-        self.layer = layer
+        self.layer, self._thread = layer, _Thread()
         modules = dict(layer.named_modules())
-        self.experts = {path: ExpertsTap(modules[path], path, tensors, directory) for path in experts}
-        self.linears = {path: LinearTap(modules[path], path) for path in linears}
+        self.experts = {path: ExpertsTap(modules[path], path, self._thread, tensors, directory) for path in experts}
+        self.linears = {path: LinearTap(modules[path], path, self._thread) for path in linears}
         self._originals: list[tuple[str, nn.Module, LinearTap | ExpertsTap | BlockTap]] = []
         for path in (*self.experts, *self.linears):
             self._originals.append((path, modules[path], self.experts.get(path) or self.linears[path]))
@@ -254,8 +323,20 @@ class Taps:
         for path, original, _ in reversed(self._originals):
             replace_module(self.layer, path, original)
 
-    def record(self, on: bool) -> None:
-        """Whether the taps note what they see."""
-        taps: list[LinearTap | ExpertsTap] = [*self.linears.values(), *self.experts.values()]
-        for tap in taps:
-            tap.recording = on
+    @contextmanager
+    def noting(self) -> Iterator[Notes]:
+        """What this thread shows to the taps inside of a ``with`` block; see :meth:`Notes.parts`."""
+        self._thread.notes = notes = Notes()
+        try:
+            yield notes
+        finally:
+            self._thread.notes = None
+
+    @contextmanager
+    def disturbing(self, tap: LinearTap, noise: Callable[[mx.array], mx.array]) -> Iterator[None]:
+        """Add to a linear's output what noise gives for it, for this thread inside of a ``with`` block."""
+        self._thread.noise = tap, noise
+        try:
+            yield
+        finally:
+            self._thread.noise = None
