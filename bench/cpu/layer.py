@@ -185,7 +185,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--bits", nargs="+", choices=BITS, default=["2", "3", "4", "mixed"])
     parser.add_argument("--codebooks", nargs="+", choices=codec.CODEBOOKS, default=["mul1"])
-    parser.add_argument("--instruction-set", nargs="+", choices=sets, default=sets[-1:], help="default: %(default)s")
+    parser.add_argument(
+        "--instruction-set",
+        nargs="+",
+        choices=_ext.compiled_instruction_sets(),
+        default=sets[-1:],
+        help="default: %(default)s",
+    )
     parser.add_argument(
         "--accuracy", nargs="+", choices=kernels.ACCURACIES, default=["half", "float32"], help="default: %(default)s"
     )
@@ -206,6 +212,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if "ggml" in arguments.peers and not has_ggml:
         parser.error("ggml's peer needs xllamacpp: pip install '.[bench]'")
+    if missing := [name for name in arguments.instruction_set if name not in sets]:
+        parser.error(f"this machine runs the instruction sets {', '.join(sets)}; got {', '.join(missing)}")
     if arguments.cpu_time:
         arguments.threads = 1
     if arguments.quick:
