@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.architectures_gemma import gemma3, gemma4
 from tests.support.architectures_mlp import nemotron_h, nemotron_h_latent, phixtral
-from tests.support.checkpoints import SIZES, Checkpoint, Sizes
+from tests.support.checkpoints import SIZES, Checkpoint, Sizes, mixture, mixture_config
 
 OLD_MLX_LM = metadata.version("mlx-lm").startswith("0.31.")
 """The last one for Python 3.10."""
@@ -187,37 +187,6 @@ def qwen3_5_moe(s: Sizes = SIZES) -> Checkpoint:
     return c
 
 
-def _glm_moe(c: Checkpoint, attention) -> Checkpoint:
-    s = c.sizes
-    c.ends()
-    for i in range(s.layers):
-        layer = f"model.layers.{i}"
-        c.block_norms(layer)
-        attention(layer)
-        if i < 1:
-            c.gated_mlp(f"{layer}.mlp")
-            continue
-        c.experts(f"{layer}.mlp")
-        c.selection_bias(f"{layer}.mlp.gate.e_score_correction_bias")
-        c.gated_mlp(f"{layer}.mlp.shared_experts", s.width)
-    return c
-
-
-def _glm(s: Sizes) -> dict:
-    return {
-        "moe_intermediate_size": s.width,
-        "n_group": 1,
-        "topk_group": 1,
-        "n_shared_experts": 1,
-        "n_routed_experts": s.experts,
-        "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.5,
-        "partial_rotary_factor": 0.5,
-    }
-
-
 def _latent(s: Sizes) -> dict:
     return {
         "kv_lora_rank": 128,
@@ -230,18 +199,18 @@ def _latent(s: Sizes) -> dict:
 
 
 def glm4_moe(s: Sizes = SIZES) -> Checkpoint:
-    c = Checkpoint(s, {"model_type": "glm4_moe", **_glm(s), "use_qk_norm": True, "attention_bias": True})
-    return _glm_moe(c, lambda layer: c.attention(layer, bias=True, norms="head"))
+    c = Checkpoint(s, {"model_type": "glm4_moe", **mixture_config(s), "use_qk_norm": True, "attention_bias": True})
+    return mixture(c, lambda layer: c.attention(layer, bias=True, norms="head"))
 
 
 def glm4_moe_lite(s: Sizes = SIZES) -> Checkpoint:
-    c = Checkpoint(s, {"model_type": "glm4_moe_lite", **_glm(s), **_latent(s)})
-    return _glm_moe(c, c.latent_attention)
+    c = Checkpoint(s, {"model_type": "glm4_moe_lite", **mixture_config(s), **_latent(s)})
+    return mixture(c, c.latent_attention)
 
 
 def deepseek_v3(s: Sizes = SIZES) -> Checkpoint:
-    c = Checkpoint(s, {"model_type": "deepseek_v3", **_glm(s), **_latent(s), "moe_layer_freq": 1})
-    return _glm_moe(c, c.latent_attention)
+    c = Checkpoint(s, {"model_type": "deepseek_v3", **mixture_config(s), **_latent(s), "moe_layer_freq": 1})
+    return mixture(c, c.latent_attention)
 
 
 def gpt_oss(s: Sizes = SIZES) -> Checkpoint:

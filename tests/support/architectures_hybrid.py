@@ -7,7 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_marlin.loader.scaling import UP_DIVISOR
-from tests.support.checkpoints import SIZES, Checkpoint, Sizes
+from tests.support.checkpoints import SIZES, Checkpoint, Sizes, mixture
 from tests.support.generic_configs import DEEPSEEK, LATENT, MOE
 from tests.support.hybrid_configs import INDEXER
 
@@ -150,19 +150,12 @@ def glm_moe_dsa(s: Sizes = SIZES) -> Checkpoint:
         "num_nextn_predict_layers": 1,
     }
     c = Checkpoint(s, config)
-    c.ends()
-    for i in range(s.layers):
-        layer = f"model.layers.{i}"
-        c.block_norms(layer)
+
+    def attention(layer: str) -> None:
         c.latent_attention(layer)
         indexer(c, f"{layer}.self_attn.indexer")
-        if i == 0:
-            c.gated_mlp(f"{layer}.mlp")
-            continue
-        c.experts(f"{layer}.mlp")
-        c.selection_bias(f"{layer}.mlp.gate.e_score_correction_bias")
-        c.gated_mlp(f"{layer}.mlp.shared_experts", s.width)
-    return c
+
+    return mixture(c, attention)
 
 
 def indexer(c: Checkpoint, name: str, heads: int = INDEXER["index_n_heads"]) -> None:
@@ -263,9 +256,7 @@ def laguna(s: Sizes = SIZES) -> Checkpoint:
             c.gated_mlp(f"{layer}.mlp")
             continue
         c.experts(f"{layer}.mlp")
-        for e in range(s.experts):
-            scales = f"{layer}.mlp.experts.{e}.up_proj.svh"
-            c.exl3[scales] = c.exl3[scales] / UP_DIVISOR
+        c.divide_ups(f"{layer}.mlp", UP_DIVISOR)
         c.selection_bias(f"{layer}.mlp.experts.e_score_correction_bias")
         c.gated_mlp(f"{layer}.mlp.shared_expert", s.width)
     return c

@@ -4,6 +4,7 @@ models, for mlx-lm's own loader. Any bit pattern is a valid trellis, so the word
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,6 +191,11 @@ class Checkpoint:
                 k, n = (s.width, s.hidden) if projection == 2 else (s.hidden, s.width)
                 self.linear(f"{block}.experts.{e}.{name}", k, n, bias=bias, zero_padding=projection != 2)
 
+    def divide_ups(self, block: str, divisor: float) -> None:
+        """Quantized up projections of a block as ExLlamaV3 writes them for models whose activations are large."""
+        for e in range(self.sizes.experts):
+            self.exl3[f"{block}.experts.{e}.up_proj.svh"] = self.exl3[f"{block}.experts.{e}.up_proj.svh"] / divisor
+
     def fuse_experts(self, block: str, *, interleaved: bool, bias=False) -> None:
         """Replace the dense form of the experts by the fused one of the original models."""
         s = self.sizes
@@ -245,3 +251,36 @@ def write_directory(directory: Path, config: dict, tensors: dict[str, mx.array],
         mx.save_safetensors(str(directory / file), {name: tensors[name] for name in names if files[name] == file})
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return directory
+
+
+def mixture(c: Checkpoint, attention: Callable[[str], None], model: str = "model") -> Checkpoint:
+    """Layers of experts beside a shared one, as GLM and DeepSeek have them: the first is dense."""
+    s = c.sizes
+    c.ends(model)
+    for i in range(s.layers):
+        layer = f"{model}.layers.{i}"
+        c.block_norms(layer)
+        attention(layer)
+        if i < 1:
+            c.gated_mlp(f"{layer}.mlp")
+            continue
+        c.experts(f"{layer}.mlp")
+        c.selection_bias(f"{layer}.mlp.gate.e_score_correction_bias")
+        c.gated_mlp(f"{layer}.mlp.shared_experts", s.width)
+    return c
+
+
+def mixture_config(s: Sizes) -> dict:
+    """What the configs of such models say."""
+    return {
+        "moe_intermediate_size": s.width,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "n_routed_experts": s.experts,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+        "partial_rotary_factor": 0.5,
+    }

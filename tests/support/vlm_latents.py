@@ -131,9 +131,7 @@ def mistral4(s: Sizes = SIZES, t: Tower = TOWER) -> Case:
             c.gated_mlp(f"{layer}.mlp")
             continue
         c.experts(f"{layer}.mlp")
-        for e in range(s.experts):
-            scales = f"{layer}.mlp.experts.{e}.up_proj.svh"
-            c.exl3[scales] = c.exl3[scales] / UP_DIVISOR
+        c.divide_ups(f"{layer}.mlp", UP_DIVISOR)
         c.fuse_experts(f"{layer}.mlp", interleaved=False)
         c.gated_mlp(f"{layer}.mlp.shared_experts", s.width)
     c.config["vision_config"] = _pixtral(c, t)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from tests.support.checkpoints import SIZES, Checkpoint, Sizes
+from tests.support.checkpoints import SIZES, Checkpoint, Sizes, mixture, mixture_config
 from tests.support.vlm_checkpoints import TOWER, Case, Tower, qwen_picture, special
 
 
@@ -13,33 +13,13 @@ def glm4v_moe(s: Sizes = SIZES, t: Tower = TOWER) -> Case:
     text = {
         **s.config(),
         "model_type": "glm4v_moe_text",
-        "moe_intermediate_size": s.width,
-        "n_group": 1,
-        "topk_group": 1,
-        "n_shared_experts": 1,
-        "n_routed_experts": s.experts,
-        "num_experts_per_tok": 2,
-        "first_k_dense_replace": 1,
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 1.5,
+        **mixture_config(s),
         "use_qk_norm": False,
         "attention_bias": True,
-        "partial_rotary_factor": 0.5,
         "rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4]},
     }
     c = Checkpoint(s, {"model_type": "glm4v_moe", "text_config": text})
-    model = "model.language_model"
-    c.ends(model)
-    for i in range(s.layers):
-        layer = f"{model}.layers.{i}"
-        c.block_norms(layer)
-        c.attention(layer, bias=True)
-        if i == 0:
-            c.gated_mlp(f"{layer}.mlp")
-            continue
-        c.experts(f"{layer}.mlp")
-        c.selection_bias(f"{layer}.mlp.gate.e_score_correction_bias")
-        c.gated_mlp(f"{layer}.mlp.shared_experts", s.width)
+    mixture(c, lambda layer: c.attention(layer, bias=True), "model.language_model")
     c.config["vision_config"] = _glm_tower(c, t)
     names = {"image": "image_token_id", "video": "video_token_id", "vision_start": "vision_start_token_id"}
     c.config.update({key: special(s)[name] for name, key in names.items()})
