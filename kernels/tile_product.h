@@ -265,8 +265,7 @@ struct MatrixProduct {
 
   // Adds the tiles [k, end).
   template <int H, int Codebook>
-  METAL_FUNC void add_tiles(thread float2 (&to)[M][T][2], thread LanePlaces<H>& places, uint k, uint end)
-      const thread {
+  METAL_FUNC void add_tiles(thread float2 (&to)[M][T][2], thread LanePlaces<H>& places, uint k, uint end) const thread {
     constexpr uint tile_size = 8 * H;
     const uint step = all_units * MARLIN_SIMD_SIZE;
     uint at = k * step + lane;
