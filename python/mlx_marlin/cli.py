@@ -8,14 +8,12 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
-from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from mlx_marlin_commands import INTERRUPTED
+from mlx_marlin_commands import INTERRUPTED, interrupts
 
 from ._abi import VERSION
 from .lm import require_mlx_lm
@@ -107,29 +105,22 @@ def _info(arguments: list[str]) -> None:
 
 def main() -> None:
     """Run ``sys.argv``. Exit status: 2 for what is refused, 130 if interrupted, 141 if nobody reads the output."""
-    interrupted = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        interrupted.append(number)  # some of mlx-lm's commands end on it as if they were done
-        signal.default_int_handler(number, frame)
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        _main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # who read the output, such as head, has left: nothing more can be written, here or at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(_BROKEN_PIPE)
-    except BaseException:  # in the middle of an import an interrupt can become any other
-        if not interrupted:
-            raise
-    if interrupted:
-        with contextlib.suppress(OSError):
+    with interrupts(signal.SIGINT) as seen:
+        try:
+            _main()
             sys.stdout.flush()
-        print("\nmlx_marlin: interrupted", file=sys.stderr, flush=True)
-        # Not by sys.exit: Python then ends daemon threads, as servers have, inside MLX, and C++ aborts the process.
-        os._exit(INTERRUPTED)
+        except BrokenPipeError:  # who read the output, such as head, has left: nothing can be written, here or at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(_BROKEN_PIPE)
+        except BaseException:  # in the middle of an import an interrupt can become any other
+            if not seen:
+                raise
+        if seen:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            print("\nmlx_marlin: interrupted", file=sys.stderr, flush=True)
+            # Not by sys.exit: Python then ends daemon threads, as servers have, inside MLX, and C++ aborts the process.
+            os._exit(INTERRUPTED)
 
 
 def _main() -> None:
