@@ -67,7 +67,7 @@ def interrupts(*numbers: int) -> Iterator[list[int]]:
 def run() -> None:
     """The command ``mlx_marlin``."""
     with imports("mlx_marlin"):
-        from mlx_marlin.cli import main
+        from mlx_marlin.__main__ import main
     main()
 
 

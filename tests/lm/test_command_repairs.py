@@ -15,7 +15,7 @@ import pytest
 from mlx_lm import utils as mlx_lm_utils
 
 import mlx_marlin
-from mlx_marlin import cli
+from mlx_marlin import __main__ as cli
 from mlx_marlin.lm import command_line, command_repairs, commands, hub
 from tests.lm.test_commands import EXL3, HANGS, refused, run
 from tests.support.paths import MODELS

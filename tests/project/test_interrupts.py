@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 
 import mlx_marlin_commands
-from mlx_marlin import cli
+from mlx_marlin import __main__ as cli
 from mlx_marlin.autotune.progress import ProgressBar
 from mlx_marlin.quantize import Progress
 from mlx_marlin.quantize import cli as quantize_cli
