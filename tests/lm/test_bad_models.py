@@ -78,6 +78,10 @@ EXPERT = f"{LAYER}.mlp.experts.2.up_proj"
             r"model\.norm\.weight has shape \[3\].* wants \[192\]",
         ),
         (
+            lambda t: t.update({"model.norm.weight": mx.zeros(192, mx.uint8)}),
+            r"model\.norm\.weight is mlx\.core\.uint8, but the model wants floating point",
+        ),
+        (
             quantize_as("model.extra", "lm_head"),
             r"model\.extra is quantized, but mlx-lm puts it at model\.extra\.weight, which",
         ),

@@ -18,6 +18,7 @@ from tests.support.small_conversions import (  # noqa: F401
     add_tokenizer,
     correlation,
     header,
+    mark_fp8,
     quick_conversions,
     source_of,
 )
@@ -40,19 +41,6 @@ def to_fp8(tensors, block):
         result[name] = mx.to_fp8(mx.array(w / wide))
         result[f"{name}_scale_inv"] = mx.array(scale.astype(np.float32))
     return result
-
-
-def mark_fp8(file, which=lambda name: True):
-    """MLX saves fp8 as U8."""
-    data = file.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    infos = json.loads(data[8 : 8 + length])
-    for name, info in infos.items():
-        if name != "__metadata__" and info["dtype"] == "U8" and which(name):
-            info["dtype"] = "F8_E4M3"
-    text = json.dumps({name: info for name, info in infos.items() if info})  # no empty __metadata__
-    text += " " * (-len(text) % 8)
-    file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + data[8 + length :])
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..ops import mlx_turn
-from ..storage.safetensors import TensorInfo
+from ..storage.safetensors import FLOATS, TensorInfo
 
 # The values of E2M1, by their four bits: OCP Microscaling Formats 1.0, table 5.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -29,7 +29,7 @@ _NVFP4_NAMES = {
 # Of activations and of a quantized cache, which the values of the weights do not need.
 _ACTIVATION_SCALES = re.compile(r"\.(?:input_scale|input_global_scale|[qkv]_scale)$")
 # Beside codes of 4 and 8 bits the dtypes that a tensor with a value per element may have.
-_PLAIN = frozenset({"F32", "F16", "BF16", "I64", "I32", "BOOL"})
+_PLAIN = frozenset({*FLOATS, "I64", "I32", "BOOL"})
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _without_fp8(tensors: Mapping[str, TensorInfo], block: tuple[int, int]) -> d
             continue
         scales = tensors.get(f"{name}{FP8_SCALE}")
         wanted = (*info.shape[:-2], *(-(-n // size) for n, size in zip(info.shape[-2:], block)))
-        if scales is None or scales.dtype not in ("F32", "F16", "BF16") or scales.shape != wanted:
+        if scales is None or scales.dtype not in FLOATS or scales.shape != wanted:
             raise ValueError(
                 f"{name} is {_told(info)} and its {name}{FP8_SCALE} {_told(scales)}; with weight_block_size "
                 f"{list(block)} it must be floating point of shape {list(wanted)}"
