@@ -2,6 +2,7 @@
 
 import gc
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -14,8 +15,9 @@ from mlx_marlin.quantize.slices import Slice, found_slice
 from mlx_marlin.quantize.source import Source
 from mlx_marlin.quantize.taps import Taps
 from mlx_marlin.storage.safetensors import TensorInfo
+from tests.support import architectures
 from tests.support.checkpoints import write_directory
-from tests.support.small_conversions import quick_conversions, source_of  # noqa: F401
+from tests.support.small_conversions import SMALL, quick_conversions, source_of  # noqa: F401
 
 TOKENS = np.zeros((1, 8), np.int32)
 ROWS, COLUMNS = 6, 4
@@ -59,6 +61,19 @@ def test_experts_of_fused_tensors_are_read_one_by_one(name, tmp_path):
             wanted = np.array(parameters[f"{path}.weight"].astype(mx.float32))
             for expert, values in enumerate(wanted):
                 np.testing.assert_array_equal(tensors.read(expert), values)
+
+
+def test_an_only_expert_is_read_whole(tmp_path):
+    """A stack of one matrix is no tensor of all experts."""
+    checkpoint = architectures.mixtral(replace(SMALL, hidden=384, experts=1))
+    checkpoint.config["num_experts_per_tok"] = 1
+    model = LayeredModel(Source(checkpoint.write_dense(tmp_path / "source")), TOKENS, 1)
+    found = model.experts(0)
+    assert len(found) == 3
+    for path, tensors in found.items():
+        name = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[path.rpartition(".")[2]]
+        wanted = checkpoint.dense[f"model.layers.0.block_sparse_moe.experts.0.{name}.weight"]
+        np.testing.assert_array_equal(tensors.read(0), np.array(wanted.astype(mx.float32)))
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "mxfp4"])
