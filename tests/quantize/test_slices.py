@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_marlin.quantize import convert, packed
+from mlx_marlin.quantize import convert, extras, packed
 from mlx_marlin.quantize.layered import LayeredModel
 from mlx_marlin.quantize.slices import Slice, found_slice
 from mlx_marlin.quantize.source import Source
@@ -100,6 +100,14 @@ def test_packed_experts_are_unpacked_once(tmp_path, monkeypatch):
     first, again = ([experts.weights["gate_proj"].weight(e) for e in (0, 1)] for _ in range(2))
     assert unpacked == [0, 1] and np.abs(first[0]).max() > 0
     np.testing.assert_array_equal(first, again)
+
+
+def test_packed_experts_of_prediction_layers_are_unpacked_one_by_one(tmp_path, monkeypatch):
+    source, name = Source(mxfp4_source(tmp_path)), "model.layers.1.mlp.experts.gate_up_proj.weight"
+    whole = source.tensors[name].floats()
+    monkeypatch.setattr(packed.PackedTensor, "floats", None)
+    for rows in ((0, slice(None)), (1, slice(5)), (1, slice(5, None))):
+        np.testing.assert_array_equal(extras._read(source, name, rows), whole[rows])
 
 
 def test_an_expert_that_is_not_finite_is_named(tmp_path, text, quick_conversions):  # noqa: F811
