@@ -73,6 +73,21 @@ def test_a_missing_tensor_is_named(tmp_path, text):
     refused(source, tmp_path / "exl3", r"experts\.1\.w2", calibration=text)
 
 
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("num_experts_per_tok", 3, r"sizes contradict each other \(.*num_experts_per_tok = 3.*argpartition"),
+        ("rope_theta", "fast", r"sizes contradict each other \(.*rope_theta = 'fast'.*TypeError: rope"),
+    ],
+)
+def test_a_config_of_a_model_that_cannot_be_called_is_named(tmp_path, text, key, value, message):
+    def change(c):
+        c.config[key] = value
+
+    source, _ = source_of(tmp_path, "qwen2_moe", change)
+    refused(source, tmp_path / "exl3", rf"config\.json: {message}", calibration=text)
+
+
 def codes_of(name, dtype):
     def change(c):
         c.dense[name] = mx.zeros(c.dense[name].shape, dtype)

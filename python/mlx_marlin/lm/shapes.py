@@ -55,12 +55,24 @@ def check_call(model: nn.Module, path: Path, config: dict, host: Host) -> None:
         # MLX then simplifies the graph, which is of no use here and fails with that of glm4v_moe.
         if is_followed or any(phrase in str(error) for phrase in _LOOKS_AT_VALUES):
             return
-        keys = [f"{key} = {shown}" for key, shown in _keys(error.__traceback__, config, host.model_code)]
-        named = f" ({', '.join(keys)})" if keys else ""
-        raise ValueError(
-            f"{path / 'config.json'}: sizes contradict each other{named}: a {config['model_type']} model cannot be "
-            f"called: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        ) from error
+        raise contradiction(error, path, config, host) from error
+
+
+def contradiction(error: Exception, path: Path, config: dict, host: Host) -> ValueError:
+    """The error for a model that cannot be called; it names the keys that the failing line depends on.
+
+    Args:
+        error: What the call raised.
+        path: The checkpoint.
+        config: Its config.
+        host: Whose model it is.
+    """
+    keys = [f"{key} = {shown}" for key, shown in _keys(error.__traceback__, config, host.model_code)]
+    named = f" ({', '.join(keys)})" if keys else ""
+    return ValueError(
+        f"{path / 'config.json'}: sizes contradict each other{named}: a {config['model_type']} model cannot be "
+        f"called: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    )
 
 
 def _keys(traceback: TracebackType | None, config: dict, model_code: str) -> list[tuple[str, str]]:

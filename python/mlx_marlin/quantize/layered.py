@@ -138,12 +138,19 @@ class LayeredModel:
                 self._experts[path] = ExpertTensors(self.source, [found[0]], found[1])
 
     def _record_calls(self) -> str:
+        from ..lm.host import MODEL_ERRORS  # needs mlx-lm
+        from ..lm.mlx_lm_host import MLX_LM
+        from ..lm.shapes import contradiction
+
         for path, recorder in zip(self.paths, self.recorders):
             replace_module(self.model, path, recorder)
-        with self._watched_heads() as seen:
-            logits = self.model(self.batches[0])
-        for tokens in self.batches[1:]:
-            self.model(tokens)
+        try:
+            with self._watched_heads() as seen:
+                logits = self.model(self.batches[0])
+            for tokens in self.batches[1:]:
+                self.model(tokens)
+        except MODEL_ERRORS as error:
+            raise contradiction(error, self.source.path, self.source.model_config, MLX_LM) from error
         self._check_layers_apart()
         modules = dict(self.model.named_modules())
         if not seen or modules[seen[-1]].weight.shape[0] != logits.shape[-1]:
