@@ -16,6 +16,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def imports(command: str) -> Iterator[None]:
     """While this is open, Ctrl-C ends the process at once: an exception in the middle of an import would become others.
 
+    Not where the process was told to ignore it, as a shell's background is.
+
     Args:
         command: The command's name, which the line on stderr begins with.
     """
@@ -24,7 +26,8 @@ def imports(command: str) -> Iterator[None]:
         os.write(2, f"\n{command}: interrupted\n".encode())
         os._exit(INTERRUPTED)
 
-    if threading.current_thread() is not threading.main_thread():  # it alone gets signals
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if is_ignored or threading.current_thread() is not threading.main_thread():  # it alone gets signals
         yield
         return
     before = signal.signal(signal.SIGINT, end)

@@ -38,6 +38,7 @@ def test_an_import_is_interrupted_in_one_line(command, function):
     """An import inside mlx_marlin's own gets the signal, and makes another exception of it."""
     code = """
 import importlib.abc, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "mlx_marlin":
@@ -85,6 +86,8 @@ def test_what_is_to_be_ignored_stays_so(heeded):
     with mlx_marlin_commands.interrupts(signal.SIGINT) as seen:
         signal.raise_signal(signal.SIGINT)
     assert not seen
+    with mlx_marlin_commands.imports("any"):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 class Careless:
