@@ -34,10 +34,40 @@ def imports(command: str) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def interrupts(*numbers: int) -> Iterator[list[int]]:
+    """While this is open, these signals raise KeyboardInterrupt, and are in the list: what is raised can get lost.
+
+    Python drops it in a destructor and in callbacks, and some of mlx-lm's commands end on it as if they were done.
+    Whoever works in a loop looks at the list. Signals that the process was told to ignore stay ignored.
+
+    Args:
+        numbers: The signals.
+    """
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread():  # it alone gets signals
+        yield seen
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    heeded = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, interrupt)
+    try:
+        yield seen
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
+
+
 def run() -> None:
     """The command ``mlx_marlin``."""
     with imports("mlx_marlin"):
-        from mlx_marlin.cli import main
+        from mlx_marlin.__main__ import main
     main()
 
 
