@@ -50,7 +50,7 @@ def run_on_gpu(problem: Problem, config: KernelConfig, case: dict) -> np.ndarray
     """The case through the primitives, on the GPU; float32."""
     if case.get("of") == "embedding":
         table = mx.array(case["trellis"]), mx.array(case["signs"])
-        bits = problem.bits[0][0]
+        bits = int(problem.bits[0][0])  # half rates are of products
         rows = ops.trellis_embedding(lazy_indices(case), *table, problem.intermediate, bits, stream=mx.gpu)
         return np.array(rows.astype(mx.float32))
     x = mx.array(case["x"]).astype(getattr(mx, problem.dtype))

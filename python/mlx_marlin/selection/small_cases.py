@@ -202,8 +202,16 @@ def embedding_case(bits: int) -> tuple[Problem, dict]:
     rings[..., 0] = rng.uniform(0.01, 2, (table, groups)).astype(np.float16).view(np.uint16)
     signs = rng.choice([-1.0, 1.0], (groups, codec.TILE_SIZE)).astype(np.float16)
     indices = np.array([4, 0, 3, 3, table], np.uint32)
-    rows = {"experts": table, "rows": len(indices), "bits": bits, "codebooks": "mul1", "dtype": "float16"}
-    problem = Problem.linear(codec.HADAMARD_SIZE, features, device="gpu", **rows)
+    problem = Problem.linear(
+        codec.HADAMARD_SIZE,
+        features,
+        rows=len(indices),
+        experts=table,
+        bits=bits,
+        codebooks="mul1",
+        dtype="float16",
+        device="gpu",
+    )
     return problem, {"of": "embedding", "trellis": rings.reshape(table, -1), "signs": signs, "indices": indices}
 
 
