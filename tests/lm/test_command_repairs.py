@@ -17,16 +17,16 @@ from mlx_lm import utils as mlx_lm_utils
 import mlx_marlin
 from mlx_marlin import __main__ as cli
 from mlx_marlin.lm import command_line, command_repairs, commands, hub
-from tests.lm.test_commands import EXL3, HANGS, refused, run
+from tests.lm.test_commands import EXL3
+from tests.support.commands import HANGS, refused, run
 from tests.support.paths import MODELS
 from tests.support.servers import free_port
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in MODELS.iterdir() if path.is_dir()))
 def test_chat_with_every_model(name):
-    command = [sys.executable, "-m", "mlx_marlin", "chat", "--model", str(MODELS / name), "-m", "4"]
     ends = "" if name.startswith("random") else "q\n"  # Ctrl-D ends it too
-    result = subprocess.run(command, input=f"hello\n{ends}", capture_output=True, text=True, timeout=HANGS)
+    result = run("chat", "--model", str(MODELS / name), "-m", "4", typed=f"hello\n{ends}")
     assert result.returncode == 0 and "4 tokens" in result.stdout, result.stdout + result.stderr
     has_template = "chat_template" in json.loads((MODELS / name / "tokenizer_config.json").read_text())
     assert result.stderr.count("no chat template") == (not has_template)

@@ -22,34 +22,18 @@ from tests.lm.test_bad_models import broken, remove
 from tests.lm.test_distributed import Rank, free_port, launch
 from tests.support import architectures
 from tests.support.checkpoints import SPLITTABLE
+from tests.support.commands import HANGS, refused, run
 from tests.support.paths import MODELS
 
 EXL3 = MODELS / "docs-moe-exl3-mixed"
 LAYER = f"model.layers.{architectures.MOE_LAYER}"
-# Only so that a command that waits for ever is noticed at all; every one of them ends within seconds.
-HANGS = 900
-
-
-def run(*arguments: str, module: str = "mlx_marlin") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=HANGS,
-    )
-
-
-def refused(result: subprocess.CompletedProcess) -> str:
-    """The one line that a command gives as its reason."""
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    *_, line = result.stderr.strip().splitlines()
-    return line
 
 
 def test_generate():
-    result = run("generate", "--model", str(EXL3), "--prompt", "The list of", "-m", "8", "--ignore-chat-template")
+    """In a process of its own, which imports everything."""
+    arguments = ["--model", str(EXL3), "--prompt", "The list of", "-m", "8", "--ignore-chat-template"]
+    command = [sys.executable, "-m", "mlx_marlin", "generate", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert result.returncode == 0, result.stderr
     assert "Generation: 8 tokens" in result.stdout
     assert "Loaded 4 groups of weights" in result.stderr and "Loaded" not in result.stdout

@@ -21,9 +21,9 @@ from mlx_marlin.lm.memory import UnknownCache, cache_bytes
 from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.loader.exl3 import QuantizedLinear
 from mlx_marlin.storage.safetensors import TensorInfo, read_header
-from tests.lm.test_commands import run
 from tests.support import architectures
 from tests.support.checkpoints import SIZES
+from tests.support.commands import run
 from tests.support.paths import MODELS
 
 SHIPPED = sorted(path.name for path in MODELS.iterdir() if (path / "quantization_config.json").is_file())

@@ -2,8 +2,6 @@
 
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,12 +17,12 @@ from mlx_marlin.loader.contents import AUDIO, DRAFT, NGRAM, OTHER, VISION, LeftO
 from mlx_marlin.loader.scaling import up_divisor, without_folded_scales
 from tests.support import architectures, generic_checkpoints
 from tests.support.checkpoints import SIZES, Checkpoint
+from tests.support.commands import run
 from tests.support.generic_checkpoints import logits
 from tests.support.left_out_parts import draft_behind, draft_in_front, extend, tower
 from tests.support.paths import MODELS
 
 EXL3 = MODELS / "docs-moe-exl3-mixed"
-TIMEOUT = 600  # seconds; only so that a command that waits for ever is noticed
 
 
 def extended(name: str, *additions) -> tuple[Checkpoint, set[str]]:
@@ -116,13 +114,10 @@ def test_the_command_shows_what_is_left_out(tmp_path):
     tensors = dict(mx.load(str(directory / "model.safetensors")))
     mx.eval(tensors)
     mx.save_safetensors(str(directory / "model.safetensors"), {**tensors, "mtp.norm.weight": mx.zeros(500_000)})
-    command = ["generate", "--model", str(directory), "--prompt", "x", "-m", "1", "--ignore-chat-template"]
-    run = subprocess.run(
-        [sys.executable, "-m", "mlx_marlin", *command], capture_output=True, text=True, timeout=TIMEOUT
-    )
-    assert run.returncode == 0, run.stderr
+    said = run("generate", "--model", str(directory), "--prompt", "x", "-m", "1", "--ignore-chat-template")
+    assert said.returncode == 0, said.stderr
     line = f"mlx_marlin: the model leaves out of the checkpoint: {DRAFT} (1 tensors, 2.0 MB)\n"
-    assert run.stderr.count(line) == 1 and "leaves out" not in run.stdout
+    assert said.stderr.count(line) == 1 and "leaves out" not in said.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,6 +19,7 @@ from mlx_marlin.lm.tokenizer import check_tokenizer
 from mlx_marlin.loader import Kind, kind_of
 from tests.support import architectures, generic_checkpoints
 from tests.support.checkpoints import SIZES
+from tests.support.commands import refused, run
 from tests.support.generic_checkpoints import logits
 from tests.support.paths import MODELS
 
@@ -28,7 +27,6 @@ EXL3 = MODELS / "docs-moe-exl3-mixed"
 SHARDS = 3
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 5368709120\n"
 HTML_PAGE = b'\n<!DOCTYPE html>\n<html lang="en"><head><title>Entry not found</title></head></html>\n'
-TIMEOUT = 600  # seconds; only so that a command that waits for ever is noticed
 
 
 @pytest.fixture(scope="module")
@@ -318,21 +316,12 @@ def test_the_tuner_takes_the_quantized_experts(whole):
 # What is no model at all.
 
 
-def command(*arguments: str) -> str:
-    """The one line that a refusing command says."""
-    run = subprocess.run(
-        [sys.executable, "-m", "mlx_marlin", *arguments], capture_output=True, text=True, timeout=TIMEOUT
-    )
-    assert run.returncode == 2 and "Traceback" not in run.stderr, run.stdout + run.stderr
-    return run.stderr.strip().splitlines()[-1]
-
-
 def test_a_file_in_the_place_of_a_directory(whole):
     file = whole / "model.safetensors"
     with pytest.raises(FileNotFoundError, match="model.safetensors is a file; give the directory of the model"):
         mlx_marlin.load(file)
     assert kind_of(file) is Kind.PLAIN
-    said = command("generate", "--prompt", "x", "--model", str(file))
+    said = refused(run("generate", "--prompt", "x", "--model", str(file)))
     assert said == f"mlx_marlin: {file} is a file; give the directory of the model, with config.json"
 
 
@@ -340,7 +329,7 @@ def test_a_directory_without_a_tokenizer(whole):
     shutil.copy(EXL3 / "tokenizer_config.json", whole)  # which is no vocabulary
     with pytest.raises(FileNotFoundError, match="holds no tokenizer .*copy its files from the original model's"):
         mlx_marlin.load(whole)
-    assert "holds no tokenizer" in command("generate", "--prompt", "x", "--model", str(whole))
+    assert "holds no tokenizer" in refused(run("generate", "--prompt", "x", "--model", str(whole)))
 
 
 @pytest.mark.parametrize("content, message", [(LFS_POINTER, "git-lfs pointer"), (HTML_PAGE, "HTML page")])

@@ -80,7 +80,7 @@ def test_no_pointer_moves_in_the_inner_loop(rows, bits, codebook):
     for dispatch, result in count(layer(rows, bits, codebook)):
         if result.inner_loop.weights:
             compiled = library(dispatch["kernel"], tuple(dispatch["constants"].items()))
-            blocks = [compiled._module.blocks[b] for b in compiled._hottest_loop(result.blocks)]
+            blocks = [compiled.module.blocks[b] for b in compiled.hottest_loop(result.blocks)]
             phis = [i for b in blocks for i in b.instructions if i.op == "phi"]
             assert phis and not [i for i in phis if i.rest.lstrip().startswith("ptr")]
 
@@ -127,7 +127,7 @@ def test_the_searchs_values_stay_halves():
     registers, 128 of the 104 that a thread has.
     """
     ((dispatch, _), *_) = viterbi(3, "mul1")
-    module = library(dispatch["kernel"], tuple(dispatch["constants"].items()))._module
+    module = library(dispatch["kernel"], tuple(dispatch["constants"].items())).module
     blocks = [Counter(i.op for i in block.instructions) for block in module.blocks]
     (steps,) = [block for block in blocks if block["fsub"]]
     assert steps["fsub"] == steps["fpext"] == sum(block["fpext"] for block in blocks) == 128

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from .toolchain import (
     PRECISION,
     building,
     digest,
+    passes_digest,
     run_tool,
     sources_digest,
     with_shim,
@@ -81,7 +84,7 @@ def _preprocess(source, include_dirs, defines, metal_version):
     else:
         path = CACHE / f"source_{digest(source)}.metal"
         if not path.exists():
-            write_atomically(path, source)
+            write_atomically(path, source.encode())
     macros = {"__METAL__": 1, "__METAL_VERSION__": metal_version, "__METAL_MACOS__": 1, **(defines or {})}
     includes = [str(HERE / "include"), *map(str, include_dirs)]
     command = [*CLANG, "-E", "-x", "c++", "-std=c++17", "-nostdinc", "-Wno-everything"]
@@ -137,21 +140,35 @@ def translate(
     unroll: bool = False,
     private_thread: bool = False,
 ) -> Unit:
-    """Metal source -> a unit for clang. Arguments as in :func:`compile`.
+    """Metal source -> a unit for clang, once per content. Arguments as in :func:`compile`.
 
     private_thread: For ``metal41.py``, which says what it is.
 
     Raises:
         CompileError: If the preprocessor rejects it or a kernel is missing.
     """
-    tokens, name = tokenise(source, include_dirs, defines, metal_version, unroll)
+    text, name = _preprocess(source, include_dirs, defines, metal_version)
+    if kernels is not None and not isinstance(kernels, str):
+        kernels = sorted(kernels)
+    options = function_constants or {}, kernels, instantiate or {}, unroll, private_thread
+    # Hashing what the preprocessor leaves takes a hundredth of the time of the passes over its tokens.
+    kept = CACHE / f"unit_{digest(text, name, repr(options), passes_digest())}.pickle"
+    with building(kept) as wanted:
+        if wanted:
+            unit = _translated(text, name, *options)
+            write_atomically(kept, zlib.compress(pickle.dumps(unit), 1))
+    return pickle.loads(zlib.decompress(kept.read_bytes()))
+
+
+def _translated(text, name, function_constants, kernels, instantiate, unroll, private_thread):
+    tokens = Source(text, unroll)
     functions, instances = find_kernels(tokens)
     lint(tokens)
-    rewrite(tokens, dict(function_constants or {}), private_thread)
+    rewrite(tokens, dict(function_constants), private_thread)
     if not tokens.has_stdlib:
         tokens.errors.append("no Metal standard header is included (#include <metal_stdlib>)")
     wanted = [Instantiation(f.host_name, n, n) for n, f in functions.items() if not f.is_template] + instances
-    for host, expression in (instantiate or {}).items():
+    for host, expression in instantiate.items():
         wanted.append(Instantiation(host, expression.split("<")[0].split("::")[-1].strip(), expression))
     if kernels is not None:
         is_wanted = re.compile(kernels).fullmatch if isinstance(kernels, str) else set(kernels).__contains__
@@ -180,7 +197,7 @@ def _build(unit, flags):
             run_tool([*LINKER, "-shared", "-o", str(beside), str(object_file)], "linking")
             object_file.unlink()
             source.unlink()
-            write_atomically(diagnostics, "\n".join(warnings))
+            write_atomically(diagnostics, "\n".join(warnings).encode())
             beside.replace(library)
     found = [
         w

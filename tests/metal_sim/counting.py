@@ -9,8 +9,10 @@ feeds an add, width changes, half operands of float operations.
 from __future__ import annotations
 
 import os
+import pickle
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 
 from . import costs, ir
 from .compiler import DIALECT, translate
@@ -78,6 +80,29 @@ class CountedResult(Result):
     decoders: int
 
 
+@dataclass(frozen=True)
+class _Function:
+    """What counting needs of a function.
+
+    Attributes:
+        name: Its symbol.
+        blocks: Numbers of its blocks.
+        loops: Block numbers of each loop.
+        registers: Estimate of live 32-bit registers, by block numbers: of each loop and of the whole.
+    """
+
+    name: str
+    blocks: range
+    loops: list[frozenset[int]]
+    registers: dict[frozenset[int], int]
+
+    @classmethod
+    def of(cls, function: ir.Function) -> _Function:
+        loops = [frozenset(loop) for loop in ir.natural_loops(function)]
+        registers = {part: ir.live_registers(function, part) for part in (*loops, frozenset(function.block_ids))}
+        return cls(function.name, function.block_ids, loops, registers)
+
+
 class CountedLibrary(Library):
     """Kernels without the checks, whose basic blocks count themselves.
 
@@ -85,47 +110,50 @@ class CountedLibrary(Library):
         registers: Estimate of live 32-bit registers by host name: the most values live at once in the IR.
     """
 
-    def __init__(self, path, unit, module):
-        super().__init__(path, unit.kernels, unit.symbols, [], blocks=len(module.blocks))
-        self._module = module
-        functions = {f.name: f for f in module.functions}
-        self.registers = {host: ir.live_registers(functions[s]) for host, s in unit.symbols.items()}
+    def __init__(self, path, unit, functions: list[_Function], operations: list[Operations]):
+        super().__init__(path, unit.kernels, unit.symbols, [], blocks=len(operations))
+        self._functions, self._operations = functions, operations
+        whole = {f.name: f.registers[frozenset(f.blocks)] for f in functions}
+        self.registers = {host: whole[symbol] for host, symbol in unit.symbols.items()}
+
+    @cached_property
+    def module(self) -> ir.Module:
+        """The optimised IR."""
+        return ir.Module(self.path.with_suffix(".ll").read_text())
 
     def run(self, *arguments, **options) -> CountedResult:
         """As :meth:`Library.run`, with ``races`` off; the result has operation counts."""
         result = super().run(*arguments, races=False, **options)
         result.__class__ = CountedResult
         result.operations = self._sum(range(len(result.blocks)), result.blocks)
-        loop = set(self._hottest_loop(result.blocks))
+        loop = self.hottest_loop(result.blocks)
         result.inner_loop = self._sum(loop, result.blocks)
-        result.loop_registers = max(
-            ir.live_registers(f, loop) for f in self._module.functions if loop & set(f.block_ids)
-        )
-        result.decoders = len(
-            {frozenset(self._innermost(b)) for b, block in enumerate(self._module.blocks) if block.weights}
-        )
+        parts = ((f, loop & frozenset(f.blocks)) for f in self._functions)
+        result.loop_registers = max(f.registers[part] for f, part in parts if part)
+        result.decoders = len({self._innermost(b) for b, of in enumerate(self._operations) if of.weights})
         return result
 
     def _sum(self, blocks, times):
         counts, weights = Counter(), 0
         for b in blocks:
             if times[b]:
-                for name, n in self._module.blocks[b].operations.items():
+                for name, n in self._operations[b].counts.items():
                     counts[name] += n * times[b]
-                weights += self._module.blocks[b].weights * times[b]
+                weights += self._operations[b].weights * times[b]
         return Operations(counts, weights)
 
-    def _hottest_loop(self, times):
-        decoded = [b.weights * t for b, t in zip(self._module.blocks, times)]
+    def hottest_loop(self, times: list[int]) -> frozenset[int]:
+        """The innermost loop that decodes most weights; every block if none decodes any. times: runs of each block."""
+        decoded = [of.weights * t for of, t in zip(self._operations, times)]
         if not any(decoded):
-            return range(len(times))
+            return frozenset(range(len(times)))
         return self._innermost(decoded.index(max(decoded)))
 
     def _innermost(self, block):
         """The smallest loop around a block; its function if it is in none."""
-        loops = [loop for f in self._module.functions for loop in ir.natural_loops(f) if block in loop]
+        loops = [loop for f in self._functions for loop in f.loops if block in loop]
         if not loops:
-            return next(f.block_ids for f in self._module.functions if block in f.block_ids)
+            return next(frozenset(f.blocks) for f in self._functions if block in f.blocks)
         return min(loops, key=len)
 
 
@@ -139,26 +167,34 @@ def compile_counted(source: str, *, fp_contract: str = "off", **options) -> Coun
     flags = [*DIALECT, "-O2", f"-ffp-contract={fp_contract}", "-fPIC", "-fvisibility=hidden", "-w"]
     counter = "\n".join((HERE / f).read_text() for f in ("counting.py", "costs.py", "ir.py"))
     key = digest(unit.text, sources_digest(), counter, *flags)
-    text, library = CACHE / f"counted_{key}.ll", CACHE / f"counted_{key}.so"
-    with building(text) as wanted:
+    library = CACHE / f"counted_{key}.so"
+    text, counted = library.with_suffix(".ll"), library.with_suffix(".pickle")
+    with building(text, counted, library) as wanted:
         if wanted:
-            unit_file = CACHE / f"counted_{key}.clcpp"
-            write_atomically(unit_file, unit.text)
-            command = [*CLANG, *with_shim(flags), "-S", "-emit-llvm", "-o", "-", str(unit_file)]
-            write_atomically(text, run_tool(command, f"compiling {unit.name}").stdout)
+            module = _build(unit, flags, text, library)
+            operations = [Operations(b.operations, b.weights) for b in module.blocks]
+            write_atomically(counted, pickle.dumps(([_Function.of(f) for f in module.functions], operations)))
+    return CountedLibrary(library, unit, *pickle.loads(counted.read_bytes()))
+
+
+def _build(unit, flags, text, library) -> ir.Module:
+    """Compile to IR, and that to a library. Returns the classified module."""
+    beside = library.with_suffix(f".{os.getpid()}")
+    source, instrumented, object_file = (beside.with_suffix(f".{end}") for end in ("clcpp", "blocks.ll", "o"))
+    source.write_text(unit.text)
+    command = [*CLANG, *with_shim(flags), "-S", "-emit-llvm", "-o", "-", str(source)]
+    write_atomically(text, run_tool(command, f"compiling {unit.name}").stdout.encode())
     module = ir.Module(text.read_text())
     for function in module.functions:
         costs.classify(function)
-    with building(library) as wanted:
-        if wanted:
-            instrumented = CACHE / f"counted_{key}_blocks.ll"
-            write_atomically(instrumented, module.instrumented())
-            beside, linked = CACHE / f"counted_{key}.o", CACHE / f"counted_{key}.{os.getpid()}"
-            target = ["-target", "x86_64-linux-gnu", "-mavx", "-mf16c", "-mfma", "-w"]
-            run_tool(
-                [*CLANG, "-x", "ir", *target, "-O1", "-fPIC", "-c", "-o", str(beside), str(instrumented)],
-                f"compiling {unit.name} for counting",
-            )
-            run_tool([*LINKER, "-shared", "-o", str(linked), str(beside)], "linking")
-            linked.replace(library)
-    return CountedLibrary(library, unit, module)
+    instrumented.write_text(module.instrumented())
+    target = ["-target", "x86_64-linux-gnu", "-mavx", "-mf16c", "-mfma", "-w"]
+    run_tool(
+        [*CLANG, "-x", "ir", *target, "-O1", "-fPIC", "-c", "-o", str(object_file), str(instrumented)],
+        f"compiling {unit.name} for counting",
+    )
+    run_tool([*LINKER, "-shared", "-o", str(beside), str(object_file)], "linking")
+    for made in (source, instrumented, object_file):
+        made.unlink()
+    beside.replace(library)
+    return module

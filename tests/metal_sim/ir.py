@@ -179,36 +179,47 @@ def _widened_offsets(function: Function) -> dict[str, str]:
     }
 
 
-def live_registers(function: Function, loop: set[int] | None = None) -> int:
+def live_registers(function: Function, part: frozenset[int]) -> int:
     """The most 32-bit registers live at once, from liveness in the IR. An estimate: no scheduling, no
     spilling.
 
     Args:
         function: With all that it calls inlined.
-        loop: Blocks of a loop: then only what is live there, and of what comes from outside only what the
-            loop uses (Apple's GPUs keep arguments and uniform values in other registers).
+        part: Numbers of its blocks. Of a loop's only what is live there counts, and of what comes from outside only
+            what the loop uses (Apple's GPUs keep arguments and uniform values in other registers).
     """
-    width = {i.result: _width(i) for b in function.blocks for i in b.instructions if i.result}
     same = _widened_offsets(function)
+    width = {i.result: _width(i) for b in function.blocks for i in b.instructions if i.result}
+    own = [b for n, b in zip(function.block_ids, function.blocks) if n in part]
+    mentioned = {v for b in own for i in b.instructions for v in (i.result, *i.operands)}
+    width = {v: width[v] for v in mentioned & width.keys()}
+    # Per block, from its end: (result, operands) of each instruction.
+    uses = [
+        [(i.result, {same.get(o, o) for o in i.operands} & width.keys()) for i in reversed(b.instructions)]
+        for b in function.blocks
+    ]
     position = {b.label.strip('"'): n for n, b in enumerate(function.blocks)}
-    inside = set(function.block_ids) if loop is None else set(loop)
-    if loop is not None:
-        own = [b for n, b in zip(function.block_ids, function.blocks) if n in inside]
-        width = {v: width[v] for b in own for i in b.instructions for v in (i.result, *i.operands) if v in width}
-    live_in = [set() for _ in function.blocks]
-    changed, most = True, 0
+    successors = [[position[s.strip('"')] for s in b.successors] for b in function.blocks]
+    live_in: list[set] = [set() for _ in function.blocks]
+
+    def live_at_begin(n, see=lambda live: None):
+        """Of a block; `see` is given what is live after each of its instructions."""
+        live = set().union(*(live_in[s] for s in successors[n]))
+        for result, operands in uses[n]:
+            see(live)
+            live.discard(result)
+            live |= operands
+        return live
+
+    changed = True
     while changed:
-        changed, most = False, 0
+        changed = False
         for n in reversed(range(len(function.blocks))):
-            block = function.blocks[n]
-            live = set()
-            for s in block.successors:
-                live |= live_in[position[s.strip('"')]]
-            for i in reversed(block.instructions):
-                if function.block_ids[n] in inside:
-                    most = max(most, sum(width[v] for v in live))
-                live.discard(i.result)
-                live |= {v for v in (same.get(o, o) for o in i.operands) if v in width}
+            live = live_at_begin(n)
             if live != live_in[n]:
                 live_in[n], changed = live, True
-    return round(most)
+    totals = [0.0]
+    for n, block in enumerate(function.block_ids):
+        if block in part:
+            live_at_begin(n, lambda live: totals.append(sum(width[v] for v in live)))
+    return round(max(totals))

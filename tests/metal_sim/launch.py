@@ -110,6 +110,11 @@ def _statistics(counts, seconds):
     return {**dict(zip(names, counts)), "simd": simd, "seconds": seconds}
 
 
+def _idle_cores():
+    """Of this test process. Each worker is a copy of it, whose making takes as long as a small kernel runs."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+
+
 def _triple(value):
     values = (value,) if np.isscalar(value) else tuple(value)
     return tuple(int(v) for v in values) + (1,) * (3 - len(values))
@@ -184,7 +189,7 @@ class Library:
             divergence: ``"error"``, or ``"active"``: the lanes that arrive go on, as on the hardware.
             uninit: Also report reads of unwritten threadgroup memory.
             count: Also count the bytes of every buffer (one worker).
-            workers: Processes that share the threadgroups.
+            workers: Processes that share the threadgroups; by default those that the test processes leave idle.
             timeout: Seconds before an endless loop is assumed.
 
         Raises:
@@ -207,7 +212,7 @@ class Library:
             raise KernelError(f"{name}: {size} threads per threadgroup (limit {limit})")
         binding = self._bind(name, kernel, buffers, dict(threadgroup_memory or {}))
         order_name, _, seed = order.partition(":")
-        workers = 1 if count or self._blocks else workers or os.cpu_count() or 1
+        workers = 1 if count or self._blocks else workers or _idle_cores()
         settings = (
             ORDERS[order_name],
             int(seed or 0),

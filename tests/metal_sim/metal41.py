@@ -37,7 +37,7 @@ def rejected(source: str, **options) -> list[str]:
             # A compiler that fails in another way has not accepted anything.
             if done.returncode and not errors:
                 errors = done.stderr.splitlines()[-1:] or [f"{unit.name}: error: clang ended with {done.returncode}"]
-            write_atomically(found, "\n".join(dict.fromkeys(errors)))
+            write_atomically(found, "\n".join(dict.fromkeys(errors)).encode())
     return found.read_text().splitlines()
 
 

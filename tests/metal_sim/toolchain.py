@@ -57,10 +57,10 @@ def digest(*parts: str | bytes) -> str:
     return sha.hexdigest()[:24]
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Write beside and rename: other processes share the cache."""
     beside = path.with_name(f"{path.name}.{os.getpid()}")
-    beside.write_text(text)
+    beside.write_bytes(content)
     beside.replace(path)
 
 
@@ -137,6 +137,12 @@ def sources_digest() -> str:
     """Hash of the shim, the runtime and the compiler's version: a change rebuilds everything."""
     files = sorted([*(HERE / "shim").iterdir(), *(HERE / "runtime").iterdir()])
     return digest(importlib.metadata.version("ziglang"), *(f.read_text() for f in files))
+
+
+@functools.cache
+def passes_digest() -> str:
+    """Hash of the passes over the source: a change translates everything again."""
+    return digest(*(f.read_text() for f in sorted(HERE.glob("*.py"))))
 
 
 @functools.cache

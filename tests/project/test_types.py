@@ -59,15 +59,20 @@ whole, tokenizer, settings = mlx_marlin.load("directory", return_config=True)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed: make lint installs it")
-def test_a_planted_error_is_reported(tmp_path):
-    """With the project's settings, over the sources of the package; the extension's types are those of the build."""
-    stub = tmp_path / "stubs" / "mlx_marlin" / "_ext.pyi"
-    stub.parent.mkdir(parents=True)
+def test_a_planted_error_is_reported():
+    """With the project's settings, over the sources of the package; the extension's types are those of the build.
+
+    In a folder that stays, with mypy's cache: it checks again what changed.
+    """
+    folder = ROOT / "build" / "types"
+    stub = folder / "stubs" / "mlx_marlin" / "_ext.pyi"
+    stub.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(Path(_ext.__file__).with_name("_ext.pyi"), stub)
     for name, code in (("wrong", WRONG), ("right", RIGHT)):
-        (tmp_path / f"{name}.py").write_text(code)
+        (folder / f"{name}.py").write_text(code)
+    checked = [folder / "wrong.py", folder / "right.py"]
     run = subprocess.run(
-        [sys.executable, "-m", "mypy", tmp_path / "wrong.py", tmp_path / "right.py"],
+        [sys.executable, "-m", "mypy", "--cache-dir", folder / "cache", *checked],
         capture_output=True,
         text=True,
         cwd=ROOT,

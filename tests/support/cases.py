@@ -354,14 +354,18 @@ def full() -> tuple[Case, ...]:
     """Every combination of the axes; the options are drawn at random, the same in every run."""
     rng = np.random.default_rng(0)
     moe = [options for values in product(*OPTIONS.values()) if legal(options := dict(zip(OPTIONS, values)))]
-    linear = [options for options in moe if legal({"activation": "none", **options})]
+
+    @cache
+    def choices(**axes) -> list[dict]:
+        """What options may be, by the axes that a restriction names: few of thousands of combinations."""
+        return [options for options in moe if legal({**axes, **options})]
+
     cases = []
     for values in product(*AXES.values()):
         axes = dict(zip(AXES, values))
-        if not legal(axes):
-            continue
-        choices = [o for o in (linear if axes["activation"] == "none" else moe) if legal({**axes, **o})]
-        cases.append(Case(**axes, **choices[rng.integers(len(choices))]))
+        if legal(axes):
+            options = choices(**{a: axes[a] for a in ("bits", "codebook", "activation")})
+            cases.append(Case(**axes, **options[rng.integers(len(options))]))
     return tuple(cases)
 
 
