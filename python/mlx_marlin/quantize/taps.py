@@ -256,13 +256,18 @@ class BlockTap:
         out, thread = self.block(x, *args, **kwargs), self.experts.thread
         if thread.notes is not None:
             _, width = self.experts.weights[self.experts.last].shape
-            _, _, chosen = thread.notes.experts[-1]
+            own = [chosen for tap, _, chosen in thread.notes.experts if tap is self.experts]
+            if not own:
+                raise ValueError(f"{self.experts.name}: the block around these experts does not call them as such")
+            chosen = own[-1]
             k = chosen.shape[1]
 
             def shown(probe: np.ndarray) -> np.ndarray:
                 thread.probe = probe
-                y = np.array(self.block(x, *args, **kwargs).astype(mx.float32))
-                thread.probe = None
+                try:
+                    y = np.array(self.block(x, *args, **kwargs).astype(mx.float32))
+                finally:
+                    thread.probe = None
                 return y.reshape(-1, y.shape[-1])
 
             without = shown(np.zeros((k, width), np.float32))
