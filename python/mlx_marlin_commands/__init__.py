@@ -16,6 +16,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def imports(command: str) -> Iterator[None]:
     """While this is open, Ctrl-C ends the process at once: an exception in the middle of an import would become others.
 
+    Not where the process was told to ignore it, as a shell's background is.
+
     Args:
         command: The command's name, which the line on stderr begins with.
     """
@@ -24,7 +26,8 @@ def imports(command: str) -> Iterator[None]:
         os.write(2, f"\n{command}: interrupted\n".encode())
         os._exit(INTERRUPTED)
 
-    if threading.current_thread() is not threading.main_thread():  # it alone gets signals
+    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if is_ignored or threading.current_thread() is not threading.main_thread():  # it alone gets signals
         yield
         return
     before = signal.signal(signal.SIGINT, end)
@@ -34,10 +37,40 @@ def imports(command: str) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextlib.contextmanager
+def interrupts(*numbers: int) -> Iterator[list[int]]:
+    """While this is open, these signals raise KeyboardInterrupt, and are in the list: what is raised can get lost.
+
+    Python drops it in a destructor and in callbacks, and some of mlx-lm's commands end on it as if they were done.
+    Whoever works in a loop looks at the list. Signals that the process was told to ignore stay ignored.
+
+    Args:
+        numbers: The signals.
+    """
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread():  # it alone gets signals
+        yield seen
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    heeded = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, interrupt)
+    try:
+        yield seen
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
+
+
 def run() -> None:
     """The command ``mlx_marlin``."""
     with imports("mlx_marlin"):
-        from mlx_marlin.cli import main
+        from mlx_marlin.__main__ import main
     main()
 
 

@@ -148,18 +148,21 @@ def test_whoever_finishes_the_plan_takes_nothing_from_the_other(tmp_path):
 MANY = ",".join(map(str, range(1, 11)))
 
 
+def told(path):
+    return path.with_name("stderr")
+
+
 def started(path, rows=MANY):
-    """A run of its own process that has stored something, but not yet all."""
+    """A run of its own process that has stored something, but not yet all; its stderr is in a file beside."""
     # Whoever runs the tests in a shell's background gave us SIGINT ignored, which a child inherits.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "from mlx_marlin.autotune.cli import main; raise SystemExit(main())"
-    run = subprocess.Popen(
-        [sys.executable, "-c", code, *SMALL, "--batch-sizes", rows, "--output", str(path)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with open(told(path), "w") as stderr:
+        run = subprocess.Popen(
+            [sys.executable, "-c", code, *SMALL, "--batch-sizes", rows, "--output", str(path)], stderr=stderr
+        )
     while not path.exists():
-        assert run.poll() is None, run.stderr.read()
+        assert run.poll() is None, told(path).read_text()
         time.sleep(0.02)
     return run
 
@@ -169,8 +172,9 @@ def test_an_interrupted_process_keeps_what_it_measured(tmp_path, number):
     path = tmp_path / "p.json"
     run = started(path, ",".join(map(str, range(1, 101))))  # far more than are done before a signal comes
     run.send_signal(number)
-    error = run.stderr.read()
-    assert run.wait() == 130 and "interrupted" in error and "Traceback" not in error
+    assert run.wait() == 130, told(path).read_text()
+    error = told(path).read_text()
+    assert "interrupted" in error and "Traceback" not in error
     assert 1 <= len(profile.load(path).problems) < 100 and not list(tmp_path.glob("*.tmp"))
 
 
@@ -179,7 +183,6 @@ def test_a_killed_process_is_continued_where_it_was(tmp_path):
     run = started(path)
     run.kill()
     run.wait()
-    run.stderr.close()
     before = {p: e.timestamp for p, e in profile.load(path).problems.items()}
     assert before
     assert tune("--batch-sizes", MANY, "--output", str(path)) == 0

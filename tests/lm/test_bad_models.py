@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_marlin.lm.model import load_exl3_model
-from tests.support import architectures
+from tests.support import architectures, architectures_joined
 from tests.support.checkpoints import SIZES, Checkpoint
 from tests.support.paths import MODELS
 
@@ -78,6 +78,10 @@ EXPERT = f"{LAYER}.mlp.experts.2.up_proj"
             r"model\.norm\.weight has shape \[3\].* wants \[192\]",
         ),
         (
+            lambda t: t.update({"model.norm.weight": mx.zeros(192, mx.uint8)}),
+            r"model\.norm\.weight is mlx\.core\.uint8, but the model wants floating point",
+        ),
+        (
             quantize_as("model.extra", "lm_head"),
             r"model\.extra is quantized, but mlx-lm puts it at model\.extra\.weight, which",
         ),
@@ -110,6 +114,21 @@ def test_a_checkpoint_that_does_not_fit_names_the_tensor(tmp_path, edit, message
     with pytest.raises(ValueError, match=message) as error:
         load_exl3_model(directory)
     assert str(directory) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "part, joined", [("self_attn.k_proj", "self_attn.qkv_proj"), ("mlp.up_proj", "mlp.gate_up_proj")]
+)
+def test_parts_of_one_linear_are_quantized_alike(tmp_path, part, joined):
+    def edit(tensors):
+        outputs = tensors[f"{LAYER}.{part}.svh"].size
+        remove(f"{LAYER}.{part}.")(tensors)
+        tensors[f"{LAYER}.{part}.weight"] = mx.zeros((outputs, 256), mx.float16)
+
+    directory = broken(tmp_path, edit, make=architectures_joined.phi3)
+    message = rf"{LAYER}\.{part}\.weight is not quantized, but others of .*_proj are, .* {LAYER}\.{joined};"
+    with pytest.raises(ValueError, match=message):
+        load_exl3_model(directory)
 
 
 def test_a_bias_that_the_model_wants_must_be_there(tmp_path):

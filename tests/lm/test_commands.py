@@ -15,7 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlx_marlin
-from mlx_marlin import cli
+from mlx_marlin import __main__ as cli
 from mlx_marlin.lm import commands
 from mlx_marlin.lm.serving import guard
 from tests.lm.test_bad_models import broken, remove
@@ -260,7 +260,7 @@ def test_missing_extras_are_one_line(tmp_path):
     conversion = ["--model", str(MODELS / "docs-moe"), "--output", str(tmp_path / "out"), "--bits", "3"]
     hide = "import sys; sys.modules[{!r}] = None; sys.argv = {!r}; from mlx_marlin.{} import main; sys.exit(main())"
     for module, argv, entry in (
-        ("mlx_lm", ["mlx_marlin", "generate"], "cli"),
+        ("mlx_lm", ["mlx_marlin", "generate"], "__main__"),
         ("threadpoolctl", ["mlx_marlin-convert", *conversion], "quantize.cli"),
         ("mlx_lm", ["mlx_marlin-convert", *conversion], "quantize.cli"),
     ):

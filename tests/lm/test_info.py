@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
-from mlx_marlin import cli
+from mlx_marlin import __main__ as cli
 from mlx_marlin.device import default_device, memory_bytes
 from mlx_marlin.lm.info import CONTEXT, describe
 from mlx_marlin.lm.info_report import report

@@ -1,13 +1,40 @@
 """Whatever loop of a Metal kernel is broken, the self-test refuses a config that runs it.
 
-A mutant is the shader folder with one loop changed: its bound one less, or its stride doubled. What the self-test sees
-is the result of a kernel, as on a GPU: the simulator's race checks are off.
+A mutant is the shader folder with one loop changed: its bound one less, or its stride doubled. Loops are found in the
+sources. What the self-test sees is the result of a kernel, as on a GPU: the simulator's race checks are off. An access
+out of bounds, which a GPU may answer with anything, stops the simulator.
+
+The last full run, mutants by file: refused for a wrong result, for an access out of bounds or an endless loop; the same
+for every input (UNSEEN).
+
+========================= ======= ====== ====== ====
+file                      mutants result access same
+========================= ======= ====== ====== ====
+accelerator_product.h          35     34      1
+activation.h                    2      2
+combine.metal                   2      2
+decode.metal                    2      2
+embedding.metal                14     13           1
+gate_up.metal                   6      6
+hadamard.h                      6      6
+linear.metal                   10     10
+product.h                      14     12      2
+rotate.metal                    2      2
+rotated.h                       8      8
+route.metal                    26     13     13
+tile_product.h                 74     73      1
+traceback.metal                15      9      6
+trellis.h                       8      6      2
+viterbi.metal                  32     28      4
+all                           256    226     29    1
+========================= ======= ====== ====== ====
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +44,7 @@ import pytest
 
 from mlx_marlin import kernels, ops
 from mlx_marlin.kernels import KernelConfig, Problem
+from mlx_marlin.ops import search
 from mlx_marlin.selection import selftest, small_cases
 from mlx_marlin.weights.experts import ExpertBank, ExpertStack
 from tests import metal_sim
@@ -25,7 +53,8 @@ from tests.support.metal_selection import config
 
 pytestmark = pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(metal_sim.unavailable()))
 
-LOOP = re.compile(r"for \(([^;{}]*);([^;{}]*);([^;{}]*)\) \{")
+LOOP = re.compile(r"for \(([^;{}]*);([^;{}]*);([^;{}]*)\) \{|while \(([^;{}]*)\) \{")
+STRUCT = re.compile(r"^struct (\w+) \{", re.MULTILINE)
 
 LAYER = Problem.swiglu(2048, 768, experts=128, top_k=8, bits=3, codebooks="mcg", device="gpu", combine=True)
 M5 = replace(LAYER, accelerators=True)
@@ -34,6 +63,8 @@ M5_HALF = replace(HALF, accelerators=True)
 EIGHT = Problem.linear(2048, 768, bits=7, codebooks="mcg", device="gpu", accuracy="half")
 # 16 simdgroups share 104 steps of k: some end one step after a block of scales.
 UNEVEN = replace(HALF, hidden=1664)
+# One projection of experts; rows are slots.
+GATHERED = Problem.linear(2048, 768, experts=128, bits=3, codebooks="mcg", device="gpu")
 # Between them they run every loop: fused and separate prologues and epilogues, rows, matrices and accelerators, floats
 # and halves.
 PROBES = {
@@ -44,8 +75,10 @@ PROBES = {
     "matrices": (LAYER, config("base", 16, 256, 16)),
     "half matrices": (EIGHT, config("base", 8, 48, 4, False)),
     "narrow matrices": (LAYER, config("base", 8, 48, 8)),
+    "half units": (EIGHT, config("base", 16, 128, 4, False)),
     "few simdgroups": (LAYER, config("base", 8, 128, 4)),
     "many rows": (LAYER, config("large_batch", 64, 128, 16)),
+    "gathered": (GATHERED, config("base", 8, 128, 4)),
     "linear": (HALF, config("decode", 2, 128, 4)),
     "accelerators": (M5, config("large_batch", 48, 128, 16)),
     "half accelerators": (M5_HALF, config("base", 32, 256, 4, False)),
@@ -54,11 +87,20 @@ PROBES = {
     "uneven matrices": (UNEVEN, config("base", 8, 16, 16, False)),
     "uneven accelerators": (replace(UNEVEN, accelerators=True), config("base", 32, 32, 16)),
 }
-# Those to try first, by file and the names of the functions around.
+OTHERS = "kernels that no config chooses"
+# The encoder's search has a self-test of its own, for each width: which loops are there depends on it.
+SEARCHES = {f"search at {bits} bits": (bits, "mul1") for bits in (3, 2.5, 6, 1, 8, 2, 1.5, 3.5, 4, 5, 7)}
+SEARCH_FILES = ("viterbi.metal", "traceback.metal")
+# Those to try first, by file or the struct around.
 LIKELY = {
-    "route.metal": ["rows", "many rows"],
+    "TransposedProduct": [OTHERS],
+    "MatrixProduct": ["half matrices", "half units", "matrices"],
+    "decode.metal": [OTHERS],
+    "embedding.metal": [OTHERS],
+    "product.h": ["half rows", "few simdgroups", "narrow accelerators", "accelerators"],
+    "route.metal": ["rows", "gathered", "many rows"],
     "gate_up.metal": ["narrow", "fused", "narrow matrices", "few simdgroups"],
-    "linear.metal": ["narrow", "fused"],
+    "linear.metal": ["narrow", "fused", "gathered"],
     "rotate.metal": ["matrices"],
     "rotated.h": ["matrices", "half matrices"],
     "combine.metal": ["rows"],
@@ -66,19 +108,17 @@ LIKELY = {
     "accelerator_product.h": ["half accelerators", "narrow accelerators", "accelerators", "uneven accelerators"],
 }
 
-# Mutants whose results nobody can see: file, condition, which change of it, why.
+# Mutants that do the same for every input: file, the loop with what follows, which change of it, why.
 UNSEEN = {
-    ("linear.metal", "task < blocks * rows.count"): ("bound stride", "NaN for indices out of range: none are tested"),
-    ("route.metal", "i < args.positions"): ("bound stride", "marks padding, whose rows are not written"),
-    ("route.metal", "task < tasks"): ("bound", "the last part of those out of range"),
-    ("route.metal", "bucket < buckets"): ("bound", "those out of range"),
-    ("route.metal", "i < args.tiles"): ("bound stride", "marks unused tiles, which fresh memory is without"),
-    ("hadamard.h", "mask < MARLIN_SIMD_SIZE"): ("bound", "from 16 the next is 32 in any case"),
+    ("embedding.metal", "for (uint i = 0; i < kGroupLane; ++i) {\n      if ((i & width) == 0) {"): (
+        "bound",
+        "the last i, 7, has every bit: nothing is done",
+    ),
 }
 
 
-def _is_unseen(file: str, condition: str, what: str) -> bool:
-    return any(file == f and part in condition and what in kinds for (f, part), (kinds, _) in UNSEEN.items())
+def _is_unseen(file: str, source: str, what: str) -> bool:
+    return any(file == f and source.startswith(loop) and what == kind for (f, loop), (kind, _) in UNSEEN.items())
 
 
 @dataclass(frozen=True)
@@ -91,6 +131,7 @@ class Mutant:
     start: int
     end: int
     text: str
+    struct: str = ""  # around it
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line} {self.what}"
@@ -103,43 +144,69 @@ class Mutant:
         return folder
 
 
-def _bound(condition: str) -> str | None:
-    if " <= " in condition:  # the loop after it does what this one leaves
+def _bound(condition: str, step: str) -> str | None:
+    """One time less; with `<=` one time more, as the loop after it does what this one leaves."""
+    if " <= " in condition or " > " in condition:
         return condition + " + 1"
     left, less, right = condition.partition(" < ")
-    return f"{left} + 1 < {right}" if less else None
+    fixed = re.fullmatch(r" \w+ ([+*])= (\d)", step)
+    last = f"{fixed[1]} {fixed[2]}" if fixed else "+ 1"
+    return f"{left} {last} < {right}" if less else None
 
 
 def _stride(step: str) -> str | None:
     if match := re.fullmatch(r" \+\+(\w+)", step):
         return f" {match[1]} += 2"
+    if match := re.fullmatch(r" --(\w+)", step):
+        return f" {match[1]} -= min({match[1]}, 2u)"
     if match := re.fullmatch(r" (\w+) ([+*])= (\w+)", step):
         return f" {match[1]} {match[2]}= 2 * {match[3]}"
     return None
 
 
+def _sources() -> list[Path]:
+    return sorted(metal_executor.SHADERS.glob("*.*"))
+
+
+def _changes(loop: re.Match) -> Iterator[tuple[str, str]]:
+    """What is changed of a loop, and the loop with that."""
+    first, condition, step, of_while = loop.groups()
+    if of_while is not None:
+        yield "bound", f"while ({_bound(of_while, '')}) {{"
+        return
+    changed = {"bound": (_bound(condition, step), step)}
+    if step.strip():  # otherwise the loop inside takes the steps
+        changed["stride"] = condition, _stride(step)
+    for what, (new_condition, new_step) in changed.items():
+        assert None not in (new_condition, new_step), f"{what} of {loop[0]}"
+        yield what, f"for ({first};{new_condition};{new_step}) {{"
+
+
 def mutants() -> list[Mutant]:
     found = []
-    for path in sorted(metal_executor.SHADERS.glob("*.*")):
+    for path in _sources():
         text = path.read_text()
-        if path.name in ("embedding.metal", "viterbi.metal", "traceback.metal"):  # no config runs them
-            continue
-        for match in LOOP.finditer(text):
-            first, condition, step = match.groups()
-            line = text[: match.start()].count("\n") + 1
-            changed = {"bound": (_bound(condition), step), "stride": (condition, _stride(step))}
-            for what, (new_condition, new_step) in changed.items():
-                if None not in (new_condition, new_step) and not _is_unseen(path.name, condition, what):
-                    loop = f"for ({first};{new_condition};{new_step}) {{"
-                    found.append(Mutant(path.name, line, what, match.start(), match.end(), loop))
+        for loop in LOOP.finditer(text):
+            line = text[: loop.start()].count("\n") + 1
+            struct = (STRUCT.findall(text, 0, loop.start()) or [""])[-1]
+            for what, changed in _changes(loop):
+                if not _is_unseen(path.name, text[loop.start() :], what):
+                    found.append(Mutant(path.name, line, what, loop.start(), loop.end(), changed, struct))
     return found
+
+
+def stale(name: str, size: int) -> np.ndarray:
+    """Memory as a GPU gives it: in tables of slots and tiles numbers of another layer, elsewhere large values."""
+    if name in ("order", "row_tiles"):
+        return np.random.default_rng(0).integers(4096, size=size // 4, dtype=np.uint32).view(np.uint8)
+    return np.full(size, 0x7B, np.uint8)
 
 
 class Simulated:
     """Runs the self-test's cases in the simulator, with the kernels of a folder."""
 
     def __init__(self, directory: Path):
-        self.options = {"directory": directory, "races": False}
+        self.options = {"directory": directory, "races": False, "stale": stale}
 
     def __call__(self, problem: Problem, config: KernelConfig, case: dict) -> np.ndarray:
         try:
@@ -148,6 +215,9 @@ class Simulated:
             raise RuntimeError(str(error)) from error
 
     def _run(self, problem, config, case):
+        if case.get("of") == "embedding":
+            table = case["trellis"], case["signs"], problem.intermediate, problem.bits[0][0]
+            return metal_executor.embedding(case["indices"], *table, **self.options)
         x = mx.array(case["x"]).astype(getattr(mx, problem.dtype))
         if problem.kind == "swiglu":
             scores = None if case["scores"] is None else mx.array(case["scores"])
@@ -162,14 +232,44 @@ class Simulated:
         return metal_executor.linear(x, stack, config, indices, transposed=transposed, **self.options)
 
 
-def refused_by(directory: Path, folder: Path, likely: list[str]) -> str | None:
-    """The first probe that is refused, or what the kernels that no config chooses say."""
-    for name in [*likely, *(name for name in PROBES if name not in likely)]:
-        folder.mkdir(exist_ok=True)
-        test = selftest.SelfTest("cpu", Simulated(directory), folder / f"{name}.json")
-        if test.fault(*PROBES[name]):
-            return name
-    return next(iter(selftest.SelfTest("cpu", Simulated(directory), folder / "others.json").others()), None)
+class SimulatedSearch:
+    """What gathers searches of several threads, with the kernels of a folder."""
+
+    def __init__(self, directory: Path):
+        self.options = {"directory": directory, "races": False, "stale": stale}
+
+    def run(self, key: tuple[float, str], targets: np.ndarray) -> np.ndarray:
+        try:
+            return metal_executor.viterbi(targets, *key, **self.options)
+        except metal_sim.KernelError as error:
+            raise RuntimeError(str(error)) from error
+
+
+def fault(name: str, directory: Path, folder: Path) -> str | None:
+    """What a self-test says of the kernels in a directory."""
+    if name in SEARCHES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(search, "_gathering", lambda: SimulatedSearch(directory))
+            return search._test(*SEARCHES[name]) or None
+    test = selftest.SelfTest("cpu", Simulated(directory), folder / f"{name}.json")
+    return next(iter(test.others().values()), None) if name == OTHERS else test.fault(*PROBES[name])
+
+
+def refused_by(directory: Path, folder: Path, names: Iterable[str]) -> str | None:
+    """The first of the probes that is refused."""
+    folder.mkdir(exist_ok=True)
+    return next((name for name in names if fault(name, directory, folder)), None)
+
+
+def probes_for(mutant: Mutant) -> Iterable[str]:
+    """The likely ones first."""
+    if mutant.file in SEARCH_FILES:
+        return SEARCHES
+    likely = LIKELY.get(mutant.file) or LIKELY.get(mutant.struct)
+    likely = likely or (["many rows"] if "unit" in mutant.text else ["half rows", "matrices"])
+    if mutant.text.endswith("k_end;) {"):  # over blocks of scales
+        likely = [name for name in PROBES if name.startswith("uneven")]
+    return dict.fromkeys([*likely, *PROBES, OTHERS])
 
 
 # A quick run has the loop over k of rows and of accelerators, the one over units of a matrix tile, and the unrolled one
@@ -188,15 +288,25 @@ def _is_quick(mutant: Mutant) -> bool:
     "mutant", [pytest.param(m, id=str(m), marks=[] if _is_quick(m) else [pytest.mark.slow]) for m in mutants()]
 )
 def test_a_broken_loop_is_refused(mutant, tmp_path):
-    likely = LIKELY.get(mutant.file, ["half rows", "matrices"] if "unit" not in mutant.text else ["many rows"])
-    if mutant.text.endswith("k_end;) {"):  # over blocks of scales
-        likely = [name for name in PROBES if name.startswith("uneven")]
-    assert refused_by(mutant.write(tmp_path / "kernels"), tmp_path / "verdicts", likely)
+    assert refused_by(mutant.write(tmp_path / "kernels"), tmp_path / "verdicts", probes_for(mutant))
 
 
 @pytest.mark.slow
 def test_the_unchanged_kernels_are_accepted(tmp_path):
-    assert refused_by(metal_executor.SHADERS, tmp_path, []) is None
+    assert refused_by(metal_executor.SHADERS, tmp_path, [*PROBES, OTHERS, *SEARCHES]) is None
+
+
+def test_every_loop_of_the_sources_has_mutants():
+    """A loop that is written otherwise would be left out."""
+    for path in _sources():
+        for line in path.read_text().splitlines():
+            if re.search(r"\b(for|while|do) *[({]", line.split("//")[0]):
+                assert LOOP.search(line), f"{path.name}: {line}"
+
+
+def test_the_unseen_mutants_exist():
+    for file, loop in UNSEEN:
+        assert loop in (metal_executor.SHADERS / file).read_text()
 
 
 def test_the_quick_mutants_exist():

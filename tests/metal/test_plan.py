@@ -323,7 +323,9 @@ def test_constants_and_kernels_exist_in_the_sources():
             for d in ops.plan(problem, chosen)["dispatches"]:
                 assert set(d["constants"]) <= names
                 function = d["kernel"].split("<")[0]
-                assert re.search(rf"\[\[kernel.*\]\] void {function}\(", texts[function.removeprefix("trellis_")])
+                found = re.search(rf"\[\[kernel.*\]\] void {function}\(", texts[function.removeprefix("trellis_")])
+                # Apple's compiler gives wrong values where a kernel states one simdgroup (cubecl's pull request 1636).
+                assert found and ("max_total_threads" not in found[0] or d["threads"][0] > 32)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)

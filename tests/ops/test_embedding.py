@@ -7,9 +7,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_marlin import EmbeddingWeight, TrellisEmbedding, _ext, codec, kernels, ops
+from mlx_marlin import EmbeddingWeight, TrellisEmbedding, _ext, codec, ops
 from tests import metal_sim
-from tests.support.metal_executor import execute
+from tests.support import metal_executor
 from tests.support.paths import VECTORS
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -71,12 +71,7 @@ def test_instruction_sets(instruction_set):
 def test_simulated_metal(bits, features, dtype):
     trellis, signs = random_table(bits, features)
     ids = np.array([8, 0, 3, 3, 9], np.uint32)  # the last one is out of range
-    plan = _ext.plan_embedding(len(ids), kernels.DTYPES.index(dtype), 9, features, bits)
-    inputs = {"indices": ids, "embedding.codes": trellis, "embedding.signs": signs}
-    scalar = np.float32 if dtype == "float32" else np.uint16
-    y, _ = execute(plan, inputs, len(ids) * features * np.dtype(scalar).itemsize)
-    values = mx.array(y.view(scalar))
-    y = np.array((values if dtype == "float32" else values.view(DTYPES[dtype])).astype(mx.float32)).reshape(5, -1)
+    y = metal_executor.embedding(ids, trellis, signs, features, bits, dtype)
     expected = as_dtype(codec.decode_embedding(trellis, signs, features), DTYPES[dtype])
     np.testing.assert_array_equal(y[:4], expected[ids[:4]])
     assert np.isnan(y[4]).all()

@@ -8,7 +8,14 @@ import pytest
 
 from mlx_marlin.quantize import convert
 from tests.support.checkpoints import write_directory
-from tests.support.small_conversions import add_tokenizer, header, quick_conversions, source_of, values  # noqa: F401
+from tests.support.small_conversions import (  # noqa: F401
+    add_tokenizer,
+    header,
+    mark_fp8,
+    quick_conversions,
+    source_of,
+    values,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_conversions")
 
@@ -64,6 +71,45 @@ def remove_expert(c):
 def test_a_missing_tensor_is_named(tmp_path, text):
     source, _ = source_of(tmp_path, "mixtral", remove_expert)
     refused(source, tmp_path / "exl3", r"experts\.1\.w2", calibration=text)
+
+
+def codes_of(name, dtype):
+    def change(c):
+        c.dense[name] = mx.zeros(c.dense[name].shape, dtype)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "architecture, name, dtype, what",
+    [
+        ("llama", "model.layers.1.mlp.up_proj.weight", mx.int8, r"tensor model\.layers\.1\.mlp\.up_proj\.weight is I8"),
+        ("llama", "model.norm.weight", mx.int32, r"tensor model\.norm\.weight is I32"),
+        (  # one of a stack, which is of floats all the same
+            "qwen2_moe",
+            "model.layers.1.mlp.experts.1.up_proj.weight",
+            mx.uint8,
+            r"tensor model\.layers\.1\.mlp\.experts\.1\.up_proj\.weight is U8",
+        ),
+        (
+            "gpt_oss",
+            "model.layers.1.mlp.experts.gate_up_proj.weight",
+            mx.int8,
+            r"what makes model\.layers\.1\.mlp\.experts\.gate_proj\.weight is int8",
+        ),
+    ],
+)
+def test_integers_are_not_taken_for_weights(tmp_path, text, architecture, name, dtype, what):
+    source, _ = source_of(tmp_path, architecture, codes_of(name, dtype))
+    refused(source, tmp_path / "exl3", f"{what}, .* F16, BF16 or F32 is wanted", calibration=text)
+
+
+def test_codes_without_scales_are_not_taken_for_weights(tmp_path, text):
+    """Weights that were cast to fp8, of which config.json says nothing."""
+    name = "model.layers.0.mlp.gate_proj.weight"
+    source, _ = source_of(tmp_path, "llama", codes_of(name, mx.uint8))
+    mark_fp8(source / "model.safetensors", lambda tensor: tensor == name)
+    refused(source, tmp_path / "exl3", r"tensor model\.layers\.0\.mlp\.gate_proj\.weight is F8_E4M3", calibration=text)
 
 
 def test_a_head_that_is_no_tensor_of_the_checkpoint_is_refused(tmp_path, text, monkeypatch):

@@ -11,13 +11,14 @@ from mlx_marlin.lm.model import load_exl3_model
 from mlx_marlin.quantize import convert
 from mlx_marlin.quantize.packed import PackedTensor, unpacked
 from mlx_marlin.quantize.source import Source
-from mlx_marlin.storage.safetensors import read_header
+from mlx_marlin.storage.safetensors import TensorInfo, read_header
 from tests.support.checkpoints import write_directory
 from tests.support.generic_checkpoints import logits
 from tests.support.small_conversions import (  # noqa: F401
     add_tokenizer,
     correlation,
     header,
+    mark_fp8,
     quick_conversions,
     source_of,
 )
@@ -40,19 +41,6 @@ def to_fp8(tensors, block):
         result[name] = mx.to_fp8(mx.array(w / wide))
         result[f"{name}_scale_inv"] = mx.array(scale.astype(np.float32))
     return result
-
-
-def mark_fp8(file, which=lambda name: True):
-    """MLX saves fp8 as U8."""
-    data = file.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    infos = json.loads(data[8 : 8 + length])
-    for name, info in infos.items():
-        if name != "__metadata__" and info["dtype"] == "U8" and which(name):
-            info["dtype"] = "F8_E4M3"
-    text = json.dumps({name: info for name, info in infos.items() if info})  # no empty __metadata__
-    text += " " * (-len(text) % 8)
-    file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + data[8 + length :])
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
@@ -186,3 +174,53 @@ def test_other_formats_of_the_same_tools_are_refused(tmp_path, change, message):
     write_nvfp4(tmp_path / "bad", {**config, "quantization_config": {"quant_method": "modelopt"}}, packed)
     with pytest.raises(ValueError, match=message):
         Source(tmp_path / "bad")
+
+
+def info(dtype, *shape):
+    return TensorInfo(None, dtype, shape, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "quantization, tensors, message",
+    [
+        (
+            {"quant_method": "fp8", "weight_block_size": [64, 64]},
+            {"w": info("F8_E4M3", 128), "w_scale_inv": info("F32", 2)},
+            r"w is F8_E4M3 \[128\]; weight_block_size is of matrices",
+        ),
+        (
+            {"quant_method": "fp8", "weight_block_size": [64.0, 64.0]},
+            {"w": info("F8_E4M3", 128, 64), "w_scale_inv": info("F32", 2, 1)},
+            "already quantized",
+        ),
+        (
+            {"quant_method": "fp8", "weight_block_size": [True, True]},
+            {"w": info("F8_E4M3", 2, 2), "w_scale_inv": info("F32", 2, 2)},
+            "already quantized",
+        ),
+        (
+            {"quant_method": "mxfp4"},
+            {"w_blocks": info("U8", 16), "w_scales": info("U8")},
+            r"w_blocks is U8 \[16\] and its w_scales U8 \[\]; mxfp4 has",
+        ),
+        (
+            {"quant_method": "mxfp4"},
+            {"w.weight": info("BF16", 2, 32), "w_blocks": info("U8", 2, 1, 16), "w_scales": info("U8", 2, 1)},
+            r"w\.weight stands beside w_blocks",
+        ),
+        (
+            {"quant_method": "compressed-tensors"},
+            {
+                "w.weight": info("BF16", 2, 32),
+                "w.weight_packed": info("U8", 2, 16),
+                "w.weight_scale": info("F8_E4M3", 2, 2),
+                "w.weight_global_scale": info("F32", 1),
+            },
+            r"w\.weight stands beside w\.weight_packed",
+        ),
+    ],
+    ids=["fp8 vector", "sizes with a point", "sizes that are none", "mxfp4 vector", "mxfp4 twice", "nvfp4 twice"],
+)
+def test_headers_that_do_not_fit_are_refused(quantization, tensors, message):
+    with pytest.raises(ValueError, match=message):
+        unpacked(tensors, quantization)

@@ -52,7 +52,7 @@ REPORTS = [
 
 def shown(monkeypatch, is_terminal, now, seconds):
     monkeypatch.setattr(cli.sys.stderr, "isatty", lambda: is_terminal, raising=False)
-    screen = cli._Screen()
+    screen = cli._Screen([])
     for report in REPORTS:
         screen(report)
         now[0] += seconds

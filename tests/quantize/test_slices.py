@@ -2,20 +2,22 @@
 
 import gc
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_marlin.quantize import convert, packed
+from mlx_marlin.quantize import convert, extras, packed
 from mlx_marlin.quantize.layered import LayeredModel
 from mlx_marlin.quantize.slices import Slice, found_slice
 from mlx_marlin.quantize.source import Source
 from mlx_marlin.quantize.taps import Taps
 from mlx_marlin.storage.safetensors import TensorInfo
+from tests.support import architectures
 from tests.support.checkpoints import write_directory
-from tests.support.small_conversions import quick_conversions, source_of  # noqa: F401
+from tests.support.small_conversions import SMALL, quick_conversions, source_of  # noqa: F401
 
 TOKENS = np.zeros((1, 8), np.int32)
 ROWS, COLUMNS = 6, 4
@@ -61,6 +63,19 @@ def test_experts_of_fused_tensors_are_read_one_by_one(name, tmp_path):
                 np.testing.assert_array_equal(tensors.read(expert), values)
 
 
+def test_an_only_expert_is_read_whole(tmp_path):
+    """A stack of one matrix is no tensor of all experts."""
+    checkpoint = architectures.mixtral(replace(SMALL, hidden=384, experts=1))
+    checkpoint.config["num_experts_per_tok"] = 1
+    model = LayeredModel(Source(checkpoint.write_dense(tmp_path / "source")), TOKENS, 1)
+    found = model.experts(0)
+    assert len(found) == 3
+    for path, tensors in found.items():
+        name = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[path.rpartition(".")[2]]
+        wanted = checkpoint.dense[f"model.layers.0.block_sparse_moe.experts.0.{name}.weight"]
+        np.testing.assert_array_equal(tensors.read(0), np.array(wanted.astype(mx.float32)))
+
+
 @pytest.mark.parametrize("name", ["gpt_oss", "mxfp4"])
 def test_they_are_not_in_memory_when_their_layer_is(name, tmp_path):
     model = LayeredModel(Source(source_path(name, tmp_path)), TOKENS, 1)
@@ -85,6 +100,14 @@ def test_packed_experts_are_unpacked_once(tmp_path, monkeypatch):
     first, again = ([experts.weights["gate_proj"].weight(e) for e in (0, 1)] for _ in range(2))
     assert unpacked == [0, 1] and np.abs(first[0]).max() > 0
     np.testing.assert_array_equal(first, again)
+
+
+def test_packed_experts_of_prediction_layers_are_unpacked_one_by_one(tmp_path, monkeypatch):
+    source, name = Source(mxfp4_source(tmp_path)), "model.layers.1.mlp.experts.gate_up_proj.weight"
+    whole = source.tensors[name].floats()
+    monkeypatch.setattr(packed.PackedTensor, "floats", None)
+    for rows in ((0, slice(None)), (1, slice(5)), (1, slice(5, None))):
+        np.testing.assert_array_equal(extras._read(source, name, rows), whole[rows])
 
 
 def test_an_expert_that_is_not_finite_is_named(tmp_path, text, quick_conversions):  # noqa: F811

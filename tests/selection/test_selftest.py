@@ -275,6 +275,8 @@ def test_kernels_that_no_config_chooses_are_tested(tmp_path):
     assert len(test.others()) == len(codec.WIDTHS) + 2 * codec.MAX_BITS
     wrong.symmetric_difference_update({"weight", "gradient"})
     assert len(test.others()) == 2
+    wrong.symmetric_difference_update({"gradient", "embedding"})
+    assert len(test.others()) == codec.MAX_BITS
 
 
 def test_a_config_without_a_small_case_is_refused(tmp_path, monkeypatch):

@@ -58,6 +58,7 @@ def test_sorting_is_tested_with_more_of_everything_than_threads(problem):
             slots = case["indices"].size
             counts = np.bincount(case["indices"].reshape(-1), minlength=small.experts)
             assert slots > 512 and counts[0] >= slots // 2 and counts[small.experts - 1] > 0
+            assert counts[small.experts] >= 64  # out of range
             assert slots // max(1, 512 // (small.experts + 1)) > 8
         assert found[1].experts > 512
     assert not list(small_cases.routing_problems(problem, replace(config, tile_size_m=1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -69,8 +70,17 @@ def viterbi_plan(tiles: int, bits: float, codebook: str, **bound) -> dict:
     return _ext.plan_viterbi(tiles, codec.half_bits(bits), codec.CODEBOOKS.index(codebook), **bound)
 
 
+def _poison(name: str, size: int) -> np.ndarray:
+    return np.full(size, 0xFF, np.uint8)
+
+
 def execute(
-    plan: dict, inputs: dict[str, np.ndarray], y_bytes: int, directory: Path = SHADERS, **simulator
+    plan: dict,
+    inputs: dict[str, np.ndarray],
+    y_bytes: int,
+    directory: Path = SHADERS,
+    stale: Callable[[str, int], np.ndarray] = _poison,
+    **simulator,
 ) -> tuple[np.ndarray, dict]:
     """Run a plan's dispatches in order.
 
@@ -79,13 +89,13 @@ def execute(
         inputs: Arrays by the names of the plan's bindings.
         y_bytes: Size of y.
         directory: Where the shaders are.
+        stale: What y and a scratch buffer hold before, as bytes, by name and size. Default: 0xFF.
         simulator: Keywords of the simulator's ``run``: ``order``, ``races``, ``workers``, ...
 
     Returns:
-        y as bytes, and the scratch buffers by name. Both begin poisoned with 0xFF.
+        y as bytes, and the scratch buffers by name.
     """
-    memory = {name: np.full(size, 0xFF, np.uint8) for name, size in plan["scratch"].items()}
-    memory["y"] = np.full(y_bytes, 0xFF, np.uint8)
+    memory = {name: stale(name, size) for name, size in {**plan["scratch"], "y": y_bytes}.items()}
     memory |= {name: np.ascontiguousarray(array).reshape(-1).view(np.uint8) for name, array in inputs.items()}
     for dispatch in plan["dispatches"]:
         lib = library(dispatch["kernel"], tuple(dispatch["constants"].items()), directory)
@@ -123,6 +133,23 @@ def decode(stack: ops.Stack, expert: int = 0, **simulator) -> np.ndarray:
     k, n = stack.source.padded_shape
     y, _ = execute(plan, stack_arrays("weight", stack), k * n * 2, **simulator)
     return y.view(np.float16).reshape(k, n)
+
+
+def embedding(
+    ids: np.ndarray,
+    trellis: np.ndarray,
+    signs: np.ndarray,
+    features: int,
+    bits: int,
+    dtype: str = "float16",
+    **simulator,
+) -> np.ndarray:
+    """Rows of a quantized embedding, float32 ``[ids, features]``; trellis: 16-bit integers ``[rows, words]``."""
+    plan = _ext.plan_embedding(len(ids), kernels.DTYPES.index(dtype), len(trellis), features, bits)
+    inputs = {"indices": ids, "embedding.codes": trellis, "embedding.signs": signs}
+    size = np.dtype(_SCALARS[dtype]).itemsize
+    y, _ = execute(plan, inputs, len(ids) * features * size, **simulator)
+    return _rows(y, dtype, (len(ids), features))
 
 
 def viterbi(tiles: np.ndarray, bits: float, codebook: str, history_bytes: int | None = None, **simulator) -> np.ndarray:

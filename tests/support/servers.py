@@ -18,7 +18,7 @@ LM = ("mlx_marlin.lm.serving", ("server",))
 VLM = ("mlx_marlin.vlm.serving", ("vlm", "server"))
 _START = """
 import importlib, sys
-from mlx_marlin import cli
+from mlx_marlin import __main__ as cli
 serving = importlib.import_module("{module}")
 serving.TIMEOUT_SECONDS = {seconds}
 if hasattr(serving, "Handler"):

@@ -112,3 +112,16 @@ def values(info: TensorInfo) -> np.ndarray:
 def header(directory: Path) -> dict[str, TensorInfo]:
     """Of a checkpoint in one file."""
     return read_header(directory / "model.safetensors")
+
+
+def mark_fp8(file: Path, which: Callable[[str], bool] = lambda name: True) -> None:
+    """Make fp8 of a file's tensors of U8, as which MLX saves it."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    infos = json.loads(data[8 : 8 + length])
+    for name, info in infos.items():
+        if name != "__metadata__" and info["dtype"] == "U8" and which(name):
+            info["dtype"] = "F8_E4M3"
+    text = json.dumps({name: info for name, info in infos.items() if info})  # no empty __metadata__
+    text += " " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + data[8 + length :])

@@ -10,7 +10,8 @@ import pytest
 from mlx_vlm import utils as mlx_vlm_utils
 from mlx_vlm.speculative.drafters.mtp_split import MTPSplitter
 
-from mlx_marlin import cli, vlm
+from mlx_marlin import __main__ as cli
+from mlx_marlin import vlm
 from mlx_marlin.lm import hub
 from mlx_marlin.loader.directory import NGRAM_TABLES
 from mlx_marlin.vlm import commands

@@ -35,7 +35,9 @@ def picture(seed: int = 1) -> Image.Image:
 
 
 def test_the_package_is_imported_when_it_is_used():
-    code = "import sys, mlx_marlin.vlm, mlx_marlin.cli; print(*(n for n in sys.modules if n.startswith('mlx_vlm')))"
+    code = (
+        "import sys, mlx_marlin.vlm, mlx_marlin.__main__; print(*(n for n in sys.modules if n.startswith('mlx_vlm')))"
+    )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == ""
 

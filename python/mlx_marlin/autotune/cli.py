@@ -10,14 +10,14 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import mlx.core as mx
 
-from mlx_marlin_commands import INTERRUPTED, imports
+from mlx_marlin_commands import INTERRUPTED, imports, interrupts
 
 from .. import codec, kernels, ops
 from ..device.machine import default_device, is_present, memory_bytes, mlx_device
@@ -189,10 +189,10 @@ def main(argv: list[str] | None = None) -> int:
         parser().error(f"argument --warmup: must be at least 0, got {args.warmup}")
     args.iterations = args.iterations or (QUICK_ITERATIONS if args.quick else RaceSettings.rounds)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="mlx_marlin-tune: %(message)s")
-    # A terminated run is an interrupted one: what is measured is on disk.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _run(args)
+        # A terminated run is an interrupted one: what is measured is on disk.
+        with interrupts(signal.SIGINT, signal.SIGTERM) as seen:
+            return _run(args, seen)
     except KeyboardInterrupt:
         print("mlx_marlin-tune: interrupted; what was measured is kept, the same command continues", file=sys.stderr)
         return INTERRUPTED
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, interrupted: Collection[int]) -> int:
     device = args.device or default_device()
     if not is_present(device):
         raise ValueError("--device gpu: this machine has no GPU that MLX can use")
@@ -209,10 +209,13 @@ def _run(args: argparse.Namespace) -> int:
     limit = int(args.memory_limit * 1e9) if args.memory_limit else memory_bytes(device) // 2
     settings = RaceSettings(rounds=max(2, args.iterations), warmup=args.warmup)
     deadline = time.perf_counter() + args.budget if args.budget else math.inf
-    return (_check if args.check else _tune)(args, device, limit, settings, deadline)
+    bar = ProgressBar(0, enabled=True, lines=True, interrupted=interrupted)
+    return (_check if args.check else _tune)(args, device, limit, settings, deadline, bar)
 
 
-def _tune(args: argparse.Namespace, device: str, limit: int, settings: RaceSettings, deadline: float) -> int:
+def _tune(
+    args: argparse.Namespace, device: str, limit: int, settings: RaceSettings, deadline: float, bar: ProgressBar
+) -> int:
     path = args.output or profile_files.default_path(device)
     try:  # before anything is measured
         atomic.check_writable(path)
@@ -224,7 +227,7 @@ def _tune(args: argparse.Namespace, device: str, limit: int, settings: RaceSetti
     group = mx.distributed.init()
     if not group.rank():
         print(_announcement(args, device, problems), file=sys.stderr)
-    with ProgressBar(0, enabled=True, lines=True) as bar:
+    with bar:
         outcome = run.tune(problems, group, deadline, bar)
     if group.rank():
         return 0
@@ -241,7 +244,9 @@ def _tune(args: argparse.Namespace, device: str, limit: int, settings: RaceSetti
     return 2 if outcome.failed and not outcome.entries else 0
 
 
-def _check(args: argparse.Namespace, device: str, limit: int, settings: RaceSettings, deadline: float) -> int:
+def _check(
+    args: argparse.Namespace, device: str, limit: int, settings: RaceSettings, deadline: float, bar: ProgressBar
+) -> int:
     path = args.output or profile_files.latest_path(device)
     if not path.exists():
         raise ProfileError(f"there is no profile {path} to check; tune first")
@@ -249,7 +254,7 @@ def _check(args: argparse.Namespace, device: str, limit: int, settings: RaceSett
     # Whether another build of the kernels is slower is what a check is for.
     profile_files.check_native(stored, device, path, any_build=True)
     check = regression.Check(settings, limit, args.tolerance, tuning_run.clock_lock())
-    with ProgressBar(0, enabled=True, lines=True) as bar:
+    with bar:
         findings = check.run(stored, _wanted(args, device), deadline, bar)
     print(f"mlx_marlin-tune: profile {path}", file=sys.stderr)
     names = labels.names(stored.problems)

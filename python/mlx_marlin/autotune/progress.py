@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
+from collections.abc import Collection
 
 
 class ProgressBar:
@@ -14,10 +15,11 @@ class ProgressBar:
         total: Problems.
         enabled: Whether to show anything. Default: ``True``.
         lines: Whether to write a line per problem where there can be no bar. Default: ``False``.
+        interrupted: Where signals are listed: no problem begins once there are any. Default: ``()``.
     """
 
-    def __init__(self, total: int, enabled: bool = True, lines: bool = False):
-        self._bar = None
+    def __init__(self, total: int, enabled: bool = True, lines: bool = False, interrupted: Collection[int] = ()):
+        self._bar, self._interrupted = None, interrupted
         self._total, self._done, self._before = total, 0, 0
         self._label, self._start = "", time.monotonic()
         can_draw = sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
@@ -47,7 +49,13 @@ class ProgressBar:
             self._bar.update(self._task, total=total, completed=done)
 
     def begin(self, label: str) -> None:
-        """The next problem begins."""
+        """The next problem begins.
+
+        Raises:
+            KeyboardInterrupt: If the process is interrupted.
+        """
+        if self._interrupted:
+            raise KeyboardInterrupt
         self._label = label
         if self._bar is not None:
             self._bar.update(self._task, description=label)

@@ -298,6 +298,10 @@ def _check_complete(model: nn.Module, checkpoint: _Checkpoint, mapping: WeightMa
                 f"{loader.directory}: {key} has shape {list(mapping.dense[key].shape)}, "
                 f"but the model wants {list(value.shape)}"
             )
+        if mx.issubdtype(value.dtype, mx.floating) and not mx.issubdtype(mapping.dense[key].dtype, mx.floating):
+            raise ValueError(
+                f"{loader.directory}: {key} is {mapping.dense[key].dtype}, but the model wants floating point"
+            )
     extra = [key for key in mapping.dense if key not in parameters]
     if not extra:
         return

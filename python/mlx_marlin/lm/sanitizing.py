@@ -40,7 +40,7 @@ def sanitize(
             f"{directory}: {type(model).__module__} cannot take these tensors: {type(error).__name__}: {error}"
         ) from error
     _check_untouched(host, directory, stand_ins, weights)
-    weights = _join_linears(model, _stack_experts(host, model, weights))
+    weights = _join_linears(model, directory, _stack_experts(host, model, weights))
     return _move_leftovers(model, _reshape_decays(model, weights))
 
 
@@ -88,10 +88,13 @@ _OF_ATTENTION, _OF_MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"
 _JOINED = {"qkv": _OF_ATTENTION, "in_proj": _OF_ATTENTION, "qkv_proj": _OF_ATTENTION, "gate_up_proj": _OF_MLP}
 
 
-def _join_linears(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+def _join_linears(model: nn.Module, directory: Path, weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Join what ExLlamaV3 splits before it quantizes it: attention, and the gates of an MLP.
 
     Of towers it keeps the unquantized weights as well, which are dropped here.
+
+    Raises:
+        ValueError: If some of the parts are quantized and others are not.
     """
     result = dict(weights)
     for path, module in model.named_modules():
@@ -100,6 +103,12 @@ def _join_linears(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, m
         if not names or type(module) is not nn.Linear or not all(n in weights for n in names):
             continue
         parts = [result.pop(name) for name in names]
+        if len({part.dtype == mx.uint64 for part in parts}) > 1:  # of the placeholders
+            plain = next(name for name, part in zip(names, parts) if part.dtype != mx.uint64)
+            raise ValueError(
+                f"{directory}: {plain} is not quantized, but others of {', '.join(_JOINED[leaf])} are, which the model "
+                f"has in one linear, {path}; such a linear is quantized in all its parts or in none"
+            )
         rows, total = [len(part) for part in parts], module.weight.shape[0]
         if sum(rows) != total and len(set(rows)) == 1:
             rows = [total // len(parts)] * len(parts)  # padding belongs to each part

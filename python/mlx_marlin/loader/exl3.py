@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import codec, ops
 from ..storage.reads import Read, read_all
-from ..storage.safetensors import TensorInfo
+from ..storage.safetensors import FLOATS, TensorInfo
 from ..weights.trellis import TrellisWeight
 
 MARKERS = {name: ops.CODEBOOK_MULTIPLIERS[name] for name in ("mcg", "mul1")}
@@ -88,7 +88,7 @@ class QuantizedLinear:
                     f"{where}.{suffix} must be I32 without dimensions, got {part.dtype} {list(part.shape)}"
                 )
         bias = self.parts.get("bias")
-        if bias is not None and (bias.dtype not in ("F16", "BF16", "F32") or bias.shape != (n,)):
+        if bias is not None and (bias.dtype not in FLOATS or bias.shape != (n,)):
             raise ValueError(f"{where}.bias must be floating point of shape [{n}], got {bias.dtype} {list(bias.shape)}")
 
     def _check_half_rate(self, where: str) -> None:
@@ -216,7 +216,7 @@ class PlainLinear:
         weight = self.parts["weight"]
         wanted = {"weight": weight.shape if len(weight.shape) == 2 else ("n", "k"), "bias": weight.shape[:1]}
         for suffix, part in self.parts.items():
-            if part.dtype not in ("F16", "BF16", "F32") or part.shape != wanted[suffix]:
+            if part.dtype not in FLOATS or part.shape != wanted[suffix]:
                 raise ValueError(
                     f"{part.file}: {self.name}.{suffix} must be floating point of shape {list(wanted[suffix])}, "
                     f"got {part.dtype} {list(part.shape)}"

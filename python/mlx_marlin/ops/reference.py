@@ -119,7 +119,8 @@ def experts_output(
 
 
 def row_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """The largest error of a row over the row's norm; infinite if anything is not finite.
+    """The largest error of a row over the row's norm; infinite if anything is not finite, but for rows that must be NaN
+    and are.
 
     Raises:
         ValueError: If the shapes differ.
@@ -128,4 +129,5 @@ def row_error(actual: np.ndarray, expected: np.ndarray) -> float:
         raise ValueError(f"the result has shape {list(actual.shape)}, expected {list(expected.shape)}")
     norm = np.linalg.norm(expected, axis=-1)
     error = np.linalg.norm(actual - expected, axis=-1) / np.where(norm > 0, norm, 1.0)
-    return float(np.where(np.isfinite(error), error, np.inf).max(initial=0.0))
+    same = np.isnan(actual).all(axis=-1) & np.isnan(expected).all(axis=-1)
+    return float(np.where(same, 0.0, np.where(np.isfinite(error), error, np.inf)).max(initial=0.0))

@@ -7,14 +7,15 @@ import contextlib
 import errno
 import logging
 import shlex
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_marlin_commands import INTERRUPTED, imports
+from mlx_marlin_commands import INTERRUPTED, imports, interrupts
 
 from .. import codec
 
@@ -158,15 +159,26 @@ _LINE_SECONDS = 60.0
 
 
 class _Screen:
-    """Progress on stderr: one line that moves on a terminal, else a line for what is done and one a minute."""
+    """Progress on stderr: one line that moves on a terminal, else a line for what is done and one a minute.
 
-    def __init__(self) -> None:
+    Args:
+        interrupted: Where signals are listed: work ends at the next line once there are any.
+    """
+
+    def __init__(self, interrupted: Collection[int]) -> None:
+        self._interrupted = interrupted
         self._moves = sys.stderr.isatty()
         self._last = -_LINE_SECONDS
         self._open = False
 
     def __call__(self, progress: Progress) -> None:
-        """Show it."""
+        """Show it.
+
+        Raises:
+            KeyboardInterrupt: If the process is interrupted.
+        """
+        if self._interrupted:
+            raise KeyboardInterrupt
         left = "" if progress.seconds_left is None else f", {_duration(progress.seconds_left)} left"
         line = f"{100 * progress.done:5.1f} %  {progress.stage}{left}"
         if progress.under_way and not self._moves and time.monotonic() - self._last < _LINE_SECONDS:
@@ -181,6 +193,13 @@ class _Screen:
         if self._open:
             print(file=sys.stderr, flush=True)
             self._open = False
+
+
+@contextlib.contextmanager
+def _screen() -> Iterator[_Screen]:
+    """The progress of work that Ctrl-C and SIGTERM end."""
+    with interrupts(signal.SIGINT, signal.SIGTERM) as seen, contextlib.closing(_Screen(seen)) as screen:
+        yield screen
 
 
 def _duration(seconds: float) -> str:
@@ -235,7 +254,7 @@ def _convert(options: dict) -> int:
     wanted = bits[0] if bits is not None and len(bits) == 1 else bits
 
     def run() -> int:
-        with contextlib.closing(_Screen()) as screen:
+        with _screen() as screen:
             found = convert(model, output, bits=wanted, progress=screen, **options)
         plans = found if isinstance(found, list) else [found]
         for plan in plans:
@@ -257,7 +276,7 @@ def _measure(options: dict) -> int:
     logging.getLogger("mlx_marlin.quantize").addHandler(logging.NullHandler())  # progress tells it too
 
     def run() -> int:
-        with contextlib.closing(_Screen()) as screen:
+        with _screen() as screen:
             measure(model, job, progress=screen, **options)
         print(f"Next: mlx_marlin-convert allocate --job {shlex.quote(job)} --bits ...")
         return 0

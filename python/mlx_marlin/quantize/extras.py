@@ -174,10 +174,12 @@ def _tower_linears(source: Source, names: list[str], bits: float) -> list[Extra]
 
 
 def _read(source: Source, tensor: str, rows: tuple[int | slice, ...]) -> np.ndarray:
-    """float32. Of a stack only the expert that is wanted is read, unless the stack is packed."""
+    """float32. Of a stack only the expert that is wanted is read, and unpacked."""
     info = source.tensors[tensor]
-    if isinstance(info, PackedTensor) or not rows or not isinstance(rows[0], int):
+    if not rows or not isinstance(rows[0], int):
         return info.floats()[rows].astype(np.float32)
+    if isinstance(info, PackedTensor):
+        return info.row(rows[0])[rows[1:]]
     (expert,) = info.rows(rows[0], rows[0] + 1)
     return widened(expert, info.dtype).astype(np.float32)[rows[1:]]
 

@@ -11,9 +11,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from ..loader.contents import parts_of
-from ..storage.safetensors import TensorInfo
 from .names import Names, parts_of_experts
+from .origins import load_weights
 from .slices import found_slice, numbers_made
 from .source import ExpertTensors, Source
 from .spill import SpilledArrays, States
@@ -122,7 +121,7 @@ class LayeredModel:
         self._stacks = tuple(
             f"{path}.{part}.weight" for path, module in self.model.named_modules() for part in parts_of_experts(module)
         )
-        origins, stacked = _load_weights(self.model, source, len(self.layers))
+        origins, stacked = load_weights(self.model, source, len(self.layers))
         self._experts = {path: ExpertTensors(source, stacked[path]) for path in self._stacks if path in stacked}
         fused = [path for path in self._stacks if path not in stacked]
         self._numbers = numbers_made(self.model, source.tensors, source.arrays(), fused)
@@ -325,73 +324,3 @@ class LayeredModel:
         self._feed(hidden)
         for h in hidden:
             yield np.array(self.model(self.batches[0][: h.shape[0], : h.shape[1]]).astype(mx.float32))
-
-
-@contextmanager
-def _watched_stacks(known: dict[int, str]) -> Iterator[dict[int, tuple[mx.array, list[str]]]]:
-    """What is stacked of whole tensors of a checkpoint: by id the stack, and the tensors' names.
-
-    Args:
-        known: The tensors' names by id.
-    """
-    made: dict[int, tuple[mx.array, list[str]]] = {}
-    plain = mx.stack
-
-    def stack(arrays: list[mx.array], axis: int = 0, **keywords: Any) -> mx.array:
-        result = plain(arrays, axis, **keywords)
-        names = [known[id(array)] for array in arrays if id(array) in known]
-        if axis == 0 and len(names) == len(arrays):
-            made[id(result)] = result, names
-        return result
-
-    setattr(mx, "stack", stack)  # noqa: B010  # of a module
-    try:
-        yield made
-    finally:
-        setattr(mx, "stack", plain)  # noqa: B010
-
-
-def _load_weights(model: nn.Module, source: Source, layers: int) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Give a model the checkpoint's tensors, lazily.
-
-    Returns:
-        Of the parameters that are tensors of the checkpoint as they are: path -> name. Of those that can be read in
-        parts along their first axis: path -> the tensors, one of each part or one of all.
-
-    Raises:
-        ValueError: If they do not fit.
-    """
-    from ..lm.host import MODEL_ERRORS  # needs mlx-lm
-
-    arrays = source.arrays()
-    known = {id(array): name for name, array in arrays.items()}
-    model_name = type(model).__module__
-    try:
-        with _watched_stacks(known) as made:
-            weights = model.sanitize(dict(arrays)) if hasattr(model, "sanitize") else dict(arrays)
-    except KeyError as error:
-        raise ValueError(
-            f"{source.path}: {model_name} looks for {error}, which the checkpoint does not have"
-        ) from error
-    except MODEL_ERRORS as error:
-        raise ValueError(
-            f"{source.path}: {model_name} cannot take these tensors: {type(error).__name__}: {error}"
-        ) from error
-    parameters = dict(tree_flatten(model.parameters()))
-    left_out = parts_of((*weights, *arrays), layers)
-    origins, stacked = {}, {}
-    for path in list(weights):
-        name = known.get(id(weights[path]))
-        if id(weights[path]) in made:
-            stacked[path] = made[id(weights[path])][1]
-        if path not in parameters and (path in left_out or name in left_out):
-            del weights[path]
-        elif name is not None:
-            origins[path] = name
-            if isinstance(source.tensors[name], TensorInfo):
-                stacked[path] = [name]
-    try:
-        model.load_weights(list(weights.items()))
-    except ValueError as error:
-        raise ValueError(f"{source.path}: these are not the tensors of {model_name}: {error}") from error
-    return origins, stacked

@@ -11,7 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..ops import mlx_turn
-from ..storage.safetensors import TensorInfo
+from ..storage.safetensors import FLOATS, TensorInfo
+from ..storage.untrusted import is_whole
 
 # The values of E2M1, by their four bits: OCP Microscaling Formats 1.0, table 5.
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -29,7 +30,7 @@ _NVFP4_NAMES = {
 # Of activations and of a quantized cache, which the values of the weights do not need.
 _ACTIVATION_SCALES = re.compile(r"\.(?:input_scale|input_global_scale|[qkv]_scale)$")
 # Beside codes of 4 and 8 bits the dtypes that a tensor with a value per element may have.
-_PLAIN = frozenset({"F32", "F16", "BF16", "I64", "I32", "BOOL"})
+_PLAIN = frozenset({*FLOATS, "I64", "I32", "BOOL"})
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,9 @@ def unpacked(tensors: Mapping[str, TensorInfo], quantization: dict | None) -> di
     if method == "mxfp4":
         return _without_mxfp4(tensors)
     block = quantization.get("weight_block_size")
-    if method == "fp8" and isinstance(block, list) and len(block) == 2 and all(n in range(1, 1 << 16) for n in block):
-        return _without_fp8(tensors, (block[0], block[1]))
+    sizes = block if isinstance(block, list) and all(is_whole(n) and 0 < n < 1 << 16 for n in block) else []
+    if method == "fp8" and len(sizes) == 2:
+        return _without_fp8(tensors, (sizes[0], sizes[1]))
     if isinstance(method, str) and method in _NVFP4_NAMES:
         return _without_nvfp4(tensors, method)
     raise ValueError(
@@ -191,7 +193,9 @@ def _without_mxfp4(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo | 
             result[name] = info
             continue
         scales = tensors.get(f"{stem}_scales")
-        if scales is None or info.dtype != "U8" or scales.dtype != "U8" or info.shape != (*scales.shape, 16):
+        _check_alone(f"{stem}.weight", name, tensors)
+        are_bytes = scales is not None and info.dtype == scales.dtype == "U8"
+        if scales is None or not are_bytes or not scales.shape or info.shape != (*scales.shape, 16):
             raise ValueError(
                 f"{name} is {_told(info)} and its {stem}_scales {_told(scales)}; mxfp4 has U8 blocks of 16 bytes and "
                 "one U8 scale for each"
@@ -209,8 +213,10 @@ def _without_fp8(tensors: Mapping[str, TensorInfo], block: tuple[int, int]) -> d
             result[name] = info
             continue
         scales = tensors.get(f"{name}{FP8_SCALE}")
+        if len(info.shape) < 2:
+            raise ValueError(f"{name} is {_told(info)}; weight_block_size is of matrices")
         wanted = (*info.shape[:-2], *(-(-n // size) for n, size in zip(info.shape[-2:], block)))
-        if scales is None or scales.dtype not in ("F32", "F16", "BF16") or scales.shape != wanted:
+        if scales is None or scales.dtype not in FLOATS or scales.shape != wanted:
             raise ValueError(
                 f"{name} is {_told(info)} and its {name}{FP8_SCALE} {_told(scales)}; with weight_block_size "
                 f"{list(block)} it must be floating point of shape {list(wanted)}"
@@ -227,6 +233,7 @@ def _without_nvfp4(tensors: Mapping[str, TensorInfo], method: str) -> dict[str, 
         codes = tensors.get(f"{stem}.{codes_name}")
         of_codes = codes is not None and codes.dtype == "U8"
         if suffix == codes_name and of_codes:
+            _check_alone(f"{stem}.weight", name, tensors)
             result[f"{stem}.weight"] = _nvfp4(stem, tensors, method)
         elif of_codes and suffix == "pre_quant_scale":
             raise ValueError(f"{name}: nvfp4 with scaled inputs (AWQ) is not read; convert the original checkpoint")
@@ -259,6 +266,12 @@ def _nvfp4(stem: str, tensors: Mapping[str, TensorInfo], method: str) -> Nvfp4Te
     if whole is None or whole.dtype != "F32" or math.prod(whole.shape) != 1:
         raise ValueError(f"{name} is nvfp4 and its {whole_name} {_told(whole)}; one value of F32 is wanted")
     return Nvfp4Tensor(codes, scales, whole, divides=method == "compressed-tensors")
+
+
+def _check_alone(name: str, codes: str, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise ValueError if a checkpoint holds values under the name of what its codes are unpacked to."""
+    if name != codes and name in tensors:
+        raise ValueError(f"{name} stands beside {codes}, which holds codes of the same weight; remove one of them")
 
 
 def _told(info: TensorInfo | None) -> str:

@@ -172,7 +172,7 @@ class ExpertTensors:
 
     Args:
         source: The checkpoint.
-        names: The tensors of single experts, or one of all of them.
+        names: The matrices of single experts, or one tensor of all of them.
         part: What the projection has of that one tensor's values of an expert. Default: all.
 
     Attributes:
@@ -181,6 +181,7 @@ class ExpertTensors:
 
     def __init__(self, source: Source, names: Sequence[str], part: Slice | None = None):
         self._source, self._names, self._part = source, names, part
+        self._are_single = len(source.tensors[names[0]].shape) == 2
         self._checked: set[int] = set()
         self.is_packed = isinstance(source.tensors[names[0]], PackedTensor)
 
@@ -190,9 +191,9 @@ class ExpertTensors:
         Raises:
             ValueError: If a value is not finite; the message names the tensor.
         """
-        name = self._names[0 if len(self._names) == 1 else expert]
+        name = self._names[expert if self._are_single else 0]
         info = self._source.tensors[name]
-        if len(self._names) > 1:
+        if self._are_single:
             values, dtype = info.floats(), ""
         elif isinstance(info, PackedTensor):
             values, dtype = info.row(expert), ""

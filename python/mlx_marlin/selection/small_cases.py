@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import codec, kernels, ops
-from ..kernels import KernelConfig, Problem
+from ..kernels import KernelConfig, Problem, metal
 from ..ops import reference
 from ..weights import synthetic
 
@@ -19,7 +19,9 @@ __all__ = [
     "NoSmallCase",
     "code",
     "decoded_case",
+    "embedding_case",
     "expected",
+    "in_range",
     "make_case",
     "routing_problems",
     "small_problem",
@@ -39,6 +41,8 @@ _EXPERTS = 3
 # one less than a multiple of the eight that a thread looks at together.
 _ROUTED_EXPERTS = (127, 1100)
 _ROUTED_SLOTS = 4 * 279 - 2
+# As many of them have an index out of range, where a row has one slot: a whole row tile.
+_OUTSIDE = max(rows for variant in metal.TILE_ROWS.values() for rows in variant)
 # MarlinProductArgs in kernels/args.h.
 _PRODUCT_ARGS = struct.Struct("<13I2f")
 
@@ -146,15 +150,19 @@ def make_case(problem: Problem) -> dict:
 
 
 def _indices(problem: Problem, distinct: int, rng: np.random.Generator) -> np.ndarray:
-    """uint32 ``[rows, top_k]``: expert 0 in as many rows as there can be, the others in turn."""
+    """uint32 ``[rows, top_k]``: expert 0 in as many rows as there can be, the others in turn; where slots are sorted
+    some are of none.
+    """
     experts = problem.experts
     others = sorted({*range(1, distinct), experts // 2, experts - 1} - {0})
+    outside = [experts] if experts > distinct else []
     indices = np.zeros((problem.rows, problem.top_k), np.uint32)
     if others and problem.top_k > 1:
-        indices[:, 1] = np.resize(others, problem.rows)
+        indices[:, 1] = np.resize(others + outside, problem.rows)
         indices = rng.permuted(indices, axis=1)
     elif others:
-        indices[: len(others), 0] = others
+        found = others + outside * _OUTSIDE
+        indices[: len(found), 0] = found
         indices = rng.permuted(indices, axis=0)
     return indices
 
@@ -183,19 +191,59 @@ def decoded_case(bits: float, codebook: str) -> tuple[Problem, dict]:
     return problem, make_case(problem) | {"of": "weight"}
 
 
+def embedding_case(bits: int) -> tuple[Problem, dict]:
+    """A case whose result is rows of a quantized embedding, the last one of an id out of range: more of them than a
+    block of 256, and no multiple of the eight that a lane decodes.
+    """
+    table, features = 5, 777
+    rng = np.random.default_rng(0)
+    groups = -(-features // codec.TILE_SIZE)
+    rings = rng.integers(1 << 16, size=(table, groups, 1 + 16 * bits), dtype=np.uint16)
+    rings[..., 0] = rng.uniform(0.01, 2, (table, groups)).astype(np.float16).view(np.uint16)
+    signs = rng.choice([-1.0, 1.0], (groups, codec.TILE_SIZE)).astype(np.float16)
+    indices = np.array([4, 0, 3, 3, table], np.uint32)
+    problem = Problem.linear(
+        codec.HADAMARD_SIZE,
+        features,
+        rows=len(indices),
+        experts=table,
+        bits=bits,
+        codebooks="mul1",
+        dtype="float16",
+        device="gpu",
+    )
+    return problem, {"of": "embedding", "trellis": rings.reshape(table, -1), "signs": signs, "indices": indices}
+
+
+def in_range(problem: Problem, case: dict) -> tuple[dict, np.ndarray]:
+    """The case with its indices in range, as CPU kernels want them, and where the result is NaN since they were not."""
+    outside = case["indices"] >= problem.experts
+    missing = outside if case.get("scores") is None else outside.any(axis=-1)
+    return case | {"indices": np.where(outside, 0, case["indices"])}, missing
+
+
 def expected(problem: Problem, case: dict) -> np.ndarray:
-    """What the case must give, by the codec, in float64."""
+    """What the case must give, by the codec, in float64; NaN where an index is out of range."""
     if case.get("of") == "weight":
         return codec.inner(case["weights"][0]).astype(np.float64)
+    if case.get("of") == "embedding":
+        case, missing = in_range(problem, case)
+        table = codec.decode_embedding(case["trellis"], case["signs"], problem.intermediate)
+        y = table.astype(np.float64)[case["indices"]]
+        y[missing] = np.nan
+        return y
     if case.get("of") == "gradient":
         dense = [codec.dequantize(w).astype(np.float64) for w in case["weights"]]
         return np.stack([row.astype(np.float64) @ dense[e].T for row, e in zip(case["x"], case["indices"])])
     x = np.array(mx.array(case["x"]).astype(getattr(mx, problem.dtype)).astype(mx.float32)).astype(np.float64)
+    case, missing = in_range(problem, case)
     if problem.fused:
-        return reference.experts_output(
+        y = reference.experts_output(
             x, case["indices"], case["weights"], case["scores"], problem.activation, 1.702, 7.0
         )
-    y = np.zeros((problem.rows, problem.intermediate))
-    for e in np.unique(case["indices"]):
-        y[case["indices"] == e] = reference.linear(x[case["indices"] == e], case["weights"][e])
+    else:
+        y = np.zeros((problem.rows, problem.intermediate))
+        for e in np.unique(case["indices"]):
+            y[case["indices"] == e] = reference.linear(x[case["indices"] == e], case["weights"][e])
+    y[missing] = np.nan
     return y

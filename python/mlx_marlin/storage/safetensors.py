@@ -37,6 +37,8 @@ NUMPY_DTYPES = {
     "BOOL": "?", "I8": "i1", "U8": "u1", "F8_E4M3": "u1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "BF16": "<u2",
     "I32": "<i4", "U32": "<u4", "F32": "<f4", "I64": "<i8",
 }  # fmt: skip
+FLOATS = ("F16", "BF16", "F32")
+"""The dtypes whose numbers are a tensor's values: those of 8 bits are codes, which scales multiply."""
 DTYPE_NAMES = {np.dtype(dtype): name for name, dtype in NUMPY_DTYPES.items() if name not in ("BF16", "F8_E4M3")}
 """The format's names of NumPy's dtypes."""
 
@@ -110,7 +112,7 @@ class TensorInfo(NamedTuple):
         Raises:
             ValueError: If the tensor is not F16, BF16 or F32, or the file ends early.
         """
-        if self.dtype not in ("F16", "BF16", "F32"):
+        if self.dtype not in FLOATS:
             raise ValueError(f"{self.file}: a tensor is {self.dtype}; F16, BF16 or F32 is wanted")
         return widened(self.array(), self.dtype)
 
