@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from .client import server
 from .errors import CompileError, KernelError
+from .server import Job
 from .signatures import MAX_THREADS, Kernel
-from .toolchain import HERE, runtime
+from .toolchain import HERE
 
 ERROR_BYTES = 16384
 # Places in the statistics, as in runtime/state.h; six numbers for each of at most 31 buffers.
@@ -29,21 +31,6 @@ MAX_WORKERS = 16
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
 RACES = {True: 3, False: 0, "threadgroup": 1}
 DIVERGENCE = {"error": 0, "active": 1}
-
-
-class _Job(ctypes.Structure):
-    """Mirrors Job in runtime/state.h."""
-
-    _fields_ = (
-        [("entry", ctypes.c_void_p), ("kernel", ctypes.c_char_p)]
-        + [(x, ctypes.c_void_p) for x in ("arguments", "buffers", "threadgroup", "error", "stats", "blocks")]
-        + [(x, ctypes.c_uint32) for x in ("n_arguments", "n_buffers", "n_threadgroup", "error_size")]
-        + [(x, ctypes.c_uint32 * 3) for x in ("grid", "threads", "total")]
-        + [
-            (x, ctypes.c_uint32)
-            for x in ("order", "seed", "races", "tolerant", "uninit", "workers", "timeout", "count")
-        ]
-    )
 
 
 class _Buffer(ctypes.Structure):
@@ -95,13 +82,12 @@ class Result(dict):
 
 @dataclass
 class _Binding:
-    """Arguments as the runtime wants them, and what must stay alive during the call."""
+    """Arguments as the runtime wants them, in the server's memory."""
 
     arguments: ctypes.Array
     buffers: list
     threadgroup: list
     outputs: dict
-    alive: list
 
 
 def _statistics(counts, seconds):
@@ -124,19 +110,6 @@ def _poisoned(out):
     return np.full(int(np.prod(out.shape)) * out.dtype.itemsize, 0xFF, np.uint8).view(out.dtype).reshape(out.shape)
 
 
-def _aligned(array, alive):
-    """Address of a copy (or the array itself) that vector loads may use."""
-    array = np.ascontiguousarray(array)
-    alive.append(array)
-    if array.ctypes.data % 16 == 0:
-        return array.ctypes.data, array.nbytes
-    raw = np.empty(array.nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    raw[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-    alive.append(raw)
-    return raw.ctypes.data + start, array.nbytes
-
-
 class Library:
     """Compiled kernels.
 
@@ -149,9 +122,8 @@ class Library:
     def __init__(self, path: Path, kernels: dict[str, Kernel], symbols: dict[str, str], diagnostics, blocks=0):
         self.path, self.kernels, self.diagnostics = path, kernels, diagnostics
         self._symbols, self._blocks = symbols, blocks
-        runtime()
         try:
-            self._loaded = ctypes.CDLL(str(path), os.RTLD_NOW)
+            server().load(path)
         except OSError as error:
             raise CompileError(
                 f"link: {error} (a function constant without a value, or a function the shim lacks)"
@@ -210,7 +182,6 @@ class Library:
         size, limit = threads[0] * threads[1] * threads[2], min(MAX_THREADS, kernel.max_threads)
         if not 1 <= size <= limit:
             raise KernelError(f"{name}: {size} threads per threadgroup (limit {limit})")
-        binding = self._bind(name, kernel, buffers, dict(threadgroup_memory or {}))
         order_name, _, seed = order.partition(":")
         workers = 1 if count or self._blocks else workers or _idle_cores()
         settings = (
@@ -223,7 +194,9 @@ class Library:
             timeout,
             int(count),
         )
-        return self._execute(name, binding, (grid, threads, total), settings)
+        with server().memory():
+            binding = self._bind(name, kernel, buffers, dict(threadgroup_memory or {}))
+            return self._execute(name, binding, (grid, threads, total), settings)
 
     def _bind(self, name, kernel, buffers, threadgroup_memory):
         if not isinstance(buffers, dict):
@@ -241,7 +214,7 @@ class Library:
             raise KernelError(
                 f"{name}: threadgroup memory indices {sorted(wanted)} needed, {sorted(threadgroup_memory)} given"
             )
-        binding = _Binding((ctypes.c_uint64 * max(1, len(kernel.parameters)))(), [], [], {}, [])
+        binding = _Binding((ctypes.c_uint64 * max(1, len(kernel.parameters)))(), [], [], {})
         for position, parameter in enumerate(kernel.parameters):
             if parameter.kind == "threadgroup":
                 binding.threadgroup += [position, int(threadgroup_memory[parameter.index])]
@@ -264,25 +237,24 @@ class Library:
             raise TypeError(
                 f"{name}: buffer {parameter.index}: NumPy array or scalar, bytes or Out expected, not {type(value)}"
             )
-        if parameter.read_only:
-            return _aligned(array, binding.alive)
         array = np.ascontiguousarray(array)
-        address = runtime().msl_shared(max(array.nbytes, 1))
-        ctypes.memmove(address, array.ctypes.data, array.nbytes)
+        address = server().place(array)
+        if parameter.read_only:
+            return address, array.nbytes
         binding.outputs[parameter.index] = (address, array, target)
         return address, array.nbytes
 
     def _execute(self, name, binding, shape, settings):
-        rt, block_bytes = runtime(), max(8, 8 * self._blocks)
-        error, stats, blocks = (rt.msl_shared(n) for n in (ERROR_BYTES, STATS_BYTES, block_bytes))
+        memory = server()
+        error, stats, blocks = (memory.zeros(n) for n in (ERROR_BYTES, STATS_BYTES, 8 * self._blocks))
         buffers = (_Buffer * max(1, len(binding.buffers)))(*(_Buffer(*b) for b in binding.buffers))
         threadgroup = (ctypes.c_uint32 * max(2, len(binding.threadgroup)))(*binding.threadgroup)
-        job = _Job(
-            ctypes.cast(getattr(self._loaded, self._symbols[name]), ctypes.c_void_p).value,
-            name.encode(),
-            ctypes.addressof(binding.arguments),
-            ctypes.addressof(buffers),
-            ctypes.addressof(threadgroup),
+        job = Job(
+            None,
+            memory.place(ctypes.create_string_buffer(name.encode())),
+            memory.place(binding.arguments),
+            memory.place(buffers),
+            memory.place(threadgroup),
             error,
             stats,
             blocks,
@@ -294,7 +266,7 @@ class Library:
             *settings,
         )
         started = time.perf_counter()
-        status = rt.msl_run(ctypes.byref(job)) if all(shape[0]) else 0
+        status = memory.run(self.path, self._symbols[name], memory.place(job)) if all(shape[0]) else 0
         seconds = time.perf_counter() - started
         message = f"{name}: worker failed ({status})" if status else None
         if ctypes.c_int.from_address(error).value:
@@ -307,8 +279,6 @@ class Library:
             for i, b in enumerate(binding.buffers)
         }
         result.blocks = list((ctypes.c_uint64 * self._blocks).from_address(blocks))
-        for address, size in ((error, ERROR_BYTES), (stats, STATS_BYTES), (blocks, block_bytes)):
-            rt.msl_unshare(address, size)
         if message:
             raise KernelError(re.sub(r"@pc([0-9a-f]+)", self._source_line, message))
         return result
@@ -319,7 +289,6 @@ class Library:
         for index, (address, array, target) in binding.outputs.items():
             filled = np.empty(array.shape, array.dtype)
             ctypes.memmove(filled.ctypes.data, address, array.nbytes)
-            runtime().msl_unshare(address, max(array.nbytes, 1))
             result[index] = filled
             if isinstance(target, np.ndarray) and target.flags.writeable and succeeded:
                 target[...] = filled

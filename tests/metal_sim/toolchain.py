@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -146,8 +145,8 @@ def passes_digest() -> str:
 
 
 @functools.cache
-def runtime() -> ctypes.CDLL:
-    """Build (once) and load the runtime that executes threadgroups."""
+def runtime() -> Path:
+    """The library that executes threadgroups, built once per content."""
     flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-fno-sanitize=all", "-fomit-frame-pointer"]
     library = CACHE / f"runtime_{digest(sources_digest(), *ISA, *flags)}.so"
     with building(library) as wanted:
@@ -156,12 +155,7 @@ def runtime() -> ctypes.CDLL:
             source = str(HERE / "runtime" / "runtime.cpp")
             run_tool([*CXX, *flags, *ISA, *PRECISION, "-o", str(beside), source], "building the runtime")
             beside.replace(library)
-    ctypes.CDLL("libm.so.6", ctypes.RTLD_GLOBAL)  # kernels call libm by name
-    loaded = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-    loaded.msl_shared.restype = ctypes.c_void_p
-    loaded.msl_shared.argtypes = [ctypes.c_uint64]
-    loaded.msl_unshare.argtypes = [ctypes.c_void_p, ctypes.c_uint64]
-    return loaded
+    return library
 
 
 def with_shim(flags: list[str]) -> list[str]:
