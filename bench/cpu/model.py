@@ -101,7 +101,9 @@ def measure(directory: Path, prompts: list[int], generated: int, threads: int) -
         generated: Tokens of the generation.
         threads: Of the CPU kernels of ours; MLX's own have one.
     """
-    import mlx_lm  # noqa: F401  imports are no part of loading
+    # Imports are no part of loading. transformers imports tokenizers where they are first named.
+    import mlx_lm  # noqa: F401
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
     set_num_threads(threads)
     for file in directory.glob("*.safetensors"):
