@@ -6,10 +6,27 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """While this is open, signals go to a handler, but for those that the process was told to ignore."""
+    if threading.current_thread() is not threading.main_thread():  # it alone gets signals
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    heeded = [number for number, known in before.items() if known is not signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
 
 
 @contextlib.contextmanager
@@ -26,15 +43,8 @@ def imports(command: str) -> Iterator[None]:
         os.write(2, f"\n{command}: interrupted\n".encode())
         os._exit(INTERRUPTED)
 
-    is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    if is_ignored or threading.current_thread() is not threading.main_thread():  # it alone gets signals
+    with _handled(end, signal.SIGINT):
         yield
-        return
-    before = signal.signal(signal.SIGINT, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
@@ -53,18 +63,8 @@ def interrupts(*numbers: int) -> Iterator[list[int]]:
         seen.append(number)
         signal.default_int_handler(number, frame)
 
-    if threading.current_thread() is not threading.main_thread():  # it alone gets signals
+    with _handled(interrupt, *numbers):
         yield seen
-        return
-    before = {number: signal.getsignal(number) for number in numbers}
-    heeded = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    for number in heeded:
-        signal.signal(number, interrupt)
-    try:
-        yield seen
-    finally:
-        for number in heeded:
-            signal.signal(number, before[number])
 
 
 def run() -> None:
