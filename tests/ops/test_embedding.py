@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_marlin import EmbeddingWeight, TrellisEmbedding, _ext, codec, ops
+from mlx_marlin.weights.synthetic import random_embedding
 from tests import metal_sim
 from tests.support import metal_executor
 from tests.support.paths import VECTORS
@@ -18,13 +19,9 @@ needs_simulator = pytest.mark.skipif(bool(metal_sim.unavailable()), reason=str(m
 
 def random_table(bits: int, features: int, rows: int = 9, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Random words are a legal trellis; scales are ordinary halves."""
-    rng = np.random.default_rng(seed)
-    groups = -(-features // 256)
-    rings = rng.integers(0, 1 << 16, (rows, groups, 1 + 16 * bits), np.uint16)
-    rings[..., 0] = rng.uniform(0.01, 2, (rows, groups)).astype(np.float16).view(np.uint16)
-    rings[0, 0, 0] = 0  # the converter may find a scale of 0
-    signs = rng.choice([-1.0, 1.0], (groups, 256)).astype(np.float16)
-    return rings.reshape(rows, -1).view(np.int16), signs
+    trellis, signs = random_embedding(np.random.default_rng(seed), rows, features, bits)
+    trellis[0, 0] = 0  # the converter may find a scale of 0
+    return trellis, signs
 
 
 def layer_of(bits: int, features: int, **more) -> tuple[TrellisEmbedding, np.ndarray]:

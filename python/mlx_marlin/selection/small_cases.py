@@ -196,11 +196,7 @@ def embedding_case(bits: int) -> tuple[Problem, dict]:
     block of 256, and no multiple of the eight that a lane decodes.
     """
     table, features = 5, 777
-    rng = np.random.default_rng(0)
-    groups = -(-features // codec.TILE_SIZE)
-    rings = rng.integers(1 << 16, size=(table, groups, 1 + 16 * bits), dtype=np.uint16)
-    rings[..., 0] = rng.uniform(0.01, 2, (table, groups)).astype(np.float16).view(np.uint16)
-    signs = rng.choice([-1.0, 1.0], (groups, codec.TILE_SIZE)).astype(np.float16)
+    trellis, signs = synthetic.random_embedding(np.random.default_rng(0), table, features, bits)
     indices = np.array([4, 0, 3, 3, table], np.uint32)
     problem = Problem.linear(
         codec.HADAMARD_SIZE,
@@ -212,7 +208,7 @@ def embedding_case(bits: int) -> tuple[Problem, dict]:
         dtype="float16",
         device="gpu",
     )
-    return problem, {"of": "embedding", "trellis": rings.reshape(table, -1), "signs": signs, "indices": indices}
+    return problem, {"of": "embedding", "trellis": trellis.view(np.uint16), "signs": signs, "indices": indices}
 
 
 def in_range(problem: Problem, case: dict) -> tuple[dict, np.ndarray]:

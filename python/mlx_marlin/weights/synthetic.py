@@ -68,6 +68,25 @@ def random_projection(rng: np.random.Generator, problem: Problem, part: int) -> 
     ]
 
 
+def random_embedding(rng: np.random.Generator, rows: int, features: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """A quantized token embedding of random trellis words.
+
+    Args:
+        rng: Source of everything random.
+        rows: Tokens.
+        features: Logical width; the arrays have the next multiple of 256.
+        bits: K, 1 to 8.
+
+    Returns:
+        ``trellis`` int16 ``[rows, words]`` and ``signs`` float16 ``[groups, 256]``, as EmbeddingWeight takes them.
+    """
+    groups = -(-features // codec.TILE_SIZE)
+    rings = rng.integers(0, 1 << 16, (rows, groups, 1 + codec.words_per_tile(bits)), np.uint16)
+    rings[..., 0] = rng.uniform(0.01, 2, (rows, groups)).astype(np.float16).view(np.uint16)  # the scale
+    signs = rng.choice([-1.0, 1.0], (groups, codec.TILE_SIZE)).astype(np.float16)
+    return rings.reshape(rows, -1).view(np.int16), signs
+
+
 def widths_of(problem: Problem, part: int) -> list[int | float]:
     """Bits of each expert's weight in :func:`random_projection`: the problem's, in turn."""
     return [problem.bits[e % len(problem.bits)][part] for e in range(problem.experts)]
