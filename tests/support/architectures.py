@@ -195,11 +195,13 @@ def _latent(s: Sizes) -> dict:
         "qk_nope_head_dim": 64,
         "v_head_dim": 64,
         "num_key_value_heads": s.heads,
+        "partial_rotary_factor": 0.5,
     }
 
 
 def glm4_moe(s: Sizes = SIZES) -> Checkpoint:
-    c = Checkpoint(s, {"model_type": "glm4_moe", **mixture_config(s), "use_qk_norm": True, "attention_bias": True})
+    of_attention = {"use_qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.5}
+    c = Checkpoint(s, {"model_type": "glm4_moe", **mixture_config(s), **of_attention})
     return mixture(c, lambda layer: c.attention(layer, bias=True, norms="head"))
 
 

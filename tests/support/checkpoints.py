@@ -282,5 +282,4 @@ def mixture_config(s: Sizes) -> dict:
         "first_k_dense_replace": 1,
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.5,
-        "partial_rotary_factor": 0.5,
     }

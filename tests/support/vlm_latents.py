@@ -7,7 +7,7 @@ import numpy as np
 
 from mlx_marlin.loader.scaling import UP_DIVISOR
 from tests.support.architectures_hybrid import indexer
-from tests.support.checkpoints import SIZES, Checkpoint, Sizes
+from tests.support.checkpoints import SIZES, Checkpoint, Sizes, mixture_config
 from tests.support.generic_configs import LATENT
 from tests.support.hybrid_configs import INDEXER
 from tests.support.vlm_checkpoints import TOWER, Case, Tower, special
@@ -102,16 +102,9 @@ def mistral4(s: Sizes = SIZES, t: Tower = TOWER) -> Case:
     text = {
         **s.config(),
         **LATENT,
+        **mixture_config(s),
         "model_type": "mistral4",
-        "moe_intermediate_size": s.width,
-        "n_group": 1,
-        "topk_group": 1,
-        "n_shared_experts": 1,
-        "n_routed_experts": s.experts,
-        "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,
-        "first_k_dense_replace": 1,
         "rope_interleave": True,
         "rope_parameters": {
             "type": "default",

@@ -16,6 +16,7 @@ def glm4v_moe(s: Sizes = SIZES, t: Tower = TOWER) -> Case:
         **mixture_config(s),
         "use_qk_norm": False,
         "attention_bias": True,
+        "partial_rotary_factor": 0.5,
         "rope_scaling": {"rope_type": "default", "mrope_section": [8, 4, 4]},
     }
     c = Checkpoint(s, {"model_type": "glm4v_moe", "text_config": text})
